@@ -1,0 +1,3 @@
+"""Train, fine-tune and align text-to-image diffusion models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,249 @@
+"""The settings of every command: each default lives here, once; conf/ is checked against them.
+
+`???` marks what the user must state.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING: Any = "???"
+
+ATTENTION_AND_FEED_FORWARD = [
+    r".*attn\d?\.to_[qkv]",
+    r".*attn\d?\.to_out\.0",
+    r".*\.ff\.net\.0\.proj",
+    r".*\.ff\.net\.2",
+]
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters: W + (alpha / rank) B A, with B = 0 at the start."""
+
+    rank: int = 32
+    alpha: float | None = None  # null means alpha = rank
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: list(ATTENTION_AND_FEED_FORWARD))
+
+
+@dataclass
+class ModelConfig:
+    """Which weights, and what of them is trained."""
+
+    pretrained: str = MISSING  # a diffusers folder or a hub id; folders and caches come first
+    variant: str | None = None  # file variant such as fp16
+    allow_pickle: bool = False  # pickled weights can run code; safetensors cannot
+    trainable: str = "lora"  # lora | full
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    dtype: str = "float32"  # of frozen weights: float32 | bfloat16 | float16
+    gradient_checkpointing: bool = False  # of network and decoder
+
+
+@dataclass
+class SamplerConfig:
+    """How images are made, in training, validation and inference alike."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    eta: float = 0.0
+    height: int | None = None  # pixels; null means the model's own size
+    width: int | None = None
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is minimised; `kind` is the choice of the group, so that a saved file tells it."""
+
+    kind: str = MISSING
+
+
+@dataclass
+class DraftConfig(ObjectiveConfig):
+    """DRaFT (kl_coeff 0) and DRaFT+ (kl_coeff > 0)."""
+
+    kind: str = "draft"
+    kl_coeff: float = 1.0
+    truncation_steps: int = 1  # K, the last sampling steps that carry a gradient
+    truncation_range: list[int] | None = None  # [low, high]: K is drawn anew for each batch
+    lv_samples: int = 0  # n of DRaFT-LV, which has K = 1; 0 is off
+    cfg_gradient: str = "full"  # full | detach_uncond | rescale
+    clamp_images: bool = True  # clip to [0, 1]: saturated pixels then carry no gradient
+
+
+@dataclass
+class RewardConfig:
+    """What is maximised; `kind` is the choice of the group."""
+
+    kind: str = MISSING
+
+
+@dataclass
+class ClipRewardConfig(RewardConfig):
+    """exp(logit_scale) x cosine of a CLIP-architecture model: CLIPScore, PickScore."""
+
+    kind: str = "clip"
+    pretrained: str = MISSING
+    processor: str | None = None  # folder or hub id of tokenizer and preprocessing, if elsewhere
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class ColorRewardConfig(RewardConfig):
+    """scale x (mean of one channel - mean of the two others)."""
+
+    kind: str = "color"
+    color: str = "red"  # red | green | blue
+    scale: float = 20.0
+
+
+@dataclass
+class BrightnessRewardConfig(RewardConfig):
+    """scale x mean of all channels."""
+
+    kind: str = "brightness"
+    scale: float = 20.0
+
+
+@dataclass
+class JpegRewardConfig(RewardConfig):
+    """Minus the kilobytes of the JPEG file; not differentiable."""
+
+    kind: str = "jpeg"
+
+
+@dataclass
+class WeightedPartConfig:
+    """One part of a weighted sum, checked."""
+
+    reward: RewardConfig
+    weight: float
+
+
+@dataclass
+class WeightedRewardConfig(RewardConfig):
+    """A weighted sum: `parts: {NAME: {kind: clip, weight: 1.0, pretrained: ...}}`."""
+
+    kind: str = "weighted"
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+REWARDS: dict[str, type[RewardConfig]] = {
+    "clip": ClipRewardConfig,
+    "color": ColorRewardConfig,
+    "brightness": BrightnessRewardConfig,
+    "jpeg": JpegRewardConfig,
+    "weighted": WeightedRewardConfig,
+}
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"draft": DraftConfig}
+
+
+@dataclass
+class DataConfig:
+    """Prompts: .txt, .csv, .jsonl or WebDataset .tar; a file, folder, glob or brace pattern."""
+
+    prompts: str = MISSING
+    column: str | None = None  # of .csv and .jsonl
+    shuffle: bool = True
+    buffer: int = 10_000  # prompts held for shuffling
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with warm-up."""
+
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 10
+    schedule: str = "constant"  # constant | linear | cosine
+    max_grad_norm: float = 10.0
+
+
+@dataclass
+class ValidationConfig:
+    """Pairs (tuned, base) of fixed prompts and fixed noise."""
+
+    prompts: str | None = None  # null means the first prompts of data.prompts
+    num_images: int = 8
+    every_steps: int = 100
+    seed: int = 1234
+
+
+@dataclass
+class TrainingConfig:
+    """The loop."""
+
+    max_steps: int = 1000
+    micro_batch_size: int = 1  # images per process and forward
+    global_batch_size: int = 4  # images per optimiser step, over all processes
+    precision: str = "no"  # autocast: no | bf16 | fp16
+    strategy: str = "ddp"  # ddp | fsdp, with more than one process
+    ema_decay: float | None = 0.9999  # null is off; the decay warms up as (1 + n) / (10 + n)
+    checkpoint_every_steps: int = 100
+    keep_checkpoints: int | None = 3  # null keeps all
+    max_time: str | None = None  # wall clock DD:HH:MM:SS or HH:MM:SS; then save and stop
+    seed: int = 0
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclass
+class TrainConfig:
+    """`sfumato train`."""
+
+    name: str = "run"
+    runs_dir: str = "runs"
+    verify: bool = True  # load each export elsewhere and compare an image
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    objective: ObjectiveConfig = MISSING
+    reward: RewardConfig = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+@dataclass
+class SamplerOverrides:
+    """Settings of the sampler that differ from the run's own; null leaves them."""
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    eta: float | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass
+class SampleConfig:
+    """`sfumato sample`: images of a run, or of a model that was never trained here."""
+
+    run: str | None = None  # a run folder
+    step: int | None = None  # of its checkpoint; null means the last
+    pretrained: str | None = None  # a diffusers folder or hub id, instead of a run
+    prompt: str | None = None
+    prompts: str | None = None  # a prompt file, instead of one prompt
+    num_images: int = 4  # per prompt
+    seed: int = 0
+    batch_size: int = 4
+    schedule: str = (
+        "draft"  # annealed importance guidance: base | draft | linear | power_P | step_F
+    )
+    sampler: SamplerOverrides = field(default_factory=SamplerOverrides)
+    out: str = "samples"
+
+
+@dataclass
+class EvaluateConfig:
+    """`sfumato evaluate`: scores and images of a run's checkpoints into the run folder."""
+
+    run: str = MISSING
+    steps: list[int] | None = None  # null means every checkpoint, and 0 for the base model
+    prompts: str | None = None  # null means the run's validation prompts
+    num_images: int = 16  # per prompt
+    seed: int = 4321
+    batch_size: int = 8
+    features: str = "pixels"  # pixels | lpips | a CLIP folder or hub id

@@ -1,0 +1,1 @@
+"""What is read: prompts, in a resumable order."""

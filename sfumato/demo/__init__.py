@@ -1,0 +1,1 @@
+"""The embedded default: a tiny world of captioned shapes, its models and its experiment."""

@@ -1,0 +1,105 @@
+"""The attribute reader: measures what a picture of the tiny world shows, without any network.
+
+Background and shape color come from medians; the picture is then projected onto the line between
+the two, and the coverage found so is compared with the coverage of every shape of the same area.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.demo.world import (
+    IMAGE_SIZE,
+    PALETTE,
+    PLACE_OFFSET,
+    PLACES,
+    RADII,
+    SHAPES,
+    Scene,
+    coverage,
+)
+
+MIN_CONTRAST = 0.15  # distance in RGB below which a picture is empty
+MIN_OVERLAP = 0.70  # intersection over union below which a shape is not recognised
+
+
+def _nearest_color(rgb: Float[Tensor, "3"]) -> str:
+    names = list(PALETTE)
+    distances = (torch.tensor([PALETTE[name] for name in names]) - rgb).norm(dim=1)
+    return names[int(distances.argmin())]
+
+
+def _unit_areas() -> dict[str, float]:
+    """Return each shape's area in units of its radius squared."""
+    middle, radius = torch.tensor([IMAGE_SIZE / 2]), 24.0
+    return {
+        name: float(coverage(name, middle, middle, torch.tensor([radius])).sum()) / radius**2
+        for name in SHAPES
+    }
+
+
+_AREAS = _unit_areas()
+
+
+def _fit(mask: Float[Tensor, "64 64"]) -> tuple[str, float, float]:
+    """Return the shape that fits a coverage best, its radius in pixels and the overlap."""
+    area = mask.sum()
+    grid = torch.arange(IMAGE_SIZE) + 0.5
+    x = (mask.sum(0) * grid).sum() / area
+    y = (mask.sum(1) * grid).sum() / area
+    best = ("", 0.0, 0.0)
+    for name in SHAPES:
+        radius = (area / _AREAS[name]).sqrt()
+        for stretch in (0.96, 1.0, 1.04):
+            candidate = coverage(name, x[None], y[None], (radius * stretch)[None])[0]
+            overlap = float(
+                torch.minimum(mask, candidate).sum() / torch.maximum(mask, candidate).sum()
+            )
+            if overlap > best[2]:
+                best = (name, float(radius), overlap)
+    return best
+
+
+def _place(mask: Float[Tensor, "64 64"]) -> str:
+    grid = torch.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2
+    centre = torch.stack([(mask.sum(0) * grid).sum(), (mask.sum(1) * grid).sum()]) / mask.sum()
+    targets = torch.tensor(list(PLACES.values())) * PLACE_OFFSET
+    return list(PLACES)[int((targets - centre).norm(dim=1).argmin())]
+
+
+def read_image(image: Float[Tensor, "3 64 64"]) -> Scene | None:
+    """Return the attributes that a picture in [0, 1] shows, or None if it shows no known shape."""
+    image = image.detach().float().cpu().clamp(0, 1)
+    frame = torch.cat([image[:, :2].flatten(1), image[:, -2:].flatten(1),
+                       image[:, :, :2].flatten(1), image[:, :, -2:].flatten(1)], dim=1)  # fmt: skip
+    back = frame.median(dim=1).values
+    distance = (image - back[:, None, None]).norm(dim=0)
+    peak = torch.quantile(distance.flatten(), 0.99)
+    if peak < MIN_CONTRAST:
+        return None
+    fore = image[:, distance > 0.75 * peak].median(dim=1).values
+    axis = fore - back
+    mask = ((image - back[:, None, None]) * axis[:, None, None]).sum(0) / (axis @ axis)
+    mask = mask.clamp(0, 1)
+    mask = torch.where(mask < 0.15, torch.zeros(()), mask)
+    shape, radius, overlap = _fit(mask)
+    if overlap < MIN_OVERLAP:
+        return None
+    return Scene(
+        shape=shape,
+        color=_nearest_color(fore),
+        size=min(RADII, key=lambda name: abs(RADII[name] - radius)),
+        background=_nearest_color(back),
+        place=_place(mask),
+    )
+
+
+def attribute_accuracy(
+    images: Float[Tensor, "b 3 64 64"], asked: Sequence[Scene]
+) -> Float[Tensor, " b"]:
+    """Return 1 for each picture that shows everything its prompt asks for, else 0."""
+    return torch.tensor(
+        [float(want.matches(read_image(image))) for want, image in zip(asked, images, strict=True)]
+    )

@@ -1,0 +1,1 @@
+"""The mathematics: process, sampling, guidance."""

@@ -1,0 +1,74 @@
+"""The only sampling loop: training, validation, evaluation and inference all run it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.diffusion.process import DiffusionProcess, Prediction, Time
+from sfumato.diffusion.randomness import Rng
+
+Denoiser: TypeAlias = Callable[[Tensor, Time], Prediction]  # conditioning, guidance already inside
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One step of the gradient window: where the denoiser stood and what it said."""
+
+    t: float
+    x_t: Float[Tensor, "b *d"]
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The end of a sampling run, and the steps that carry a gradient."""
+
+    x: Float[Tensor, "b *d"]  # the state at times[-1]: what a pipeline decodes
+    x0: Float[Tensor, "b *d"]  # the last prediction of the data: what a reward is computed on
+    window: tuple[Visit, ...]
+
+
+def sample(
+    denoiser: Denoiser,
+    process: DiffusionProcess,
+    x: Float[Tensor, "b *d"],
+    times: Sequence[float],
+    *,
+    grad_steps: int = 0,
+    eta: float = 0.0,
+    rng: Rng | None = None,
+) -> Trajectory:
+    """Run the reverse process from x at times[0] down to times[-1].
+
+    Args:
+        x: starting noise, float32.
+        times: T + 1 decreasing times; step i goes from times[i] to times[i + 1].
+        grad_steps: only the last K steps record a graph; the others run without one.
+        eta: 0 is DDIM or Euler; above 0 each step adds noise drawn from `rng`.
+
+    Raises:
+        ValueError: if grad_steps is not in 0..T, or eta > 0 comes without rng.
+    """
+    steps = len(times) - 1
+    if not 0 <= grad_steps <= steps:
+        raise ValueError(
+            f"grad_steps = {grad_steps} must lie between 0 and the {steps} steps taken"
+        )
+    if eta > 0 and rng is None:
+        raise ValueError(f"eta = {eta} draws noise at each step: pass rng")
+    window: list[Visit] = []
+    x0 = x
+    for i, (t, s) in enumerate(pairwise(times)):
+        with_grad = i >= steps - grad_steps
+        with torch.set_grad_enabled(with_grad):
+            prediction = denoiser(x, t)
+            if with_grad:
+                window.append(Visit(t, x, prediction))
+            z = rng.normal(*x.shape[1:], device=x.device) if rng is not None and eta > 0 else None
+            x, x0 = process.step(prediction, t, s, eta=eta, z=z), prediction.x0
+    return Trajectory(x, x0, tuple(window))

@@ -1,0 +1,138 @@
+"""The commands `sample` and `evaluate`: settings in, files out."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sfumato.compose import check_sampler, load_settings
+from sfumato.config import EvaluateConfig, ModelConfig, SampleConfig, SamplerConfig, TrainConfig
+from sfumato.data.prompts import read_prompts
+from sfumato.diffusion.guidance import annealed_weights
+from sfumato.diffusion.randomness import derive
+from sfumato.evaluation.evaluate import Evaluation, evaluate
+from sfumato.images import save_image
+from sfumato.models.generate import generate_in_batches
+from sfumato.models.model import TextToImageModel
+from sfumato.models.registry import load_model
+from sfumato.rewards.build import build_reward
+from sfumato.training.checkpoint import list_checkpoints, read_shown_weights
+from sfumato.training.folder import RunFolder, step_name
+from sfumato.training.run import validation_prompts
+from sfumato.training.state import load_weights
+
+
+def default_device() -> torch.device:
+    """Return the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def find_checkpoint(run: RunFolder, step: int | None) -> Path:
+    """Return the checkpoint of a step, or the last one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = list_checkpoints(run.checkpoints)
+    if not found:
+        raise ValueError(f"{run.path} holds no checkpoint yet")
+    if step is None:
+        return found[-1]
+    place = run.checkpoints / step_name(step)
+    if place not in found:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{run.path} has no checkpoint of step {step}; there are {names}")
+    return place
+
+
+def sample_images(config: SampleConfig) -> None:
+    """Write out/PROMPT-IMAGE.png for each prompt and seed.
+
+    Raises:
+        ValueError: if the settings name no model or no prompt.
+    """
+    if (config.run is None) == (config.pretrained is None):
+        raise ValueError("give run=FOLDER or pretrained=MODEL, one of the two")
+    if (config.prompt is None) == (config.prompts is None):
+        raise ValueError('give prompt="..." or prompts=FILE, one of the two')
+    if config.num_images < 1 or config.batch_size < 1:
+        raise ValueError("num_images and batch_size must be 1 or more")
+    annealed_weights(config.schedule, 1)
+    texts = [config.prompt] if config.prompt is not None else read_prompts(str(config.prompts))
+    model, sampler = open_model(config)
+    model.to(default_device())
+    prompts = [text for text in texts for _ in range(config.num_images)]
+    seeds = [derive(config.seed, i) for _ in texts for i in range(config.num_images)]
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    images = generate_in_batches(
+        model, prompts, seeds, sampler, config.batch_size, schedule=config.schedule
+    )
+    for i, image in enumerate(images):
+        file = out / f"{i // config.num_images:03d}-{i % config.num_images:02d}.png"
+        save_image(image, file)
+        print(f"{file}  {prompts[i]}")
+
+
+def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
+    """Return a run's model with its averaged weights, or a pretrained one, and how to sample.
+
+    Raises:
+        ValueError: if it cannot be found or read.
+    """
+    if config.run is None:
+        settings, sampler = ModelConfig(pretrained=str(config.pretrained)), SamplerConfig()
+        weights = None
+    else:
+        run = RunFolder(Path(config.run))
+        trained = load_settings(run.config)
+        settings, sampler = trained.model, trained.sampler
+        weights = read_shown_weights(find_checkpoint(run, config.step))
+    given = {name: value for name, value in vars(config.sampler).items() if value is not None}
+    sampler = replace(sampler, **given)
+    check_sampler(sampler)
+    model = load_model(settings)
+    if weights is not None:
+        load_weights(model, weights)
+    return model, sampler
+
+
+def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
+    """Evaluate a run's checkpoints, and the base model as step 0, into the run folder.
+
+    Raises:
+        ValueError: if the run cannot be read, or a step has no checkpoint.
+    """
+    run = RunFolder(Path(config.run))
+    trained: TrainConfig = load_settings(run.config)
+    steps = config.steps
+    if steps is None:
+        found = list_checkpoints(run.checkpoints)
+        steps = [0, *(int(path.name.removeprefix("step-")) for path in found)]
+    for step in steps:
+        if step:
+            find_checkpoint(run, step)
+    prompts = read_prompts(config.prompts) if config.prompts else validation_prompts(trained)
+    device = default_device()
+    reward = build_reward(trained.reward).to(device)
+    model = load_model(trained.model)
+    model.to(device)
+    results = evaluate(
+        run,
+        model,
+        trained,
+        reward,
+        steps,
+        list(dict.fromkeys(prompts)),
+        num_images=config.num_images,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        features=config.features,
+    )
+    for result in results:
+        print(
+            f"step {result.step}: reward {result.reward:.4f} +- {result.reward_error:.4f}, "
+            f"{result.diversity_label} {result.diversity:.4f}"
+        )
+    return results

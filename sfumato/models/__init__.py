@@ -1,0 +1,1 @@
+"""The rim towards diffusers, transformers and peft: a published model family per file."""

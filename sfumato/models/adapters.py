@@ -1,0 +1,145 @@
+"""The two roles of one network: the policy that is trained, and the frozen self it started from."""
+
+import abc
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from sfumato.config import LoraConfig
+from sfumato.models.model import Role
+
+
+class Roles(abc.ABC):
+    """Gives the network that plays a role, whichever way it is kept."""
+
+    policy: nn.Module
+
+    @abc.abstractmethod
+    def acting(self, role: Role) -> AbstractContextManager[Any]:
+        """Return a context that gives the network of this role; the reference has no gradient."""
+
+    @abc.abstractmethod
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Return every network that is held in memory."""
+
+    @abc.abstractmethod
+    def merged(self) -> nn.Module:
+        """Return a copy of the policy as a plain network, adapters merged into its weights."""
+
+
+@final
+class LoraRoles(Roles):
+    """One network: the reference is the policy with its adapters off.
+
+    Raises:
+        ValueError: if the target patterns match no linear layer.
+    """
+
+    def __init__(self, network: nn.Module, lora: LoraConfig) -> None:
+        from peft import LoraConfig as PeftLora
+        from peft import inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
+        network.requires_grad_(False)
+        pattern = "|".join(f"(?:{target})" for target in lora.targets)
+        settings = PeftLora(
+            r=lora.rank,
+            lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules=pattern,
+        )
+        try:
+            inject_adapter_in_model(settings, network)
+        except ValueError as error:
+            linear = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
+            raise ValueError(
+                f"model.lora.targets = {list(lora.targets)} match no layer of "
+                f"{type(network).__name__}; its linear layers are named like {linear[:3]}"
+            ) from error
+        self.policy = network
+        self.settings = settings
+        self.layers: list[Any] = [
+            module for module in network.modules() if isinstance(module, LoraLayer)
+        ]
+        # In bf16 AdamW's small updates would round to nothing.
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def _switch(self, disabled: bool) -> None:
+        # peft's public switch also flips requires_grad, which the graph of the policy, already
+        # recorded, and FSDP's sharded parameters must not see.
+        for layer in self.layers:
+            layer._disable_adapters = disabled
+
+    @contextmanager
+    def acting(self, role: Role) -> Iterator[Any]:
+        if role == "policy":
+            yield self.policy
+            return
+        self._switch(True)
+        try:
+            with torch.no_grad():
+                yield self.policy
+        finally:
+            self._switch(False)
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.policy,)
+
+    def merged(self) -> nn.Module:
+        from peft.tuners.lora import LoraLayer
+
+        network = copy.deepcopy(self.policy)
+        for name, module in list(network.named_modules()):
+            if isinstance(module, LoraLayer):
+                module.merge(safe_merge=True)
+                network.set_submodule(name, module.get_base_layer())
+        return network
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """Return A and B by layer in the names of diffusers' LoRA files, alpha folded into B.
+
+        With alpha = rank the file says all there is to say, to loaders that read no metadata too.
+        """
+        state = {}
+        names = {module: name for name, module in self.policy.named_modules()}
+        for layer in self.layers:
+            down, up = (
+                part["default"].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B)
+            )
+            state[f"{names[layer]}.lora_A.weight"] = down
+            state[f"{names[layer]}.lora_B.weight"] = up * layer.scaling["default"]
+        return state
+
+
+@final
+class CopyRoles(Roles):
+    """Two networks: every weight of the policy is trained, and the reference is a frozen copy.
+
+    Args:
+        network: becomes the policy, in float32.
+        dtype: of the frozen copy.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        self.reference = copy.deepcopy(network).to(dtype).requires_grad_(False)
+        self.policy = network.float().requires_grad_(True)
+
+    @contextmanager
+    def acting(self, role: Role) -> Iterator[Any]:
+        if role == "policy":
+            yield self.policy
+            return
+        with torch.no_grad():
+            yield self.reference
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.policy, self.reference)
+
+    def merged(self) -> nn.Module:
+        return copy.deepcopy(self.policy)

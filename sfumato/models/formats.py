@@ -1,0 +1,127 @@
+"""What is read and written: where a model's files lie, and whether they are all there."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt")
+
+
+def find_model(pretrained: str, *, allow_pickle: bool = False) -> Path:
+    """Return the diffusers folder of a path or hub id: a folder here, the local cache, the hub.
+
+    Raises:
+        ValueError: if there is no such folder or hub id, or nothing of it can be read.
+    """
+    path = Path(pretrained).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(
+            f"model.pretrained = {pretrained!r} is a file; give a diffusers folder, the one that "
+            "holds model_index.json"
+        )
+    if pretrained.count("/") != 1 or pretrained.startswith((".", "/", "~")):
+        raise ValueError(
+            f"model.pretrained = {pretrained!r}: no such folder; give a diffusers folder, or a hub "
+            "id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+    return _download(pretrained, allow_pickle)
+
+
+def _download(hub_id: str, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
+    patterns += ["*/*.bin"] if allow_pickle else []
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model.pretrained = {hub_id!r} is no folder here, not in the local cache, and could "
+            f"not be downloaded ({type(error).__name__}); give a folder, or check id and network"
+        ) from error
+
+
+def read_model_index(folder: Path) -> dict[str, object]:
+    """Return model_index.json, which names the pipeline class and the components.
+
+    Raises:
+        ValueError: if it is not there or cannot be read.
+    """
+    index = folder / "model_index.json"
+    if not index.exists():
+        ckpts = sorted(p.name for p in folder.iterdir() if p.suffix in {".ckpt", ".safetensors"})
+        hint = f" (single files such as {ckpts[0]} are not read)" if ckpts else ""
+        raise ValueError(
+            f"model.pretrained = {str(folder)!r} has no model_index.json{hint}; give the top "
+            "folder of a diffusers pipeline"
+        )
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{index} is not JSON ({error}); download the model again") from error
+    if not isinstance(content, dict) or "_class_name" not in content:
+        raise ValueError(f"{index} names no pipeline class; give a folder that diffusers saved")
+    return content
+
+
+def check_components(folder: Path, networks: dict[str, str], *, allow_pickle: bool) -> None:
+    """Check that each network's folder holds a configuration and weights that may be loaded.
+
+    Args:
+        networks: component name to the file that configures it.
+
+    Raises:
+        ValueError: if a component is missing, or has only pickled weights and these are refused.
+    """
+    for name, config in networks.items():
+        part = folder / name
+        if not (part / config).exists():
+            raise ValueError(
+                f"model.pretrained = {str(folder)!r} lacks {name}/{config}; the folder is "
+                "incomplete, download or export it again"
+            )
+        if config != "config.json" or any(list(part.glob(p)) for p in WEIGHTS):
+            continue
+        pickles = [p.name for pattern in PICKLES for p in part.glob(pattern)]
+        if pickles and not allow_pickle:
+            raise ValueError(
+                f"{part} has only pickled weights ({pickles[0]}), and loading these can run code; "
+                "get the safetensors file, or set model.allow_pickle=true if you trust it"
+            )
+        if not pickles:
+            raise ValueError(f"{part} holds no weights; download or export the model again")
+
+
+def quiet_loading() -> None:
+    """Keep diffusers and transformers from drawing a progress bar per component."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def copy_frozen(source: Path, folder: Path, components: Sequence[str]) -> None:
+    """Copy what was not trained, file by file, with a model_index.json of just these and the rest.
+
+    Rewriting it would change names: transformers 5 saves text encoders under keys that
+    transformers 4 does not find, and 4 goes on with random weights.
+    """
+    for name in components:
+        shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+    index = read_model_index(source)
+    for name in ("safety_checker", "feature_extractor", "image_encoder"):
+        if name in index:
+            index[name] = [None, None]
+    index["requires_safety_checker"] = False
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / "model_index.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,72 @@
+"""From prompts and seeds to images: what validation, evaluation and inference show."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.config import SamplerConfig
+from sfumato.diffusion.guidance import annealed_importance
+from sfumato.diffusion.randomness import Rng
+from sfumato.diffusion.sampling import sample
+from sfumato.models.model import TextToImageModel
+
+
+def image_size(model: TextToImageModel, sampler: SamplerConfig) -> tuple[int, int]:
+    """Return the height and width in pixels that the settings ask for."""
+    height, width = model.image_size()
+    return sampler.height or height, sampler.width or width
+
+
+@torch.no_grad()
+def generate(
+    model: TextToImageModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: SamplerConfig,
+    *,
+    schedule: str = "draft",
+) -> Float[Tensor, "b 3 H W"]:
+    """Return one image per prompt and seed, in [0, 1]; an image depends on its own seed alone.
+
+    Args:
+        schedule: annealed importance guidance: `draft` is the policy alone, `base` the reference
+            alone; others as in `annealed_weights`.
+    """
+    height, width = image_size(model, sampler)
+    times = model.times(sampler.num_inference_steps, height, width)
+    rng = Rng(seeds)
+    noise = rng.normal(*model.latent_shape(height, width), device=model.device)
+    cond = model.encode_prompts(prompts)
+    uncond = model.encode_prompts([""]).repeat(len(prompts))
+    policy, reference = (
+        model.denoiser(cond, uncond=uncond, guidance_scale=sampler.guidance_scale, role=role)
+        for role in ("policy", "reference")
+    )
+    denoiser = annealed_importance(policy, reference, schedule, times)
+    trajectory = sample(denoiser, model.process, noise, times, eta=sampler.eta, rng=rng)
+    return model.decode(trajectory.x).clamp(0, 1)
+
+
+def generate_in_batches(
+    model: TextToImageModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: SamplerConfig,
+    batch_size: int,
+    *,
+    schedule: str = "draft",
+) -> Float[Tensor, "b 3 H W"]:
+    """Return the images of `generate`, made `batch_size` at a time and kept on the CPU."""
+    parts = [
+        generate(
+            model,
+            prompts[start : start + batch_size],
+            seeds[start : start + batch_size],
+            sampler,
+            schedule=schedule,
+        ).cpu()
+        for start in range(0, len(prompts), batch_size)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,225 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net in latent space, conditioned on one CLIP text encoder."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sfumato.config import ModelConfig
+from sfumato.diffusion.guidance import CfgGradient, classifier_free
+from sfumato.diffusion.process import Prediction, PredictionType, Time, VariancePreserving
+from sfumato.diffusion.sampling import Denoiser
+from sfumato.models.adapters import CopyRoles, LoraRoles, Roles
+from sfumato.models.formats import check_components, copy_frozen, quiet_loading
+from sfumato.models.model import Conditioning, Role, TextToImageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPONENTS = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+
+
+@final
+class StableDiffusion(TextToImageModel):
+    """A StableDiffusionPipeline's networks behind the contract of TextToImageModel."""
+
+    def __init__(self, pipeline: Any, roles: Roles, source: Path, config: ModelConfig) -> None:
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+        self.pipeline = pipeline
+        self.source = source
+        self.config = config
+        self.roles = roles
+        self.network = roles.policy
+        self.scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config)
+        self.process = self._table = VariancePreserving(self.scheduler.alphas_cumprod)
+        self.prediction_type: PredictionType = self.scheduler.config["prediction_type"]
+        self._warned = False
+
+    @staticmethod
+    def check(folder: Path, config: ModelConfig) -> None:
+        """Check that all components are there, without loading them.
+
+        Raises:
+            ValueError: if one is missing, or pickled and not allowed.
+        """
+        check_components(folder, COMPONENTS, allow_pickle=config.allow_pickle)
+
+    @classmethod
+    def load(cls, folder: Path, config: ModelConfig) -> "StableDiffusion":
+        """Load a diffusers folder; frozen parts in `config.dtype`, trained ones in float32.
+
+        Raises:
+            ValueError: if a component cannot be read.
+        """
+        dtype = DTYPES[config.dtype]
+        pipeline = _read_pipeline(folder, config, dtype)
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+            part.eval().requires_grad_(False)
+        if config.gradient_checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+            pipeline.vae.enable_gradient_checkpointing()
+        if config.trainable == "lora":
+            return cls(pipeline, LoraRoles(pipeline.unet, config.lora), folder, config)
+        return cls(pipeline, CopyRoles(pipeline.unet, dtype), folder, config)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device) -> None:
+        for part in (self.pipeline.vae, self.pipeline.text_encoder, *self.roles.networks()):
+            part.to(device)
+
+    @property
+    def _factor(self) -> int:
+        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+
+    def image_size(self) -> tuple[int, int]:
+        side = self.pipeline.unet.config.sample_size * self._factor
+        return side, side
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels < self._factor or pixels % self._factor:
+                nearest = max(self._factor, round(pixels / self._factor) * self._factor)
+                raise ValueError(
+                    f"sampler.{name} = {pixels} must be a multiple of {self._factor} pixels for "
+                    f"this autoencoder; the nearest is {nearest}"
+                )
+        channels = self.pipeline.unet.config.in_channels
+        return channels, height // self._factor, width // self._factor
+
+    def times(self, num_inference_steps: int, height: int, width: int) -> Sequence[float]:
+        available = self._table.num_train_timesteps
+        if num_inference_steps > available:
+            raise ValueError(
+                f"sampler.num_inference_steps = {num_inference_steps} is more than the {available} "
+                "steps that this model was trained on"
+            )
+        self.scheduler.set_timesteps(num_inference_steps)
+        indices = [min(int(index), available - 1) for index in self.scheduler.timesteps]
+        last = -1 if self.scheduler.config["set_alpha_to_one"] else 0
+        return [self._table.time(index) for index in [*indices, last]]
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        tokenizer = self.pipeline.tokenizer
+        limit = tokenizer.model_max_length
+        if not self._warned:
+            counts = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+            if max(counts) > limit:
+                self._warned = True
+                long = prompts[counts.index(max(counts))]
+                warnings.warn(
+                    f"prompts are cut at {limit} tokens; the first one cut has {max(counts)}: "
+                    f"{long[:80]!r} (said once)",
+                    stacklevel=2,
+                )
+        with torch.no_grad():
+            states, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, False)
+        return Conditioning({"states": states})
+
+    def encode_images(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        vae = self.pipeline.vae
+        latents = vae.encode(images.to(vae.dtype)).latent_dist.mean
+        return latents.float() * vae.config.scaling_factor
+
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        vae = self.pipeline.vae
+        decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
+        return (decoded.float() + 1) / 2
+
+    def denoiser(
+        self,
+        cond: Conditioning,
+        *,
+        uncond: Conditioning | None = None,
+        guidance_scale: float = 1.0,
+        role: Role = "policy",
+        cfg_gradient: CfgGradient = "full",
+    ) -> Denoiser:
+        states = cond.tensors["states"]
+        if uncond is None or guidance_scale == 1.0:
+            guided = False
+        else:
+            guided, states = True, torch.cat([uncond.tensors["states"], states])
+
+        def denoise(x_t: Tensor, t: Time) -> Prediction:
+            rows = torch.cat([x_t, x_t]) if guided else x_t
+            timestep = torch.as_tensor(self._table.index(t), device=x_t.device)
+            if guided and timestep.ndim:
+                timestep = timestep.repeat(2)
+            with self.roles.acting(role) as network:
+                dtype = network.dtype
+                raw = network(rows.to(dtype), timestep, states.to(dtype)).sample.float()
+            if guided:
+                without, with_prompt = raw.chunk(2)
+                raw = classifier_free(with_prompt, without, guidance_scale, cfg_gradient)
+            return self.process.read(self.prediction_type, raw, x_t, t)
+
+        return denoise
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+
+    def shards(self) -> Sequence[nn.Module]:
+        blocks: list[nn.Module] = []
+        unets: Any = self.roles.networks()
+        for unet in unets:
+            blocks += [*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet]
+        return blocks
+
+    def save_pipeline(self, folder: Path) -> None:
+        merged: Any = self.roles.merged().cpu()
+        for parameter in merged.parameters():
+            parameter.data = parameter.data.to(self.pipeline.vae.dtype)
+        merged.save_pretrained(folder / "unet")
+        copy_frozen(self.source, folder, [name for name in COMPONENTS if name != "unet"])
+
+    def open_elsewhere(self, exported: Path, name: str) -> Any:
+        folder = exported / "pipeline" if name == "pipeline" else self.source
+        pipeline = _read_pipeline(folder, self.config, self.pipeline.vae.dtype)
+        pipeline.scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        if name == "lora":
+            pipeline.load_lora_weights(exported / "lora")
+        return pipeline
+
+    def save_adapter(self, folder: Path) -> None:
+        if not isinstance(self.roles, LoraRoles):
+            raise ValueError("model.trainable = full trains no adapter; export the pipeline")
+        type(self.pipeline).save_lora_weights(folder, unet_lora_layers=self.roles.adapter_state())
+
+
+def _read_pipeline(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
+
+    quiet_loading()
+    # Prompts that are too long are warned about by encode_prompts, once.
+    logging.getLogger("diffusers.pipelines.stable_diffusion").setLevel(logging.ERROR)
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            folder,
+            dtype=dtype,
+            variant=config.variant,
+            use_safetensors=None if config.allow_pickle else True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"model.pretrained = {str(folder)!r} could not be read as Stable Diffusion: "
+            f"{str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,1 @@
+"""The rim towards scoring models: a reward family per file, and the weighted sum."""

@@ -1,0 +1,241 @@
+"""Reading a CLIP model from a transformers folder or the Hugging Face hub, checks first."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import transformers
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PUBLISHED_STEPS = {
+    "do_resize": True,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "resample": 3,  # bicubic
+}
+LEGACY_EOS = 2  # transformers takes it as a sign to pool at the highest token
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Say what an image tower expects: short side and crop in pixels, mean and std per channel."""
+
+    size: int
+    crop: int
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+
+@dataclass(frozen=True)
+class ClipParts:
+    """Hold what a CLIP reward is made of; `max_tokens` counts the start and end tokens too."""
+
+    model: "transformers.CLIPModel"
+    tokenizer: "transformers.PreTrainedTokenizerBase"
+    image_settings: ImageSettings
+    max_tokens: int
+
+
+def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
+    """Load a CLIPModel with its tokenizer and image settings, weights last and as stored.
+
+    Args:
+        path_or_hub_id: a folder as transformers saves it, or a hub id; for an id the local cache
+            is asked first, then the hub. Weights are read from safetensors only.
+        processor: folder or hub id of the tokenizer and preprocessor_config.json; by default
+            `path_or_hub_id`.
+
+    Raises:
+        ValueError: if a folder or a file is missing, unreadable, or of another kind of model.
+    """
+    from transformers import CLIPTextConfig, CLIPVisionConfig
+
+    config = _read_config(_fetch(path_or_hub_id, _CONFIG))
+    text, vision = config.text_config, config.vision_config
+    assert isinstance(text, CLIPTextConfig)
+    assert isinstance(vision, CLIPVisionConfig)
+    folder = _fetch(path_or_hub_id if processor is None else processor, _PROCESSOR)
+    tokenizer = _read_tokenizer(folder, text)
+    image_size = _pixels(vision.image_size, (), f"image_size of {path_or_hub_id}")
+    image_settings = _read_image_settings(folder, image_size)
+    model = _read_weights(_fetch(path_or_hub_id, _WEIGHTS))
+    return ClipParts(model, tokenizer, image_settings, text.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Name files of a model folder: all to fetch, the sets of which one must be there."""
+
+    patterns: tuple[str, ...]
+    alternatives: tuple[tuple[str, ...], ...]
+    advice: str
+
+    def are_in(self, folder: Path) -> bool:
+        return any(all((folder / name).is_file() for name in names) for names in self.alternatives)
+
+
+_CONFIG = _Files(
+    ("config.json",),
+    (("config.json",),),
+    "choose the folder of a CLIPModel as transformers saves it",
+)
+_PROCESSOR = _Files(
+    (
+        "config.json",
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "vocab.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "processor_config.json",
+    ),
+    (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "save the tokenizer there, or name a folder or hub id that has one as `processor` "
+    "(for PickScore laion/CLIP-ViT-H-14-laion2B-s32B-b79K)",
+)
+_WEIGHTS = _Files(
+    ("config.json", "model*.safetensors", "model.safetensors.index.json"),
+    (("model.safetensors",), ("model.safetensors.index.json",)),
+    "pickled weights are not read; convert them once by loading them with transformers and "
+    "calling save_pretrained",
+)
+
+
+def _fetch(name: str, files: _Files) -> Path:
+    """Return the folder `name`, or the snapshot of the hub id `name`, that has `files`."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _download(name, files)
+    if not files.are_in(folder):
+        wanted = " or ".join(" with ".join(names) for names in files.alternatives)
+        raise ValueError(f"{name} has no {wanted}; {files.advice}")
+    return folder
+
+
+def _download(name: str, files: _Files) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    patterns = list(files.patterns)
+    try:
+        try:
+            cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+            if files.are_in(cached):
+                return cached
+        except LocalEntryNotFoundError:
+            pass
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"{name} is no folder here, and the Hugging Face hub gives no such model "
+            f"({type(error).__name__}); name a folder that has a config.json, or a hub id such as "
+            "yuvalkirstain/PickScore_v1 where the network reaches the hub"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; copy or download it again")
+    return content
+
+
+def _read_config(folder: Path) -> "transformers.CLIPConfig":
+    from transformers import CLIPConfig
+
+    model_type = _read_json(folder / "config.json").get("model_type")
+    if model_type != "clip":
+        raise ValueError(
+            f"{folder} holds a model of model_type {model_type!r}, not 'clip'; choose a whole "
+            "CLIPModel, with image and text towers"
+        )
+    return CLIPConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _read_tokenizer(
+    folder: Path, text: "transformers.CLIPTextConfig"
+) -> "transformers.PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+        if (folder / name).is_file():
+            _read_json(folder / name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the text tower knows "
+            f"{text.vocab_size}; name the model's own tokenizer as `processor`"
+        )
+    # transformers pools the text at the end token; where it finds none it silently takes the
+    # start token, and every prompt scores alike.
+    if text.eos_token_id not in (LEGACY_EOS, tokenizer.eos_token_id):
+        raise ValueError(
+            f"the tokenizer in {folder} ends prompts with token {tokenizer.eos_token_id}, but the "
+            f"text tower's eos_token_id is {text.eos_token_id}, so that the score would ignore the "
+            "prompt; correct text_config in the model's config.json or name its own tokenizer"
+        )
+    return tokenizer
+
+
+def _read_image_settings(folder: Path, image_size: int) -> ImageSettings:
+    """Read the settings, with CLIP's published ones where none are stated."""
+    path = folder / "preprocessor_config.json"
+    raw = _read_json(path) if path.is_file() else {}
+    if not raw and (folder / "processor_config.json").is_file():
+        path = folder / "processor_config.json"
+        raw = _read_json(path).get("image_processor", {})
+    for key, value in PUBLISHED_STEPS.items():
+        if raw.get(key, value) != value:
+            raise ValueError(
+                f"{path} states {key} = {raw[key]}, but CLIP's preprocessing has {value}; choose a "
+                "model trained with CLIP's preprocessing, or name its `processor`"
+            )
+    settings = ImageSettings(
+        size=_pixels(raw.get("size", image_size), ("shortest_edge",), f"size in {path}"),
+        crop=_pixels(raw.get("crop_size", image_size), ("height", "width"), f"crop_size in {path}"),
+        mean=tuple(raw.get("image_mean", CLIP_MEAN)),
+        std=tuple(raw.get("image_std", CLIP_STD)),
+    )
+    if settings.crop != image_size or settings.size < settings.crop:
+        raise ValueError(
+            f"{path} resizes to {settings.size} px and crops {settings.crop} px, but the image "
+            f"tower takes {image_size} px; name the model's own `processor`"
+        )
+    return settings
+
+
+def _pixels(value: object, keys: tuple[str, ...], what: str) -> int:
+    if isinstance(value, int):
+        return value
+    if isinstance(value, dict) and set(value) == set(keys) and len(set(value.values())) == 1:
+        return int(value[keys[0]])
+    raise ValueError(
+        f"{what} is {value}; state one whole number of pixels, as published CLIP models do"
+    )
+
+
+def _read_weights(folder: Path) -> "transformers.CLIPModel":
+    from safetensors import SafetensorError
+    from transformers import CLIPModel
+
+    try:
+        loaded: Any = CLIPModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights in {folder} cannot be read ({error}); copy or download them again"
+        ) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"the weights in {folder} lack {len(missing)} tensors of a CLIPModel, the first is "
+            f"{missing[0]}; save the whole model there"
+        )
+    return model

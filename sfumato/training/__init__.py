@@ -1,0 +1,1 @@
+"""The loop around: step, state, checkpoints, distribution, metrics, validation."""

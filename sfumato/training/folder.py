@@ -1,0 +1,116 @@
+"""The run folder: the only interface between training, evaluation and report."""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sfumato
+
+# What may differ when a run is taken up again: it changes when a run ends and what is kept of it.
+MAY_CHANGE = (
+    "training.max_steps",
+    "training.max_time",
+    "training.checkpoint_every_steps",
+    "training.keep_checkpoints",
+    "training.micro_batch_size",
+    "training.strategy",
+    "training.tensorboard",
+    "training.wandb_project",
+    "model.gradient_checkpointing",
+    "reward.gradient_checkpointing",
+    "verify",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places inside runs/NAME."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def samples(self, step: int) -> Path:
+        return self.path / "samples" / step_name(step)
+
+    def evaluation(self, step: int) -> Path:
+        return self.path / "evaluation" / step_name(step)
+
+    def describe(self, command: str, facts: dict[str, Any]) -> None:
+        """Append to run.json what ran, with which versions, on what."""
+        file = self.path / "run.json"
+        starts = json.loads(file.read_text())["starts"] if file.exists() else []
+        starts.append(
+            {
+                "command": command,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "sfumato": sfumato.__version__,
+                "commit": _commit(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "platform": platform.platform(),
+                "device": _device_name(),
+                **facts,
+            }
+        )
+        file.write_text(json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def step_name(step: int) -> str:
+    """Return the folder name of a step."""
+    return f"step-{step:06d}"
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return the keys whose values differ, as `old -> new`, leaving out those that may."""
+    found: dict[str, str] = {}
+    for key in sorted({*old, *new}):
+        name = f"{prefix}{key}"
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found |= differences(before, after, f"{name}.")
+        elif before != after and name not in MAY_CHANGE:
+            found[name] = f"{before} -> {after}"
+    return found
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str | None:
+    here = Path(sys.modules[__name__].__file__ or ".").parent
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,240 @@
+"""The training loop, in the order it happens."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sfumato.config import TrainConfig
+from sfumato.diffusion.randomness import Rng, derive
+from sfumato.models.model import TextToImageModel
+from sfumato.objectives.objective import Loss, Objective
+from sfumato.training.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    read_checkpoint,
+    tidy,
+    write_checkpoint,
+)
+from sfumato.training.distribution import Distribution, whole
+from sfumato.training.folder import RunFolder
+from sfumato.training.module import TrainingModule
+from sfumato.training.optimizer import learning_rate
+from sfumato.training.state import TrainState
+from sfumato.training.stop import StopWatch
+from sfumato.training.tracking import Trackers
+from sfumato.training.validation import Validation
+
+
+class TrainingError(ValueError):
+    """Training that cannot go on; the message says at which step and with which prompts."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `fit` ended."""
+
+    step: int
+    stopped_by: str | None  # None: the run is complete
+
+
+def fit(
+    config: TrainConfig,
+    model: TextToImageModel,
+    objective: Objective[Any],
+    stream: Any,
+    validation: Validation,
+    folder: RunFolder,
+    distribution: Distribution,
+    settings: dict[str, Any],
+) -> Outcome:
+    """Train from the last checkpoint of the run folder, or from the start, to `max_steps`.
+
+    Args:
+        stream: gives the global batches; see PromptStream.
+        settings: the resolved configuration, for the trackers.
+
+    Raises:
+        CheckpointError: if a checkpoint is damaged or cannot be written.
+        TrainingError: if the loss is not finite.
+    """
+    training = config.training
+    module = TrainingModule(model, objective)
+    distribution.shard(module)
+    state = TrainState(config, model, stream, distribution)
+    resume(state, folder, distribution)
+    wrapped = distribution.wrap(module)
+    watch = StopWatch(training.max_time)
+    trackers = Trackers(
+        folder, training, settings, first_step=state.step, active=distribution.is_main
+    )
+    bar = tqdm(
+        total=training.max_steps,
+        initial=state.step,
+        desc=config.name,
+        unit="step",
+        disable=not distribution.is_main,
+        dynamic_ncols=True,
+    )
+    saved = state.step
+    stopped_by = None
+    with watch.listening(), bar:
+        if state.step == 0:
+            validate(validation, model, state, folder, trackers, {})
+        while state.step < training.max_steps:
+            stopped_by = watch.reason()
+            if distribution.any(stopped_by is not None):
+                stopped_by = stopped_by or "another process"
+                break
+            started = time.monotonic()
+            metrics = take_step(config, wrapped, state, distribution)
+            seconds = time.monotonic() - started
+            metrics["images_per_second"] = training.global_batch_size / seconds
+            metrics["seconds_per_step"] = seconds
+            bar.set_postfix_str(headline(metrics))
+            bar.update()
+            if is_due(state.step, config.validation.every_steps, training.max_steps):
+                validate(validation, model, state, folder, trackers, metrics)
+            else:
+                trackers.log(state.step, metrics)
+            if is_due(state.step, training.checkpoint_every_steps, training.max_steps):
+                save(state, folder, distribution, training.keep_checkpoints)
+                saved = state.step
+            watch.took(time.monotonic() - started)
+        if saved != state.step:
+            save(state, folder, distribution, training.keep_checkpoints)
+    trackers.close()
+    return Outcome(state.step, stopped_by)
+
+
+def take_step(
+    config: TrainConfig, module: nn.Module, state: TrainState, distribution: Distribution
+) -> dict[str, float]:
+    """Take one optimiser step and return its metrics, means over the global batch."""
+    training = config.training
+    share = training.global_batch_size // distribution.world
+    first = distribution.rank * share
+    batch = state.stream.next(training.global_batch_size, first, first + share)
+    size = training.micro_batch_size
+    losses: list[Loss] = []
+    for start in range(0, share, size):
+        rows = range(first + start, first + start + size)
+        torch.manual_seed(derive(training.seed, state.step, rows.start, "dropout"))
+        with distribution.accumulating(module, last=rows.stop == first + share):
+            with distribution.autocast():
+                rng = Rng.of_step(training.seed, state.step, rows)
+                loss = module(batch[start : start + size], rng)
+            state.scaler.scale(loss.value * (size / share)).backward()
+        losses.append(Loss(loss.value.detach(), loss.metrics))
+
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(state.parameters.values(), config.optimizer.max_grad_norm)
+    metrics = local_means(losses) | {"grad_norm": whole(norm).item()}
+    refuse_non_finite(metrics, losses, batch, state, distribution)
+    metrics["learning_rate"] = learning_rate(config.optimizer, state.step, training.max_steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = metrics["learning_rate"]
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.ema.update()
+    state.step += 1
+    return distribution.mean(metrics)
+
+
+def local_means(losses: Sequence[Loss]) -> dict[str, float]:
+    """Return each metric's mean over the micro-batches, fetched from the device at once."""
+    names = list(losses[0].metrics)
+    values = torch.stack([torch.stack([loss.metrics[n] for n in names]).float() for loss in losses])
+    return dict(zip(names, values.double().mean(0).tolist(), strict=True))
+
+
+def refuse_non_finite(
+    metrics: dict[str, float],
+    losses: Sequence[Loss],
+    batch: Sequence[str],
+    state: TrainState,
+    distribution: Distribution,
+) -> None:
+    """Stop before a loss that is not finite reaches the weights.
+
+    Under fp16 a gradient that overflows is no error: the loss scaler skips the step.
+    """
+    good_gradient = state.scaler.is_enabled() or math.isfinite(metrics["grad_norm"])
+    good = good_gradient and all(math.isfinite(value.value.item()) for value in losses)
+    if not distribution.any(not good):
+        return
+    size = len(batch) // len(losses)
+    bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss.value.item())]
+    prompts = [p for i in bad for p in batch[i * size : (i + 1) * size]]
+    prompts = distribution.gather(prompts or ([] if good else list(batch)))
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    raise TrainingError(
+        f"the loss or its gradient is not finite at step {state.step + 1} ({shown}) for the "
+        f"prompts {prompts[:8]}; the weights were not touched. Lower optimizer.lr or "
+        "optimizer.max_grad_norm, or use training.precision=no"
+    )
+
+
+def validate(
+    validation: Validation,
+    model: TextToImageModel,
+    state: TrainState,
+    folder: RunFolder,
+    trackers: Trackers,
+    metrics: dict[str, float],
+) -> None:
+    """Validate the averaged weights and log the result with the step's own metrics."""
+    with state.ema.shown():
+        metrics = metrics | validation.run(model, state.step, folder, trackers)
+    trackers.log(state.step, metrics)
+
+
+def resume(state: TrainState, folder: RunFolder, distribution: Distribution) -> None:
+    """Take up the newest checkpoint, if there is one.
+
+    Raises:
+        CheckpointError: if it is damaged; the last good one is named.
+    """
+    found = list_checkpoints(folder.checkpoints)
+    if found:
+        state.restore(read_checkpoint(found[-1]))
+    distribution.barrier()
+    if distribution.is_main:
+        tidy(folder.checkpoints)
+
+
+def save(
+    state: TrainState, folder: RunFolder, distribution: Distribution, keep: int | None
+) -> None:
+    """Write a checkpoint, and remove the oldest beyond `keep`.
+
+    Raises:
+        CheckpointError: on every process, if it could not be written.
+    """
+    snapshot = state.snapshot()
+    error: CheckpointError | None = None
+    if distribution.is_main:
+        try:
+            write_checkpoint(folder.checkpoints, snapshot)
+            tidy(folder.checkpoints, keep)
+        except CheckpointError as caught:
+            error = caught
+    if distribution.any(error is not None):
+        raise error or CheckpointError("the main process could not write its checkpoint")
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Say whether something that happens every N steps, and at the last, happens now."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """Return what the progress bar shows."""
+    parts = [f"{name} {metrics[name]:.4g}" for name in ("reward", "kl") if name in metrics]
+    return ", ".join([*parts, f"{metrics['images_per_second']:.3g} images/s"])

@@ -1,0 +1,164 @@
+"""A whole training run: check, load, train, export."""
+
+import fcntl
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sfumato.config import DraftConfig, TrainConfig
+from sfumato.data.prompts import open_prompts, read_prompts
+from sfumato.models.model import TextToImageModel
+from sfumato.models.registry import find_family, load_model
+from sfumato.objectives.draft import Draft
+from sfumato.rewards.build import build_reward
+from sfumato.training.checkpoint import list_checkpoints
+from sfumato.training.distribution import Distribution
+from sfumato.training.export import export
+from sfumato.training.folder import RunFolder, differences
+from sfumato.training.loop import Outcome, fit
+from sfumato.training.validation import Validation
+
+
+def train(config: TrainConfig, settings: dict[str, Any], distribution: Distribution) -> Outcome:
+    """Train as configured, into runs_dir/name, going on where an earlier call stopped.
+
+    Args:
+        config: checked by `check_train`.
+        settings: the same as plain data, for config.yaml and the trackers.
+
+    Raises:
+        ValueError: for every mistake of the user's, the cheap checks before any weight is loaded.
+    """
+    folder = RunFolder(Path(config.runs_dir) / config.name)
+    with exclusive(folder, distribution):
+        prepare_folder(folder, settings, distribution)
+        find_family(config.model)
+        stream = open_prompts(
+            config.data.prompts,
+            column=config.data.column,
+            seed=config.training.seed,
+            shuffle=config.data.shuffle,
+            buffer=config.data.buffer,
+        )
+        prompts = validation_prompts(config)
+        reward = build_reward(config.reward).to(distribution.device)
+        assert isinstance(config.objective, DraftConfig)
+        objective = Draft(config.objective, config.sampler, reward)
+        model = load_model(config.model)
+        check_sizes(config, model)
+        model.to(distribution.device)
+        trained = sum(parameter.numel() for parameter in model.trainable().values())
+        if distribution.is_main:
+            facts = {
+                "reward_scale": reward.scale,
+                "trained_parameters": trained,
+                "processes": distribution.world,
+            }
+            folder.describe(" ".join(sys.argv), facts)
+            print(f"{folder.path}: training {trained / 1e6:.2f} M parameters", flush=True)
+        validation = Validation(config, prompts, reward, distribution)
+        outcome = fit(config, model, objective, stream, validation, folder, distribution, settings)
+        if distribution.is_main:
+            if stream.skipped.skips:
+                print(f"prompts left out: {stream.skipped.summary()}", flush=True)
+            finish(config, folder, outcome, distribution, prompts[0])
+        distribution.barrier()
+    return outcome
+
+
+def validation_prompts(config: TrainConfig) -> list[str]:
+    """Return one prompt per validation image, going round where there are fewer."""
+    count = config.validation.num_images
+    path = config.validation.prompts or config.data.prompts
+    found = read_prompts(path, column=config.data.column, limit=count)
+    return [found[i % len(found)] for i in range(count)]
+
+
+def check_sizes(config: TrainConfig, model: TextToImageModel) -> None:
+    """Refuse an image size or a number of steps that the model cannot have.
+
+    Raises:
+        ValueError: naming the key, its value, and the nearest one that is possible.
+    """
+    height, width = model.image_size()
+    height, width = config.sampler.height or height, config.sampler.width or width
+    model.latent_shape(height, width)
+    model.times(config.sampler.num_inference_steps, height, width)
+
+
+def prepare_folder(folder: RunFolder, settings: dict[str, Any], distribution: Distribution) -> None:
+    """Write config.yaml, or refuse to go on in a folder of other settings.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
+    if folder.config.exists():
+        changed = differences(yaml.safe_load(folder.config.read_text()), settings)
+        if changed and list_checkpoints(folder.checkpoints):
+            listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
+            raise ValueError(
+                f"{folder.path} holds a run with other settings ({listed}); choose another name "
+                "(name=...), or remove the folder"
+            )
+    distribution.barrier()
+    if distribution.is_main:
+        folder.config.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def finish(
+    config: TrainConfig,
+    folder: RunFolder,
+    outcome: Outcome,
+    distribution: Distribution,
+    prompt: str,
+) -> None:
+    """Say how the run ended, and export it if it is complete and that is not done yet."""
+    if outcome.stopped_by is not None:
+        print(
+            f"{folder.path}: stopped at step {outcome.step} of {config.training.max_steps} by "
+            f"{outcome.stopped_by}; the same command goes on from there",
+            flush=True,
+        )
+        return
+    note = folder.path / "export.json"
+    done = json.loads(note.read_text()) if note.exists() and folder.export.exists() else None
+    if done is None or done["step"] != outcome.step:
+        last = list_checkpoints(folder.checkpoints)[-1]
+        lines = export(config, last, folder.export, distribution.device, prompt)
+        note.write_text(json.dumps({"step": outcome.step, "exports": lines}, indent=2) + "\n")
+        done = {"exports": lines}
+    print(f"{folder.path}: complete at step {outcome.step}")
+    for line in done["exports"]:
+        print(f"  {line}")
+
+
+@contextmanager
+def exclusive(folder: RunFolder, distribution: Distribution) -> Iterator[None]:
+    """Hold the run folder for this run alone, until it ends or is killed.
+
+    Raises:
+        ValueError: if another process holds it, or it cannot be made.
+    """
+    if not distribution.is_main:
+        yield
+        return
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock = (folder.path / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"the run folder {folder.path} cannot be made ({error.strerror}); set runs_dir=..."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"another process is training in {folder.path}; choose another name (name=...)"
+            ) from error
+        yield

@@ -1,0 +1,130 @@
+"""Where metrics and images go: metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.config import TrainingConfig
+from sfumato.training.folder import RunFolder
+
+
+@final
+class Trackers:
+    """Writes on the main process; on the others every call does nothing.
+
+    Args:
+        first_step: what was logged at later steps, by a run that was killed, is dropped.
+
+    Raises:
+        ValueError: if Weights & Biases is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: TrainingConfig,
+        settings: Mapping[str, Any],
+        *,
+        first_step: int,
+        active: bool,
+    ) -> None:
+        self._active = active
+        self._file: Any = None
+        self._board: Any = None
+        self._wandb: Any = None
+        if not active:
+            return
+        _drop_later(folder, first_step)
+        self._file = folder.metrics.open("a", encoding="utf-8")
+        if config.tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
+        if config.wandb_project:
+            self._wandb = _start_wandb(config.wandb_project, folder, settings)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record scalars of one optimiser step."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def images(
+        self,
+        step: int,
+        name: str,
+        images: Float[Tensor, "b 3 H W"],
+        captions: Sequence[str],
+    ) -> None:
+        """Record images in [0, 1] with their captions, in every tracker that can show them."""
+        if not self._active:
+            return
+        if self._board is not None:
+            self._board.add_images(name, images.numpy(), step)
+            lines = "\n".join(f"{i}. {caption}" for i, caption in enumerate(captions))
+            self._board.add_text(f"{name}/captions", lines, step)
+        if self._wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            pictures = [
+                wandb.Image(image.permute(1, 2, 0).numpy(), caption=caption)
+                for image, caption in zip(images, captions, strict=True)
+            ]
+            self._wandb.log({name: pictures}, step=step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
+    """Return the rows of metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in folder.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _drop_later(folder: RunFolder, step: int) -> None:
+    if not folder.metrics.exists():
+        return
+    kept = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step]
+    beside = folder.metrics.with_suffix(".tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(folder.metrics)
+
+
+def _start_wandb(project: str, folder: RunFolder, settings: Mapping[str, Any]) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"training.wandb_project = {project!r} needs the wandb package: pip install "
+            "'sfumato[wandb]', or leave it null"
+        ) from error
+    return wandb.init(
+        project=project,
+        name=folder.path.name,
+        id=folder.path.name,
+        dir=str(folder.path),
+        config=dict(settings),
+        resume="allow",
+    )
