@@ -80,7 +80,7 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
     try:
         run()
     except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(str(error), keys_of(COMMANDS[command])))
+        fail(explain(error, keys_of(COMMANDS[command])))
 
 
 def quiet_libraries() -> None:

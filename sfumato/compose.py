@@ -25,6 +25,7 @@ from sfumato.config import (
 )
 
 CONF = Path(__file__).parent / "conf"
+DEMO_MODELS = Path(__file__).parent / "demo" / "model"
 COMMANDS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
 CHOICES = {
     "model.trainable": ("lora", "full"),
@@ -39,28 +40,63 @@ CHOICES = {
 
 
 def register() -> None:
-    """Make the dataclasses known to Hydra: one root per command, one node per group choice."""
+    """Make the dataclasses known to Hydra: one root per command, one node per group choice.
+
+    `${demo:base}` in a recipe is the folder of a shipped model.
+    """
+    OmegaConf.register_new_resolver("demo", lambda name: str(DEMO_MODELS / name), replace=True)
     store = ConfigStore.instance()
     for name, node in COMMANDS.items():
         store.store(name=f"{name}_schema", node=node)
-    for group, choices in (("objective", OBJECTIVES), ("reward", REWARDS)):
+    for group, choices in GROUPS.items():
         for name, node in choices.items():
             store.store(group=group, name=name, node=node)
 
 
-def to_settings(config: Any) -> Any:
+def to_settings(config: Any, prefix: str = "") -> Any:
     """Return the dataclasses of a composed configuration.
 
+    Args:
+        prefix: of the names of the settings, in messages.
+
     Raises:
-        ValueError: if a value that the user must give is missing.
+        ValueError: if a value that the user must give is missing, a key is unknown, or a number is
+            not finite.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise ValueError(
-            f"missing settings: {', '.join(missing)}; give each as KEY=VALUE, for example "
-            f"{missing[0]}=..."
-        )
-    return OmegaConf.to_object(config)
+        names = ", ".join(f"{prefix}{name}" for name in missing)
+        raise ValueError(f"missing settings: {names}; give each as KEY=VALUE")
+    odd = _added_keys(config)
+    if odd:
+        kind = OmegaConf.get_type(config)
+        assert kind is not None
+        raise ValueError(unknown_key(f"{prefix}{odd[0]}", keys_of(kind, prefix)))
+    settings = OmegaConf.to_object(config)
+    _refuse_non_finite(settings, prefix)
+    return settings
+
+
+def _added_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """Return what `+KEY=VALUE` has put into a dataclass that has no such field."""
+    kind = OmegaConf.get_type(config)
+    if not is_dataclass(kind):
+        return []
+    known = {item.name for item in fields(kind)}
+    found = [f"{prefix}{key}" for key in config if key not in known]
+    for key in known:
+        if OmegaConf.is_dict(config[key]):
+            found += _added_keys(config[key], f"{prefix}{key}.")
+    return found
+
+
+def _refuse_non_finite(settings: Any, prefix: str) -> None:
+    for name, value in vars(settings).items():
+        if is_dataclass(value):
+            _refuse_non_finite(value, f"{prefix}{name}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{prefix}{name} = {value} must be finite")
 
 
 def swept_name(name: str, arguments: Sequence[str], chosen: Sequence[str]) -> str:
@@ -74,11 +110,15 @@ def swept_name(name: str, arguments: Sequence[str], chosen: Sequence[str]) -> st
 
     if not {"-m", "--multirun"} & set(arguments):
         return name
-    typed = [argument for argument in arguments if not argument.startswith("-")]
+    typed = [argument for argument in arguments if "=" in argument and argument[0] != "-"]
     parsed = OverridesParser.create().parse_overrides(typed)
     swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
-    parts = [text for text in chosen if text.split("=")[0] in swept]
-    return "-".join([name, *(part.rpartition(".")[2] for part in parts)])
+    parts = [name]
+    for text in chosen:
+        key, _, value = text.lstrip("+").partition("=")
+        if key in swept:
+            parts.append(f"{key.rpartition('.')[2]}={value}")
+    return re.sub(r"[^\w.=+-]+", "_", "-".join(parts))
 
 
 def load_settings(file: Path) -> TrainConfig:
@@ -90,62 +130,21 @@ def load_settings(file: Path) -> TrainConfig:
     if not file.exists():
         raise ValueError(f"{file.parent} is no run folder: it has no {file.name}")
     try:
-        content = OmegaConf.load(file)
+        content: Any = OmegaConf.load(file)
         root = OmegaConf.structured(TrainConfig)
-        root.objective = OBJECTIVES[content.objective.kind]
-        root.reward = REWARDS[content.reward.kind]
+        for group, choices in GROUPS.items():
+            kind = content[group]["kind"]
+            if kind not in choices:
+                raise ValueError(f"{group}.kind = {kind!r}; there are {', '.join(choices)}")
+            root[group] = choices[kind]
         config = to_settings(OmegaConf.merge(root, content))
-    except (OmegaConfBaseException, YAMLError, KeyError) as error:
+        if isinstance(config.reward, WeightedRewardConfig):
+            resolve_parts(config.reward)
+    except (OmegaConfBaseException, YAMLError, LookupError, TypeError, ValueError, OSError) as error:
         raise ValueError(
             f"{file} is not a configuration of `sfumato train`: {str(error).splitlines()[0]}"
         ) from error
-    if isinstance(config.reward, WeightedRewardConfig):
-        resolve_parts(config.reward)
     return config
-
-
-def explain(message: str, known: Sequence[str]) -> str:
-    """Return Hydra's message in one line, with the nearest known key if it names an unknown one."""
-    first = next((line for line in message.splitlines() if line.strip()), message)
-    match = re.search(r"Could not override '([^']+)'", message)
-    if match is None:
-        group = re.search(r"Could not find '([^']+)'", message)
-        if group:
-            return f"{first.strip()} {_available(group.group(1))}"
-        detail = [line.strip() for line in message.splitlines() if line.strip()]
-        return " ".join(detail[:2])
-    return unknown_key(match.group(1), known)
-
-
-def unknown_key(key: str, known: Sequence[str]) -> str:
-    """Say that a key is unknown, and which known ones are near."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not near:  # a right name in the wrong place
-        leaf = key.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == leaf][:1]
-    hint = f"did you mean {near[0]}?" if near else "run with --cfg job to see every key"
-    return f"unknown key {key}: {hint}"
-
-
-def keys_of(node: type, prefix: str = "") -> list[str]:
-    """Return the dotted names of all settings below a dataclass, of every group choice."""
-    names = []
-    for item in fields(node):
-        name = f"{prefix}{item.name}"
-        names.append(name)
-        groups = {"objective": OBJECTIVES, "reward": REWARDS}.get(item.name, {})
-        inner = [*groups.values()] if groups else [item.type] if is_dataclass(item.type) else []
-        for kind in inner:
-            assert isinstance(kind, type)
-            names += keys_of(kind, f"{name}.")
-    return sorted(set(names))
-
-
-def _available(choice: str) -> str:
-    group = choice.partition("/")[0]
-    names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    names += sorted({"objective": OBJECTIVES, "reward": REWARDS}.get(group, {}))
-    return f"There are: {', '.join(names)}." if names else ""
 
 
 def resolve_parts(config: WeightedRewardConfig) -> None:
@@ -159,23 +158,29 @@ def resolve_parts(config: WeightedRewardConfig) -> None:
             "reward.parts is empty; write '+reward.parts.NAME={kind: clip, weight: 1.0, ...}'"
         )
     for name, given in config.parts.items():
-        if not isinstance(given, dict):
-            raise ValueError(f"reward.parts.{name} = {given!r}; write {{kind: ..., weight: ...}}")
-        settings = dict(given)
-        kind = settings.pop("kind", None)
-        weight = settings.pop("weight", 1.0)
-        if kind not in REWARDS or kind == "weighted":
-            choices = ", ".join(k for k in REWARDS if k != "weighted")
-            raise ValueError(f"reward.parts.{name}.kind = {kind!r}; choose one of {choices}")
-        known = [f"reward.parts.{name}.{item.name}" for item in fields(REWARDS[kind])]
-        for key in settings:
-            if f"reward.parts.{name}.{key}" not in known:
-                raise ValueError(unknown_key(f"reward.parts.{name}.{key}", known))
-        try:
-            node = OmegaConf.merge(OmegaConf.structured(REWARDS[kind]), settings)
-            config.parts[name] = WeightedPartConfig(to_settings(node), float(weight))
-        except (OmegaConfBaseException, ValueError) as error:
-            raise ValueError(f"reward.parts.{name}: {str(error).splitlines()[0]}") from error
+        config.parts[name] = _resolve_part(f"reward.parts.{name}", given)
+
+
+def _resolve_part(place: str, given: Any) -> WeightedPartConfig:
+    if not isinstance(given, dict):
+        raise ValueError(f"{place} = {given!r}; write {{kind: ..., weight: ...}}")
+    settings: dict[str, Any] = dict(given)
+    kind, weight = settings.pop("kind", None), settings.pop("weight", 1.0)
+    choices = [name for name in REWARDS if name != "weighted"]
+    if kind not in choices:
+        raise ValueError(f"{place}.kind = {kind!r}; choose one of {', '.join(choices)}")
+    if not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(f"{place}.weight = {weight!r} must be a finite number")
+    known = [item.name for item in fields(REWARDS[kind])]
+    for key in settings:
+        if key not in known:
+            named = [f"{place}.{name}" for name in known]
+            raise ValueError(unknown_key(f"{place}.{key}", named))
+    try:
+        node = OmegaConf.merge(OmegaConf.structured(REWARDS[kind]), settings)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{place}: {str(error).splitlines()[0]}") from error
+    return WeightedPartConfig(to_settings(node, f"{place}."), float(weight))
 
 
 def check_train(config: TrainConfig, processes: int) -> None:
@@ -184,19 +189,26 @@ def check_train(config: TrainConfig, processes: int) -> None:
     Raises:
         ValueError: naming the key, its value, and what to do.
     """
-    _check_choices(config)
-    training, sampler = config.training, config.sampler
-    check_sampler(sampler)
+    training = config.training
+    if Path(config.name).name != config.name:
+        raise ValueError(
+            f"name = {config.name!r} is no name of a folder; give one without slashes, and the "
+            "place of all runs as runs_dir=..."
+        )
+    rewards = {"reward": config.reward}
+    if isinstance(config.reward, WeightedRewardConfig):
+        resolve_parts(config.reward)
+        rewards |= {f"reward.parts.{n}": part.reward for n, part in config.reward.parts.items()}
+    _check_choices(config, rewards)
+    check_sampler(config.sampler)
     _positive(
         {
             "training.max_steps": training.max_steps,
             "training.micro_batch_size": training.micro_batch_size,
             "training.global_batch_size": training.global_batch_size,
             "training.checkpoint_every_steps": training.checkpoint_every_steps,
+            "training.keep_checkpoints": training.keep_checkpoints,
             "validation.num_images": config.validation.num_images,
-            "model.lora.rank": config.model.lora.rank,
-            "optimizer.lr": config.optimizer.lr,
-            "optimizer.max_grad_norm": config.optimizer.max_grad_norm,
             "data.buffer": config.data.buffer,
         }
     )
@@ -212,16 +224,14 @@ def check_train(config: TrainConfig, processes: int) -> None:
         raise ValueError(
             f"training.ema_decay = {training.ema_decay} must lie in [0, 1), or be null"
         )
-    if len(config.optimizer.betas) != 2:
-        raise ValueError(f"optimizer.betas = {config.optimizer.betas} must be two numbers")
     if training.max_time is not None:
         from sfumato.training.stop import parse_duration
 
         parse_duration(training.max_time)
+    _check_lora(config.model.lora)
+    _check_optimizer(config.optimizer)
     if isinstance(config.objective, DraftConfig):
-        _check_draft(config.objective, sampler)
-    if isinstance(config.reward, WeightedRewardConfig):
-        resolve_parts(config.reward)
+        _check_draft(config.objective, config.sampler, rewards)
 
 
 def check_sampler(sampler: SamplerConfig) -> None:
@@ -230,12 +240,50 @@ def check_sampler(sampler: SamplerConfig) -> None:
     Raises:
         ValueError: naming the key and its value.
     """
-    _positive({"sampler.num_inference_steps": sampler.num_inference_steps})
+    _positive(
+        {
+            "sampler.num_inference_steps": sampler.num_inference_steps,
+            "sampler.height": sampler.height,
+            "sampler.width": sampler.width,
+        }
+    )
     if sampler.eta < 0 or sampler.eta > 1:
         raise ValueError(f"sampler.eta = {sampler.eta} must lie in [0, 1]; 0 is deterministic")
 
 
-def _check_draft(draft: DraftConfig, sampler: SamplerConfig) -> None:
+def _check_lora(lora: LoraConfig) -> None:
+    _positive({"model.lora.rank": lora.rank, "model.lora.alpha": lora.alpha})
+    if not 0 <= lora.dropout < 1:
+        raise ValueError(f"model.lora.dropout = {lora.dropout} must lie in [0, 1)")
+    if not lora.targets:
+        raise ValueError("model.lora.targets = [] trains nothing; leave it out for the default")
+    for target in lora.targets:
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise ValueError(
+                f"model.lora.targets has {target!r}, which is no regular expression ({error})"
+            ) from error
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    _positive({"optimizer.lr": optimizer.lr, "optimizer.max_grad_norm": optimizer.max_grad_norm})
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ValueError(f"optimizer.betas = {optimizer.betas} must be two numbers in [0, 1)")
+    for name in ("eps", "weight_decay", "warmup_steps"):
+        if vars(optimizer)[name] < 0:
+            raise ValueError(f"optimizer.{name} = {vars(optimizer)[name]} must be 0 or more")
+
+
+def _check_draft(
+    draft: DraftConfig, sampler: SamplerConfig, rewards: Mapping[str, RewardConfig]
+) -> None:
+    for place, reward in rewards.items():
+        if isinstance(reward, JpegRewardConfig):
+            raise ValueError(
+                f"{place} = {reward.kind} is not differentiable, and DRaFT learns from the "
+                "reward's gradient; choose a differentiable one (reward=clip, reward=color)"
+            )
     steps = sampler.num_inference_steps
     if not 1 <= draft.truncation_steps <= steps:
         raise ValueError(
@@ -262,16 +310,17 @@ def _check_draft(draft: DraftConfig, sampler: SamplerConfig) -> None:
         )
 
 
-def _check_choices(config: TrainConfig) -> None:
+def _check_choices(config: TrainConfig, rewards: Mapping[str, RewardConfig]) -> None:
     for key, allowed in CHOICES.items():
         group, _, name = key.partition(".")
-        node = vars(config)[group]
-        value = vars(node).get(name)
-        if value is not None and value not in allowed:
-            raise ValueError(f"{key} = {value!r}; choose one of {', '.join(allowed)}")
+        nodes = rewards if group == "reward" else {group: vars(config)[group]}
+        for place, node in nodes.items():
+            value = vars(node).get(name)
+            if value is not None and value not in allowed:
+                raise ValueError(f"{place}.{name} = {value!r}; choose one of {', '.join(allowed)}")
 
 
-def _positive(values: dict[str, float]) -> None:
+def _positive(values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
-        if value <= 0:
+        if value is not None and value <= 0:
             raise ValueError(f"{name} = {value} must be above 0")

@@ -4,8 +4,10 @@
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+CONF = Path(__file__).parent / "conf"
 MISSING: Any = "???"
 
 ATTENTION_AND_FEED_FORWARD = [
@@ -136,6 +138,7 @@ REWARDS: dict[str, type[RewardConfig]] = {
     "weighted": WeightedRewardConfig,
 }
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"draft": DraftConfig}
+GROUPS = {"objective": OBJECTIVES, "reward": REWARDS}
 
 
 @dataclass
@@ -247,3 +250,6 @@ class EvaluateConfig:
     seed: int = 4321
     batch_size: int = 8
     features: str = "pixels"  # pixels | lpips | a CLIP folder or hub id
+
+
+COMMANDS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}

@@ -1,6 +1,7 @@
-"""A Stable Diffusion pipeline of the real classes, small enough for tests, as a diffusers folder."""
+"""A diffusers folder of Stable Diffusion: the real classes, small enough for tests."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,15 @@ import torch
 from tiny_clip import write_tiny_clip
 from torch import Tensor
 
+from sfumato.config import ModelConfig
+from sfumato.models.adapters import LoraRoles
+from sfumato.models.stable_diffusion import StableDiffusion
+
 LATENT = 8
 PIXELS = 32
 CHANNELS = (32, 64)
 
-# The settings that scheduler_config.json of stable-diffusion-v1-5 and of stable-diffusion-2-1 share.
+# What scheduler_config.json says in both stable-diffusion-v1-5 and stable-diffusion-2-1.
 SETTINGS = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -57,6 +62,10 @@ def write_tiny_sd(folder: Path, *, prediction_type: str = "epsilon", seed: int =
         requires_safety_checker=False,
     ).save_pretrained(folder)
     _publish_text_keys(folder / "text_encoder" / "model.safetensors")
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(clip / name, folder / "tokenizer" / name)
     kind = "PNDMScheduler" if prediction_type == "epsilon" else "DDIMScheduler"
     settings: dict[str, Any] = {"_class_name": kind, "_diffusers_version": "0.8.0", **SETTINGS}
     if prediction_type != "epsilon":
@@ -119,8 +128,6 @@ def _fit_output(unet: Any, prediction_type: str, text_size: int, rows: int = 128
     patches = torch.nn.functional.unfold(seen[0], 3, padding=1).mT.flatten(0, 1).double()
     patches = torch.cat([patches, patches.new_ones(len(patches), 1)], 1)
     wanted = targets[prediction_type].flatten(2).mT.flatten(0, 1).double()
-    weight = (1 / scheduler.alphas_cumprod[t] - 1).sqrt().repeat_interleave(LATENT * LATENT)[:, None].double()
-    patches, wanted = patches * weight, wanted * weight
     ridge = 0.1 * torch.eye(patches.shape[1])
     solved = torch.linalg.solve(patches.mT @ patches + ridge, patches.mT @ wanted).float()
     unet.conv_out.weight.copy_(solved[:-1].mT.reshape(unet.conv_out.weight.shape))
@@ -134,3 +141,32 @@ def _publish_text_keys(file: Path) -> None:
     tensors = load_file(file)
     named = {f"text_model.{key.removeprefix('text_model.')}": t for key, t in tensors.items()}
     save_file(named, file, metadata={"format": "pt"})
+
+
+def load_tiny_sd(folder: Path, config: ModelConfig | None = None) -> StableDiffusion:
+    """Load a folder as Sfumato does; `config.pretrained` need not be stated."""
+    return StableDiffusion.load(folder, config or ModelConfig(pretrained=str(folder)))
+
+
+def reference_pipeline(folder: Path) -> Any:
+    """Load a folder with diffusers alone, as a quiet DDIM pipeline."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def perturb_adapters(model: StableDiffusion, size: float = 0.1, seed: int = 0) -> None:
+    """Draw A and B from a seed, so that policy and reference differ; B alone starts at 0."""
+    assert isinstance(model.roles, LoraRoles)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.roles.layers:
+        for part in (layer.lora_A, layer.lora_B):
+            weight = part["default"].weight
+            weight.copy_(size * torch.randn(weight.shape, generator=generator))

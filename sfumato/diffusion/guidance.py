@@ -50,22 +50,22 @@ def annealed_weights(schedule: str, steps: int) -> tuple[float, ...]:
     Raises:
         ValueError: if the schedule is none of these.
     """
-    name, _, number = schedule.partition("_")
+    name, *numbers = schedule.split("_")
     try:
-        parameter = float(number) if number else None
+        parameters = [float(number) for number in numbers]
     except ValueError:
-        parameter = math.nan
+        parameters = [math.nan]
     shape: Callable[[float], float]
-    match name, parameter:
-        case "base", None:
+    match name, parameters:
+        case "base", []:
             shape = lambda _: 0.0  # noqa: E731
-        case "draft", None:
+        case "draft", []:
             shape = lambda _: 1.0  # noqa: E731
-        case "linear", None:
+        case "linear", []:
             shape = lambda x: x  # noqa: E731
-        case "power", float(p) if p > 0:
+        case "power", [p] if 0 < p < math.inf:
             shape = lambda x: x**p  # noqa: E731
-        case "step", float(f) if 0 <= f <= 1:
+        case "step", [f] if 0 <= f <= 1:
             shape = lambda x: float(x >= f)  # noqa: E731
         case _:
             raise ValueError(

@@ -60,6 +60,7 @@ class LoraRoles(Roles):
                 f"model.lora.targets = {list(lora.targets)} match no layer of "
                 f"{type(network).__name__}; its linear layers are named like {linear[:3]}"
             ) from error
+        network.train(network.training)  # peft's new dropouts start active
         self.policy = network
         self.settings = settings
         self.layers: list[Any] = [

@@ -4,8 +4,10 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt")
 
 
@@ -64,30 +66,44 @@ def read_model_index(folder: Path) -> dict[str, object]:
             f"model.pretrained = {str(folder)!r} has no model_index.json{hint}; give the top "
             "folder of a diffusers pipeline"
         )
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{index} is not JSON ({error}); download the model again") from error
+    content = _read_json(index)
     if not isinstance(content, dict) or "_class_name" not in content:
         raise ValueError(f"{index} names no pipeline class; give a folder that diffusers saved")
     return content
 
 
-def check_components(folder: Path, networks: dict[str, str], *, allow_pickle: bool) -> None:
-    """Check that each network's folder holds a configuration and weights that may be loaded.
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); download the model again") from error
+
+
+def check_components(folder: Path, components: dict[str, str], *, allow_pickle: bool) -> None:
+    """Check that each component's folder holds its settings, and weights that may be loaded.
 
     Args:
-        networks: component name to the file that configures it.
+        components: component name to the file that configures it.
 
     Raises:
-        ValueError: if a component is missing, or has only pickled weights and these are refused.
+        ValueError: if a component is missing or damaged, or has only pickled weights and these
+            are refused.
     """
-    for name, config in networks.items():
+    for name, config in components.items():
         part = folder / name
         if not (part / config).exists():
             raise ValueError(
                 f"model.pretrained = {str(folder)!r} lacks {name}/{config}; the folder is "
                 "incomplete, download or export it again"
+            )
+        for file in sorted(part.glob("*.json")):
+            _read_json(file)
+        if config == "tokenizer_config.json" and not any(
+            all((part / file).exists() for file in files) for files in VOCABULARIES
+        ):  # transformers 5 would go on with a vocabulary of three tokens
+            raise ValueError(
+                f"{part} has no tokenizer.json or vocab.json with merges.txt; download or export "
+                "the model again"
             )
         if config != "config.json" or any(list(part.glob(p)) for p in WEIGHTS):
             continue

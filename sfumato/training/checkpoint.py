@@ -71,7 +71,8 @@ def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
         _sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        full = "space" in str(error) or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
+        # safetensors' own error has no errno.
+        full = os.strerror(errno.ENOSPC) in str(error)
         reason = "no space left on the disk" if full else str(error)
         raise CheckpointError(
             f"checkpoint {place} could not be written: {reason}; nothing half-written is left. "
@@ -111,22 +112,24 @@ def find_fault(place: Path) -> str | None:
     """Say what is wrong with a checkpoint, or None."""
     try:
         files = json.loads((place / MANIFEST).read_text())["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for name, expected in files.items():
+    for name, (size, digest) in expected.items():
         file = place / name
         if not file.exists():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _sha256(file) != digest:
             return f"{name} differs from its SHA-256 in {MANIFEST}"
     return None
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the finished checkpoints, oldest first."""
-    return sorted(p for p in root.glob("step-*") if p.is_dir())
+    places = (path for path in root.glob("step-*") if path.is_dir())
+    return sorted(places, key=lambda place: (len(place.name), place.name))
 
 
 def tidy(root: Path, keep: int | None = None) -> None:

@@ -44,8 +44,9 @@ class Distribution:
             return
         from torch.distributed.fsdp import fully_shard
 
+        # A root that stayed gathered after a forward would not see what the EMA writes into it.
         for part in module.model.shards():
-            fully_shard(part)
+            fully_shard(part, reshard_after_forward=True)
 
     def wrap(self, module: TrainingModule) -> nn.Module:
         """Return the module whose backward leaves gradients averaged over all processes."""
@@ -102,8 +103,11 @@ class Distribution:
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, so that a next run in this process may choose anew."""
+        from accelerate.state import AcceleratorState
+
         self._accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import sfumato
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 # What may differ when a run is taken up again: it changes when a run ends and what is kept of it.
 MAY_CHANGE = (
@@ -72,13 +75,20 @@ class RunFolder:
                 "sfumato": sfumato.__version__,
                 "commit": _commit(),
                 "python": platform.python_version(),
-                "torch": torch.__version__,
+                **{name: version(name) for name in LIBRARIES},
                 "platform": platform.platform(),
                 "device": _device_name(),
                 **facts,
             }
         )
-        file.write_text(json.dumps({"starts": starts}, indent=2) + "\n")
+        replace_text(file, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file so that whoever is killed on the way leaves the old content or the new."""
+    beside = file.with_name(f".{file.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
 
 
 def step_name(step: int) -> str:

@@ -68,11 +68,10 @@ def fit(
     distribution.shard(module)
     state = TrainState(config, model, stream, distribution)
     resume(state, folder, distribution)
-    wrapped = distribution.wrap(module)
+    wrapped = distribution.wrap(module).train()
     watch = StopWatch(training.max_time)
-    trackers = Trackers(
-        folder, training, settings, first_step=state.step, active=distribution.is_main
-    )
+    first = state.step + 1 if state.step else 0  # step 0 has only a validation
+    trackers = Trackers(folder, training, settings, first_step=first, active=distribution.is_main)
     bar = tqdm(
         total=training.max_steps,
         initial=state.step,
@@ -85,7 +84,9 @@ def fit(
     stopped_by = None
     with watch.listening(), bar:
         if state.step == 0:
+            started = time.monotonic()
             validate(validation, model, state, folder, trackers, {})
+            watch.took(time.monotonic() - started)
         while state.step < training.max_steps:
             stopped_by = watch.reason()
             if distribution.any(stopped_by is not None):
@@ -189,9 +190,11 @@ def validate(
     trackers: Trackers,
     metrics: dict[str, float],
 ) -> None:
-    """Validate the averaged weights and log the result with the step's own metrics."""
+    """Validate the averaged weights, without dropout, and log it with the step's own metrics."""
+    model.network.eval()
     with state.ema.shown():
         metrics = metrics | validation.run(model, state.step, folder, trackers)
+    model.network.train()
     trackers.log(state.step, metrics)
 
 

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from sfumato.config import DraftConfig, TrainConfig
 from sfumato.data.prompts import open_prompts, read_prompts
+from sfumato.diffusion.randomness import derive
 from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import find_family, load_model
 from sfumato.objectives.draft import Draft
@@ -19,7 +21,7 @@ from sfumato.rewards.build import build_reward
 from sfumato.training.checkpoint import list_checkpoints
 from sfumato.training.distribution import Distribution
 from sfumato.training.export import export
-from sfumato.training.folder import RunFolder, differences
+from sfumato.training.folder import RunFolder, differences, replace_text
 from sfumato.training.loop import Outcome, fit
 from sfumato.training.validation import Validation
 
@@ -35,26 +37,28 @@ def train(config: TrainConfig, settings: dict[str, Any], distribution: Distribut
         ValueError: for every mistake of the user's, the cheap checks before any weight is loaded.
     """
     folder = RunFolder(Path(config.runs_dir) / config.name)
+    find_family(config.model)
+    stream = open_prompts(
+        config.data.prompts,
+        column=config.data.column,
+        seed=config.training.seed,
+        shuffle=config.data.shuffle,
+        buffer=config.data.buffer,
+    )
+    prompts = validation_prompts(config)
     with exclusive(folder, distribution):
         prepare_folder(folder, settings, distribution)
-        find_family(config.model)
-        stream = open_prompts(
-            config.data.prompts,
-            column=config.data.column,
-            seed=config.training.seed,
-            shuffle=config.data.shuffle,
-            buffer=config.data.buffer,
-        )
-        prompts = validation_prompts(config)
         reward = build_reward(config.reward).to(distribution.device)
         assert isinstance(config.objective, DraftConfig)
         objective = Draft(config.objective, config.sampler, reward)
+        torch.manual_seed(derive(config.training.seed, "adapter"))  # peft draws A from it
         model = load_model(config.model)
         check_sizes(config, model)
         model.to(distribution.device)
         trained = sum(parameter.numel() for parameter in model.trainable().values())
         if distribution.is_main:
             facts = {
+                "seed": config.training.seed,
                 "reward_scale": reward.scale,
                 "trained_parameters": trained,
                 "processes": distribution.world,
@@ -107,7 +111,7 @@ def prepare_folder(folder: RunFolder, settings: dict[str, Any], distribution: Di
             )
     distribution.barrier()
     if distribution.is_main:
-        folder.config.write_text(yaml.safe_dump(settings, sort_keys=False))
+        replace_text(folder.config, yaml.safe_dump(settings, sort_keys=False))
 
 
 def finish(
@@ -130,7 +134,7 @@ def finish(
     if done is None or done["step"] != outcome.step:
         last = list_checkpoints(folder.checkpoints)[-1]
         lines = export(config, last, folder.export, distribution.device, prompt)
-        note.write_text(json.dumps({"step": outcome.step, "exports": lines}, indent=2) + "\n")
+        replace_text(note, json.dumps({"step": outcome.step, "exports": lines}, indent=2) + "\n")
         done = {"exports": lines}
     print(f"{folder.path}: complete at step {outcome.step}")
     for line in done["exports"]:

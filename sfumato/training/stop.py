@@ -46,7 +46,7 @@ class StopWatch:
         return None
 
     def took(self, seconds: float) -> None:
-        """Remember the longest step with what follows it: the next must fit before the limit."""
+        """Remember the longest step or validation: the next must fit before the limit."""
         self._longest = max(self._longest, seconds)
 
     @contextmanager

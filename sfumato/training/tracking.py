@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.config import TrainingConfig
-from sfumato.training.folder import RunFolder
+from sfumato.training.folder import RunFolder, replace_text
 
 
 @final
@@ -16,7 +16,8 @@ class Trackers:
     """Writes on the main process; on the others every call does nothing.
 
     Args:
-        first_step: what was logged at later steps, by a run that was killed, is dropped.
+        first_step: the first that will be logged; rows from there on, left by a run that was
+            killed, are dropped.
 
     Raises:
         ValueError: if Weights & Biases is asked for and not installed.
@@ -37,12 +38,12 @@ class Trackers:
         self._wandb: Any = None
         if not active:
             return
-        _drop_later(folder, first_step)
+        _drop_from(folder, first_step)
         self._file = folder.metrics.open("a", encoding="utf-8")
         if config.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
+            self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
         if config.wandb_project:
             self._wandb = _start_wandb(config.wandb_project, folder, settings)
 
@@ -92,7 +93,7 @@ class Trackers:
             self._wandb.finish()
 
 
-def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
+def read_metrics(folder: RunFolder) -> list[dict[str, int | float]]:
     """Return the rows of metrics.jsonl; a last line cut short by a kill is left out."""
     rows = []
     for line in folder.metrics.read_text(encoding="utf-8").splitlines():
@@ -103,13 +104,10 @@ def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
     return rows
 
 
-def _drop_later(folder: RunFolder, step: int) -> None:
-    if not folder.metrics.exists():
-        return
-    kept = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step]
-    beside = folder.metrics.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(folder.metrics)
+def _drop_from(folder: RunFolder, step: int) -> None:
+    if folder.metrics.exists():
+        kept = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] < step]
+        replace_text(folder.metrics, "".join(kept))
 
 
 def _start_wandb(project: str, folder: RunFolder, settings: Mapping[str, Any]) -> Any:

@@ -1,0 +1,147 @@
+"""The demo's base model: a UNet2DConditionModel in a whole StableDiffusionPipeline."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sfumato.demo.steps import cosine, counted, draw_scenes, prompt_of, update
+from sfumato.demo.tokenizer import tokenize
+from sfumato.demo.world import IMAGE_SIZE, Scene, render
+
+NUM_SCENES = 24_000
+BATCH = 48
+CAPTION_DROPOUT = 0.1  # by the empty prompt, as guidance uses it
+
+
+def noise_schedule() -> Any:
+    """Return Stable Diffusion 2.x's schedule, with its DDIM settings.
+
+    The last step of training keeps 7 % of the picture, and the mean of 256 latent pixels of noise
+    is as large. Trained on epsilon, the background then follows the noise and not the prompt;
+    v weighs the picture itself at those steps.
+    """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        set_alpha_to_one=False,
+        steps_offset=1,
+        clip_sample=False,
+        prediction_type="v_prediction",
+    )
+
+
+def build_unet() -> Any:
+    """Return the untrained network, 5.3 M parameters."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 4,
+        block_out_channels=(48, 96, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+@torch.no_grad()
+def encode_scenes(vae: Any, pictures: Sequence[Scene], rng: random.Random) -> Tensor:
+    """Return the autoencoder's moments (mean and log variance) of each picture."""
+    rows = []
+    for start in range(0, len(pictures), 256):
+        images = render(pictures[start : start + 256], rng) * 2 - 1
+        rows.append(vae.encode(images).latent_dist.parameters)
+    return torch.cat(rows)
+
+
+def train_base(folder: Path, parts: Path, steps: int) -> None:
+    """Train the network on v; every 500 steps it is saved, and a second call goes on."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from diffusers.training_utils import EMAModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(2)
+    vae: Any = AutoencoderKL.from_pretrained(parts / "autoencoder")
+    text_encoder: Any = CLIPTextModel.from_pretrained(parts / "text_image").eval()
+    scheduler, unet = noise_schedule(), build_unet()
+    rng = random.Random("base")
+    pictures = draw_scenes(rng, NUM_SCENES)
+    moments = encode_scenes(vae, pictures, rng)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=0.0)
+    schedule = cosine(optimizer, steps)
+    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    saved = parts / "unet.partial.pt"
+    stateful = {"unet": unet, "optimizer": optimizer, "schedule": schedule, "ema": ema}
+    first = restore(saved, stateful)
+    for step, show in counted("base", steps, first):
+        rng = random.Random(f"base {step}")
+        torch.manual_seed(step)
+        rows = [rng.randrange(NUM_SCENES) for _ in range(BATCH)]
+        captions = [
+            "" if rng.random() < CAPTION_DROPOUT else prompt_of(pictures[i], rng).caption()
+            for i in rows
+        ]
+        with torch.no_grad():
+            states = text_encoder(tokenize(parts, captions)["input_ids"]).last_hidden_state
+        latents = DiagonalGaussianDistribution(moments[rows]).sample() * vae.config.scaling_factor
+        noise = torch.randn_like(latents)
+        t = torch.randint(0, 1000, (BATCH,))
+        predicted = unet(scheduler.add_noise(latents, noise, t), t, states).sample
+        loss = F.mse_loss(predicted, scheduler.get_velocity(latents, noise, t))
+        update(optimizer, schedule, loss)
+        ema.step(unet.parameters())
+        show(loss=loss.item())
+        if step % 500 == 0:
+            state = {name: part.state_dict() for name, part in stateful.items()}
+            torch.save({"step": step, **state}, saved.with_suffix(".tmp"))
+            saved.with_suffix(".tmp").replace(saved)
+    ema.copy_to(unet.parameters())
+    unet.save_pretrained(folder)
+
+
+def restore(saved: Path, stateful: dict[str, Any]) -> int:
+    """Take up what an interrupted call saved; return the steps it had taken."""
+    if not saved.exists():
+        return 0
+    state = torch.load(saved, weights_only=True)
+    for name, part in stateful.items():
+        part.load_state_dict(state[name])
+    return state["step"]
+
+
+def assemble(folder: Path, parts: Path) -> None:
+    """Write the StableDiffusionPipeline of the trained parts."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    text_encoder: nn.Module = CLIPTextModel.from_pretrained(parts / "text_image")
+    pipeline: Any = StableDiffusionPipeline
+    pipeline(
+        vae=AutoencoderKL.from_pretrained(parts / "decoder"),
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(parts / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(parts / "unet"),
+        scheduler=noise_schedule(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    # transformers 4 looks for these names, and goes on with random weights without them.
+    state = {f"text_model.{name}": value for name, value in text_encoder.state_dict().items()}
+    save_file(state, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,91 @@
+"""The demo's preference reward: a CLIP model trained on pairs that a stated rule judged.
+
+    loss = KL(labels || softmax(r_0, r_1))       r = exp(logit_scale) cosine(image, text)
+
+as PickScore was trained (arXiv 2305.01569, eq. 2); labels are (1, 0), (0, 1), or halves for ties.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.demo.steps import cosine, counted, draw_scenes, prompt_of, update
+from sfumato.demo.text_image import normalize, save_clip
+from sfumato.demo.tokenizer import tokenize
+from sfumato.demo.world import Scene, random_scene, render
+
+NUM_PAIRS = 40
+TASTE = {"red": 2, "orange": 2, "yellow": 1, "large": 2, "medium": 1}
+
+
+def judged_value(asked: Scene, shown: Scene) -> tuple[int, int]:
+    """Return what the judge compares: asked attributes that are shown, then taste.
+
+    The judge prefers the picture that shows more of what was asked for; between equals the one
+    with warm color (red and orange 2 points, yellow 1) and size (large 2, medium 1).
+    """
+    pairs = zip(asked.values(), shown.values(), strict=True)
+    kept = sum(want == found for want, found in pairs if want is not None)
+    return kept, TASTE.get(shown.color or "", 0) + TASTE.get(shown.size or "", 0)
+
+
+def judge(
+    asked: Sequence[Scene], firsts: Sequence[Scene], seconds: Sequence[Scene]
+) -> Float[Tensor, "b 2"]:
+    """Return the labels of pairs: 1 for the preferred picture, 0 for the other, 1/2 for ties."""
+    labels = []
+    for want, one, two in zip(asked, firsts, seconds, strict=True):
+        a, b = judged_value(want, one), judged_value(want, two)
+        labels.append([0.5, 0.5] if a == b else [float(a > b), float(a < b)])
+    return torch.tensor(labels)
+
+
+def vary(scene: Scene, rng: random.Random) -> Scene:
+    """Redraw a random part of a scene's attributes."""
+    other, share = random_scene(rng), rng.random()
+    pairs = zip(scene.values(), other.values(), strict=True)
+    shape, *rest = [a if rng.random() < share else b for a, b in pairs]
+    mixed = Scene(str(shape), *rest)
+    return other if mixed.color == mixed.background else mixed
+
+
+def train_preference(folder: Path, parts: Path, steps: int) -> None:
+    """Fine-tune the text-image model on judged pairs.
+
+    Half of the pictures have gone through the autoencoder, as every sampled image has.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from transformers import CLIPModel
+
+    torch.manual_seed(3)
+    rng = random.Random("preference")
+    clip: Any = CLIPModel.from_pretrained(parts / "text_image")
+    vae: Any = AutoencoderKL.from_pretrained(parts / "autoencoder")
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=3e-4, weight_decay=0.01)
+    schedule = cosine(optimizer, steps)
+    for _, show in counted("preference", steps):
+        firsts = draw_scenes(rng, NUM_PAIRS)
+        seconds = [vary(scene, rng) for scene in firsts]
+        asked = [prompt_of(rng.choice(pair), rng) for pair in zip(firsts, seconds, strict=True)]
+        labels = judge(asked, firsts, seconds)
+        images = render([*firsts, *seconds], rng)
+        with torch.no_grad():
+            half = torch.rand(len(images)) < 0.5
+            decoded = vae.decode(vae.encode(images[half] * 2 - 1).latent_dist.sample()).sample
+            images[half] = ((decoded + 1) / 2).clamp(0, 1)
+        tokens = tokenize(parts, [scene.caption() for scene in asked])
+        scores = clip(**tokens, pixel_values=normalize(images)).logits_per_text
+        rewards = torch.stack(
+            [scores[:, :NUM_PAIRS].diagonal(), scores[:, NUM_PAIRS:].diagonal()], dim=1
+        )
+        loss = F.kl_div(rewards.log_softmax(1), labels, reduction="batchmean")
+        update(optimizer, schedule, loss)
+        right = ((rewards[:, 0] > rewards[:, 1]) == (labels[:, 0] > 0.5))[labels[:, 0] != 0.5]
+        show(loss=loss.item(), accuracy=right.float().mean().item())
+    save_clip(folder, clip, parts / "tokenizer")

@@ -1,0 +1,60 @@
+"""A CLIP tokenizer for the words of the tiny world."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.demo.world import PALETTE, PLACES, RADII, SHAPES
+
+TEXT_LENGTH = 20  # tokens; the longest caption of the world has 14
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a CLIP tokenizer that knows each word of the world as one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    words = {"a", "an", "on", "in", "at", "the", "background"}
+    words |= {*SHAPES, *PALETTE, *RADII} | {word for place in PLACES for word in place.split()}
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    corpus = [*sorted(words), ",", *sorted(alphabet)]
+    bpe.train_from_iterator([word for word in corpus for _ in range(3)], trainer)
+    state = json.loads(bpe.to_str())["model"]
+    vocab = {token: i for i, token in enumerate(sorted(state["vocab"], key=state["vocab"].get))}
+    for char in sorted(alphabet):
+        for token in (char, f"{char}</w>"):
+            vocab.setdefault(token, len(vocab))
+    merges = [tuple(pair) for pair in state["merges"]]
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+    tokenizer.save_pretrained(folder)
+    # The two files that every CLIP release carries, for readers older than tokenizer.json.
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@cache
+def _load(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def tokenize(parts: Path, captions: Sequence[str]) -> Mapping[str, Tensor]:
+    """Return input_ids and attention_mask, each of shape (b, TEXT_LENGTH)."""
+    return _load(parts / "tokenizer")(
+        list(captions), padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt"
+    )

@@ -1,0 +1,143 @@
+"""How different images of the same prompt are: the mean distance over all pairs of them.
+
+diversity = mean over i < j of distance(image_i, image_j), per prompt, then over prompts
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.rewards.clip import ClipReward
+
+PIXEL_GRID = 16  # pixels a side: composition and colour count, texture does not
+LPIPS_PAIRS = 16  # pairs that are in AlexNet at once
+
+
+class Distance(abc.ABC):
+    """Measures every pair of a set of images.
+
+    Attributes:
+        label: the name of the mean over pairs, as it stands beside the number.
+    """
+
+    label: str
+
+    @abc.abstractmethod
+    def pairs(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, " p"]:
+        """Return the distances of all p = n (n - 1) / 2 pairs, (0, 1), (0, 2), ... (1, 2), ...
+
+        Args:
+            images: in [0, 1].
+        """
+
+    def mean(self, images: Float[Tensor, "n 3 H W"]) -> float:
+        """Return the mean over all pairs.
+
+        Raises:
+            ValueError: if there are fewer than two images.
+        """
+        if len(images) < 2:
+            raise ValueError(
+                f"{len(images)} image(s) of a prompt have no pairs; make two or more (num_images)"
+            )
+        return self.pairs(images).mean().item()
+
+
+@final
+class PixelDistance(Distance):
+    """Root mean squared difference of pixels after a resize to 16 x 16."""
+
+    label = "mean pairwise pixel distance (RMS at 16 x 16)"
+
+    @torch.no_grad()
+    def pairs(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, " p"]:
+        size = (PIXEL_GRID, PIXEL_GRID)
+        small = F.interpolate(images.float(), size, mode="bilinear", antialias=True).flatten(1)
+        return torch.pdist(small) / small.shape[1] ** 0.5
+
+
+@final
+class ClipDistance(Distance):
+    """1 - cosine of the image features of a CLIP-architecture model."""
+
+    label = "mean pairwise CLIP cosine distance"
+
+    def __init__(self, clip: ClipReward) -> None:
+        self._clip = clip
+
+    @torch.no_grad()
+    def pairs(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, " p"]:
+        features = self._clip.image_features(images).float()
+        first, second = torch.triu_indices(len(images), len(images), 1)
+        return 1 - (features @ features.T)[first, second]
+
+
+@final
+class LpipsDistance(Distance):
+    """LPIPS (arXiv 1801.03924) with AlexNet.
+
+    Args:
+        network: takes two batches of images in [-1, 1] and returns one distance a row.
+    """
+
+    label = "mean pairwise LPIPS (AlexNet)"
+
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._network = network
+
+    @torch.no_grad()
+    def pairs(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, " p"]:
+        scaled = 2 * images.float() - 1
+        first, second = torch.triu_indices(len(images), len(images), 1)
+        parts = [
+            self._network(scaled[i], scaled[j]).flatten()
+            for i, j in zip(first.split(LPIPS_PAIRS), second.split(LPIPS_PAIRS), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def build_distance(features: str, device: torch.device) -> Distance:
+    """Return the distance that `features` names.
+
+    Args:
+        features: `pixels`, `lpips`, or a CLIP folder or hub id.
+
+    Raises:
+        ValueError: if the model behind it is not there or cannot be read.
+    """
+    if features == "pixels":
+        return PixelDistance()
+    if features == "lpips":
+        return LpipsDistance(_load_lpips(device))
+    try:
+        clip = ClipReward.from_pretrained(features)
+    except ValueError as error:
+        raise ValueError(
+            f"features = {features!r} must be pixels, lpips, or a CLIP folder or hub id: {error}"
+        ) from error
+    return ClipDistance(clip.to(device))
+
+
+def _load_lpips(device: torch.device) -> Any:
+    """Load the optional package; torchvision, which it imports, raises RuntimeError if unfit."""
+    try:
+        import lpips  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"features = 'lpips' needs the lpips package ({error}): pip install 'sfumato[lpips]', "
+            "or choose pixels or a CLIP folder"
+        ) from error
+    try:
+        network = lpips.LPIPS(net="alex", verbose=False)
+    except OSError as error:
+        raise ValueError(
+            f"features = 'lpips' found no AlexNet weights ({error}): pip install "
+            "'sfumato[lpips]' and connect once to the network, so that torchvision can fetch "
+            "them, or choose pixels or a CLIP folder"
+        ) from error
+    return network.eval().requires_grad_(False).to(device)

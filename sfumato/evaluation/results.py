@@ -1,0 +1,133 @@
+"""What evaluation found: read back from run folders, and two runs compared at equal reward."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sfumato.training.folder import RunFolder
+
+SUMMARY = "summary.json"
+SCORES = "scores.jsonl"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one checkpoint scored; step 0 is the base model.
+
+    Attributes:
+        reward_error: standard error of `reward` over noise, the prompts held fixed.
+        diversity: mean over prompts of what `diversity_label` names.
+        held_out: mean of each score that was not trained on.
+    """
+
+    step: int
+    reward: float
+    reward_error: float
+    diversity: float
+    diversity_label: str
+    held_out: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EqualReward:
+    """The diversity of two runs where their training curves pass the same rewards.
+
+    Attributes:
+        mean_difference: mean over `levels` of other minus baseline.
+    """
+
+    levels: tuple[float, ...]
+    baseline_diversity: tuple[float, ...]
+    other_diversity: tuple[float, ...]
+    mean_difference: float
+
+
+def read_evaluations(run: RunFolder) -> list[Evaluation]:
+    """Return what was evaluated in a run folder, in the order of steps.
+
+    Raises:
+        ValueError: if a summary cannot be read.
+    """
+    found = []
+    for place in sorted((run.path / "evaluation").glob("step-*")):
+        summary = read_summary(place)
+        diversity = summary["diversity"]
+        found.append(
+            Evaluation(
+                step=summary["step"],
+                reward=summary["reward"],
+                reward_error=summary["reward_error"],
+                diversity=diversity["mean"],
+                diversity_label=diversity["label"],
+                held_out=summary["held_out"],
+            )
+        )
+    return found
+
+
+def read_summary(place: Path) -> dict[str, Any]:
+    """Return summary.json of one evaluated step.
+
+    Raises:
+        ValueError: if it is missing, not JSON, or lacks a key.
+    """
+    file = place / SUMMARY
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        missing = {"step", "reward", "reward_error", "diversity", "held_out", "settings"}
+        missing -= summary.keys()
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} missing")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}); remove {place} and evaluate again"
+        ) from error
+    return summary
+
+
+def at_equal_reward(
+    baseline: Sequence[Evaluation], other: Sequence[Evaluation], *, num_levels: int = 10
+) -> EqualReward | None:
+    """Compare the diversity of two runs at rewards that both of them reach.
+
+    The levels are evenly spaced: from above the reward that both curves start from (the higher of
+    the two starts) up to the highest that both reach. At a level, a curve is read where it gets
+    there first in the order of steps, linearly in reward between two evaluated steps; what a curve
+    does after that, falling back included, is left out.
+
+    Returns:
+        None if there is no such level.
+
+    Raises:
+        ValueError: if the two measured diversity differently.
+    """
+    labels = {evaluation.diversity_label for evaluation in (*baseline, *other)}
+    if len(labels) > 1:
+        raise ValueError(
+            f"diversity was measured as {' and as '.join(sorted(labels))}; evaluate both runs with "
+            "the same features"
+        )
+    if not baseline or not other:
+        return None
+    curves = [sorted(curve, key=lambda point: point.step) for curve in (baseline, other)]
+    low = max(curve[0].reward for curve in curves)
+    high = min(max(point.reward for point in curve) for curve in curves)
+    if high <= low:
+        return None
+    inner = (low + (high - low) * k / num_levels for k in range(1, num_levels))
+    levels = (*inner, high)
+    first, second = (tuple(_diversity_at(curve, level) for level in levels) for curve in curves)
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    return EqualReward(levels, first, second, sum(differences) / len(differences))
+
+
+def _diversity_at(curve: Sequence[Evaluation], level: float) -> float:
+    """Return the diversity where a curve that starts below a level reaches it first."""
+    for before, after in itertools.pairwise(curve):
+        if after.reward >= level:
+            share = (level - before.reward) / (after.reward - before.reward)
+            return before.diversity + share * (after.diversity - before.diversity)
+    raise AssertionError(f"the curve does not reach {level}")

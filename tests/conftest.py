@@ -1,0 +1,32 @@
+"""What all tests share: one thread, no network, and a tiny pipeline of each Stable Diffusion."""
+
+import os
+from pathlib import Path
+
+# One thread a process: tiny models on several threads stall behind a busy neighbour.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import pytest
+import torch
+from tiny_sd import write_tiny_sd
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder laid out like SD 1.5: epsilon, PNDM settings. Copy it to change it."""
+    folder = tmp_path_factory.mktemp("models") / "sd15"
+    write_tiny_sd(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder laid out like SD 2.1: v-prediction, DDIM settings. Copy it to change it."""
+    folder = tmp_path_factory.mktemp("models") / "sd21"
+    write_tiny_sd(folder, prediction_type="v_prediction")
+    return folder
