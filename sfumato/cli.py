@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 USAGE = """\
 usage: sfumato COMMAND [...]
@@ -23,14 +24,19 @@ comma-separated values. Every command answers --help.
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 stopped or failed, 2 a mistake in what was asked."""
-    arguments = sys.argv[1:]
-    commands: dict[str, Callable[[Sequence[str]], None]] = {
-        "train": lambda rest: hydra_command("train", rest),
-        "sample": lambda rest: hydra_command("sample", rest),
-        "evaluate": lambda rest: hydra_command("evaluate", rest),
-        "report": report,
-        "demo": demo,
-    }
+    try:
+        run_command(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python's exit would complain again
+        sys.exit(1)
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run the command that the first argument names with the others."""
     if not arguments or arguments[0] in {"-h", "--help", "help"}:
         print(USAGE)
         return
@@ -39,48 +45,52 @@ def main() -> None:
 
         print(__version__)
         return
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "train": lambda rest: hydra_command("train", rest),
+        "sample": lambda rest: hydra_command("sample", rest),
+        "evaluate": lambda rest: hydra_command("evaluate", rest),
+        "report": report,
+        "demo": demo,
+    }
     name, rest = arguments[0], arguments[1:]
     if name not in commands:
         import difflib
 
         near = difflib.get_close_matches(name, commands, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        fail(f"unknown command {name!r}{hint}\n\n{USAGE}")
-    try:
-        commands[name](rest)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+        fail(f"unknown command {name!r}; {hint}")
+    commands[name](rest)
 
 
-def fail(message: str) -> None:
-    """Print a mistake and exit with 2; all processes of a run say it, the first one aloud."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print what is wrong and exit; all processes of a run say it, the first one aloud."""
     if os.environ.get("RANK", "0") == "0":
         print(f"sfumato: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def hydra_command(command: str, arguments: Sequence[str]) -> None:
     """Compose the settings of a command and run it; `--cfg`, `--help` and `-m` are Hydra's."""
     import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
-    from sfumato.compose import COMMANDS, CONF, explain, keys_of, register
+    from sfumato.compose import COMPOSITION_ERRORS, is_sweep, quoted, register
+    from sfumato.config import COMMANDS, CONF
+    from sfumato.explain import explain, keys_of
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and not as Hydra prints them
     quiet_libraries()
-    sys.argv = [f"sfumato {command}", *arguments]
+    settings = [text for text in arguments if "=" in text and not text.startswith("-")]
+    others = [text for text in arguments if text not in settings]
+    sys.argv = [f"sfumato {command}", *others, *quoted(settings, sweep=is_sweep(others))]
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(
         lambda config: run_composed(command, config)
     )
-    try:
-        run()
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error, keys_of(COMMANDS[command])))
+    with mistakes_explained():
+        try:
+            run()
+        except COMPOSITION_ERRORS as error:
+            fail(explain(error, keys_of(COMMANDS[command])))
 
 
 def quiet_libraries() -> None:
@@ -89,22 +99,38 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, "error")
 
 
-def explain_or_raise(error: Exception) -> None:
+@contextmanager
+def mistakes_explained() -> Iterator[None]:
     """Show a user's mistake without a traceback; what is not one is a bug, and is raised.
 
     SFUMATO_TRACEBACK=1 shows every traceback.
     """
-    if os.environ.get("SFUMATO_TRACEBACK"):
-        raise error
-    fail(str(error))
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        if os.environ.get("SFUMATO_TRACEBACK"):
+            raise
+        fail(" ".join(line.strip() for line in str(error).splitlines()))
+    except (MemoryError, RuntimeError) as error:
+        wanting = ("out of memory", "can't allocate memory")  # on the GPU, on the CPU
+        known = isinstance(error, MemoryError) or any(text in str(error) for text in wanting)
+        if os.environ.get("SFUMATO_TRACEBACK") or not known:
+            raise
+        fail(
+            f"out of memory ({str(error).partition('. ')[0]}): lower training.micro_batch_size "
+            "(the global batch stays), set model.gradient_checkpointing=true and "
+            "reward.gradient_checkpointing=true, or model.dtype=bfloat16; in sampling and "
+            "evaluation lower batch_size",
+            code=1,
+        )
 
 
 def run_composed(command: str, config: Any) -> None:
     """Check composed settings and hand them to the room that does the work."""
-    try:
+    with mistakes_explained():  # here, before Hydra prints its own account
         dispatch(command, config)
-    except (ValueError, OSError) as error:  # caught here, before Hydra prints its own account
-        explain_or_raise(error)
 
 
 def dispatch(command: str, config: Any) -> None:
@@ -112,7 +138,8 @@ def dispatch(command: str, config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from sfumato.compose import check_train, swept_name, to_settings
+    from sfumato.check import check_train
+    from sfumato.compose import swept_name, to_settings
 
     settings = to_settings(config)
     if command == "train":
@@ -151,11 +178,9 @@ def report(arguments: Sequence[str]) -> None:
     from sfumato.evaluation.report import write_report
     from sfumato.training.folder import RunFolder
 
-    try:
+    with mistakes_explained():
         runs = [RunFolder(path) for path in options.runs]
         print(write_report(runs, options.out, title=options.title))
-    except (ValueError, OSError) as error:
-        explain_or_raise(error)
 
 
 def demo(arguments: Sequence[str]) -> None:
@@ -175,7 +200,7 @@ def demo(arguments: Sequence[str]) -> None:
         help="train the shipped models again, into this folder, instead of running the demo",
     )
     options = parser.parse_args(arguments)
-    try:
+    with mistakes_explained():
         if options.rebuild:
             from sfumato.demo.rebuild import rebuild
 
@@ -184,5 +209,3 @@ def demo(arguments: Sequence[str]) -> None:
             from sfumato.demo.experiment import run_demo
 
             run_demo(options.out, seed=options.seed)
-    except (ValueError, OSError) as error:
-        explain_or_raise(error)

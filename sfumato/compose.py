@@ -1,6 +1,7 @@
-"""From recipes and command-line overrides to checked settings, before any weight is loaded."""
+"""From recipes and command-line overrides to settings, before any weight is loaded."""
 
-import difflib
+import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -8,35 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from sfumato.check import check_train
 from sfumato.config import (
-    OBJECTIVES,
+    COMMANDS,
+    CONF,
+    GROUPS,
     REWARDS,
-    DraftConfig,
-    EvaluateConfig,
-    SampleConfig,
-    SamplerConfig,
     TrainConfig,
     WeightedPartConfig,
     WeightedRewardConfig,
 )
+from sfumato.explain import explain, first_line, keys_of, unknown_key
 
-CONF = Path(__file__).parent / "conf"
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
-COMMANDS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
-CHOICES = {
-    "model.trainable": ("lora", "full"),
-    "model.dtype": ("float32", "bfloat16", "float16"),
-    "objective.cfg_gradient": ("full", "detach_uncond", "rescale"),
-    "optimizer.schedule": ("constant", "linear", "cosine"),
-    "training.precision": ("no", "bf16", "fp16"),
-    "training.strategy": ("ddp", "fsdp"),
-    "reward.dtype": ("float32", "bfloat16", "float16"),
-    "reward.color": ("red", "green", "blue"),
-}
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 
 
 def register() -> None:
@@ -72,8 +64,10 @@ def to_settings(config: Any, prefix: str = "") -> Any:
         kind = OmegaConf.get_type(config)
         assert kind is not None
         raise ValueError(unknown_key(f"{prefix}{odd[0]}", keys_of(kind, prefix)))
-    settings = OmegaConf.to_object(config)
+    settings: Any = OmegaConf.to_object(config)
     _refuse_non_finite(settings, prefix)
+    if isinstance(settings, TrainConfig) and isinstance(settings.reward, WeightedRewardConfig):
+        _resolve_parts(settings.reward)
     return settings
 
 
@@ -99,6 +93,51 @@ def _refuse_non_finite(settings: Any, prefix: str) -> None:
                 raise ValueError(f"{prefix}{name} = {value} must be finite")
 
 
+def compose_train(overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]]:
+    """Compose the settings of `sfumato train` from overrides; return them checked, and as data.
+
+    Raises:
+        ValueError: if they cannot be composed, or cannot work together.
+    """
+    from hydra import compose, initialize_config_dir
+
+    register()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("train", list(overrides))
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+        settings = to_settings(config)
+    except COMPOSITION_ERRORS as error:
+        raise ValueError(explain(error, keys_of(TrainConfig))) from error
+    check_train(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    return settings, plain
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Say whether commas in these arguments separate the values of a sweep."""
+    return not {"-m", "--multirun"}.isdisjoint(arguments)
+
+
+def quoted(arguments: Sequence[str], *, sweep: bool) -> list[str]:
+    """Put values that Hydra's grammar refuses in quotes: ~/models, shards/{0..9}.tar, a prompt.
+
+    Args:
+        sweep: whether commas separate the values of a sweep, in a prompt too.
+    """
+    parser = OverridesParser.create()
+    result = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        try:
+            has_commas = parser.parse_override(argument).is_sweep_override()
+            readable = sweep or not (has_commas and key == "prompt")
+        except HydraException:
+            readable = False
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        result.append(argument if readable else f"{key}='{escaped}'")
+    return result
+
+
 def swept_name(name: str, arguments: Sequence[str], chosen: Sequence[str]) -> str:
     """Return the run's name; in a sweep, with the swept values at its end.
 
@@ -106,9 +145,7 @@ def swept_name(name: str, arguments: Sequence[str], chosen: Sequence[str]) -> st
         arguments: as typed, where a sweep has comma-separated values.
         chosen: the overrides of this job.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    if not {"-m", "--multirun"} & set(arguments):
+    if not is_sweep(arguments):
         return name
     typed = [argument for argument in arguments if "=" in argument and argument[0] != "-"]
     parsed = OverridesParser.create().parse_overrides(typed)
@@ -137,22 +174,15 @@ def load_settings(file: Path) -> TrainConfig:
             if kind not in choices:
                 raise ValueError(f"{group}.kind = {kind!r}; there are {', '.join(choices)}")
             root[group] = choices[kind]
-        config = to_settings(OmegaConf.merge(root, content))
-        if isinstance(config.reward, WeightedRewardConfig):
-            resolve_parts(config.reward)
-    except (OmegaConfBaseException, YAMLError, LookupError, TypeError, ValueError, OSError) as error:
+        return to_settings(OmegaConf.merge(root, content))
+    except (*COMPOSITION_ERRORS, LookupError, TypeError, ValueError, OSError) as error:
         raise ValueError(
-            f"{file} is not a configuration of `sfumato train`: {str(error).splitlines()[0]}"
+            f"{file} is not a configuration of `sfumato train`: {first_line(str(error))}"
         ) from error
-    return config
 
 
-def resolve_parts(config: WeightedRewardConfig) -> None:
-    """Turn the parts of a weighted sum into settings, each checked against its own dataclass.
-
-    Raises:
-        ValueError: if a part names no reward, an unknown one, or an unknown key.
-    """
+def _resolve_parts(config: WeightedRewardConfig) -> None:
+    """Turn the parts of a weighted sum into settings, each checked against its own dataclass."""
     if not config.parts:
         raise ValueError(
             "reward.parts is empty; write '+reward.parts.NAME={kind: clip, weight: 1.0, ...}'"
@@ -179,148 +209,5 @@ def _resolve_part(place: str, given: Any) -> WeightedPartConfig:
     try:
         node = OmegaConf.merge(OmegaConf.structured(REWARDS[kind]), settings)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{place}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{place}: {first_line(str(error))}") from error
     return WeightedPartConfig(to_settings(node, f"{place}."), float(weight))
-
-
-def check_train(config: TrainConfig, processes: int) -> None:
-    """Refuse settings that cannot work together.
-
-    Raises:
-        ValueError: naming the key, its value, and what to do.
-    """
-    training = config.training
-    if Path(config.name).name != config.name:
-        raise ValueError(
-            f"name = {config.name!r} is no name of a folder; give one without slashes, and the "
-            "place of all runs as runs_dir=..."
-        )
-    rewards = {"reward": config.reward}
-    if isinstance(config.reward, WeightedRewardConfig):
-        resolve_parts(config.reward)
-        rewards |= {f"reward.parts.{n}": part.reward for n, part in config.reward.parts.items()}
-    _check_choices(config, rewards)
-    check_sampler(config.sampler)
-    _positive(
-        {
-            "training.max_steps": training.max_steps,
-            "training.micro_batch_size": training.micro_batch_size,
-            "training.global_batch_size": training.global_batch_size,
-            "training.checkpoint_every_steps": training.checkpoint_every_steps,
-            "training.keep_checkpoints": training.keep_checkpoints,
-            "validation.num_images": config.validation.num_images,
-            "data.buffer": config.data.buffer,
-        }
-    )
-    unit = training.micro_batch_size * processes
-    if training.global_batch_size % unit:
-        nearest = max(unit, round(training.global_batch_size / unit) * unit)
-        raise ValueError(
-            f"training.global_batch_size = {training.global_batch_size} does not divide into "
-            f"{processes} process(es) x micro batches of {training.micro_batch_size}; the nearest "
-            f"that does is {nearest}"
-        )
-    if training.ema_decay is not None and not 0 <= training.ema_decay < 1:
-        raise ValueError(
-            f"training.ema_decay = {training.ema_decay} must lie in [0, 1), or be null"
-        )
-    if training.max_time is not None:
-        from sfumato.training.stop import parse_duration
-
-        parse_duration(training.max_time)
-    _check_lora(config.model.lora)
-    _check_optimizer(config.optimizer)
-    if isinstance(config.objective, DraftConfig):
-        _check_draft(config.objective, config.sampler, rewards)
-
-
-def check_sampler(sampler: SamplerConfig) -> None:
-    """Refuse a number of steps or an eta that no sampling run can have.
-
-    Raises:
-        ValueError: naming the key and its value.
-    """
-    _positive(
-        {
-            "sampler.num_inference_steps": sampler.num_inference_steps,
-            "sampler.height": sampler.height,
-            "sampler.width": sampler.width,
-        }
-    )
-    if sampler.eta < 0 or sampler.eta > 1:
-        raise ValueError(f"sampler.eta = {sampler.eta} must lie in [0, 1]; 0 is deterministic")
-
-
-def _check_lora(lora: LoraConfig) -> None:
-    _positive({"model.lora.rank": lora.rank, "model.lora.alpha": lora.alpha})
-    if not 0 <= lora.dropout < 1:
-        raise ValueError(f"model.lora.dropout = {lora.dropout} must lie in [0, 1)")
-    if not lora.targets:
-        raise ValueError("model.lora.targets = [] trains nothing; leave it out for the default")
-    for target in lora.targets:
-        try:
-            re.compile(target)
-        except re.error as error:
-            raise ValueError(
-                f"model.lora.targets has {target!r}, which is no regular expression ({error})"
-            ) from error
-
-
-def _check_optimizer(optimizer: OptimizerConfig) -> None:
-    _positive({"optimizer.lr": optimizer.lr, "optimizer.max_grad_norm": optimizer.max_grad_norm})
-    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ValueError(f"optimizer.betas = {optimizer.betas} must be two numbers in [0, 1)")
-    for name in ("eps", "weight_decay", "warmup_steps"):
-        if vars(optimizer)[name] < 0:
-            raise ValueError(f"optimizer.{name} = {vars(optimizer)[name]} must be 0 or more")
-
-
-def _check_draft(
-    draft: DraftConfig, sampler: SamplerConfig, rewards: Mapping[str, RewardConfig]
-) -> None:
-    for place, reward in rewards.items():
-        if isinstance(reward, JpegRewardConfig):
-            raise ValueError(
-                f"{place} = {reward.kind} is not differentiable, and DRaFT learns from the "
-                "reward's gradient; choose a differentiable one (reward=clip, reward=color)"
-            )
-    steps = sampler.num_inference_steps
-    if not 1 <= draft.truncation_steps <= steps:
-        raise ValueError(
-            f"objective.truncation_steps = {draft.truncation_steps} must lie in 1..{steps}, the "
-            "number of sampling steps (sampler.num_inference_steps)"
-        )
-    if draft.truncation_range is not None:
-        bounds = draft.truncation_range
-        if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= steps:
-            raise ValueError(
-                f"objective.truncation_range = {bounds} must be [low, high] with 1 <= low <= high "
-                f"<= {steps}, the number of sampling steps"
-            )
-    if draft.kl_coeff < 0:
-        raise ValueError(
-            f"objective.kl_coeff = {draft.kl_coeff} must be 0 (DRaFT) or more (DRaFT+)"
-        )
-    if draft.lv_samples < 0:
-        raise ValueError(f"objective.lv_samples = {draft.lv_samples} must be 0 (off) or more")
-    if draft.lv_samples and (draft.truncation_steps != 1 or draft.truncation_range):
-        raise ValueError(
-            f"objective.lv_samples = {draft.lv_samples} is DRaFT-LV, which has "
-            "objective.truncation_steps = 1 and no truncation_range"
-        )
-
-
-def _check_choices(config: TrainConfig, rewards: Mapping[str, RewardConfig]) -> None:
-    for key, allowed in CHOICES.items():
-        group, _, name = key.partition(".")
-        nodes = rewards if group == "reward" else {group: vars(config)[group]}
-        for place, node in nodes.items():
-            value = vars(node).get(name)
-            if value is not None and value not in allowed:
-                raise ValueError(f"{place}.{name} = {value!r}; choose one of {', '.join(allowed)}")
-
-
-def _positive(values: Mapping[str, float | None]) -> None:
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} = {value} must be above 0")

@@ -41,7 +41,7 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     if key in known and owners:
         choices = " or ".join(f"{group}={name}" for name in owners)
         return f"{key} is a setting of {choices}, and another {group} was chosen"
-    if key.startswith("reward.parts."):
+    if key.startswith("reward.parts.") and "reward.parts" in known:
         name = key.split(".")[2]
         return f"{key}: write reward=weighted '+reward.parts.{name}={{kind: ..., weight: ...}}'"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -85,4 +85,9 @@ def _wrong_value(key: str, value: str, cause: str, known: Sequence[str]) -> str:
         return f"{key} = {value!r} must be a list, such as [1, 2]"
     if "not Optional" in cause:
         return f"{key} = {value!r} must have a value"
-    return f"{key} = {value!r}: {(cause.splitlines() or ['unreadable'])[0]}"
+    return f"{key} = {value!r}: {first_line(cause)}"
+
+
+def first_line(message: str) -> str:
+    """Return what a library's message begins with."""
+    return next((line.strip() for line in message.splitlines() if line.strip()), "unreadable")

@@ -1,4 +1,4 @@
-"""Small training runs for tests: of a toy model, in this process, in one to be killed, or in two."""
+"""Small training runs for tests: of a toy model, here, in a process to be killed, or in two."""
 
 import copy
 import json
@@ -16,6 +16,8 @@ import pytest
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_model
+from torch import Tensor, nn
+
 from sfumato.cli import main
 from sfumato.compose import compose_train
 from sfumato.config import ModelConfig
@@ -28,7 +30,6 @@ from sfumato.training import export, run
 from sfumato.training.checkpoint import Snapshot, list_checkpoints, read_checkpoint
 from sfumato.training.distribution import Distribution
 from sfumato.training.loop import Outcome
-from torch import Tensor, nn
 
 COLORS, SHAPES = ("red", "green", "blue"), ("ring", "star")
 PROMPTS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]

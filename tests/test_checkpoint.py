@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from runs import in_child, kill
+
 from sfumato.training import checkpoint
 from sfumato.training.checkpoint import (
     CheckpointError,
@@ -33,7 +34,9 @@ KILLED = -9
 
 def make(step: int, size: int = 40) -> Snapshot:
     rng = torch.Generator().manual_seed(step)
-    weights = {name: torch.randn(size, size, generator=rng) for name in ("up.weight", "down.weight")}
+    weights = {
+        name: torch.randn(size, size, generator=rng) for name in ("up.weight", "down.weight")
+    }
     moments = {f"exp_avg/{name}": tensor.square() for name, tensor in weights.items()}
     return Snapshot(
         step=step,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from sfumato.compose import check_sampler, load_settings
+from sfumato.check import check_sampler
+from sfumato.compose import load_settings
 from sfumato.config import EvaluateConfig, ModelConfig, SampleConfig, SamplerConfig, TrainConfig
 from sfumato.data.prompts import read_prompts
 from sfumato.diffusion.guidance import annealed_weights

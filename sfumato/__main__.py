@@ -1,0 +1,5 @@
+"""`python -m sfumato`, as torchrun needs it."""
+
+from sfumato.cli import main
+
+main()

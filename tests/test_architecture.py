@@ -1,0 +1,293 @@
+"""The rooms of the house: who may import whom, which package belongs where, how large it gets."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import sfumato
+
+PACKAGE = Path(sfumato.__file__).parent
+MAX_FILE, MAX_FUNCTION = 400, 80
+
+# What each room may import of Sfumato, beside itself and the leaves.
+LEAVES = {"config", "images"}
+ROOMS: dict[str, set[str]] = {
+    "config": set(),
+    "images": set(),
+    "explain": set(),
+    "diffusion": set(),
+    "models": {"diffusion"},
+    "rewards": {"diffusion"},
+    "data": {"diffusion"},
+    "objectives": {"diffusion", "models", "rewards", "data"},
+}
+LOWER = set(ROOMS)
+ROOMS["training"] = LOWER
+ROOMS["check"] = LOWER | {"training"}
+ROOMS["compose"] = ROOMS["check"] | {"check"}
+ROOMS["evaluation"] = ROOMS["compose"] | {"compose"}
+ROOMS["demo"] = ROOMS["launch"] = ROOMS["evaluation"] | {"evaluation"}
+ROOMS["cli"] = ROOMS["demo"] | {"demo", "launch"}
+ROOMS["__main__"] = {"cli"}
+
+# Objectives know models and rewards through their contracts, not one family.
+CONTRACTS = {"models": {"models.model", "models.generate"}, "rewards": {"rewards.reward"}}
+
+TENSOR_ROOMS = ("models", "rewards", "objectives", "training", "evaluation", "demo", "images")
+SETTINGS = "settings are composed in compose.py, for the command line alone"
+FILES = (
+    "reading and writing weights belongs in models/formats.py, rewards/ or training/checkpoint.py"
+)
+
+# Third-party package: the rooms or modules that may import it, and what to do elsewhere.
+PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
+    "torch": (("diffusion", *TENSOR_ROOMS, "cli"), "tensors belong behind the rims"),
+    "jaxtyping": (("diffusion", *TENSOR_ROOMS), "tensors belong behind the rims"),
+    "diffusers": (("models", "demo"), "networks belong in models/"),
+    "peft": (("models",), "adapters belong in models/adapters.py"),
+    "transformers": (("models", "rewards", "demo"), "text encoders and CLIP belong in the rims"),
+    "tokenizers": (("demo",), "tokenizers come from transformers"),
+    "huggingface_hub": (("models", "rewards"), "downloads belong in the rims"),
+    "safetensors": (("models", "rewards", "training.checkpoint", "demo"), FILES),
+    "accelerate": (("training.distribution",), "processes belong in training/distribution.py"),
+    "hydra": (("compose", "cli"), SETTINGS),
+    "omegaconf": (("compose", "cli"), SETTINGS),
+    "yaml": (("compose", "cli", "training.run", "evaluation.records"), SETTINGS),
+    "wandb": (("training.tracking",), "trackers belong in training/tracking.py"),
+    "lpips": (("evaluation.diversity",), "image features belong in evaluation/diversity.py"),
+    "matplotlib": (("evaluation",), "plots belong in evaluation/"),
+    "jinja2": (("evaluation",), "pages belong in evaluation/"),
+    "markupsafe": (("evaluation",), "pages belong in evaluation/"),
+    "tqdm": (("training", "evaluation", "demo"), "progress bars belong to the loops"),
+    "braceexpand": (("data",), "file patterns belong in data/"),
+    "numpy": (("images", "evaluation", "demo"), "use torch"),
+    "PIL": (("images", "rewards", "evaluation", "demo"), "pictures belong in images.py"),
+}
+HEAVY = {"diffusers", "transformers", "peft", "accelerate", "huggingface_hub"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement."""
+
+    module: str  # who imports, without the package's name: objectives.draft
+    target: str  # what: sfumato.models.model, torch.nn
+    line: int
+    at_start: bool  # runs when the module is imported
+
+    @property
+    def where(self) -> str:
+        return f"{self.module.replace('.', '/')}.py:{self.line}"
+
+
+def modules(root: Path) -> dict[str, ast.Module]:
+    return {
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
+            file.read_text(encoding="utf-8")
+        )
+        for file in sorted(root.rglob("*.py"))
+    }
+
+
+def imports(module: str, tree: ast.Module) -> Iterator[Import]:
+    later: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        guarded = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if guarded or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            later |= set(ast.walk(node))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}: write imports from the top, sfumato.room.module"
+            # `from sfumato.room import module` imports the module.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield Import(module, name, node.lineno, node not in later)
+
+
+def found_imports(root: Path) -> list[Import]:
+    return [found for name, tree in modules(root).items() for found in imports(name, tree)]
+
+
+def inside(module: str, places: tuple[str, ...]) -> bool:
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
+def complain_of_rooms(found: Import) -> str | None:
+    """Say what is wrong with an import of Sfumato's own, or None."""
+    room, (_, *parts) = found.module.partition(".")[0], found.target.split(".")
+    target = parts[0] if parts else ""
+    if target in {"", room, "__version__"} or target in LEAVES:
+        return None
+    if room not in ROOMS:
+        return f"{found.where}: {room} is no room; put the file in one, or add it to ROOMS and say"
+    if target not in ROOMS[room]:
+        allowed = ", ".join(sorted(ROOMS[room])) or "nothing but the leaves"
+        return (
+            f"{found.where} imports {target}/, which lies beside or above {room}/ ({room}/ may "
+            f"import {allowed}); pass in what it needs, or move the code up"
+        )
+    if room == "objectives" and target in CONTRACTS:
+        name = ".".join(parts)
+        if not inside(name, tuple(CONTRACTS[target])):
+            known = ", ".join(sorted(CONTRACTS[target]))
+            return f"{found.where} imports {name}; objectives know {target} through {known} alone"
+    return None
+
+
+def complain_of_packages(found: Import) -> str | None:
+    """Say what is wrong with an import of a third party's, or None."""
+    package = found.target.partition(".")[0]
+    if package in sys.stdlib_module_names:
+        return None
+    if package not in PACKAGES:
+        return (
+            f"{found.where} imports {package}; do without, or add it to pyproject.toml and to "
+            "PACKAGES with the room that it is bound to"
+        )
+    places, advice = PACKAGES[package]
+    if not inside(found.module, places):
+        return f"{found.where} imports {package}; {advice} (allowed in {', '.join(places)})"
+    if package in HEAVY and found.at_start:
+        return f"{found.where} imports {package} at its top; import it where a model is loaded"
+    return None
+
+
+def complaints(root: Path) -> list[str]:
+    said = []
+    for found in found_imports(root):
+        own = found.target.partition(".")[0] == "sfumato"
+        said.append(complain_of_rooms(found) if own else complain_of_packages(found))
+    return [complaint for complaint in said if complaint is not None]
+
+
+# --- The house as it stands
+
+
+def test_rooms_import_what_they_may():
+    found = complaints(PACKAGE)
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_modules_import_each_other_in_one_order():
+    names = set(modules(PACKAGE))
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for found in found_imports(PACKAGE):
+        target = found.target.removeprefix("sfumato.")
+        if found.at_start and found.target.startswith("sfumato."):
+            known = target if target in names else target.rpartition(".")[0]
+            graph[found.module] |= {known} & names
+    assert graph["diffusion.sampling"] == {"diffusion.process", "diffusion.randomness"}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other in a circle: {' -> '.join(error.args[1])}")
+
+
+def test_files_and_functions_stay_readable():
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        name, lines = file.relative_to(PACKAGE), file.read_text(encoding="utf-8").splitlines()
+        if len(lines) >= MAX_FILE:
+            found.append(f"{name} has {len(lines)} lines; split it below {MAX_FILE}")
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                length = node.end_lineno - node.lineno + 1
+                if length >= MAX_FUNCTION:
+                    found.append(f"{name}: {node.name} has {length} lines; name its parts")
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_attributes_are_not_looked_up_by_string():
+    found = [
+        f"{name}.py:{node.lineno}: {ast.unparse(node)[:60]}; state the type instead"
+        for name, tree in modules(PACKAGE).items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in {"getattr", "hasattr", "setattr"}
+        and isinstance(node.args[1], ast.Constant)
+    ]
+    assert not found, "\n" + "\n".join(found)
+
+
+IMPORTED = "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys, sfumato.config, sfumato.cli",
+        "import sys, sfumato.cli; sys.argv = ['sfumato', '--help']; sfumato.cli.main()",
+    ],
+)
+def test_the_command_line_answers_without_loading_networks(code: str):
+    run = [sys.executable, "-c", f"{code}; {IMPORTED}"]
+    loaded = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    assert "sfumato" in loaded.split()
+    slow = {"torch", "diffusers", "transformers", "hydra", "matplotlib"} & set(loaded.split())
+    assert not slow, f"{code} loads {slow}; import them where they are used"
+
+
+# --- The checks themselves
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        (
+            "objectives/draft.py",
+            "def f():\n    import diffusers",
+            "objectives/draft.py:2 imports diffusers; networks belong in models/",
+        ),
+        ("diffusion/process.py", "import numpy.fft", "diffusion/process.py:1 imports numpy; use"),
+        (
+            "models/flux.py",
+            "from diffusers import FluxPipeline",
+            "models/flux.py:1 imports diffusers at its top; import it where a model is loaded",
+        ),
+        (
+            "training/loop.py",
+            "import accelerate",
+            "processes belong in training/distribution.py",
+        ),
+        (
+            "models/model.py",
+            "from sfumato.rewards.reward import Reward",
+            "models/model.py:1 imports rewards/, which lies beside or above models/",
+        ),
+        ("diffusion/a.py", "import sfumato.training.loop", "may import nothing but the leaves"),
+        ("training/a.py", "from sfumato.evaluation import x", "training/a.py:1 imports evaluation"),
+        (
+            "objectives/a.py",
+            "from sfumato.models.flux import Flux",
+            "objectives know models through models.generate, models.model alone",
+        ),
+        ("data/a.py", "import pandas", "imports pandas; do without, or add it to pyproject.toml"),
+        ("attic/a.py", "from sfumato.models import x", "attic is no room"),
+    ],
+)
+def test_a_wrong_import_is_named(tmp_path: Path, file: str, text: str, expected: str):
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / file).write_text(text)
+    (said,) = complaints(tmp_path)
+    assert expected in said
+
+
+def test_right_imports_are_not_complained_of(tmp_path: Path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "flux.py").write_text(
+        "import math\nimport torch\nfrom typing import TYPE_CHECKING\n"
+        "from sfumato.config import ModelConfig\nfrom sfumato.diffusion.process import Time\n"
+        "if TYPE_CHECKING:\n    import transformers\ndef f():\n    import diffusers\n"
+    )
+    assert complaints(tmp_path) == []
