@@ -34,7 +34,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
         ValueError: naming the key, its value, and what to do.
     """
     training = config.training
-    if Path(config.name).name != config.name:
+    if config.name in {"", ".."} or Path(config.name).name != config.name:
         raise ValueError(
             f"name = {config.name!r} is no name of a folder; give one without slashes, and the "
             "place of all runs as runs_dir=..."

@@ -55,16 +55,17 @@ def to_settings(config: Any, prefix: str = "") -> Any:
         ValueError: if a value that the user must give is missing, a key is unknown, or a number is
             not finite.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        names = ", ".join(f"{prefix}{name}" for name in missing)
-        raise ValueError(f"missing settings: {names}; give each as KEY=VALUE")
-    odd = _added_keys(config)
-    if odd:
-        kind = OmegaConf.get_type(config)
-        assert kind is not None
-        raise ValueError(unknown_key(f"{prefix}{odd[0]}", keys_of(kind, prefix)))
-    settings: Any = OmegaConf.to_object(config)
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            names = ", ".join(f"{prefix}{name}" for name in missing)
+            raise ValueError(f"missing settings: {names}; give each as KEY=VALUE")
+        if odd := _added_keys(config):
+            known = keys_of(OmegaConf.get_type(config) or object, prefix)
+            raise ValueError(unknown_key(f"{prefix}{odd[0]}", known))
+        settings: Any = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{prefix}{error.full_key}: {first_line(str(error))}") from error
     _refuse_non_finite(settings, prefix)
     if isinstance(settings, TrainConfig) and isinstance(settings.reward, WeightedRewardConfig):
         _resolve_parts(settings.reward)
@@ -105,8 +106,8 @@ def compose_train(overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("train", list(overrides))
-        plain: Any = OmegaConf.to_container(config, resolve=True)
         settings = to_settings(config)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
     except COMPOSITION_ERRORS as error:
         raise ValueError(explain(error, keys_of(TrainConfig))) from error
     check_train(settings, int(os.environ.get("WORLD_SIZE", "1")))
@@ -209,5 +210,5 @@ def _resolve_part(place: str, given: Any) -> WeightedPartConfig:
     try:
         node = OmegaConf.merge(OmegaConf.structured(REWARDS[kind]), settings)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{place}: {first_line(str(error))}") from error
+        raise ValueError(f"{place}.{error.full_key}: {first_line(str(error))}") from error
     return WeightedPartConfig(to_settings(node, f"{place}."), float(weight))

@@ -7,7 +7,12 @@ from dataclasses import fields, is_dataclass
 
 from sfumato.config import GROUPS
 
-KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+KINDS = {
+    "Integer": "a whole number",
+    "Float": "a number",
+    "bool": "true or false",
+    "list": "a list, such as [1, 2]",
+}
 
 
 def explain(error: BaseException, known: Sequence[str]) -> str:
@@ -22,6 +27,8 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
         return unknown_key(match[1], known)
     if match := re.search(r"Could not find '([^']+)/([^']+)'", message):
         return _unknown_choice(match[1], match[2], message)
+    if match := re.match(r"Error merging override ~(.+)", lines[0]):
+        return f"~{match[1]}: a setting cannot be taken out; give another value"
     if match := re.match(r"Error merging override ([^=]+)=(.*)", lines[0]):
         return _wrong_value(match[1].lstrip("+"), match[2], str(error.__cause__), known)
     if match := re.search(r"Ambiguous value for argument '(.+)'", lines[0]):
@@ -44,7 +51,9 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     if key.startswith("reward.parts.") and "reward.parts" in known:
         name = key.split(".")[2]
         return f"{key}: write reward=weighted '+reward.parts.{name}={{kind: ..., weight: ...}}'"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    groups = {name.rpartition(".")[0] for name in known}
+    names = [name for name in known if name not in groups] if rest else known
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     if not near:  # a right name in the wrong place
         leaf = key.rpartition(".")[2]
         near = [name for name in known if name.rpartition(".")[2] == leaf][:1]
@@ -67,25 +76,24 @@ def keys_of(node: type, prefix: str = "") -> list[str]:
 
 
 def _unknown_choice(group: str, choice: str, message: str) -> str:
-    listed = message.partition("Available options")[2].splitlines()[1:]
-    names = [line.strip() for line in listed if line.startswith("\t")]
-    near = difflib.get_close_matches(choice, names, n=1)
+    listed = re.findall(r"^\t([^=\n]+)$", message, re.MULTILINE)
+    near = difflib.get_close_matches(choice, listed, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"{group} = {choice!r} is unknown; {hint}There are {', '.join(names)}"
+    return f"{group} = {choice} is unknown; {hint}There are {', '.join(listed)}"
 
 
 def _wrong_value(key: str, value: str, cause: str, known: Sequence[str]) -> str:
+    said = f"{key} = {value}"
     inner = [name for name in known if name.startswith(f"{key}.")]
     if inner:
-        return f"{key} = {value!r}: {key} is a group of settings; give one of them ({inner[0]}=...)"
-    match = re.search(r"could not be converted to (\w+)", cause)
-    if match and match[1] in KINDS:
-        return f"{key} = {value!r} must be {KINDS[match[1]]}"
-    if "is not a ListConfig" in cause:
-        return f"{key} = {value!r} must be a list, such as [1, 2]"
+        return f"{said}: {key} is a group of settings; give one of them, such as {inner[0]}=..."
     if "not Optional" in cause:
-        return f"{key} = {value!r} must have a value"
-    return f"{key} = {value!r}: {first_line(cause)}"
+        return f"{said} must have a value"
+    match = re.search(r"Value '(.*)' .*(Integer|Float|bool)|is not a ListConfig, (list)", cause)
+    if match is None:
+        return f"{said}: {first_line(cause)}"
+    wrong = f": {match[1]}" if match[1] not in (None, value) else ""
+    return f"{said}{wrong} is not {KINDS[match[2] or match[3]]}"
 
 
 def first_line(message: str) -> str:

@@ -65,7 +65,7 @@ def their_image(pipeline: Any) -> Tensor:
     ).images
 
 
-@pytest.mark.parametrize("alpha", [None, 12.0, 1.0])
+@pytest.mark.parametrize("alpha", [None, 1.0])
 def test_lora_export_gives_the_same_image_in_diffusers(
     sd_folder: Path, tmp_path: Path, alpha: float | None
 ):

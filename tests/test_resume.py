@@ -40,11 +40,9 @@ RANDOM = (
     "sampler.eta=0.5",
 )
 MOMENTS = [
-    ("RunFolder.describe", 1),
     ("Validation._write", 1),
     ("take_step", 2),
     ("refuse_non_finite", 4),
-    ("Trackers.log", 3),
     ("Validation._write", 2),
     ("TrainState.snapshot", 2),
     ("_sync", 8),
@@ -163,24 +161,30 @@ def test_more_steps_go_on_from_there(tmp_path: Path, whole: SimpleNamespace) -> 
     assert_same_state(tmp_path / "run", whole.folder)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("function", ["take_step", "Validation._write", "_sha256"])
+@pytest.mark.parametrize(
+    ("name", "function", "moment", "step"),
+    [
+        ("SIGTERM", "take_step", 3, 3),
+        ("SIGINT", "Validation._write", 2, 3),
+        ("SIGTERM", "_sha256", 5, 4),
+    ],
+)
 def test_a_signal_stops_cleanly(
     tmp_path: Path,
     whole: SimpleNamespace,
     capfd: pytest.CaptureFixture[str],
     name: str,
     function: str,
+    moment: int,
+    step: int,
 ) -> None:
     again = command(tmp_path, "run", *RANDOM)
-    moment = {"take_step": 3, "Validation._write": 2, "_sha256": 5}[function]
 
     def stopped() -> None:
         on_call(moment, lambda: os.kill(os.getpid(), signal.Signals[name]), function)
         start_cli(again)
 
     assert in_child(stopped) == 0
-    step = {"take_step": 3, "Validation._write": 3, "_sha256": 4}[function]
     assert last_state(tmp_path / "run").step == step
     assert f"stopped at step {step} of 6 by {name}" in capfd.readouterr().out
     assert in_child(lambda: start_cli(again)) == 0
@@ -289,15 +293,24 @@ def test_a_damaged_checkpoint_stops_the_run(
 
 
 def test_a_killed_writer_of_small_files(tmp_path: Path) -> None:
-    """A kill while config.yaml or run.json is replaced leaves the old one or the new one."""
+    """A kill while config.yaml, run.json or metrics.jsonl is replaced leaves the old or the new."""
     again = command(tmp_path, "run", "training.max_steps=1")
     start(again)
-    for number in (1, 2):
+    for number in (1, 2, 3):
 
         def die(number: int = number) -> None:
-            on_call(number, kill, "replace_text")
+            left = [number]
+
+            def audit(event: str, _: object) -> None:
+                left[0] -= event == "os.rename"
+                if left[0] == 0:
+                    kill()
+
+            sys.addaudithook(audit)
             start(again)
 
         assert in_child(die) == KILLED
     assert in_child(lambda: start(again)) == 0
-    assert len(json.loads((tmp_path / "run" / "run.json").read_text())["starts"]) == 3
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1]
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert len(starts) == 3  # the third was killed after it was noted

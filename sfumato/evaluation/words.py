@@ -1,6 +1,7 @@
 """The report's sentences: what came out, what is missing, and how it was measured."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sfumato.evaluation.comparison import Comparison
 from sfumato.evaluation.records import RunRecord
@@ -85,11 +86,12 @@ def method(records: Sequence[RunRecord]) -> str:
     if settings is None:
         return ""
     sampler = settings["sampler"]
+    features = Path(settings["features"])
     return (
         f"{settings['num_images']} images of each of {len(settings['prompts'])} prompts, from "
         f"the same starting noise (seed {settings['seed']}) for every model; "
         f"{sampler['num_inference_steps']} sampling steps, guidance scale "
         f"{sampler['guidance_scale']:g}. After ± stands the standard error of the mean over "
         "noise, the prompts held fixed; the smaller figure is the difference from the base model. "
-        f"Image features for diversity: {settings['features']}."
+        f"Image features for diversity: {features.name if features.is_absolute() else features}."
     )

@@ -40,7 +40,10 @@ class StableDiffusion(TextToImageModel):
         self.config = config
         self.roles = roles
         self.network = roles.policy
-        self.scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config)
+        # DDIM's default would clip latents to the range of pixels, where a file does not say.
+        self.scheduler: Any = DDIMScheduler.from_config(
+            pipeline.scheduler.config, clip_sample=False
+        )
         self.process = self._table = VariancePreserving(self.scheduler.alphas_cumprod)
         self.prediction_type: PredictionType = self.scheduler.config["prediction_type"]
         self._warned = False
