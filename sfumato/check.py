@@ -163,7 +163,7 @@ def _check_choices(config: TrainConfig, rewards: Mapping[str, RewardConfig]) -> 
                 raise ValueError(f"{place}.{name} = {value!r}; choose one of {', '.join(allowed)}")
 
 
-def _positive(values: Mapping[str, float | None]) -> None:
+def _positive(values: Mapping[str, int | float | None]) -> None:
     for name, value in values.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name} = {value} must be above 0")

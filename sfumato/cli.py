@@ -74,8 +74,8 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
     import hydra
 
     from sfumato.compose import COMPOSITION_ERRORS, is_sweep, quoted, register
-    from sfumato.config import COMMANDS, CONF
-    from sfumato.explain import explain, keys_of
+    from sfumato.config import CONF
+    from sfumato.explain import explain, known_keys
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and not as Hydra prints them
@@ -90,7 +90,7 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
         try:
             run()
         except COMPOSITION_ERRORS as error:
-            fail(explain(error, keys_of(COMMANDS[command])))
+            fail(explain(error, known_keys(command)))
 
 
 def quiet_libraries() -> None:

@@ -25,7 +25,7 @@ from sfumato.config import (
     WeightedPartConfig,
     WeightedRewardConfig,
 )
-from sfumato.explain import explain, first_line, keys_of, unknown_key
+from sfumato.explain import explain, first_line, keys_of, known_keys, unknown_key
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
@@ -61,7 +61,9 @@ def to_settings(config: Any, prefix: str = "") -> Any:
             names = ", ".join(f"{prefix}{name}" for name in missing)
             raise ValueError(f"missing settings: {names}; give each as KEY=VALUE")
         if odd := _added_keys(config):
-            known = keys_of(OmegaConf.get_type(config) or object, prefix)
+            kind = OmegaConf.get_type(config)
+            assert kind is not None
+            known = keys_of(kind, prefix)
             raise ValueError(unknown_key(f"{prefix}{odd[0]}", known))
         settings: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -109,7 +111,7 @@ def compose_train(overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]
         settings = to_settings(config)
         plain: Any = OmegaConf.to_container(config, resolve=True)
     except COMPOSITION_ERRORS as error:
-        raise ValueError(explain(error, keys_of(TrainConfig))) from error
+        raise ValueError(explain(error, known_keys("train"))) from error
     check_train(settings, int(os.environ.get("WORLD_SIZE", "1")))
     return settings, plain
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 
-from sfumato.config import GROUPS
+from sfumato.config import COMMANDS, GROUPS
 
 KINDS = {
     "Integer": "a whole number",
@@ -19,13 +19,13 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
     """Return the message of an error of Hydra or OmegaConf in one line.
 
     Args:
-        known: the names of all settings of the command; see `keys_of`.
+        known: the names of all settings of the command; see `known_keys`.
     """
     message = str(error)
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unreadable"]
     if match := re.search(r"Could not override '([^']+)'", message):
         return unknown_key(match[1], known)
-    if match := re.search(r"Could not find '([^']+)/([^']+)'", message):
+    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", message):
         return _unknown_choice(match[1], match[2], message)
     if match := re.match(r"Error merging override ~(.+)", lines[0]):
         return f"~{match[1]}: a setting cannot be taken out; give another value"
@@ -38,7 +38,7 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
         )
     if match := re.search(r"Error parsing override '(.*)'", lines[0]):
         return f"{match[1]!r} is no setting; write KEY=VALUE"
-    return " ".join(lines[:2])
+    return " ".join(lines[:4])
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
@@ -53,12 +53,19 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
         return f"{key}: write reward=weighted '+reward.parts.{name}={{kind: ..., weight: ...}}'"
     groups = {name.rpartition(".")[0] for name in known}
     names = [name for name in known if name not in groups] if rest else known
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    if not near:  # a right name in the wrong place
-        leaf = key.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == leaf][:1]
+    leaf = key.rpartition(".")[2]
+    near = (
+        [name for name in names if name.startswith(key)]
+        or [name for name in names if name.rpartition(".")[2] == leaf]
+        or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    )
     hint = f"did you mean {near[0]}?" if near else "run with --cfg job to see every key"
     return f"unknown key {key}: {hint}"
+
+
+def known_keys(command: str) -> list[str]:
+    """Return the names of all that `sfumato COMMAND` takes as KEY=VALUE."""
+    return [*keys_of(COMMANDS[command]), *(["recipe"] if command == "train" else [])]
 
 
 def keys_of(node: type, prefix: str = "") -> list[str]:
@@ -89,7 +96,7 @@ def _wrong_value(key: str, value: str, cause: str, known: Sequence[str]) -> str:
         return f"{said}: {key} is a group of settings; give one of them, such as {inner[0]}=..."
     if "not Optional" in cause:
         return f"{said} must have a value"
-    match = re.search(r"Value '(.*)' .*(Integer|Float|bool)|is not a ListConfig, (list)", cause)
+    match = re.search(r"Value '(.*?)' .*(Integer|Float|bool)|is not a ListConfig, (list)", cause)
     if match is None:
         return f"{said}: {first_line(cause)}"
     wrong = f": {match[1]}" if match[1] not in (None, value) else ""

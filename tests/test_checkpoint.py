@@ -6,14 +6,13 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import in_child, kill
+from runs import in_child, kill, on_event
 
 from sfumato.training import checkpoint
 from sfumato.training.checkpoint import (
@@ -120,15 +119,7 @@ def test_killed_at_every_file_operation(tmp_path: Path) -> None:
     """Write step 2 and remove step 1, killed before the n-th operation on a file, for every n."""
 
     def replace(number: int, root: Path) -> None:
-        left = [number]
-
-        def audit(event: str, _: object) -> None:
-            if event in FILE_EVENTS:
-                left[0] -= 1
-                if left[0] == 0:
-                    kill()
-
-        sys.addaudithook(audit)
+        on_event(number, kill, FILE_EVENTS)
         write_checkpoint(root, make(2))
         tidy(root, keep=1)
 

@@ -20,9 +20,9 @@ from runs import (
     metrics,
     on_call,
     start,
-    use_toy,
 )
 from torch import Tensor
+from toy import use_toy
 
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.model import TextToImageModel
@@ -31,6 +31,7 @@ from sfumato.objectives.objective import Loss
 from sfumato.training.checkpoint import Snapshot, read_checkpoint
 
 SAME = 1e-5
+SCALE = 20  # of the reward
 COMMON = (
     "sampler.num_inference_steps=2",
     "training.global_batch_size=8",
@@ -85,7 +86,7 @@ def assert_same_metrics(found: Path, expected: Path, steps: int) -> None:
     ours, theirs = metrics(found)[: steps + 1], metrics(expected)[: steps + 1]
     assert len(ours) == steps + 1
     for left, right in zip(ours, theirs, strict=True):
-        assert left == pytest.approx(right, rel=1e-4, abs=1e-6)
+        assert left == pytest.approx(right, rel=1e-4, abs=SAME * SCALE)
 
 
 @pytest.mark.parametrize("micro", [8, 4, 1])
@@ -155,7 +156,7 @@ def assert_same_pictures(found: Path, expected: Path) -> None:
     ours, theirs = (pairs(run / "samples" / "step-000002") for run in (found, expected))
     assert len(ours) == 3  # an odd number, over two processes
     for left, right in zip(ours, theirs, strict=True):
-        assert left == pytest.approx(right, rel=1e-4, abs=1e-5)
+        assert left == pytest.approx(right, rel=1e-4, abs=SAME * SCALE)
 
 
 def pairs(folder: Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ class Contrast(Reward):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
         red, rest = images[:, 0].mean((1, 2)), (images - 0.3).square().mean((1, 2, 3))
-        value = torch.tensor([len(prompt) / 10 for prompt in prompts]) * rest + 5 * red
+        value = torch.tensor([1.0 * len(prompt) for prompt in prompts]) * rest + 50 * red
         return Score(value, {"red": red.detach(), "rest": rest.detach()})
 
 
@@ -164,7 +164,7 @@ def gradients(model: StableDiffusion, loss: Loss) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(
-    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-4
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 3e-5
 ) -> None:
     assert found.keys() == expected.keys()
     error, norm = (
@@ -185,11 +185,12 @@ def assert_same(
     loss = case.draft().loss(model, prompts, Rng(seeds))
     reward, kl = plain.loss(case, prompts, seeds)
     expected = -reward + case.kl_coeff * kl
-    assert float(loss.metrics["reward"]) == pytest.approx(float(reward), rel=1e-4)
+    reward, kl = reward.detach(), kl.detach()
+    assert float(loss.metrics["reward"]) == pytest.approx(float(reward), rel=1e-5)
     if case.kl_coeff:
-        assert float(loss.metrics["kl"]) == pytest.approx(float(kl), rel=1e-3)
+        assert float(loss.metrics["kl"]) == pytest.approx(float(kl), rel=1e-4)
         assert kl > 1e-3
-    assert float(loss.value) == pytest.approx(float(expected), rel=1e-4)
+    assert float(loss.value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert_same_gradients(gradients(model, loss), plain.gradients(expected))
 
 
@@ -246,8 +247,8 @@ def test_clamping_stops_the_gradient_of_saturated_pixels(sd_folder: Path):
     rewards = []
     for clamp in (True, False):
         assert_same((model, plain), Case(clamp=clamp))
-        rewards.append(float(plain.loss(Case(clamp=clamp), PROMPTS, SEEDS)[0]))
-    assert abs(rewards[0] - rewards[1]) > 0.1
+        rewards.append(float(plain.loss(Case(clamp=clamp), PROMPTS, SEEDS)[0].detach()))
+    assert abs(rewards[0] - rewards[1]) > 1
 
 
 # --- The divergence
@@ -295,11 +296,8 @@ def test_each_network_runs_as_often_as_it_must(
     loss = case.draft().loss(model, PROMPTS, Rng(SEEDS))
     hook.remove()
     window = case.grad_steps + case.lv_samples
-    assert calls == {
-        ("policy", False): policy - window,
-        ("policy", True): window,
-        ("reference", False): reference,
-    }
+    expected = {("policy", False): policy - window, ("policy", True): window}
+    assert calls == expected | ({("reference", False): reference} if reference else {})
     assert ("kl" in loss.metrics) == (reference > 0)
 
 
@@ -323,7 +321,7 @@ def test_metrics_are_means_over_the_batch_and_carry_no_graph(
 # --- Truncation, micro-batches, refusals
 
 
-class Stop(Exception):
+class StopHereError(Exception):
     """Ends a loss once the number of steps is known."""
 
 
@@ -331,21 +329,23 @@ def test_truncation_is_drawn_once_for_the_whole_batch(
     sd15: tuple[StableDiffusion, Plain], monkeypatch: pytest.MonkeyPatch
 ):
     config = DraftConfig(kl_coeff=0.0, truncation_range=[2, 4])
-    objective, drawn = Draft(config, SamplerConfig(STEPS), Contrast()), []
+    objective = Draft(config, SamplerConfig(STEPS), Contrast())
+    drawn: list[int] = []
+    seen: set[int] = set()
 
     def note(*_: Any, grad_steps: int, eta: float, rng: Rng) -> None:
         drawn.append(grad_steps)
-        raise Stop
+        raise StopHereError
 
     monkeypatch.setattr(draft, "sample", note)
     for step in range(30):
         drawn.clear()
         for rows in (range(0, 8), range(0, 4), range(4, 8), range(5, 6)):
             prompts = ["a star"] * len(rows)
-            with pytest.raises(Stop):
+            with pytest.raises(StopHereError):
                 objective.loss(sd15[0], prompts, Rng.of_step(7, step, rows))
         assert len(set(drawn)) == 1, f"step {step} has several truncations: {drawn}"
-        seen = {drawn[0]} if step == 0 else seen | {drawn[0]}
+        seen.add(drawn[0])
     assert seen == {2, 3, 4}
 
 

@@ -22,10 +22,11 @@ from runs import (
     last_state,
     metrics,
     on_call,
+    on_event,
     start,
     start_cli,
-    use_toy,
 )
+from toy import use_toy
 
 from sfumato.training import loop, stop
 from sfumato.training.checkpoint import list_checkpoints
@@ -299,14 +300,7 @@ def test_a_killed_writer_of_small_files(tmp_path: Path) -> None:
     for number in (1, 2, 3):
 
         def die(number: int = number) -> None:
-            left = [number]
-
-            def audit(event: str, _: object) -> None:
-                left[0] -= event == "os.rename"
-                if left[0] == 0:
-                    kill()
-
-            sys.addaudithook(audit)
+            on_event(number, kill, {"os.rename"})
             start(again)
 
         assert in_child(die) == KILLED

@@ -1,6 +1,8 @@
 """Stable Diffusion: equal to diffusers part by part; one copy in memory; roles and precisions."""
 
 import gc
+import json
+import shutil
 import warnings
 from collections import Counter
 from itertools import pairwise
@@ -13,8 +15,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tiny_sd import LATENT, PIXELS, load_tiny_sd, perturb_adapters, reference_pipeline
 from torch import Tensor, nn
 
-from sfumato.config import LoraConfig, ModelConfig
+from sfumato.config import LoraConfig, ModelConfig, SamplerConfig
 from sfumato.diffusion.process import VariancePreserving
+from sfumato.models.generate import generate
 from sfumato.models.model import Role
 from sfumato.models.stable_diffusion import StableDiffusion
 
@@ -147,6 +150,31 @@ def test_times_are_the_timesteps_of_ddim(both: tuple[StableDiffusion, Any], step
         float(scheduler.final_alpha_cumprod), abs=1e-12
     )
     assert all(t > s for t, s in pairwise(times))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"set_alpha_to_one": True}, {"timestep_spacing": "trailing"}, {"beta_schedule": "linear"}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_settings_of_the_scheduler_are_followed(
+    sd_folder: Path, tmp_path: Path, changes: dict[str, Any]
+):
+    folder = shutil.copytree(sd_folder, tmp_path / "copy")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    images = [
+        reference_pipeline(each)(
+            PROMPTS,
+            num_inference_steps=10,
+            generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+            output_type="pt",
+        ).images
+        for each in (folder, sd_folder)
+    ]
+    found = generate(load_tiny_sd(folder), PROMPTS, [3, 4], SamplerConfig(10))
+    torch.testing.assert_close(found, images[0], atol=1e-4, rtol=0)
+    assert (images[0] - images[1]).abs().max() > 1e-3
 
 
 def test_as_many_steps_as_were_trained_and_no_more(model: StableDiffusion):

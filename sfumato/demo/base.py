@@ -1,4 +1,9 @@
-"""The demo's base model: a UNet2DConditionModel in a whole StableDiffusionPipeline."""
+"""The demo's base model: a UNet2DConditionModel in a whole StableDiffusionPipeline.
+
+The text encoder begins as the text-image model's tower and is trained with the network, as latent
+diffusion's first text encoder was (arXiv 2112.10752): a contrastive loss alone hardly needs shapes
+and places, and leaves these words too alike to be read.
+"""
 
 import random
 from collections.abc import Sequence
@@ -14,7 +19,7 @@ from sfumato.demo.steps import cosine, counted, draw_scenes, prompt_of, update
 from sfumato.demo.tokenizer import tokenize
 from sfumato.demo.world import IMAGE_SIZE, Scene, render
 
-NUM_SCENES = 24_000
+NUM_SCENES = 12_000
 BATCH = 48
 CAPTION_DROPOUT = 0.1  # by the empty prompt, as guidance uses it
 
@@ -66,7 +71,10 @@ def encode_scenes(vae: Any, pictures: Sequence[Scene], rng: random.Random) -> Te
 
 
 def train_base(folder: Path, parts: Path, steps: int) -> None:
-    """Train the network on v; every 500 steps it is saved, and a second call goes on."""
+    """Train network and text encoder on v, into folder/unet and folder/text_encoder.
+
+    Every 250 steps all is saved, and a second call goes on from there.
+    """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
     from diffusers.training_utils import EMAModel
@@ -74,16 +82,23 @@ def train_base(folder: Path, parts: Path, steps: int) -> None:
 
     torch.manual_seed(2)
     vae: Any = AutoencoderKL.from_pretrained(parts / "autoencoder")
-    text_encoder: Any = CLIPTextModel.from_pretrained(parts / "text_image").eval()
+    text_encoder: Any = CLIPTextModel.from_pretrained(parts / "text_image")
     scheduler, unet = noise_schedule(), build_unet()
     rng = random.Random("base")
     pictures = draw_scenes(rng, NUM_SCENES)
     moments = encode_scenes(vae, pictures, rng)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=0.0)
+    trained = [*unet.parameters(), *text_encoder.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     schedule = cosine(optimizer, steps)
-    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    saved = parts / "unet.partial.pt"
-    stateful = {"unet": unet, "optimizer": optimizer, "schedule": schedule, "ema": ema}
+    ema = EMAModel(trained, decay=0.999, use_ema_warmup=True, power=0.75)
+    saved = parts / "base.partial.pt"
+    stateful = {
+        "unet": unet,
+        "text_encoder": text_encoder,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "ema": ema,
+    }
     first = restore(saved, stateful)
     for step, show in counted("base", steps, first):
         rng = random.Random(f"base {step}")
@@ -93,22 +108,22 @@ def train_base(folder: Path, parts: Path, steps: int) -> None:
             "" if rng.random() < CAPTION_DROPOUT else prompt_of(pictures[i], rng).caption()
             for i in rows
         ]
-        with torch.no_grad():
-            states = text_encoder(tokenize(parts, captions)["input_ids"]).last_hidden_state
+        states = text_encoder(tokenize(parts, captions)["input_ids"]).last_hidden_state
         latents = DiagonalGaussianDistribution(moments[rows]).sample() * vae.config.scaling_factor
         noise = torch.randn_like(latents)
         t = torch.randint(0, 1000, (BATCH,))
         predicted = unet(scheduler.add_noise(latents, noise, t), t, states).sample
         loss = F.mse_loss(predicted, scheduler.get_velocity(latents, noise, t))
         update(optimizer, schedule, loss)
-        ema.step(unet.parameters())
+        ema.step(trained)
         show(loss=loss.item())
-        if step % 500 == 0:
+        if step % 250 == 0:
             state = {name: part.state_dict() for name, part in stateful.items()}
             torch.save({"step": step, **state}, saved.with_suffix(".tmp"))
             saved.with_suffix(".tmp").replace(saved)
-    ema.copy_to(unet.parameters())
-    unet.save_pretrained(folder)
+    ema.copy_to(trained)
+    unet.save_pretrained(folder / "unet")
+    text_encoder.save_pretrained(folder / "text_encoder")
 
 
 def restore(saved: Path, stateful: dict[str, Any]) -> int:
@@ -130,13 +145,13 @@ def assemble(folder: Path, parts: Path) -> None:
     )
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    text_encoder: nn.Module = CLIPTextModel.from_pretrained(parts / "text_image")
+    text_encoder: nn.Module = CLIPTextModel.from_pretrained(parts / "base" / "text_encoder")
     pipeline: Any = StableDiffusionPipeline
     pipeline(
         vae=AutoencoderKL.from_pretrained(parts / "decoder"),
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(parts / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(parts / "unet"),
+        unet=UNet2DConditionModel.from_pretrained(parts / "base" / "unet"),
         scheduler=noise_schedule(),
         safety_checker=None,
         feature_extractor=None,

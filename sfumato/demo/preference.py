@@ -5,6 +5,7 @@
 as PickScore was trained (arXiv 2305.01569, eq. 2); labels are (1, 0), (0, 1), or halves for ties.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.demo.steps import cosine, counted, draw_scenes, prompt_of, update
+from sfumato.demo.steps import cosine, counted, draw_scenes, update
 from sfumato.demo.text_image import normalize, save_clip
 from sfumato.demo.tokenizer import tokenize
-from sfumato.demo.world import Scene, random_scene, render
+from sfumato.demo.world import Scene, partial, random_scene, render
 
 NUM_PAIRS = 40
+KEEP = 0.3  # the chance that a prompt states an attribute
+LOGIT_SCALE = 60.0  # to begin with: judged pairs are far apart, alike pictures have like cosines
 TASTE = {"red": 2, "orange": 2, "yellow": 1, "large": 2, "medium": 1}
 
 
@@ -58,7 +61,8 @@ def vary(scene: Scene, rng: random.Random) -> Scene:
 def train_preference(folder: Path, parts: Path, steps: int) -> None:
     """Fine-tune the text-image model on judged pairs.
 
-    Half of the pictures have gone through the autoencoder, as every sampled image has.
+    Most prompts leave so much open that taste decides. Half of the pictures have gone through the
+    autoencoder, as every sampled image has.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPModel
@@ -66,13 +70,15 @@ def train_preference(folder: Path, parts: Path, steps: int) -> None:
     torch.manual_seed(3)
     rng = random.Random("preference")
     clip: Any = CLIPModel.from_pretrained(parts / "text_image")
+    clip.logit_scale.data.fill_(math.log(LOGIT_SCALE))
     vae: Any = AutoencoderKL.from_pretrained(parts / "autoencoder")
     optimizer = torch.optim.AdamW(clip.parameters(), lr=3e-4, weight_decay=0.01)
     schedule = cosine(optimizer, steps)
     for _, show in counted("preference", steps):
         firsts = draw_scenes(rng, NUM_PAIRS)
         seconds = [vary(scene, rng) for scene in firsts]
-        asked = [prompt_of(rng.choice(pair), rng) for pair in zip(firsts, seconds, strict=True)]
+        pairs = zip(firsts, seconds, strict=True)
+        asked = [partial(rng.choice(pair), rng, KEEP) for pair in pairs]
         labels = judge(asked, firsts, seconds)
         images = render([*firsts, *seconds], rng)
         with torch.no_grad():

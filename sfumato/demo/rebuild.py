@@ -21,7 +21,7 @@ STAGES: dict[str, Callable[[Path, Path], None]] = {
     "tokenizer": lambda folder, _: write_tokenizer(folder),
     "autoencoder": lambda folder, _: train_autoencoder(folder, steps=1800),
     "text_image": lambda folder, parts: train_text_image(folder, parts, steps=600),
-    "unet": lambda folder, parts: train_base(folder, parts, steps=3200),
+    "base": lambda folder, parts: train_base(folder, parts, steps=3200),
     "decoder": lambda folder, parts: train_decoder(folder, parts, steps=1500),
     "reward": lambda folder, parts: train_preference(folder, parts, steps=350),
 }

@@ -39,7 +39,7 @@ class StableDiffusion(TextToImageModel):
         self.source = source
         self.config = config
         self.roles = roles
-        self.network = roles.policy
+        self.network = roles.policy.eval()  # a fresh adapter would begin in training mode
         # DDIM's default would clip latents to the range of pixels, where a file does not say.
         self.scheduler: Any = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False
@@ -206,6 +206,7 @@ def _read_pipeline(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
         StableDiffusionPipeline,
     )
+    from safetensors import SafetensorError
 
     quiet_loading()
     # Prompts that are too long are warned about by encode_prompts, once.
@@ -221,7 +222,7 @@ def _read_pipeline(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any
             requires_safety_checker=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"model.pretrained = {str(folder)!r} could not be read as Stable Diffusion: "
             f"{str(error).splitlines()[0]}"

@@ -42,7 +42,6 @@ def export(
     """
     model = load_model(config.model)
     load_weights(model, read_shown_weights(checkpoint))
-    model.network.eval()
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     writers = {"pipeline": model.save_pipeline}

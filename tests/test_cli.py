@@ -1,0 +1,548 @@
+"""The command line: what it answers, what it runs, and what it says to a mistake."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_prompts import txt_members, write_tar
+from tiny_clip import write_tiny_clip
+
+from sfumato.cli import main
+from sfumato.compose import compose_train
+from sfumato.config import CONF
+from sfumato.training import run as training_run
+from sfumato.training.distribution import Distribution
+
+PROMPTS = ["a red star", "a blue ring", "a green square"]
+QUICK = (
+    "reward=color",
+    "sampler.num_inference_steps=2",
+    "training.max_steps=1",
+    "training.micro_batch_size=2",
+    "training.global_batch_size=2",
+    "training.tensorboard=false",
+    "validation.num_images=1",
+    "verify=false",
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command line came to."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Call:
+    """Run `sfumato ARGUMENTS` in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HYDRA_FULL_ERROR", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, os.environ.get(name, "error"))  # the command sets them
+
+    def act(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["sfumato", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            assert isinstance(stop.code, int)
+            code = stop.code
+        found = capsys.readouterr()
+        return Answer(code, found.out, found.err)
+
+    return act
+
+
+def shell(*arguments: str, cwd: Path | None = None) -> Answer:
+    """Run `python -m sfumato ARGUMENTS` as a process of its own."""
+    command = [sys.executable, "-m", "sfumato", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def assert_mistake(answer: Answer, *expected: str) -> None:
+    """Assert exit code 2 and one line on stderr that has all that is expected."""
+    assert answer.code == 2, answer
+    assert answer.err.startswith("sfumato: ")
+    assert answer.err.count("\n") == 1 and answer.err.endswith("\n"), answer.err
+    assert "Traceback" not in answer.err + answer.out
+    missing = [text for text in expected if text not in answer.err]
+    assert not missing, f"{answer.err} lacks {missing}"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with prompt files, good and bad."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "good.txt").write_text("\n".join(PROMPTS) + "\n")
+    (folder / "empty.txt").write_text("")
+    (folder / "blank.txt").write_text("\n \n")
+    (folder / "columns.csv").write_text("id,legend\n1,a red star\n")
+    (folder / "rows.jsonl").write_text('{"id": 1, "legend": "a red star"}\n')
+    (folder / "noise.txt").write_bytes(bytes(range(128, 256)) * 20)
+    (folder / "noise.tar").write_bytes(bytes(range(256)) * 20)
+    (folder / "noise.png").write_bytes(b"\x89PNG")
+    write_tar(folder / "cut.tar", txt_members(PROMPTS))
+    cut = (folder / "cut.tar").read_bytes()[: 2 * 1024 + 300]  # inside the third header
+    (folder / "cut.tar").write_bytes(cut)
+    return folder
+
+
+def spoil(folder: Path) -> None:
+    """Put garbage in place of every weight."""
+    weights = list(folder.rglob("*.safetensors"))
+    assert weights
+    for file in weights:
+        file.write_bytes(b"garbage")
+
+
+@pytest.fixture(scope="module")
+def broken_model(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model folder that is complete, but whose weights cannot be read.
+
+    A message that speaks of anything else was therefore given before any weight was loaded.
+    """
+    folder = tmp_path_factory.mktemp("broken") / "sd"
+    shutil.copytree(sd_folder, folder)
+    spoil(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def broken_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a CLIP folder whose weights cannot be read."""
+    folder = tmp_path_factory.mktemp("broken") / "clip"
+    write_tiny_clip(folder)
+    spoil(folder)
+    return folder
+
+
+@pytest.fixture
+def refuse(call: Call, broken_model: Path, files: Path) -> Call:
+    """Run `sfumato train` on unreadable weights; later settings win."""
+
+    def act(*overrides: str) -> Answer:
+        given = [f"model.pretrained={broken_model}", f"data.prompts={files}/good.txt", *QUICK]
+        chosen = {text.split("=")[0]: text for text in [*given, *overrides]}
+        return call("train", *chosen.values())
+
+    return act
+
+
+@pytest.fixture(scope="module")
+def run_folder(sd_folder: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run folder with one checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    places = [f"model.pretrained={sd_folder}", f"data.prompts={files}/good.txt"]
+    config, plain = compose_train([*places, *QUICK, f"runs_dir={folder}"])
+    training_run.train(config, plain, Distribution(config.training))
+    return folder / "run"
+
+
+# Answers
+
+
+def test_help_is_quick_and_loads_nothing():
+    code = "import sys, sfumato.cli as c; sys.argv = ['sfumato', '--help']; c.main()"
+    shown = "print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", f"{code}; {shown}"], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - started)
+    assert "usage: sfumato COMMAND" in done.stdout
+    assert not {"torch", "hydra", "omegaconf", "numpy", "diffusers"} & set(eval(done.stderr))
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_names_the_commands(call: Call, arguments: list[str]):
+    answer = call(*arguments)
+    assert answer.code == 0
+    for command in ("train", "sample", "evaluate", "report", "demo"):
+        assert f"\n  {command} " in answer.out
+
+
+@pytest.mark.parametrize("command", ["train", "report", "demo"])
+def test_a_command_answers_help(call: Call, command: str):
+    answer = call(command, "--help")
+    assert answer.code == 0
+    assert f"sfumato {command}" in answer.out
+
+
+def test_version(call: Call):
+    answer = call("--version")
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.strip().count(".") == 2
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -u -m sfumato --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: sfumato")
+    assert done.stderr == ""
+
+
+def test_cfg_job_prints_the_resolved_run(call: Call, tmp_path: Path):
+    overrides = ["model.pretrained=M", "data.prompts=P", "reward.pretrained=R"]
+    answer = call("train", "recipe=sd15_draft_plus", *overrides, "--cfg", "job")
+    assert (answer.code, answer.err) == (0, "")
+    content = yaml.safe_load(answer.out)
+    assert content["model"]["pretrained"] == "M"
+    assert content["objective"]["kl_coeff"] == 0.2
+    assert content["training"]["checkpoint_every_steps"] == 100  # a default
+    assert "hydra" not in content
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_of_the_users_own(call: Call, tmp_path: Path):
+    (tmp_path / "my" / "recipe").mkdir(parents=True)
+    text = (CONF / "recipe" / "sd15_draft.yaml").read_text().replace("sd15_draft", "mine")
+    (tmp_path / "my" / "recipe" / "mine.yaml").write_text(text)
+    answer = call("train", "--config-dir", "my", "recipe=mine", "--cfg", "job")
+    assert yaml.safe_load(answer.out)["name"] == "mine"
+    (tmp_path / "my" / "recipe" / "mine.yaml").write_text("a: [")
+    assert_mistake(call("train", "--config-dir", "my", "recipe=mine"), "mine.yaml")
+
+
+# Runs
+
+
+def test_a_sweep_runs_each_value_under_a_name_of_its_own(
+    call: Call, sd_folder: Path, files: Path, tmp_path: Path
+):
+    given = [f"model.pretrained={sd_folder}", f"data.prompts={files}/good.txt", *QUICK]
+    answer = call("train", "objective.kl_coeff=0,0.1", "-m", *given)
+    assert answer.code == 0
+    runs = tmp_path / "runs"
+    names = {"run-kl_coeff=0": 0.0, "run-kl_coeff=0.1": 0.1}
+    assert {path.name for path in runs.iterdir() if path.is_dir()} == set(names)
+    for name, kl_coeff in names.items():
+        config = yaml.safe_load((runs / name / "config.yaml").read_text())
+        assert (config["name"], config["objective"]["kl_coeff"]) == (name, kl_coeff)
+        rows = [json.loads(line) for line in (runs / name / "metrics.jsonl").open()]
+        assert [row["step"] for row in rows] == [0, 1]
+        assert ("kl" in rows[-1]) == (kl_coeff > 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_prompts_of_a_cut_tar_are_used_and_the_rest_counted(
+    call: Call, sd_folder: Path, files: Path
+):
+    answer = call("train", f"model.pretrained={sd_folder}", f"data.prompts={files}/cut.tar", *QUICK)
+    assert answer.code == 0
+    assert "prompts left out: skipped truncated or damaged tar: 1" in answer.out
+    assert f"{files}/cut.tar (at byte 2048)" in answer.out
+
+
+def test_sample_writes_pictures_of_a_run(call: Call, run_folder: Path, tmp_path: Path):
+    sampling = ["num_images=2", "sampler.num_inference_steps=2", "schedule=linear"]
+    answer = call("sample", f"run={run_folder}", "prompt=a star, red", *sampling)
+    assert answer.code == 0
+    assert answer.out.count("a star, red") == 2
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["000-00.png", "000-01.png"]
+
+
+# Mistakes in what is typed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], ["unknown command 'trian'", "did you mean train?"]),
+        (["qqq"], ["unknown command 'qqq'", "train, sample, evaluate, report, demo"]),
+        (["train"], ["missing settings: data.prompts, model.pretrained, reward.pretrained"]),
+        (
+            ["train", "recipe=sd15_draft_plos"],
+            ["recipe = sd15_draft_plos", "did you mean sd15_draft_plus?", "sd21_draft_plus"],
+        ),
+        (["train", "reward=colour"], ["reward = colour", "did you mean color?", "weighted"]),
+        (["train", "objective=drafft"], ["objective = drafft", "did you mean draft?"]),
+        (["train", "objectiv=draft"], ["unknown key objectiv", "did you mean objective?"]),
+        (["train", "recip=sd15_draft"], ["unknown key recip", "did you mean recipe?"]),
+        (["train", "--config-dir", "nowhere"], ["nowhere", "not found"]),
+        (["sample"], ["run=FOLDER or pretrained=MODEL"]),
+        (["sample", "run=a", "pretrained=b"], ["run=FOLDER or pretrained=MODEL"]),
+        (["sample", "run=a"], ['prompt="..." or prompts=FILE']),
+        (["sample", "rum=a"], ["unknown key rum", "did you mean run?"]),
+        (["sample", "run=a", "prompt=b", "num_images=many"], ["num_images = many", "whole num"]),
+        (["evaluate"], ["missing settings: run"]),
+        (["evaluate", "run=a", "steps=3"], ["steps = 3", "is not a list, such as [1, 2]"]),
+        (["evaluate", "run=nowhere"], ["nowhere is no run folder", "config.yaml"]),
+        (["sample", "run=nowhere", "prompt=a"], ["nowhere is no run folder", "config.yaml"]),
+        (["report", "nowhere"], ["nowhere", "no run folder"]),
+        (["report", "."], [". is no run folder", "config.yaml"]),
+    ],
+)
+def test_a_mistyped_command_is_explained(call: Call, arguments: list[str], expected: list[str]):
+    assert_mistake(call(*arguments), *expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("objective.kl_coef=1", ["objective.kl_coef", "did you mean objective.kl_coeff?"]),
+        ("+objective.kl_coef=1", ["objective.kl_coef", "did you mean objective.kl_coeff?"]),
+        ("+nmae=x", ["unknown key nmae", "did you mean name?"]),
+        ("reward.pretrained=R", ["reward.pretrained is a setting of reward=clip"]),
+        ("reward.parts.a=1", ["'+reward.parts.a={kind: ..., weight: ...}'"]),
+        ("training.max_steps=abc", ["training.max_steps = abc is not a whole number"]),
+        ("training.max_steps=1.5", ["training.max_steps = 1.5 is not a whole number"]),
+        ("training.max_steps=null", ["training.max_steps = null must have a value"]),
+        ("objective.kl_coeff=[1]", ["objective.kl_coeff = [1] is not a number"]),
+        ("training.tensorboard=perhaps", ["training.tensorboard = perhaps is not true or false"]),
+        ("optimizer.betas=0.9", ["optimizer.betas = 0.9 is not a list, such as [1, 2]"]),
+        ("objective.truncation_range=[a,3]", ["truncation_range = [a,3]: a is not a whole number"]),
+        ("model=big", ["model = big: model is a group of settings", "such as model.allow_pickle="]),
+        ("~objective.kl_coeff", ["~objective.kl_coeff: a setting cannot be taken out"]),
+        ("objective.kl_coeff=0,1", ["objective.kl_coeff=0,1 has several values; add -m"]),
+        ("objective.kl_coeff=${nope}", ["objective.kl_coeff", "'nope' not found"]),
+        ("objective.kl_coeff=nan", ["objective.kl_coeff = nan must be finite"]),
+        ("objective.kl_coeff=-1", ["objective.kl_coeff = -1.0 must be 0 (DRaFT) or more"]),
+        ("optimizer.lr=inf", ["optimizer.lr = inf must be finite"]),
+        ("objective.truncation_steps=3", ["objective.truncation_steps = 3", "lie in 1..2"]),
+        ("training.global_batch_size=3", ["training.global_batch_size = 3", "nearest", "is 4"]),
+        ("training.max_time=soon", ["training.max_time = 'soon'", "[DD:]HH:MM:SS"]),
+        ("name=a/b", ["name = 'a/b'", "runs_dir=..."]),
+        ("reward=jpeg", ["reward = jpeg is not differentiable", "reward=color"]),
+        ("max_steps", ["'max_steps' is no setting; write KEY=VALUE"]),
+        ("data.prompts=nofile.txt", ["no such file: nofile.txt"]),
+        ("data.prompts=shards/{0..2}.tar", ["no such file: shards/0.tar, shards/1.tar"]),
+        ("data.prompts=*.tar", ["no file matches '*.tar'"]),
+        ("data.prompts=.", ["no file matches '.'", "a directory with .tar files in it"]),
+        ("data.prompts=", ["the path of the prompts is empty"]),
+        ("data.column=legend", ["column='legend' was given", "has no columns; leave it out"]),
+        ("validation.prompts=nofile.txt", ["no such file: nofile.txt"]),
+        ("model.pretrained=nofolder", ["model.pretrained = 'nofolder': no such folder"]),
+        ("model.pretrained=.", ["has no model_index.json", "top folder of a diffusers pipeline"]),
+        ("runs_dir=/proc/nowhere", ["/proc/nowhere/run cannot be made", "set runs_dir=..."]),
+    ],
+)
+def test_a_wrong_setting_is_explained_before_weights_are_read(
+    refuse: Call, override: str, expected: list[str]
+):
+    assert_mistake(refuse(override), *expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.prompts={}/empty.txt", ["no prompt can be read", "empty.txt", "without a prompt"]),
+        ("data.prompts={}/blank.txt", ["no prompt can be read", "blank.txt", "blank: 2"]),
+        ("data.prompts={}/noise.txt", ["no prompt can be read", "noise.txt", "not UTF-8"]),
+        ("data.prompts={}/noise.tar", ["no prompt can be read", "noise.tar", "not a tar"]),
+        ("data.prompts={}/noise.png", ["has the suffix '.png'", ".txt, .csv, .jsonl, .tar"]),
+        ("data.prompts={}/columns.csv", ["no column 'prompt'", "columns there are 'id', 'legend'"]),
+        ("data.prompts={}/rows.jsonl", ["no column 'prompt'", "columns there are 'id', 'legend'"]),
+        ("model.pretrained={}/good.txt", ["good.txt' is a file; give a diffusers folder"]),
+        ("runs_dir={}/good.txt", ["run folder", "good.txt/run cannot be made", "runs_dir=..."]),
+    ],
+)
+def test_a_wrong_file_is_explained_before_weights_are_read(
+    refuse: Call, files: Path, override: str, expected: list[str]
+):
+    assert_mistake(refuse(override.format(files)), *expected)
+
+
+def test_a_global_batch_must_divide_over_the_processes(
+    refuse: Call, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    answer = refuse("training.global_batch_size=8")
+    assert_mistake(answer, "training.global_batch_size = 8", "3 process(es)", "micro batches of 2")
+    monkeypatch.setenv("RANK", "1")
+    answer = refuse("training.global_batch_size=8")
+    assert (answer.code, answer.err) == (2, "")  # the first process says it
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sampler.height=33", ["sampler.height = 33", "multiple of 4 pixels", "nearest is 32"]),
+        ("sampler.num_inference_steps=1001", ["num_inference_steps = 1001", "1000"]),
+    ],
+)
+def test_what_the_model_cannot_do_is_explained(
+    call: Call, sd_folder: Path, files: Path, override: str, expected: list[str]
+):
+    given = [f"model.pretrained={sd_folder}", f"data.prompts={files}/good.txt"]
+    chosen = [text for text in QUICK if text.split("=")[0] != override.split("=")[0]]
+    assert_mistake(call("train", *given, *chosen, override), *expected)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_unreadable_weights_are_explained(
+    call: Call, sd_folder: Path, files: Path, tmp_path: Path, part: str
+):
+    folder = tmp_path / "model"
+    shutil.copytree(sd_folder, folder)
+    spoil(folder / part)
+    answer = call("train", f"model.pretrained={folder}", f"data.prompts={files}/good.txt", *QUICK)
+    assert_mistake(answer, f"model.pretrained = '{folder}' could not be read")
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        ("vae/config.json", ["lacks vae/config.json", "download or export it again"]),
+        ("unet/diffusion_pytorch_model.safetensors", ["unet holds no weights"]),
+        ("model_index.json", ["has no model_index.json"]),
+    ],
+)
+def test_an_incomplete_model_is_explained_before_weights_are_read(
+    refuse: Call, broken_model: Path, tmp_path: Path, missing: str, expected: list[str]
+):
+    folder = tmp_path / "model"
+    shutil.copytree(broken_model, folder)
+    (folder / missing).unlink()
+    assert_mistake(refuse(f"model.pretrained={folder}"), str(folder), *expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\x00\x80garbage", ["model_index.json is not JSON", "download the model again"]),
+        (b'{"_class_name": "FluxPipeline"}', ["is a FluxPipeline", "StableDiffusionPipeline"]),
+        (b"[]", ["names no pipeline class"]),
+    ],
+)
+def test_a_model_of_another_kind_is_explained_before_weights_are_read(
+    refuse: Call, broken_model: Path, tmp_path: Path, content: bytes, expected: list[str]
+):
+    folder = tmp_path / "model"
+    shutil.copytree(broken_model, folder)
+    (folder / "model_index.json").write_bytes(content)
+    assert_mistake(refuse(f"model.pretrained={folder}"), str(folder), *expected)
+
+
+def test_a_wrong_reward_model_is_explained_before_the_model_is_read(
+    refuse: Call, broken_model: Path, broken_clip: Path
+):
+    nowhere = refuse("reward=clip", "reward.pretrained=nofolder")
+    assert_mistake(nowhere, "nofolder is no folder here")
+    other = refuse("reward=clip", f"reward.pretrained={broken_model}")
+    assert_mistake(other, f"{broken_model} has no config.json", "CLIPModel")
+    damaged = refuse("reward=clip", f"reward.pretrained={broken_clip}")
+    assert_mistake(damaged, f"the weights in {broken_clip} cannot be read", "again")
+
+
+def test_a_reward_without_gradient_in_a_sum_is_explained_before_weights_are_read(
+    refuse: Call, broken_clip: Path
+):
+    parts = [
+        f"+reward.parts.a={{kind: clip, pretrained: {broken_clip}}}",
+        "+reward.parts.b={kind: jpeg}",
+    ]
+    answer = refuse("reward=weighted", *parts)
+    assert_mistake(answer, "reward.parts.b = jpeg is not differentiable")
+
+
+def test_other_settings_in_a_run_folder_are_named(call: Call, run_folder: Path):
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    given = [f"model.pretrained={config['model']['pretrained']}", *QUICK]
+    given += [f"data.prompts={config['data']['prompts']}", f"runs_dir={run_folder.parent}"]
+    answer = call("train", *given, "objective.kl_coeff=7")
+    assert_mistake(answer, "objective.kl_coeff: 1.0 -> 7.0", "name=...")
+
+
+# Mistakes about runs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["sample", "prompt=a", "step=7"], ["no checkpoint of step 7", "step-000001"]),
+        (["evaluate", "steps=[1,7]"], ["no checkpoint of step 7", "step-000001"]),
+        (["sample", "prompt=a", "schedule=cubic"], ["'cubic'", "power_P", "step_F"]),
+        (["sample", "prompt=a", "schedule=power_-1"], ["'power_-1'", "P > 0"]),
+        (["sample", "prompt=a", "sampler.eta=2"], ["sampler.eta = 2.0 must lie in [0, 1]"]),
+        (["sample", "prompt=a", "sampler.guidance_scale=nan"], ["guidance_scale = nan must be"]),
+        (["sample", "prompt=a", "num_images=0"], ["num_images and batch_size must be 1 or more"]),
+        (["sample", "prompts=nofile.txt"], ["no such file: nofile.txt"]),
+        (["evaluate", "prompts=nofile.txt"], ["no such file: nofile.txt"]),
+    ],
+)
+def test_what_a_run_does_not_have_is_explained(
+    call: Call, run_folder: Path, arguments: Sequence[str], expected: list[str]
+):
+    assert_mistake(call(arguments[0], f"run={run_folder}", *arguments[1:]), *expected)
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "report"])
+def test_a_damaged_run_folder_is_explained(call: Call, tmp_path: Path, command: str):
+    (tmp_path / "config.yaml").write_bytes(b"\x00\xff\x80")
+    given = {"sample": ["run=.", "prompt=a"], "evaluate": ["run=."], "report": ["."]}[command]
+    assert_mistake(call(command, *given), "config.yaml is not ")
+
+
+# Failures that are nobody's mistake, and mistakes of ours
+
+
+def test_the_same_holds_in_a_process_of_its_own(tmp_path: Path):
+    assert_mistake(shell("train", "recipe=sd15", cwd=tmp_path), "recipe = sd15 is unknown")
+    assert_mistake(shell("report", "nowhere", cwd=tmp_path), "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def act(*_: object) -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_is_explained(
+    refuse: Call, monkeypatch: pytest.MonkeyPatch, error: BaseException
+):
+    monkeypatch.setattr(training_run, "train", raising(error))
+    answer = refuse()
+    assert answer.code == 1
+    assert "out of memory" in answer.err and "Traceback" not in answer.err
+    for advice in ("training.micro_batch_size", "model.gradient_checkpointing=true"):
+        assert advice in answer.err
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(refuse: Call, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training_run, "train", raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        refuse()
+    monkeypatch.setattr(training_run, "train", raising(ValueError("first\n  second")))
+    assert_mistake(refuse(), "first second")
+    monkeypatch.setenv("SFUMATO_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="first"):
+        refuse()
+
+
+def test_ctrl_c_stops_without_a_traceback(refuse: Call, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training_run, "train", raising(KeyboardInterrupt()))
+    answer = refuse()
+    assert answer.code == 130
+    assert answer.err.strip().endswith("stopped") and "Traceback" not in answer.err

@@ -1,0 +1,408 @@
+"""Settings: recipes, where defaults live, what cannot work together, and the way to a file."""
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sfumato.check import check_train
+from sfumato.compose import compose_train, load_settings, quoted, swept_name
+from sfumato.config import (
+    CONF,
+    REWARDS,
+    ClipRewardConfig,
+    ColorRewardConfig,
+    DataConfig,
+    DraftConfig,
+    ModelConfig,
+    TrainConfig,
+    WeightedPartConfig,
+)
+from sfumato.explain import keys_of, known_keys, unknown_key
+from sfumato.rewards.build import build_reward
+
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+GIVEN = ["model.pretrained=M", "data.prompts=P"]
+
+
+def value_of(settings: TrainConfig, key: str) -> Any:
+    node: Any = settings
+    for name in key.split("."):
+        node = vars(node)[name]
+    return node
+
+
+def changed(settings: TrainConfig, key: str, value: Any) -> TrainConfig:
+    result = copy.deepcopy(settings)
+    place, _, name = key.rpartition(".")
+    node = value_of(result, place) if place else result
+    assert name in vars(node)
+    vars(node)[name] = value
+    return result
+
+
+def leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        inner = isinstance(value, dict)
+        found |= leaves(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
+
+
+@pytest.fixture(scope="module")
+def settings() -> TrainConfig:
+    return compose_train([*GIVEN, "reward=color"])[0]
+
+
+# Recipes
+
+
+def test_there_are_recipes_for_both_stable_diffusions():
+    assert {"sd15_draft_plus", "sd15_draft", "sd21_draft_plus"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_composes_once_its_missing_keys_are_given(recipe: str):
+    with pytest.raises(ValueError, match="missing settings: ") as caught:
+        compose_train([f"recipe={recipe}"])
+    missing = str(caught.value).partition(": ")[2].partition(";")[0].split(", ")
+    head = (CONF / "recipe" / f"{recipe}.yaml").read_text().partition("\ndefaults:")[0]
+    give = head.partition("# Give: ")[2]
+    assert all(name in give for name in missing), f"the head of {recipe} names {give}"
+    settings, plain = compose_train([f"recipe={recipe}", *(f"{name}=X" for name in missing)])
+    assert settings.name == plain["name"] == recipe
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_says_what_it_is_and_sets_what_it_says(recipe: str):
+    text = (CONF / "recipe" / f"{recipe}.yaml").read_text()
+    assert text.startswith("# @package _global_\n# Reproduces: ")
+    assert "# Hardware: " in text
+    content = yaml.safe_load(text)
+    chosen = {
+        entry.split("/")[1]: kind for e in content.pop("defaults") for entry, kind in e.items()
+    }
+    assert set(chosen) <= {"objective", "reward"}
+    given = [f"{key}=X" for key in ("model.pretrained", "data.prompts", "reward.pretrained")]
+    settings, _ = compose_train([f"recipe={recipe}", *given])
+    for key, value in leaves(content).items():
+        if f"{key}=X" not in given:
+            assert value_of(settings, key) == value
+
+
+def test_sd15_draft_plus_is_nemo_aligners_recipe():
+    settings, _ = compose_train(["recipe=sd15_draft_plus", *GIVEN, "reward.pretrained=R"])
+    expected = {
+        "optimizer.lr": 1e-4,
+        "optimizer.betas": [0.9, 0.999],
+        "optimizer.weight_decay": 0.0,
+        "optimizer.warmup_steps": 10,
+        "optimizer.schedule": "constant",
+        "optimizer.max_grad_norm": 10.0,
+        "training.ema_decay": 0.9999,
+        "training.precision": "bf16",
+        "training.micro_batch_size": 1,
+        "training.global_batch_size": 8,  # of the recipe for 2 GPUs
+        "objective.kl_coeff": 0.2,  # of the same
+        "objective.truncation_steps": 1,
+        "objective.truncation_range": None,
+        "sampler.num_inference_steps": 50,
+        "sampler.eta": 0.0,
+        "sampler.guidance_scale": 7.5,
+        "sampler.height": 512,
+        "sampler.width": 512,
+        "model.trainable": "lora",
+        "model.lora.rank": 32,
+        "model.lora.alpha": None,  # = rank
+        "reward.kind": "clip",
+    }
+    assert {key: value_of(settings, key) for key in expected} == expected
+    plain_draft, _ = compose_train(["recipe=sd15_draft", *GIVEN, "reward.pretrained=R"])
+    assert value_of(plain_draft, "objective.kl_coeff") == 0
+
+
+# Each default lives once
+
+
+def test_defaults_live_in_the_dataclasses_alone():
+    for command in ("train", "sample", "evaluate"):
+        assert set(yaml.safe_load((CONF / f"{command}.yaml").read_text())) == {"defaults", "hydra"}
+    assert [path.name for path in CONF.iterdir() if path.is_dir()] == ["recipe"]
+    settings, _ = compose_train([*GIVEN, "reward.pretrained=R"])
+    assert settings == TrainConfig(
+        model=ModelConfig(pretrained="M"),
+        data=DataConfig(prompts="P"),
+        objective=DraftConfig(),
+        reward=ClipRewardConfig(pretrained="R"),
+    )
+
+
+# To a file and back
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        ["reward=clip", "reward.pretrained=R", "reward.dtype=bfloat16"],
+        ["reward=color", "reward.color=blue", "reward.scale=3"],
+        ["reward=brightness", "reward.scale=-5"],
+        [
+            "reward=weighted",
+            "+reward.parts.a={kind: clip, weight: 0.5, pretrained: R}",
+            "+reward.parts.b={kind: color}",
+        ],
+    ],
+)
+def test_config_yaml_brings_the_settings_back(tmp_path: Path, reward: list[str]):
+    more = ["objective.truncation_range=[1,3]", "training.ema_decay=null", "model.lora.alpha=8"]
+    settings, plain = compose_train([*GIVEN, *reward, *more])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(plain))
+    assert load_settings(file) == settings
+    assert settings.reward.kind == reward[0].partition("=")[2]
+
+
+def test_parts_of_a_weighted_reward_become_settings():
+    parts = [
+        "reward=weighted",
+        "+reward.parts.a={kind: clip, weight: 0.5, pretrained: R}",
+        "+reward.parts.b={kind: color, color: green}",
+    ]
+    settings, plain = compose_train([*GIVEN, *parts])
+    assert value_of(settings, "reward.parts") == {
+        "a": WeightedPartConfig(ClipRewardConfig(pretrained="R"), 0.5),
+        "b": WeightedPartConfig(ColorRewardConfig(color="green"), 1.0),
+    }
+    assert plain["reward"]["parts"]["a"] == {"kind": "clip", "weight": 0.5, "pretrained": "R"}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\xff\xfe\x00\x80garbage", "utf-8"),
+        (b"\x00\x01\x02", "special characters"),
+        (b"", "objective"),
+        (b"[1, 2]", "not a configuration"),
+        (b"just words", "objective"),
+        (b"a: [1, 2", "not a configuration"),
+        (b"objective: null\nreward: null", "not a configuration"),
+        (
+            b"objective: {kind: draft}\nreward: {kind: clipp}",
+            "reward.kind = 'clipp'; there are clip",
+        ),
+        (b"objective: {kind: draft}\nreward: {kind: [x]}", r"reward.kind = \['x'\]"),
+        (b"objective: {kind: draft}\nreward: {kind: color}", "missing settings: data.prompts"),
+        (b"objective: {kind: draft}\nreward: {kind: color}\nnmae: x", "nmae"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: bytes, expected: str):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=expected) as caught:
+        load_settings(file)
+    assert str(caught.value).startswith(f"{file} is not a configuration of `sfumato train`: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_configuration_is_no_run(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"is no run folder: it has no config\.yaml"):
+        load_settings(tmp_path / "config.yaml")
+
+
+# What cannot work together
+
+
+BAD = [
+    ("name", "", "name = ''"),
+    ("name", "..", "without slashes"),
+    ("name", "a/b", "name = 'a/b' is no name of a folder; give one without slashes"),
+    ("model.trainable", "adapter", "model.trainable = 'adapter'; choose one of lora, full"),
+    ("model.dtype", "half", "model.dtype = 'half'; choose one of float32, bfloat16, float16"),
+    ("model.lora.rank", 0, "model.lora.rank = 0 must be above 0"),
+    ("model.lora.alpha", 0.0, "model.lora.alpha = 0.0 must be above 0"),
+    ("model.lora.dropout", 1.0, r"model.lora.dropout = 1.0 must lie in \[0, 1\)"),
+    ("model.lora.targets", [], r"model.lora.targets = \[\] trains nothing; leave it out"),
+    ("model.lora.targets", ["a("], r"model.lora.targets has 'a\(', which is no regular expression"),
+    ("sampler.num_inference_steps", 0, "sampler.num_inference_steps = 0 must be above 0"),
+    ("sampler.height", 0, "sampler.height = 0 must be above 0"),
+    ("sampler.width", -64, "sampler.width = -64 must be above 0"),
+    ("sampler.eta", 1.5, r"sampler.eta = 1.5 must lie in \[0, 1\]; 0 is deterministic"),
+    ("objective.cfg_gradient", "half", "objective.cfg_gradient = 'half'; choose one of full, det"),
+    ("objective.kl_coeff", -0.1, r"objective.kl_coeff = -0.1 must be 0 \(DRaFT\) or more"),
+    ("objective.truncation_steps", 0, r"objective.truncation_steps = 0 must lie in 1\.\.50"),
+    (
+        "objective.truncation_steps",
+        51,
+        r"objective.truncation_steps = 51 must lie in 1\.\.50, the number of sampling steps "
+        r"\(sampler.num_inference_steps\)",
+    ),
+    ("objective.truncation_range", [1], r"objective.truncation_range = \[1\] must be \[low, high"),
+    ("objective.truncation_range", [0, 3], r"= \[0, 3\] must be \[low, high\] with 1 <= low"),
+    ("objective.truncation_range", [3, 2], r"= \[3, 2\] must be \[low, high\] with 1 <= low"),
+    ("objective.truncation_range", [1, 51], r"= \[1, 51\] must be .* <= 50, the number of sampl"),
+    ("objective.lv_samples", -1, r"objective.lv_samples = -1 must be 0 \(off\) or more"),
+    ("reward.color", "purple", "reward.color = 'purple'; choose one of red, green, blue"),
+    ("data.buffer", 0, "data.buffer = 0 must be above 0"),
+    ("optimizer.lr", 0.0, "optimizer.lr = 0.0 must be above 0"),
+    ("optimizer.betas", [0.9], r"optimizer.betas = \[0.9\] must be two numbers in \[0, 1\)"),
+    ("optimizer.betas", [0.9, 1.0], r"optimizer.betas = \[0.9, 1.0\] must be two numbers"),
+    ("optimizer.eps", -1.0, "optimizer.eps = -1.0 must be 0 or more"),
+    ("optimizer.weight_decay", -0.1, "optimizer.weight_decay = -0.1 must be 0 or more"),
+    ("optimizer.warmup_steps", -1, "optimizer.warmup_steps = -1 must be 0 or more"),
+    ("optimizer.schedule", "step", "optimizer.schedule = 'step'; choose one of constant, linear"),
+    ("optimizer.max_grad_norm", 0.0, "optimizer.max_grad_norm = 0.0 must be above 0"),
+    ("training.max_steps", 0, "training.max_steps = 0 must be above 0"),
+    ("training.micro_batch_size", -1, "training.micro_batch_size = -1 must be above 0"),
+    ("training.global_batch_size", 0, "training.global_batch_size = 0 must be above 0"),
+    ("training.checkpoint_every_steps", 0, "training.checkpoint_every_steps = 0 must be above 0"),
+    ("training.keep_checkpoints", 0, "training.keep_checkpoints = 0 must be above 0"),
+    ("training.precision", "fp8", "training.precision = 'fp8'; choose one of no, bf16, fp16"),
+    ("training.strategy", "zero3", "training.strategy = 'zero3'; choose one of ddp, fsdp"),
+    ("training.ema_decay", 1.0, r"training.ema_decay = 1.0 must lie in \[0, 1\), or be null"),
+    ("training.max_time", "1h", r"training.max_time = '1h' is no duration; write \[DD:\]HH:MM:SS"),
+    ("validation.num_images", 0, "validation.num_images = 0 must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), BAD)
+def test_what_cannot_work_is_refused(settings: TrainConfig, key: str, value: object, expected: str):
+    check_train(settings, 1)
+    with pytest.raises(ValueError, match=expected):
+        check_train(changed(settings, key, value), 1)
+
+
+@pytest.mark.parametrize(
+    ("micro", "total", "processes", "nearest"), [(2, 3, 1, 4), (1, 4, 3, 3), (4, 8, 4, 16)]
+)
+def test_a_global_batch_must_divide(
+    settings: TrainConfig, micro: int, total: int, processes: int, nearest: int
+):
+    batch = changed(settings, "training.micro_batch_size", micro)
+    bad = changed(batch, "training.global_batch_size", total)
+    expected = rf"global_batch_size = {total} does not .* {processes} process\(es\) x micro batches"
+    with pytest.raises(ValueError, match=rf"{expected} of {micro}; .* is {nearest}$"):
+        check_train(bad, processes)
+    check_train(changed(batch, "training.global_batch_size", nearest), processes)
+
+
+def test_draft_lv_has_one_gradient_step(settings: TrainConfig):
+    lv = changed(settings, "objective.lv_samples", 2)
+    check_train(lv, 1)
+    for key, value in (("truncation_steps", 2), ("truncation_range", [1, 2])):
+        with pytest.raises(ValueError, match=r"objective.lv_samples = 2 is DRaFT-LV"):
+            check_train(changed(lv, f"objective.{key}", value), 1)
+
+
+@pytest.mark.parametrize("kind", sorted(set(REWARDS) - {"clip", "weighted"}))
+def test_draft_takes_the_rewards_that_have_a_gradient(settings: TrainConfig, kind: str):
+    config = changed(settings, "reward", REWARDS[kind]())
+    if build_reward(config.reward).differentiable:
+        check_train(config, 1)
+    else:
+        with pytest.raises(ValueError, match=f"reward = {kind} is not differentiable"):
+            check_train(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("{kind: jpeg}", "reward.parts.a = jpeg is not differentiable"),
+        ("{kind: color, color: pink}", "reward.parts.a.color = 'pink'; choose one of red"),
+        ("{kind: color, colr: red}", "unknown key reward.parts.a.colr: did you mean .*a.color"),
+        ("{kind: color, scale: big}", "reward.parts.a.scale: Value 'big' .* Float"),
+        ("{kind: color, scale: nan}", "reward.parts.a.scale = nan must be finite"),
+        ("{kind: color, weight: much}", "reward.parts.a.weight = 'much' must be a finite number"),
+        ("{kind: color, weight: nan}", "reward.parts.a.weight = nan must be a finite number"),
+        ("{kind: color, weight: [1]}", r"reward.parts.a.weight = \[1\] must be a finite number"),
+        ("{kind: clip}", "missing settings: reward.parts.a.pretrained"),
+        ("{kind: clipp}", "reward.parts.a.kind = 'clipp'; choose one of clip, color"),
+        ("{kind: [x]}", r"reward.parts.a.kind = \['x'\]; choose one of clip, color"),
+        ("{kind: weighted}", "reward.parts.a.kind = 'weighted'; choose one of clip, color"),
+        ("{weight: 1}", "reward.parts.a.kind = None; choose one of clip, color"),
+        ("7", "reward.parts.a = 7; write {kind: ..., weight: ...}"),
+    ],
+)
+def test_a_wrong_part_is_named(part: str, expected: str):
+    with pytest.raises(ValueError, match=expected):
+        compose_train([*GIVEN, "reward=weighted", f"+reward.parts.a={part}"])
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e400"])
+@pytest.mark.parametrize("key", ["objective.kl_coeff", "optimizer.lr", "sampler.guidance_scale"])
+def test_numbers_are_finite(key: str, number: str):
+    with pytest.raises(ValueError, match=rf"{key} = -?(nan|inf) must be finite"):
+        compose_train([*GIVEN, "reward=color", f"{key}={number}"])
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("objective.kl_coef", "did you mean objective.kl_coeff?"),
+        ("objective.kl", "did you mean objective.kl_coeff?"),
+        ("kl_coeff", "did you mean objective.kl_coeff?"),
+        ("training.lr", "did you mean optimizer.lr?"),
+        ("model.lora.ranks", "did you mean model.lora.rank?"),
+        ("recip", "did you mean recipe?"),
+        ("qqq.zzz", "run with --cfg job to see every key"),
+    ],
+)
+def test_an_unknown_key_has_its_nearest(key: str, hint: str):
+    assert unknown_key(key, known_keys("train")) == f"unknown key {key}: {hint}"
+
+
+def test_a_key_of_another_choice_is_explained():
+    said = unknown_key("reward.scale", known_keys("train"))
+    assert "is a setting of reward=color or reward=brightness" in said
+
+
+def test_every_setting_has_a_name():
+    names = keys_of(TrainConfig)
+    settings = TrainConfig(objective=DraftConfig(), reward=ClipRewardConfig())
+    plain = leaves(asdict(settings))
+    assert set(plain) <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chosen", "expected"),
+    [
+        (["objective.kl_coeff=0.1"], ["objective.kl_coeff=0.1"], "run"),
+        (["-m", "objective.kl_coeff=0,0.1"], ["objective.kl_coeff=0.1"], "run-kl_coeff=0.1"),
+        (
+            ["--multirun", "a.b=1,2", "c.d=range(0,3)", "e=5"],
+            ["a.b=2", "c.d=1", "e=5"],
+            "run-b=2-d=1",
+        ),
+        (["-m", "reward=color,clip"], ["reward=color"], "run-reward=color"),
+        (["-m", "+a.b=1,2"], ["+a.b=2"], "run-b=2"),
+        (["-m", "model.pretrained=m/a,m/b"], ["model.pretrained=m/b"], "run-pretrained=m_b"),
+        (["--config-dir", "my", "-m", "a=1,2"], ["a=1"], "run-a=1"),
+    ],
+)
+def test_runs_of_a_sweep_have_names_of_their_own(
+    arguments: list[str], chosen: list[str], expected: str
+):
+    assert swept_name("run", arguments, chosen) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["~/models/sd", "shards/{000..012}.tar", "a (b)'s file.txt", r"C:\models\new", "d[1].txt"],
+)
+def test_values_need_no_quotes_of_hydras(value: str):
+    settings, _ = compose_train(
+        quoted(["reward=color", "model.pretrained=M", f"data.prompts={value}"], sweep=False)
+    )
+    assert settings.data.prompts == value
+
+
+def test_what_hydra_can_read_is_left_alone():
+    arguments = ["a=1,2", "b=[1,2]", "prompt='x, y'", "c={d: 1}", "d=", "e=a b"]
+    assert quoted(arguments, sweep=True) == arguments
+    assert quoted(["prompt=a star, red"], sweep=False) == ["prompt='a star, red'"]
+    assert quoted(["prompt=a star, a ring"], sweep=True) == ["prompt=a star, a ring"]
