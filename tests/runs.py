@@ -77,8 +77,8 @@ def in_child(action: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(fork(action), 0)[1])
 
 
-def in_processes(world: int, action: Callable[[int], object]) -> None:
-    """Run on `world` processes that see each other as torchrun's do."""
+def in_processes(world: int, action: Callable[[int], object], *, code: int = 0) -> None:
+    """Run on `world` processes that see each other as torchrun's do; all must exit with `code`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -95,7 +95,7 @@ def in_processes(world: int, action: Callable[[int], object]) -> None:
 
     children = [fork(on_rank(rank)) for rank in range(world)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * world
+    assert codes == [code] * world
 
 
 def fork(action: Callable[[], object]) -> int:

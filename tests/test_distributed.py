@@ -20,15 +20,20 @@ from runs import (
     metrics,
     on_call,
     start,
+    start_cli,
 )
 from torch import Tensor
 from toy import use_toy
 
+from sfumato.config import TrainingConfig
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Loss
 from sfumato.training.checkpoint import Snapshot, read_checkpoint
+from sfumato.training.distribution import Distribution
+from sfumato.training.folder import RunFolder
+from sfumato.training.run import exclusive
 
 SAME = 1e-5
 SCALE = 20  # of the reward
@@ -156,7 +161,9 @@ def assert_same_pictures(found: Path, expected: Path) -> None:
     ours, theirs = (pairs(run / "samples" / "step-000002") for run in (found, expected))
     assert len(ours) == 3  # an odd number, over two processes
     for left, right in zip(ours, theirs, strict=True):
-        assert left == pytest.approx(right, rel=1e-4, abs=SAME * SCALE)
+        assert (left["prompt"], left["seed"]) == (right["prompt"], right["seed"])
+        for side in ("reward_tuned", "reward_base"):
+            assert left[side] == pytest.approx(right[side], rel=1e-4, abs=SAME * SCALE)
 
 
 def pairs(folder: Path) -> list[dict[str, Any]]:
@@ -170,7 +177,7 @@ def test_one_process_then_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     start(command(tmp_path, "whole", *smooth))
     start(command(tmp_path, "run", *smooth, "training.max_steps=3"))
     rest = command(tmp_path, "run", *smooth, "training.strategy=fsdp")
-    in_processes(2, lambda _: start(rest))
+    in_processes(2, lambda _: start_cli(rest))
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert_same_update(state_at(run, 6), state_at(whole, 6), state_at(whole, 2))
     assert_same_metrics(run, whole, steps=6)
@@ -191,3 +198,15 @@ def test_both_processes_stop_on_the_signal_of_one(
     start(command(tmp_path, "whole", "training.max_steps=6"))
     in_processes(2, lambda _: start(overrides))
     assert_same_metrics(tmp_path / "run", tmp_path / "whole", steps=6)
+
+
+def test_both_processes_hear_that_the_folder_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    use_toy(monkeypatch)
+    overrides = command(tmp_path, "run")
+    with exclusive(RunFolder(tmp_path / "run"), Distribution(TrainingConfig())):
+        in_processes(2, lambda _: start_cli(overrides), code=2)
+    message = capfd.readouterr().err
+    assert f"another process is training in {tmp_path / 'run'}" in message
+    assert "Traceback" not in message

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def test_tensorboard_has_every_step_once_after_a_kill(tmp_path: Path) -> None:
 
     assert in_child(die) == -9
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
+    time.sleep(1.1)  # TensorBoard orders its files by the second
     start(again)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0})
     events.Reload()

@@ -2,7 +2,7 @@
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ def _reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
     return (weight * (error + error.square())).sum() / (3 * weight.sum())
 
 
-def train_autoencoder(folder: Path, steps: int) -> None:
-    """Train an AutoencoderKL, 3 x 64 x 64 to 4 x 16 x 16."""
+def train_autoencoder(folder: Path, parts: Path, steps: int) -> None:
+    """Train an AutoencoderKL, 3 x 64 x 64 to 4 x 16 x 16; the first stage, `parts` is unused."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     torch.manual_seed(0)
     rng = random.Random("autoencoder")
-    vae: Any = AutoencoderKL(
+    vae = cast(Any, AutoencoderKL)(
         sample_size=IMAGE_SIZE,
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,

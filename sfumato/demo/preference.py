@@ -23,7 +23,7 @@ from sfumato.demo.world import Scene, partial, random_scene, render
 
 NUM_PAIRS = 40
 KEEP = 0.3  # the chance that a prompt states an attribute
-LOGIT_SCALE = 60.0  # to begin with: judged pairs are far apart, alike pictures have like cosines
+LOGIT_SCALE = 30.0  # to begin with: judged pairs are far apart, alike pictures have like cosines
 TASTE = {"red": 2, "orange": 2, "yellow": 1, "large": 2, "medium": 1}
 
 
@@ -72,8 +72,8 @@ def train_preference(folder: Path, parts: Path, steps: int) -> None:
     clip: Any = CLIPModel.from_pretrained(parts / "text_image")
     clip.logit_scale.data.fill_(math.log(LOGIT_SCALE))
     vae: Any = AutoencoderKL.from_pretrained(parts / "autoencoder")
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=3e-4, weight_decay=0.01)
-    schedule = cosine(optimizer, steps)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.01)
+    schedule = cosine(optimizer, steps, warmup=30)
     for _, show in counted("preference", steps):
         firsts = draw_scenes(rng, NUM_PAIRS)
         seconds = [vary(scene, rng) for scene in firsts]

@@ -5,7 +5,6 @@ goes on where it was.
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,28 +15,30 @@ from sfumato.demo.preference import train_preference
 from sfumato.demo.text_image import train_text_image
 from sfumato.demo.tokenizer import write_tokenizer
 
-# The folder of each stage and what makes it, in order.
-STAGES: dict[str, Callable[[Path, Path], None]] = {
-    "tokenizer": lambda folder, _: write_tokenizer(folder),
-    "autoencoder": lambda folder, _: train_autoencoder(folder, steps=1800),
-    "text_image": lambda folder, parts: train_text_image(folder, parts, steps=600),
-    "base": lambda folder, parts: train_base(folder, parts, steps=3200),
-    "decoder": lambda folder, parts: train_decoder(folder, parts, steps=1500),
-    "reward": lambda folder, parts: train_preference(folder, parts, steps=350),
+STAGES = {
+    "autoencoder": train_autoencoder,
+    "text_image": train_text_image,
+    "base": train_base,
+    "decoder": train_decoder,
+    "reward": train_preference,
 }
+STEPS = {"autoencoder": 1800, "text_image": 600, "base": 4000, "decoder": 1500, "reward": 400}
 
 
 def rebuild(out: Path) -> None:
     """Train every model of the demo into out/parts, and put the shipped folders into out/model."""
     parts = out / "parts"
-    for name, stage in STAGES.items():
+    for name in ("tokenizer", *STAGES):
         if (parts / name).exists():
             print(f"{name}: done before")
             continue
         beside = parts / f".{name}.tmp"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        stage(beside, parts)
+        if name == "tokenizer":
+            write_tokenizer(beside)
+        else:
+            STAGES[name](beside, parts, STEPS[name])
         beside.rename(parts / name)
     ship(parts, out / "model")
     print(f"the models are in {out / 'model'}; copy them to sfumato/demo/model to ship them")

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def write_tokenizer(folder: Path) -> None:
         for token in (char, f"{char}</w>"):
             vocab.setdefault(token, len(vocab))
     merges = [tuple(pair) for pair in state["merges"]]
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+    tokenizer = cast(Any, CLIPTokenizer)(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
     tokenizer.save_pretrained(folder)
     # The two files that every CLIP release carries, for readers older than tokenizer.json.
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")

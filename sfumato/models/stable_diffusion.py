@@ -39,7 +39,7 @@ class StableDiffusion(TextToImageModel):
         self.source = source
         self.config = config
         self.roles = roles
-        self.network = roles.policy.eval()  # a fresh adapter would begin in training mode
+        self.network = roles.policy
         # DDIM's default would clip latents to the range of pixels, where a file does not say.
         self.scheduler: Any = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False

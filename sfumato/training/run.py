@@ -4,7 +4,7 @@ import fcntl
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,21 +146,37 @@ def exclusive(folder: RunFolder, distribution: Distribution) -> Iterator[None]:
     """Hold the run folder for this run alone, until it ends or is killed.
 
     Raises:
+        ValueError: on every process, if another run holds it, or it cannot be made.
+    """
+    with ExitStack() as held:
+        error: ValueError | None = None
+        if distribution.is_main:
+            try:
+                held.enter_context(lock(folder))
+            except ValueError as caught:
+                error = caught
+        if distribution.any(error is not None):
+            raise error or ValueError("the main process could not take the run folder")
+        yield
+
+
+@contextmanager
+def lock(folder: RunFolder) -> Iterator[None]:
+    """Make the run folder and lock it, until the context or the process ends.
+
+    Raises:
         ValueError: if another process holds it, or it cannot be made.
     """
-    if not distribution.is_main:
-        yield
-        return
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        lock = (folder.path / ".lock").open("w")
+        file = (folder.path / ".lock").open("w")
     except OSError as error:
         raise ValueError(
             f"the run folder {folder.path} cannot be made ({error.strerror}); set runs_dir=..."
         ) from error
-    with lock:
+    with file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
                 f"another process is training in {folder.path}; choose another name (name=...)"

@@ -1,0 +1,191 @@
+"""Random networks of the real classes in the sizes that are measured, written as model folders."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+MAX_TOKENS = 77
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of a pipeline and of its CLIP reward; CLIP towers are (width, layers, heads)."""
+
+    pixels: int
+    unet: tuple[int, ...]
+    unet_layers: int
+    unet_heads: int
+    autoencoder: tuple[int, ...]
+    text: tuple[int, int, int]
+    reward_text: tuple[int, int, int]
+    reward_image: tuple[int, int, int]
+    reward_pixels: int
+    reward_patch: int
+
+    @property
+    def latent(self) -> int:
+        return self.pixels // 2 ** (len(self.autoencoder) - 1)
+
+
+SIZES = {
+    "demo": Size(
+        pixels=64,
+        unet=(48, 96, 128),
+        unet_layers=1,
+        unet_heads=4,
+        autoencoder=(16, 32, 64),
+        text=(128, 3, 4),
+        reward_text=(128, 3, 4),
+        reward_image=(128, 3, 4),
+        reward_pixels=64,
+        reward_patch=8,
+    ),
+    "60m": Size(
+        pixels=256,
+        unet=(128, 256, 384, 512),
+        unet_layers=1,
+        unet_heads=8,
+        autoencoder=(64, 128, 256, 256),
+        text=(512, 6, 8),
+        reward_text=(512, 6, 8),
+        reward_image=(384, 6, 6),
+        reward_pixels=224,
+        reward_patch=32,
+    ),
+    "860m": Size(  # Stable Diffusion 1.5 with PickScore's ViT-H/14
+        pixels=512,
+        unet=(320, 640, 1280, 1280),
+        unet_layers=2,
+        unet_heads=8,
+        autoencoder=(128, 256, 512, 512),
+        text=(768, 12, 12),
+        reward_text=(1024, 24, 16),
+        reward_image=(1280, 32, 16),
+        reward_pixels=224,
+        reward_patch=14,
+    ),
+}
+
+
+def write_pipeline(folder: Path, size: Size) -> None:
+    """Write a StableDiffusionPipeline with Stable Diffusion 1.5's schedule."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    vocab = _write_tokenizer(folder / "tokenizer")
+    torch.manual_seed(0)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        set_alpha_to_one=False,
+        steps_offset=1,
+        clip_sample=False,
+    )
+    pipeline: Any = StableDiffusionPipeline
+    pipeline(
+        vae=_autoencoder(size),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**_text(size.text, vocab))),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=_unet(size),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def write_reward(folder: Path, size: Size) -> None:
+    """Write a CLIPModel with tokenizer and preprocessing."""
+    from transformers import CLIPConfig, CLIPModel
+
+    vocab = _write_tokenizer(folder)
+    width, layers, heads = size.reward_image
+    vision = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "image_size": size.reward_pixels,
+        "patch_size": size.reward_patch,
+    }
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=_text(size.reward_text, vocab), vision_config=vision)
+    CLIPModel(config).save_pretrained(folder)
+    side = size.reward_pixels
+    settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def _unet(size: Size) -> Any:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    deeper = len(size.unet) - 1
+    return UNet2DConditionModel(
+        sample_size=size.latent,
+        block_out_channels=size.unet,
+        layers_per_block=size.unet_layers,
+        down_block_types=("CrossAttnDownBlock2D",) * deeper + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * deeper,
+        cross_attention_dim=size.text[0],
+        attention_head_dim=size.unet_heads,
+        norm_num_groups=16,
+    )
+
+
+def _autoencoder(size: Size) -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    blocks, kind = len(size.autoencoder), cast(Any, AutoencoderKL)  # its annotations are too narrow
+    return kind(
+        sample_size=size.pixels,
+        block_out_channels=size.autoencoder,
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        norm_num_groups=min(32, size.autoencoder[0] // 2),
+    )
+
+
+def _text(shape: tuple[int, int, int], vocab: dict[str, int]) -> dict[str, Any]:
+    width, layers, heads = shape
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": MAX_TOKENS,
+        "vocab_size": len(vocab),
+        "bos_token_id": vocab[START],
+        "eos_token_id": vocab[END],
+        "pad_token_id": vocab[END],
+    }
+
+
+def _write_tokenizer(folder: Path) -> dict[str, int]:
+    """Write a tokenizer with a token per character; return its vocabulary."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    symbols = sorted(ByteLevel.alphabet())
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), START, END]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": MAX_TOKENS,
+        "bos_token": START,
+        "eos_token": END,
+        "pad_token": END,
+        "unk_token": END,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return vocab

@@ -1,0 +1,111 @@
+"""The demo world: its pictures can be read, its judge follows its rule, its recipes run."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from sfumato.compose import DEMO_MODELS, compose_train
+from sfumato.demo import base, rebuild
+from sfumato.demo.experiment import read_attributes, write_prompts
+from sfumato.demo.preference import judge, judged_value
+from sfumato.demo.reader import attribute_accuracy, read_image
+from sfumato.demo.world import Scene, parse_caption, partial, random_scene, render
+from sfumato.models.formats import read_model_index
+from sfumato.rewards.clip import ClipReward
+
+MEGABYTE = 2**20
+
+
+def test_the_reader_is_right_on_rendered_pictures() -> None:
+    rng = random.Random(1)
+    scenes = [random_scene(rng) for _ in range(400)]
+    seen = [read_image(image) for image in render(scenes, rng)]
+    assert sum(want == found for want, found in zip(scenes, seen, strict=True)) >= 396
+
+
+def test_the_reader_sees_nothing_in_pictures_of_nothing() -> None:
+    assert read_image(torch.full((3, 64, 64), 0.5)) is None
+    assert read_image(torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))) is None
+
+
+def test_accuracy_counts_only_what_was_asked() -> None:
+    rng = random.Random(2)
+    scene = Scene("ring", "red", "large", "white", "in the center")
+    image = render([scene], rng)
+    asked = [Scene("ring"), Scene("ring", "red"), Scene("ring", "blue"), Scene("star")]
+    right = [attribute_accuracy(image, [want]).item() for want in asked]
+    assert right == [1.0, 1.0, 0.0, 0.0]
+    assert read_attributes(image, ["a large ring on a white background"]).item() == 1.0
+
+
+def test_captions_say_the_scene_and_are_read_back() -> None:
+    assert Scene("star").caption() == "a star"
+    ring = Scene("ring", "red", "small", "yellow")
+    assert ring.caption() == "a small red ring on a yellow background"
+    rng = random.Random(3)
+    for _ in range(200):
+        scene = random_scene(rng)
+        for one in (scene, partial(scene, rng)):
+            assert parse_caption(one.caption()) == one
+    with pytest.raises(ValueError, match="names no shape"):
+        parse_caption("a lion")
+
+
+def test_a_scene_with_an_open_attribute_is_not_painted() -> None:
+    with pytest.raises(ValueError, match="leaves an attribute open"):
+        render([Scene("star")], random.Random(0))
+
+
+def test_the_judge_wants_what_was_asked_then_warm_and_large() -> None:
+    asked = Scene("star")
+    warm = Scene("star", "red", "large", "white", "at the top")
+    cold = Scene("star", "blue", "small", "white", "at the top")
+    wrong = Scene("ring", "red", "large", "white", "at the top")
+    assert judged_value(asked, warm) == (1, 4)
+    assert judged_value(asked, cold) == (1, 0)
+    assert judged_value(asked, wrong) == (0, 4)
+    labels = judge([asked] * 3, [warm, wrong, cold], [cold, cold, cold])
+    assert labels.tolist() == [[1, 0], [0, 1], [0.5, 0.5]]
+
+
+def test_prompts_of_the_demo_belong_to_its_world(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a.txt", 0)
+    write_prompts(tmp_path / "b.txt", 0)
+    lines = (tmp_path / "a.txt").read_text().splitlines()
+    assert lines == (tmp_path / "b.txt").read_text().splitlines()
+    assert all(parse_caption(line).shape for line in lines)
+
+
+def test_the_shipped_models_are_small_safe_and_load() -> None:
+    files = [file for file in DEMO_MODELS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 25 * MEGABYTE
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt"}
+    assert read_model_index(DEMO_MODELS / "base")["_class_name"] == "StableDiffusionPipeline"
+    reward = ClipReward.from_pretrained(str(DEMO_MODELS / "reward"))
+    image = render([Scene("star", "red", "large", "white", "in the center")], random.Random(0))
+    assert reward(image, ["a star"]) > reward(image, ["a ring"])
+    with safe_open(DEMO_MODELS / "base" / "text_encoder" / "model.safetensors", "pt") as weights:
+        assert all(name.startswith("text_model.") for name in weights.keys())  # noqa: SIM118
+
+
+def test_the_recipe_of_the_demo_composes() -> None:
+    config, plain = compose_train(["recipe=demo_draft_plus", "data.prompts=x.txt"])
+    assert config.model.pretrained == str(DEMO_MODELS / "base")
+    assert plain["reward"]["pretrained"] == str(DEMO_MODELS / "reward")
+
+
+def test_every_stage_of_the_rebuild_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(base, "NUM_SCENES", 64)
+    monkeypatch.setattr(rebuild, "STEPS", dict.fromkeys(rebuild.STEPS, 1))
+    rebuild.rebuild(tmp_path)
+    model = tmp_path / "model"
+    assert {path.name for path in model.iterdir()} == {"base", "reward", "text_image"}
+    assert (model / "base" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    capsys.readouterr()
+    rebuild.rebuild(tmp_path)  # every stage is found done
+    assert capsys.readouterr().out.count("done before") == len(rebuild.STEPS) + 1

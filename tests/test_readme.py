@@ -1,0 +1,54 @@
+"""Every command of the README is one that runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from sfumato.compose import CONF, register
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """Return the commands in the README's code blocks, split into words."""
+    blocks = re.findall(r"^```\n(.*?)^```", README, flags=re.M | re.S)
+    text = "".join(blocks).replace("\\\n", " ")
+    return [
+        shlex.split(line, comments=True)
+        for line in text.splitlines()
+        if line.startswith(("sfumato ", "torchrun ", "make "))
+    ]
+
+
+def settings_of(words: list[str]) -> tuple[str, list[str]]:
+    """Return the Sfumato command of a line, and its settings."""
+    start = max(words.index(word) for word in ("sfumato",) if word in words)
+    return words[start + 1], [word for word in words[start + 2 :] if "=" in word]
+
+
+@pytest.mark.parametrize("words", [c for c in commands() if c[0] == "make"], ids=" ".join)
+def test_make_targets_exist(words: list[str]) -> None:
+    assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [c for c in commands() if {"train", "sample", "evaluate"} & set(c)],
+    ids=" ".join,
+)
+def test_settings_of_every_command_compose(words: list[str]) -> None:
+    command, overrides = settings_of(words)
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose(command, overrides)
+    assert composed
+
+
+def test_files_that_the_readme_links_exist() -> None:
+    links = re.findall(r"\]\(([^)h][^)]*)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
