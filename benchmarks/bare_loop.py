@@ -92,10 +92,10 @@ class BareLoop:
         from transformers import CLIPModel, CLIPTokenizer
 
         clip: Any = CLIPModel.from_pretrained(folder)
+        self.clip_scale = clip.logit_scale.exp().item()  # bfloat16 would round it
         self.clip = clip.to(self.settings.device, self.settings.dtype)
         self.clip.eval().requires_grad_(False)
         self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.clip_scale = clip.logit_scale.exp().item()
         shape = (3, 1, 1)
         self.clip_mean = torch.tensor(CLIP_MEAN, device=self.settings.device).view(shape)
         self.clip_std = torch.tensor(CLIP_STD, device=self.settings.device).view(shape)

@@ -2,10 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,17 +162,16 @@ def run_folder(sd_folder: Path, files: Path, tmp_path_factory: pytest.TempPathFa
 
 def test_help_is_quick_and_loads_nothing():
     code = "import sys, sfumato.cli as c; sys.argv = ['sfumato', '--help']; c.main()"
-    shown = "print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", f"{code}; {shown}"], capture_output=True, text=True, check=True
-        )
-        seconds.append(time.perf_counter() - started)
+    shown = "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; {shown}"], capture_output=True, text=True, check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "usage: sfumato COMMAND" in done.stdout
-    assert not {"torch", "hydra", "omegaconf", "numpy", "diffusers"} & set(eval(done.stderr))
-    assert min(seconds) < 1
+    assert not {"torch", "hydra", "omegaconf", "numpy", "diffusers"} & set(done.stderr.split())
+    # Processor time: a busy machine makes the answer late, not the program slow.
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])

@@ -94,7 +94,7 @@ def test_the_shipped_models_are_small_safe_and_load() -> None:
 def test_the_recipe_of_the_demo_composes() -> None:
     config, plain = compose_train(["recipe=demo_draft_plus", "data.prompts=x.txt"])
     assert config.model.pretrained == str(DEMO_MODELS / "base")
-    assert plain["reward"]["pretrained"] == str(DEMO_MODELS / "reward")
+    assert plain["reward"]["parts"]["preference"]["pretrained"] == str(DEMO_MODELS / "reward")
 
 
 def test_every_stage_of_the_rebuild_runs(

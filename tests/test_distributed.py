@@ -173,7 +173,8 @@ def pairs(folder: Path) -> list[dict[str, Any]]:
 def test_one_process_then_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint of one process is taken up by two under FSDP, and validated on the way."""
     use_toy(monkeypatch)
-    smooth = ("optimizer.eps=1e-4", "training.keep_checkpoints=null", "training.ema_decay=0.9")
+    smooth = ["optimizer.eps=1e-4", "training.keep_checkpoints=null", "training.ema_decay=0.9"]
+    smooth.append("validation.every_steps=1")
     start(command(tmp_path, "whole", *smooth))
     start(command(tmp_path, "run", *smooth, "training.max_steps=3"))
     rest = command(tmp_path, "run", *smooth, "training.strategy=fsdp")
