@@ -85,8 +85,13 @@ def test_the_shipped_models_are_small_safe_and_load() -> None:
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt"}
     assert read_model_index(DEMO_MODELS / "base")["_class_name"] == "StableDiffusionPipeline"
     reward = ClipReward.from_pretrained(str(DEMO_MODELS / "reward"))
-    image = render([Scene("star", "red", "large", "white", "in the center")], random.Random(0))
-    assert reward(image, ["a star"]) > reward(image, ["a ring"])
+    rng = random.Random(0)
+    warm, cold = (
+        render([Scene("star", *attributes, "white", "in the center")] * 20, rng)
+        for attributes in (("red", "large"), ("blue", "small"))
+    )
+    asked = ["a star"] * 20
+    assert reward(warm, asked).mean() > reward(cold, asked).mean()
     with safe_open(DEMO_MODELS / "base" / "text_encoder" / "model.safetensors", "pt") as weights:
         assert all(name.startswith("text_model.") for name in weights.keys())  # noqa: SIM118
 

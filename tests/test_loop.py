@@ -240,3 +240,12 @@ def assert_adapter_is_the_average(run_folder: Path) -> None:
     for name, tensor in ema.items():
         theirs = f"unet.{name.replace('.default', '')}"
         assert torch.equal(adapter[theirs], tensor)
+
+
+def test_damaged_settings_of_a_run_are_refused_by_name(tmp_path: Path) -> None:
+    overrides = command(tmp_path, "run", "training.max_steps=1")
+    start(overrides)
+    for garbage in (b"", b"\xff\xfe\x00", b"a: [1", b"- 1\n"):
+        (tmp_path / "run" / "config.yaml").write_bytes(garbage)
+        with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
+            start(overrides)

@@ -158,7 +158,7 @@ class StableDiffusion(TextToImageModel):
 
         def denoise(x_t: Tensor, t: Time) -> Prediction:
             rows = torch.cat([x_t, x_t]) if guided else x_t
-            timestep = torch.as_tensor(self._table.index(t), device=x_t.device)
+            timestep = self._timestep(t, x_t.device)
             if guided and timestep.ndim:
                 timestep = timestep.repeat(2)
             with self.roles.acting(role) as network:
@@ -170,6 +170,11 @@ class StableDiffusion(TextToImageModel):
             return self.process.read(self.prediction_type, raw, x_t, t)
 
         return denoise
+
+    def _timestep(self, t: Time, device: torch.device) -> Tensor:
+        """Return the training step of t on the device; a number is filled in, without a copy."""
+        index = self._table.index(t)
+        return index if isinstance(index, Tensor) else torch.full((), index, device=device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.network.named_parameters() if p.requires_grad}

@@ -101,9 +101,9 @@ def prepare_folder(folder: RunFolder, settings: dict[str, Any], distribution: Di
     Raises:
         ValueError: naming the settings that differ.
     """
-    if folder.config.exists():
-        changed = differences(yaml.safe_load(folder.config.read_text()), settings)
-        if changed and list_checkpoints(folder.checkpoints):
+    if folder.config.exists() and list_checkpoints(folder.checkpoints):
+        changed = differences(saved_settings(folder), settings)
+        if changed:
             listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
             raise ValueError(
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
@@ -112,6 +112,24 @@ def prepare_folder(folder: RunFolder, settings: dict[str, Any], distribution: Di
     distribution.barrier()
     if distribution.is_main:
         replace_text(folder.config, yaml.safe_dump(settings, sort_keys=False))
+
+
+def saved_settings(folder: RunFolder) -> dict[str, Any]:
+    """Return the plain data of config.yaml.
+
+    Raises:
+        ValueError: if it is not what `sfumato train` wrote.
+    """
+    try:
+        saved = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(
+            f"{folder.config} is damaged, so it cannot be told whether the run may go on; write it "
+            "anew, or choose another name (name=...)"
+        )
+    return saved
 
 
 def finish(
