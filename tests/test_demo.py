@@ -8,13 +8,15 @@ import torch
 from safetensors import safe_open
 
 from sfumato.compose import DEMO_MODELS, compose_train
-from sfumato.demo import base, rebuild
+from sfumato.config import TrainConfig
+from sfumato.demo import base, experiment, rebuild
 from sfumato.demo.experiment import read_attributes, write_prompts
 from sfumato.demo.preference import judge, judged_value
 from sfumato.demo.reader import attribute_accuracy, read_image
 from sfumato.demo.world import Scene, parse_caption, partial, random_scene, render
 from sfumato.models.formats import read_model_index
 from sfumato.rewards.clip import ClipReward
+from sfumato.training.loop import Outcome
 
 MEGABYTE = 2**20
 
@@ -114,3 +116,15 @@ def test_every_stage_of_the_rebuild_runs(
     capsys.readouterr()
     rebuild.rebuild(tmp_path)  # every stage is found done
     assert capsys.readouterr().out.count("done before") == len(rebuild.STEPS) + 1
+
+
+def test_a_signal_stops_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def stopped(config: TrainConfig, plain: object, distribution: object) -> Outcome:
+        calls.append(config.name)
+        return Outcome(step=3, stopped_by="SIGTERM")
+
+    monkeypatch.setattr(experiment, "train", stopped)
+    assert experiment.run_demo(tmp_path) is None
+    assert calls == ["draft"]

@@ -46,8 +46,10 @@ def read_attributes(images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) ->
     return attribute_accuracy(images, [parse_caption(prompt) for prompt in prompts])
 
 
-def run_demo(out: Path, *, seed: int = 0) -> Path:
-    """Train, evaluate and report; return the report. A stopped demo goes on where it was.
+def run_demo(out: Path, *, seed: int = 0) -> Path | None:
+    """Train, evaluate and report; return the report, or None if a signal stopped it before.
+
+    A stopped demo goes on where it was.
 
     Raises:
         ValueError: if the shipped models are missing.
@@ -72,7 +74,9 @@ def run_demo(out: Path, *, seed: int = 0) -> Path:
             f"training.seed={seed}",
         ]
         config, plain = compose_train(overrides)
-        train(config, plain, Distribution(config.training))
+        outcome = train(config, plain, Distribution(config.training))
+        if outcome.stopped_by is not None:
+            return None
         runs.append(RunFolder(out / name))
         evaluate_demo(config, runs[-1], base=runs[0], seed=seed)
     report = write_report(runs, out / "report.html", title="Sfumato demo", notes=NOTES)
