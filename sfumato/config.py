@@ -169,6 +169,7 @@ class ValidationConfig:
     """Pairs (tuned, base) of fixed prompts and fixed noise."""
 
     prompts: str | None = None  # null means the first prompts of data.prompts
+    column: str | None = None  # of .csv and .jsonl given as validation.prompts
     num_images: int = 8
     every_steps: int = 100
     seed: int = 1234

@@ -171,3 +171,15 @@ def test_run_json_says_what_ran(done: Path) -> None:
     composed, _ = compose_train(command(done.parent, "run"))
     assert settings.sampler == composed.sampler
     assert settings.training == replace(composed.training, ema_decay=0.5, tensorboard=True)
+
+
+def test_validation_prompts_have_a_column_of_their_own(tmp_path: Path) -> None:
+    train, check = tmp_path / "train.csv", tmp_path / "check.jsonl"
+    train.write_text("legend\na star\n")
+    check.write_text('{"words": "a ring"}\n{"words": "a cross"}\n')
+    given = ["recipe=demo_draft_plus", f"data.prompts={train}", "data.column=legend"]
+    given += ["validation.num_images=3"]
+    config, _ = compose_train(given)
+    assert run.validation_prompts(config) == ["a star"] * 3
+    config, _ = compose_train([*given, f"validation.prompts={check}", "validation.column=words"])
+    assert run.validation_prompts(config) == ["a ring", "a cross", "a ring"]

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sfumato.demo.steps import cosine, counted, draw_scenes, update
+from sfumato.demo.steps import Update, counted, draw_scenes
 from sfumato.demo.world import IMAGE_SIZE, render
 
 
@@ -39,13 +39,13 @@ def train_autoencoder(folder: Path, parts: Path, steps: int) -> None:
         mid_block_add_attention=False,
     ).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = cosine(optimizer, steps)
+    update = Update(optimizer, steps=steps)
     for _, show in counted("autoencoder", steps):
         images = render(draw_scenes(rng, 16), rng) * 2 - 1
         posterior = vae.encode(images).latent_dist
         loss = _reconstruction_loss(vae.decode(posterior.sample()).sample, images)
         loss = loss + 1e-6 * posterior.kl().mean()
-        update(optimizer, schedule, loss)
+        update(loss)
         show(loss=loss.item())
     with torch.no_grad():
         latents = vae.encode(render(draw_scenes(rng, 512), rng) * 2 - 1).latent_dist.sample()
@@ -63,12 +63,12 @@ def train_decoder(folder: Path, parts: Path, steps: int) -> None:
     vae.to(memory_format=torch.channels_last)
     trained = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = cosine(optimizer, steps)
+    update = Update(optimizer, steps=steps)
     for _, show in counted("decoder", steps):
         images = render(draw_scenes(rng, 16), rng) * 2 - 1
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.sample()
         loss = _reconstruction_loss(vae.decode(latents).sample, images)
-        update(optimizer, schedule, loss)
+        update(loss)
         show(loss=loss.item())
     vae.save_pretrained(folder)

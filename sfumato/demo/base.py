@@ -1,8 +1,9 @@
 """The demo's base model: a UNet2DConditionModel in a whole StableDiffusionPipeline.
 
-The text encoder begins as the text-image model's tower and is trained with the network, as latent
-diffusion's first text encoder was (arXiv 2112.10752): a contrastive loss alone hardly needs shapes
-and places, and leaves these words too alike to be read.
+The text encoder is trained with the network, as latent diffusion's first text encoder was (arXiv
+2112.10752): a contrastive loss alone hardly needs shapes and places, and leaves these words too
+alike to be read. The network reads its text twice, as DeepFloyd IF does: token by token in cross
+attention, and pooled beside the time step, which reaches every layer.
 """
 
 import random
@@ -15,13 +16,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sfumato.demo.steps import cosine, counted, draw_scenes, prompt_of, update
+from sfumato.demo.steps import Update, counted, draw_scenes, muon_and_adamw, prompt_of
+from sfumato.demo.text_image import build_clip
 from sfumato.demo.tokenizer import tokenize
 from sfumato.demo.world import IMAGE_SIZE, Scene, render
 
 NUM_SCENES = 12_000
 BATCH = 48
-NOISY = 0.4  # t = u^0.4: where a picture is laid out, near pure noise, takes the most training
+LAYOUT_STEPS = 400  # first, from pure noise and complete captions alone: what goes where
+NOISY = 0.1  # then half of each batch at t = u^0.1: a picture is laid out near pure noise
 CAPTION_DROPOUT = 0.1  # by the empty prompt, as guidance uses it
 
 
@@ -60,6 +63,9 @@ def build_unet() -> Any:
         cross_attention_dim=128,
         attention_head_dim=4,
         norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
 
 
@@ -81,43 +87,37 @@ def train_base(folder: Path, parts: Path, steps: int) -> None:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
     from diffusers.training_utils import EMAModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(2)
     vae: Any = AutoencoderKL.from_pretrained(parts / "autoencoder")
-    text_encoder: Any = CLIPTextModel.from_pretrained(parts / "text_image")
+    text_encoder: Any = CLIPTextModel(
+        build_clip(len(CLIPTokenizer.from_pretrained(parts / "tokenizer"))).config.text_config
+    )
     scheduler, unet = noise_schedule(), build_unet()
     rng = random.Random("base")
     pictures = draw_scenes(rng, NUM_SCENES)
     moments = encode_scenes(vae, pictures, rng)
     trained = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    schedule = cosine(optimizer, steps)
+    update = Update(*muon_and_adamw([unet, text_encoder], lr=1e-3), steps=steps)
     ema = EMAModel(trained, decay=0.999, use_ema_warmup=True, power=0.75)
     saved = parts / "base.partial.pt"
-    stateful = {
-        "unet": unet,
-        "text_encoder": text_encoder,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "ema": ema,
-    }
+    stateful = {"unet": unet, "text_encoder": text_encoder, "update": update, "ema": ema}
     first = restore(saved, stateful)
     for step, show in counted("base", steps, first):
         rng = random.Random(f"base {step}")
         torch.manual_seed(step)
         rows = [rng.randrange(NUM_SCENES) for _ in range(BATCH)]
-        captions = [
-            "" if rng.random() < CAPTION_DROPOUT else prompt_of(pictures[i], rng).caption()
-            for i in rows
-        ]
+        layout = step <= LAYOUT_STEPS
+        asked = [pictures[i] if layout else prompt_of(pictures[i], rng) for i in rows]
+        captions = ["" if rng.random() < CAPTION_DROPOUT else one.caption() for one in asked]
         states = text_encoder(tokenize(parts, captions)["input_ids"]).last_hidden_state
         latents = DiagonalGaussianDistribution(moments[rows]).sample() * vae.config.scaling_factor
         noise = torch.randn_like(latents)
-        t = (1000 * torch.rand(BATCH) ** NOISY).long().clamp(max=999)
+        t = draw_times(layout)
         predicted = unet(scheduler.add_noise(latents, noise, t), t, states).sample
         loss = F.mse_loss(predicted, scheduler.get_velocity(latents, noise, t))
-        update(optimizer, schedule, loss)
+        update(loss)
         ema.step(trained)
         show(loss=loss.item())
         if step % 250 == 0:
@@ -127,6 +127,13 @@ def train_base(folder: Path, parts: Path, steps: int) -> None:
     ema.copy_to(trained)
     unet.save_pretrained(folder / "unet")
     text_encoder.save_pretrained(folder / "text_encoder")
+
+
+def draw_times(layout: bool) -> Tensor:
+    """Return the training steps of a batch, 0 to 999; shape (BATCH,)."""
+    t = torch.rand(BATCH)
+    t[: BATCH // 2] **= NOISY
+    return torch.full((BATCH,), 999) if layout else (1000 * t).long().clamp(max=999)
 
 
 def restore(saved: Path, stateful: dict[str, Any]) -> int:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.demo.steps import cosine, counted, draw_scenes, update
+from sfumato.demo.steps import Update, counted, draw_scenes
 from sfumato.demo.text_image import normalize, save_clip
 from sfumato.demo.tokenizer import tokenize
 from sfumato.demo.world import Scene, partial, random_scene, render
@@ -73,7 +73,7 @@ def train_preference(folder: Path, parts: Path, steps: int) -> None:
     clip.logit_scale.data.fill_(math.log(LOGIT_SCALE))
     vae: Any = AutoencoderKL.from_pretrained(parts / "autoencoder")
     optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = cosine(optimizer, steps, warmup=30)
+    update = Update(optimizer, steps=steps, warmup=30)
     for _, show in counted("preference", steps):
         firsts = draw_scenes(rng, NUM_PAIRS)
         seconds = [vary(scene, rng) for scene in firsts]
@@ -91,7 +91,7 @@ def train_preference(folder: Path, parts: Path, steps: int) -> None:
             [scores[:, :NUM_PAIRS].diagonal(), scores[:, NUM_PAIRS:].diagonal()], dim=1
         )
         loss = F.kl_div(rewards.log_softmax(1), labels, reduction="batchmean")
-        update(optimizer, schedule, loss)
+        update(loss)
         right = ((rewards[:, 0] > rewards[:, 1]) == (labels[:, 0] > 0.5))[labels[:, 0] != 0.5]
         show(loss=loss.item(), accuracy=right.float().mean().item())
     save_clip(folder, clip, parts / "tokenizer")

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.demo.steps import cosine, counted, draw_scenes, prompt_of, update
+from sfumato.demo.steps import Update, counted, draw_scenes, muon_and_adamw, prompt_of
 from sfumato.demo.tokenizer import TEXT_LENGTH, tokenize
-from sfumato.demo.world import IMAGE_SIZE, render
+from sfumato.demo.world import IMAGE_SIZE, Scene, random_scene, render
 
 
 def build_clip(vocabulary: int) -> Any:
@@ -62,6 +63,21 @@ def save_clip(folder: Path, clip: Any, tokenizer_folder: Path) -> None:
     CLIPTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
 
 
+def draw_alike(rng: random.Random, groups: int, each: int) -> list[Scene]:
+    """Draw scenes in groups of one color and background; shape, size and place set them apart.
+
+    Among scenes that differ in everything, colors alone would nearly always find the right one.
+    """
+    scenes = []
+    for _ in range(groups):
+        one = random_scene(rng)
+        scenes += [
+            replace(scene, color=one.color, background=one.background)
+            for scene in draw_scenes(rng, each)
+        ]
+    return scenes
+
+
 def train_text_image(folder: Path, parts: Path, steps: int) -> None:
     """Train by CLIP's symmetric contrastive loss on pictures and captions, complete and partial."""
     from transformers import CLIPTokenizer
@@ -69,14 +85,13 @@ def train_text_image(folder: Path, parts: Path, steps: int) -> None:
     torch.manual_seed(1)
     rng = random.Random("text-image")
     clip = build_clip(len(CLIPTokenizer.from_pretrained(parts / "tokenizer")))
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = cosine(optimizer, steps)
+    update = Update(*muon_and_adamw([clip], lr=1e-3), steps=steps)
     for _, show in counted("text-image", steps):
-        scenes = draw_scenes(rng, 96)
+        scenes = draw_alike(rng, groups=8, each=12)
         pixels = normalize(render(scenes, rng))
         tokens = tokenize(parts, [prompt_of(scene, rng).caption() for scene in scenes])
         loss = clip(**tokens, pixel_values=pixels, return_loss=True).loss
-        update(optimizer, schedule, loss)
+        update(loss)
         clip.logit_scale.data.clamp_(max=math.log(100))
         show(loss=loss.item(), scale=clip.logit_scale.exp().item())
     save_clip(folder, clip, parts / "tokenizer")

@@ -12,7 +12,7 @@ from sfumato.config import EvaluateConfig, ModelConfig, SampleConfig, SamplerCon
 from sfumato.data.prompts import read_prompts
 from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
-from sfumato.evaluation.evaluate import Evaluation, evaluate
+from sfumato.evaluation.evaluate import Evaluation, check_request, evaluate
 from sfumato.images import save_image
 from sfumato.models.generate import generate_in_batches
 from sfumato.models.model import TextToImageModel
@@ -115,6 +115,8 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
         if step:
             find_checkpoint(run, step)
     prompts = read_prompts(config.prompts) if config.prompts else validation_prompts(trained)
+    prompts = list(dict.fromkeys(prompts))
+    check_request(prompts, config.num_images, config.batch_size)
     device = default_device()
     reward = build_reward(trained.reward).to(device)
     model = load_model(trained.model)
@@ -125,7 +127,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
         trained,
         reward,
         steps,
-        list(dict.fromkeys(prompts)),
+        prompts,
         num_images=config.num_images,
         seed=config.seed,
         batch_size=config.batch_size,

@@ -92,7 +92,7 @@ def evaluate(
         ValueError: if settings are impossible, a checkpoint is missing or damaged, a reward is
             not finite, or the result cannot be written.
     """
-    _check(prompts, num_images, batch_size)
+    check_request(prompts, num_images, batch_size)
     settings = _settings(config, prompts, num_images, seed, features, held_out)
     wanted = sorted(set(steps))
     todo = [step for step in wanted if not _is_current(run.evaluation(step), settings)]
@@ -110,7 +110,12 @@ def evaluate(
     return [done for done in read_evaluations(run) if done.step in wanted]
 
 
-def _check(prompts: Sequence[str], num_images: int, batch_size: int) -> None:
+def check_request(prompts: Sequence[str], num_images: int, batch_size: int) -> None:
+    """Refuse what cannot be evaluated, before anything is loaded.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
     if not prompts:
         raise ValueError("there are no prompts to evaluate; name a file with at least one")
     if num_images < 2:

@@ -99,12 +99,18 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     text = environment.get_template(TEMPLATE.name).render(page=page)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.tmp")
     beside.write_text(text, encoding="utf-8")
     beside.replace(out)
     return out
+
+
+def _breakable(name: str) -> Markup:
+    """Let a run's name break after an underscore, where its column is narrow."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _page(records: Sequence[RunRecord], title: str, notes: str) -> Page:

@@ -78,8 +78,9 @@ def train(config: TrainConfig, settings: dict[str, Any], distribution: Distribut
 def validation_prompts(config: TrainConfig) -> list[str]:
     """Return one prompt per validation image, going round where there are fewer."""
     count = config.validation.num_images
-    path = config.validation.prompts or config.data.prompts
-    found = read_prompts(path, column=config.data.column, limit=count)
+    own, data = config.validation, config.data
+    path, column = (own.prompts, own.column) if own.prompts else (data.prompts, data.column)
+    found = read_prompts(path, column=column, limit=count)
     return [found[i % len(found)] for i in range(count)]
 
 
