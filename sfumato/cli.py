@@ -23,7 +23,11 @@ comma-separated values. Every command answers --help.
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 stopped or failed, 2 a mistake in what was asked."""
+    """Run the command line and exit.
+
+    0 is done, or stopped by a signal or a limit with all saved; 1 failed; 2 a mistake in what was
+    asked; 130 interrupted with nothing to save.
+    """
     try:
         run_command(sys.argv[1:])
         sys.stdout.flush()
@@ -63,9 +67,10 @@ def run_command(arguments: Sequence[str]) -> None:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Print what is wrong and exit; all processes of a run say it, the first one aloud."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"sfumato: {message}", file=sys.stderr)
+    """Print what is wrong and exit; a process of several says which one it is."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    who = f"sfumato (process {os.environ.get('RANK', '0')})" if several else "sfumato"
+    print(f"{who}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -136,6 +141,7 @@ def run_composed(command: str, config: Any) -> None:
 def dispatch(command: str, config: Any) -> None:
     """Run a command with its composed settings."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
 
     from sfumato.check import check_train
@@ -152,9 +158,11 @@ def dispatch(command: str, config: Any) -> None:
 
         distribution = Distribution(settings.training)
         try:
-            train(settings, plain, distribution)
+            outcome = train(settings, plain, distribution)
         finally:
             distribution.close()
+        if outcome.stopped_by is not None and HydraConfig.get().mode is RunMode.MULTIRUN:
+            sys.exit(0)  # else Hydra would begin the next run of the sweep
     elif command == "sample":
         from sfumato.evaluation.commands import sample_images
 

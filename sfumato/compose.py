@@ -136,9 +136,14 @@ def quoted(arguments: Sequence[str], *, sweep: bool) -> list[str]:
             readable = sweep or not (has_commas and key == "prompt")
         except HydraException:
             readable = False
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        result.append(argument if readable else f"{key}='{escaped}'")
+        result.append(argument if readable else literal(key, value))
     return result
+
+
+def literal(key: str, value: str) -> str:
+    """Return the override that sets a key to this very text, whatever characters it has."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def swept_name(name: str, arguments: Sequence[str], chosen: Sequence[str]) -> str:

@@ -161,7 +161,7 @@ def test_dropout_acts_on_the_adapters_in_training_mode_only(sd_folder: Path):
 
 def test_frozen_copy_does_not_follow_the_policy(unet: Any):
     before = run(unet)
-    roles = CopyRoles(unet, torch.float32)
+    roles = CopyRoles(unet)
     assert roles.networks()[0] is unet
     with torch.no_grad():
         for parameter in roles.policy.parameters():

@@ -18,9 +18,10 @@ from tiny_clip import write_tiny_clip
 
 from sfumato.cli import main
 from sfumato.compose import compose_train
-from sfumato.config import CONF
+from sfumato.config import CONF, TrainConfig
 from sfumato.training import run as training_run
 from sfumato.training.distribution import Distribution
+from sfumato.training.loop import Outcome
 
 PROMPTS = ["a red star", "a blue ring", "a green square"]
 QUICK = (
@@ -245,6 +246,21 @@ def test_a_sweep_runs_each_value_under_a_name_of_its_own(
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+def test_a_sweep_ends_where_one_of_its_runs_is_stopped(
+    call: Call, sd_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+):
+    started: list[str] = []
+
+    def stopped(config: TrainConfig, plain: object, distribution: object) -> Outcome:
+        started.append(config.name)
+        return Outcome(step=0, stopped_by="SIGTERM")
+
+    monkeypatch.setattr(training_run, "train", stopped)
+    given = [f"model.pretrained={sd_folder}", f"data.prompts={files}/good.txt", *QUICK]
+    assert call("train", "objective.kl_coeff=0,0.1", "-m", *given).code == 0
+    assert started == ["run-kl_coeff=0"]
+
+
 def test_prompts_of_a_cut_tar_are_used_and_the_rest_counted(
     call: Call, sd_folder: Path, files: Path
 ):
@@ -371,7 +387,8 @@ def test_a_global_batch_must_divide_over_the_processes(
     assert_mistake(answer, "training.global_batch_size = 8", "3 process(es)", "micro batches of 2")
     monkeypatch.setenv("RANK", "1")
     answer = refuse("training.global_batch_size=8")
-    assert (answer.code, answer.err) == (2, "")  # the first process says it
+    assert answer.code == 2
+    assert answer.err.startswith("sfumato (process 1): training.global_batch_size = 8")
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,10 @@ def test_the_judge_wants_what_was_asked_then_warm_and_large() -> None:
     assert labels.tolist() == [[1, 0], [0, 1], [0.5, 0.5]]
 
 
-def test_prompts_of_the_demo_belong_to_its_world(tmp_path: Path) -> None:
-    write_prompts(tmp_path / "a.txt", 0)
-    write_prompts(tmp_path / "b.txt", 0)
-    lines = (tmp_path / "a.txt").read_text().splitlines()
-    assert lines == (tmp_path / "b.txt").read_text().splitlines()
-    assert all(parse_caption(line).shape for line in lines)
+def test_prompts_of_the_demo_belong_to_its_world() -> None:
+    text = write_prompts(0)
+    assert text == write_prompts(0) != write_prompts(1)
+    assert all(parse_caption(line).shape for line in text.splitlines())
 
 
 def test_the_shipped_models_are_small_safe_and_load() -> None:
@@ -128,3 +126,20 @@ def test_a_signal_stops_the_whole_demo(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(experiment, "train", stopped)
     assert experiment.run_demo(tmp_path) is None
     assert calls == ["draft"]
+
+
+def test_a_folder_holds_the_demo_of_one_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[str] = []
+
+    def stopped(config: TrainConfig, plain: object, distribution: object) -> Outcome:
+        places.append(config.runs_dir)
+        return Outcome(step=3, stopped_by="SIGTERM")
+
+    monkeypatch.setattr(experiment, "train", stopped)
+    out = tmp_path / "it's, my (1) runs"
+    experiment.run_demo(out)
+    assert places == [str(out)]
+    with pytest.raises(ValueError, match="demo of another seed; give another folder, --out DIR"):
+        experiment.run_demo(out, seed=1)

@@ -271,6 +271,18 @@ def test_divergence_is_zero_at_the_start_and_pulls_nowhere(sd_folder: Path):
     assert float(again.metrics["kl"]) > 0
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_divergence_is_zero_at_the_start_in_bfloat16(
+    sd_folder: Path, trainable: str, autocast: bool
+):
+    config = ModelConfig(str(sd_folder), trainable=trainable, dtype="bfloat16")
+    model = load_tiny_sd(sd_folder, config)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = Case(grad_steps=2, kl_coeff=1.0).draft().loss(model, PROMPTS, Rng(SEEDS))
+    assert float(loss.metrics["kl"]) == 0.0
+
+
 @pytest.mark.parametrize(
     ("case", "policy", "reference"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_sd import perturb_adapters, reference_pipeline
 from torch import Tensor
@@ -142,6 +143,41 @@ def test_bfloat16_weights_are_exported_and_verified(sd2_folder: Path, tmp_path: 
     assert {tensor.dtype for tensor in lora.values()} == {torch.float32}
 
 
+def test_the_export_of_a_variant_loads_without_it(sd_folder: Path, tmp_path: Path):
+    source = shutil.copytree(sd_folder, tmp_path / "source")
+    for part in ("unet", "vae", "text_encoder"):
+        for file in (source / part).glob("*.safetensors"):
+            state = {name: tensor.half() for name, tensor in load_file(file).items()}
+            named = file.with_name(f"{file.stem}.fp16.safetensors")
+            save_file(state, named, metadata={"format": "pt"})
+    settings = config(source)
+    settings.model.variant = "fp16"
+    export(settings, checkpoint(tmp_path, trained(settings)), tmp_path / "out", CPU, PROMPT)
+    exported = tmp_path / "out" / "pipeline"
+    assert [file.name for file in (exported / "vae").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+    model = trained(settings)
+    pipeline = StableDiffusionPipeline.from_pretrained(exported)
+    torch.testing.assert_close(their_image(pipeline), our_image(model), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), SafetensorError("No space left")])
+def test_a_full_disk_leaves_nothing_half_written(
+    sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def full(model: StableDiffusion, folder: Path) -> None:
+        (folder / "part").write_text("half")
+        raise error
+
+    monkeypatch.setattr(StableDiffusion, "save_adapter", full)
+    settings = config(sd_folder)
+    place = checkpoint(tmp_path / "run", trained(settings))
+    with pytest.raises(ExportError, match=r"No space left\). The checkpoint is unharmed"):
+        export(settings, place, tmp_path / "run" / "out", CPU, PROMPT)
+    assert list((tmp_path / "run").iterdir()) == [place]
+
+
 def test_latents_are_not_clipped_where_the_scheduler_does_not_say(sd_folder: Path, tmp_path: Path):
     # DDIM clips by default, to the range of pixels; a PNDM file need not say clip_sample: false.
     source = shutil.copytree(sd_folder, tmp_path / "source")
@@ -202,8 +238,8 @@ def test_an_export_that_gives_another_image_is_caught(
 ):
     write = vars(StableDiffusion)[method]
 
-    def write_and_damage(model: StableDiffusion, folder: Path) -> None:
-        write(model, folder)
+    def write_and_damage(model: StableDiffusion, folder: Path, *dtype: torch.dtype) -> None:
+        write(model, folder, *dtype)
         damage(folder)
 
     monkeypatch.setattr(StableDiffusion, method, write_and_damage)

@@ -1,5 +1,7 @@
 """The loop: what it logs, validates, exports, refuses and survives; and that it learns."""
 
+import errno
+import fcntl
 import math
 import sys
 import time
@@ -178,6 +180,18 @@ def test_two_processes_cannot_hold_one_folder(
     assert f"another process is training in {tmp_path / 'run'}" in capfd.readouterr().err
     assert not (tmp_path / "run" / "config.yaml").exists()
     assert in_child(lambda: start_cli(again)) == 0
+
+
+def test_a_file_system_without_locks_is_named_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    start(command(tmp_path, "run", "training.max_steps=1"))
+    assert "this file system cannot lock (Function not implemented)" in capsys.readouterr().err
+    assert last_state(tmp_path / "run").step == 1
 
 
 def test_weights_and_biases_is_asked_for_by_name(

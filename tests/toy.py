@@ -99,7 +99,7 @@ class ToyModel(TextToImageModel):
     def shards(self) -> Sequence[nn.Module]:
         return [self.network.hidden, self.network]
 
-    def save_pipeline(self, folder: Path) -> None:
+    def save_pipeline(self, folder: Path, dtype: torch.dtype) -> None:
         save_model(self.network, str(folder / "network.safetensors"))
 
     def open_elsewhere(self, exported: Path, name: str) -> Any:

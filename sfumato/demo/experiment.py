@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.compose import DEMO_MODELS, compose_train
+from sfumato.compose import DEMO_MODELS, compose_train, literal
 from sfumato.config import TrainConfig
 from sfumato.demo.reader import attribute_accuracy
 from sfumato.demo.world import SHAPES, parse_caption, partial, random_scene
@@ -34,11 +34,11 @@ held-out score is an attribute reader that no training
 has seen: the share of pictures that show everything their prompt asks for."""
 
 
-def write_prompts(file: Path, seed: int) -> None:
-    """Write prompts that leave most attributes open, so that there is diversity to lose."""
+def write_prompts(seed: int) -> str:
+    """Return prompts, one a line, that leave most attributes open: there is diversity to lose."""
     rng = random.Random(f"prompts {seed}")
     lines = [partial(random_scene(rng), rng, KEEP).caption() for _ in range(NUM_PROMPTS)]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
 
 
 def read_attributes(images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Tensor:
@@ -61,15 +61,18 @@ def run_demo(out: Path, *, seed: int = 0) -> Path | None:
         )
     out.mkdir(parents=True, exist_ok=True)
     prompts = out / "prompts.txt"
-    write_prompts(prompts, seed)
+    text = write_prompts(seed)
+    if prompts.exists() and prompts.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{out} holds the demo of another seed; give another folder, --out DIR")
+    prompts.write_text(text, encoding="utf-8")
     runs = []
     for kl_coeff in KL_COEFFS:
         name = "draft" if kl_coeff == 0 else f"draft_plus_kl_{kl_coeff:g}"
         overrides = [
             "recipe=demo_draft_plus",
             f"name={name}",
-            f"runs_dir={out}",
-            f"data.prompts={prompts}",
+            literal("runs_dir", str(out)),
+            literal("data.prompts", str(prompts)),
             f"objective.kl_coeff={kl_coeff}",
             f"training.seed={seed}",
         ]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.demo.steps import Update, counted, draw_scenes
+from sfumato.demo.steps import Update, counted, draw_scenes, muon_and_adamw
 from sfumato.demo.text_image import normalize, save_clip
 from sfumato.demo.tokenizer import tokenize
 from sfumato.demo.world import Scene, partial, random_scene, render
@@ -72,8 +72,7 @@ def train_preference(folder: Path, parts: Path, steps: int) -> None:
     clip: Any = CLIPModel.from_pretrained(parts / "text_image")
     clip.logit_scale.data.fill_(math.log(LOGIT_SCALE))
     vae: Any = AutoencoderKL.from_pretrained(parts / "autoencoder")
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.01)
-    update = Update(optimizer, steps=steps, warmup=30)
+    update = Update(*muon_and_adamw([clip], lr=1e-3), steps=steps, warmup=30)
     for _, show in counted("preference", steps):
         firsts = draw_scenes(rng, NUM_PAIRS)
         seconds = [vary(scene, rng) for scene in firsts]

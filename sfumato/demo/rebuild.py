@@ -22,7 +22,7 @@ STAGES = {
     "decoder": train_decoder,
     "reward": train_preference,
 }
-STEPS = {"autoencoder": 1800, "text_image": 600, "base": 4000, "decoder": 1500, "reward": 400}
+STEPS = {"autoencoder": 1800, "text_image": 1500, "base": 3600, "decoder": 1500, "reward": 600}
 
 
 def rebuild(out: Path) -> None:

@@ -124,12 +124,11 @@ class CopyRoles(Roles):
 
     Args:
         network: becomes the policy, in float32.
-        dtype: of the frozen copy.
     """
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
-        self.reference = copy.deepcopy(network).to(dtype).requires_grad_(False)
+    def __init__(self, network: nn.Module) -> None:
         self.policy = network.float().requires_grad_(True)
+        self.reference = copy.deepcopy(network).requires_grad_(False)
 
     @contextmanager
     def acting(self, role: Role) -> Iterator[Any]:

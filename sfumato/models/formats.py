@@ -126,14 +126,23 @@ def quiet_loading() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def copy_frozen(source: Path, folder: Path, components: Sequence[str]) -> None:
+def copy_frozen(
+    source: Path, folder: Path, components: Sequence[str], *, variant: str | None = None
+) -> None:
     """Copy what was not trained, file by file, with a model_index.json of just these and the rest.
 
     Rewriting it would change names: transformers 5 saves text encoders under keys that
-    transformers 4 does not find, and 4 goes on with random weights.
+    transformers 4 does not find, and 4 goes on with random weights. Weights of a variant lose its
+    name, so that the folder loads without one; where a part has them, its other weights stay out.
     """
     for name in components:
-        shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+        files = [file for file in (source / name).iterdir() if file.is_file()]
+        mark = f".{variant}"
+        if any(mark in file.name for file in files):
+            files = [f for f in files if mark in f.name or f.suffix not in {".safetensors", ".bin"}]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copy(file, folder / name / file.name.replace(f"{mark}.", "."))
     index = read_model_index(source)
     for name in ("safety_checker", "feature_extractor", "image_encoder"):
         if name in index:

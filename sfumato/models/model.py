@@ -117,8 +117,8 @@ class TextToImageModel(abc.ABC):
         """Return the modules to shard one by one under FSDP, inner ones first."""
 
     @abc.abstractmethod
-    def save_pipeline(self, folder: Path) -> None:
-        """Write the policy, adapters merged, as a diffusers folder."""
+    def save_pipeline(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write the policy, adapters merged, as a diffusers folder; the network in `dtype`."""
 
     @abc.abstractmethod
     def open_elsewhere(self, exported: Path, name: str) -> Any:

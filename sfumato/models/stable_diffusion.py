@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -61,19 +62,22 @@ class StableDiffusion(TextToImageModel):
     def load(cls, folder: Path, config: ModelConfig) -> "StableDiffusion":
         """Load a diffusers folder; frozen parts in `config.dtype`, trained ones in float32.
 
+        Under full fine-tuning the frozen network stays in float32 too, as rounding it would count
+        as a distance from it.
+
         Raises:
             ValueError: if a component cannot be read.
         """
+        full = config.trainable == "full"
         dtype = DTYPES[config.dtype]
-        pipeline = _read_pipeline(folder, config, dtype)
+        pipeline = _read_pipeline(folder, config, dtype, torch.float32 if full else dtype)
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             part.eval().requires_grad_(False)
         if config.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
             pipeline.vae.enable_gradient_checkpointing()
-        if config.trainable == "lora":
-            return cls(pipeline, LoraRoles(pipeline.unet, config.lora), folder, config)
-        return cls(pipeline, CopyRoles(pipeline.unet, dtype), folder, config)
+        roles = CopyRoles(pipeline.unet) if full else LoraRoles(pipeline.unet, config.lora)
+        return cls(pipeline, roles, folder, config)
 
     @property
     def device(self) -> torch.device:
@@ -186,16 +190,19 @@ class StableDiffusion(TextToImageModel):
             blocks += [*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet]
         return blocks
 
-    def save_pipeline(self, folder: Path) -> None:
+    def save_pipeline(self, folder: Path, dtype: torch.dtype) -> None:
         merged: Any = self.roles.merged().cpu()
         for parameter in merged.parameters():
-            parameter.data = parameter.data.to(self.pipeline.vae.dtype)
+            parameter.data = parameter.data.to(dtype)
         merged.save_pretrained(folder / "unet")
-        copy_frozen(self.source, folder, [name for name in COMPONENTS if name != "unet"])
+        frozen = [name for name in COMPONENTS if name != "unet"]
+        copy_frozen(self.source, folder, frozen, variant=self.config.variant)
 
     def open_elsewhere(self, exported: Path, name: str) -> Any:
-        folder = exported / "pipeline" if name == "pipeline" else self.source
-        pipeline = _read_pipeline(folder, self.config, self.pipeline.vae.dtype)
+        folder, config = self.source, self.config
+        if name == "pipeline":
+            folder, config = exported / "pipeline", replace(config, variant=None)
+        pipeline = _read_pipeline(folder, config, self.pipeline.vae.dtype)
         pipeline.scheduler = type(self.scheduler).from_config(self.scheduler.config)
         if name == "lora":
             pipeline.load_lora_weights(exported / "lora")
@@ -207,7 +214,9 @@ class StableDiffusion(TextToImageModel):
         type(self.pipeline).save_lora_weights(folder, unet_lora_layers=self.roles.adapter_state())
 
 
-def _read_pipeline(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
+def _read_pipeline(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, unet: torch.dtype | None = None
+) -> Any:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
         StableDiffusionPipeline,
     )
@@ -219,7 +228,7 @@ def _read_pipeline(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any
     try:
         return StableDiffusionPipeline.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype={"default": dtype, "unet": unet or dtype},
             variant=config.variant,
             use_safetensors=None if config.allow_pickle else True,
             safety_checker=None,

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
@@ -121,12 +122,22 @@ class ClipReward(Reward):
         cosine = (self.image_features(images) * self.text_features(prompts)).sum(1)
         return Score(self.scale * cosine)
 
+    def _own_precision(self) -> AbstractContextManager[object]:
+        """Keep float32 towers in float32 under a training's autocast."""
+        own = self.model.logit_scale.dtype == torch.float32
+        return (
+            torch.autocast(self.model.logit_scale.device.type, enabled=False)
+            if own
+            else nullcontext()
+        )
+
     def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Embed images in [0, 1] as unit vectors, differentiably."""
         settings = self.image_settings
         pixels = preprocess(images, settings.size, settings.mean, settings.std, crop=settings.crop)
-        pooled = self.model.vision_model(pixel_values=pixels, return_dict=True).pooler_output
-        return _unit(self.model.visual_projection(pooled))
+        with self._own_precision():
+            pooled = self.model.vision_model(pixel_values=pixels, return_dict=True).pooler_output
+            return _unit(self.model.visual_projection(pooled))
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
@@ -140,12 +151,13 @@ class ClipReward(Reward):
         ).to(self.model.logit_scale.device)
         if tokens["input_ids"].shape[1] == self.max_tokens and not self._warned_of_truncation:
             self._warn_of_truncation(prompts)
-        pooled = self.model.text_model(
-            input_ids=tokens["input_ids"],
-            attention_mask=tokens["attention_mask"],
-            return_dict=True,
-        ).pooler_output
-        return _unit(self.model.text_projection(pooled))
+        with self._own_precision():
+            pooled = self.model.text_model(
+                input_ids=tokens["input_ids"],
+                attention_mask=tokens["attention_mask"],
+                return_dict=True,
+            ).pooler_output
+            return _unit(self.model.text_projection(pooled))
 
     def _warn_of_truncation(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:

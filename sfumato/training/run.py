@@ -196,8 +196,14 @@ def lock(folder: RunFolder) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ValueError(
                 f"another process is training in {folder.path}; choose another name (name=...)"
             ) from error
+        except OSError as error:
+            print(
+                f"{folder.path}: this file system cannot lock ({error.strerror}), so two runs in "
+                "one folder would not be noticed",
+                file=sys.stderr,
+            )
         yield

@@ -1,6 +1,7 @@
 """Where metrics and images go: metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
@@ -118,10 +119,13 @@ def _start_wandb(project: str, folder: RunFolder, settings: Mapping[str, Any]) -
             f"training.wandb_project = {project!r} needs the wandb package: pip install "
             "'sfumato[wandb]', or leave it null"
         ) from error
+    note = folder.path / "wandb_id"  # a folder's name may come again elsewhere
+    if not note.exists():
+        replace_text(note, secrets.token_hex(8))
     return wandb.init(
         project=project,
         name=folder.path.name,
-        id=folder.path.name,
+        id=note.read_text(),
         dir=str(folder.path),
         config=dict(settings),
         resume="allow",
