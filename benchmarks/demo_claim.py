@@ -13,6 +13,7 @@ from pathlib import Path
 from sfumato.demo.experiment import run_demo
 from sfumato.evaluation.comparison import compare
 from sfumato.evaluation.records import read_runs
+from sfumato.training.folder import RunFolder
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
         if run_demo(out, seed=seed) is None:
             sys.exit("stopped; the same command goes on from here")
         lines.append(f"seed {seed}: {time.monotonic() - started:.0f} s")
-        records = read_runs([run.parent for run in sorted(out.glob("*/config.yaml"))])
+        records = read_runs([RunFolder(run.parent) for run in sorted(out.glob("*/config.yaml"))])
         base = next(record.base for record in records if record.base)
         lines.append(f"  base: {base.reward:.2f} / {base.held_out} / {base.diversity:.3f}")
         for record in records:

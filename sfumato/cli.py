@@ -67,9 +67,9 @@ def run_command(arguments: Sequence[str]) -> None:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Print what is wrong and exit; a process of several says which one it is."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    who = f"sfumato (process {os.environ.get('RANK', '0')})" if several else "sfumato"
+    """Print what is wrong and exit; a process other than the first says which one it is."""
+    rank = os.environ.get("RANK", "0")
+    who = "sfumato" if rank == "0" else f"sfumato (process {rank})"
     print(f"{who}: {message}", file=sys.stderr)
     sys.exit(code)
 

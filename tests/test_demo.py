@@ -11,10 +11,12 @@ from sfumato.compose import DEMO_MODELS, compose_train
 from sfumato.config import TrainConfig
 from sfumato.demo import base, experiment, rebuild
 from sfumato.demo.experiment import read_attributes, write_prompts
-from sfumato.demo.preference import judge, judged_value
+from sfumato.demo.preference import judge, judged_value, vary
 from sfumato.demo.reader import attribute_accuracy, read_image
 from sfumato.demo.world import Scene, parse_caption, partial, random_scene, render
 from sfumato.models.formats import read_model_index
+from sfumato.models.generate import generate_in_batches
+from sfumato.models.registry import load_model
 from sfumato.rewards.clip import ClipReward
 from sfumato.training.loop import Outcome
 
@@ -94,6 +96,36 @@ def test_the_shipped_models_are_small_safe_and_load() -> None:
     assert reward(warm, asked).mean() > reward(cold, asked).mean()
     with safe_open(DEMO_MODELS / "base" / "text_encoder" / "model.safetensors", "pt") as weights:
         assert all(name.startswith("text_model.") for name in weights.keys())  # noqa: SIM118
+
+
+def test_the_shipped_reward_judges_as_the_rule_does() -> None:
+    reward = ClipReward.from_pretrained(str(DEMO_MODELS / "reward"))
+    rng = random.Random(0)
+    star, ring = (
+        render([Scene(shape, "blue", "large", "white", "in the center")] * 20, rng)
+        for shape in ("star", "ring")
+    )
+    assert reward(star, ["a star"] * 20).mean() > reward(ring, ["a star"] * 20).mean()
+    assert reward(ring, ["a ring"] * 20).mean() > reward(star, ["a ring"] * 20).mean()
+    firsts = [random_scene(rng) for _ in range(300)]
+    seconds = [vary(scene, rng) for scene in firsts]
+    asked = [partial(one, rng, 0.3) for one in firsts]
+    captions = [scene.caption() for scene in asked]
+    a, b = (reward(render(side, rng), captions) for side in (firsts, seconds))
+    labels = judge(asked, firsts, seconds)[:, 0]
+    agreed = ((a > b) == (labels > 0.5))[labels != 0.5]
+    assert agreed.float().mean() > 0.8
+
+
+def test_the_shipped_model_paints_what_complete_prompts_ask_for() -> None:
+    config, _ = compose_train(["recipe=demo_draft_plus", "data.prompts=none"])
+    rng = random.Random("paint")
+    scenes = [random_scene(rng) for _ in range(64)]
+    captions = [scene.caption() for scene in scenes]
+    model = load_model(config.model)
+    images = generate_in_batches(model, captions, list(range(64)), config.sampler, 32)
+    seen = [read_image(image) for image in images]
+    assert sum(want == found for want, found in zip(scenes, seen, strict=True)) / 64 >= 0.85
 
 
 def test_the_recipe_of_the_demo_composes() -> None:

@@ -245,7 +245,8 @@ def test_an_export_that_gives_another_image_is_caught(
     monkeypatch.setattr(StableDiffusion, method, write_and_damage)
     settings = config(sd_folder)
     place, out = checkpoint(tmp_path / "run", trained(settings)), tmp_path / "out"
-    with pytest.raises(ExportError, match=r"gives another image in diffusers .* differs by 0\.\d"):
+    torch.manual_seed(0)  # transformers draws what it does not find
+    with pytest.raises(ExportError, match=r"another image in diffusers .* differs by (0\.\d|1 )"):
         export(settings, place, out, CPU, PROMPT)
     assert not out.exists()
     settings.verify = False

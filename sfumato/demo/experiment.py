@@ -22,7 +22,7 @@ from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
 from sfumato.training.run import train
 
-KL_COEFFS = (0.0, 3.0, 10.0)
+KL_COEFFS = (0.0, 0.3, 1.0)
 NUM_PROMPTS = 240  # to train on
 KEEP = 0.25  # the chance that a prompt states an attribute
 IMAGES_PER_PROMPT = 12  # to evaluate, of one prompt per shape

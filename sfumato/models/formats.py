@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+WRITE_ERRORS = (OSError, SafetensorError)  # what writing a model raises, on a full disk for one
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt")

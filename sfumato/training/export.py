@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
 from sfumato.config import TrainConfig
 from sfumato.diffusion.randomness import Rng
+from sfumato.models.formats import WRITE_ERRORS
 from sfumato.models.generate import generate, image_size
 from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import load_model
@@ -59,7 +59,7 @@ def export(
             lines = [f"{line} (verified: {how})" for line, how in zip(lines, compared, strict=True)]
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except WRITE_ERRORS as error:
         raise ExportError(
             f"{folder} could not be written ({error}). The checkpoint is unharmed: make room, and "
             "give the same command again"
