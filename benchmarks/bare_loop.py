@@ -73,6 +73,7 @@ class BareLoop:
         self.updates = 0
         pipeline.scheduler.set_timesteps(settings.num_inference_steps)
         self.timesteps: Tensor = pipeline.scheduler.timesteps.to(settings.device)
+        self.predicts_v = pipeline.scheduler.config.prediction_type == "v_prediction"
         indices = pipeline.scheduler.timesteps.tolist()
         self.alphas = [pipeline.scheduler.alphas_cumprod[i].item() for i in [*indices, 0]]
         self.uncond = self._encode([""])
@@ -118,15 +119,14 @@ class BareLoop:
         x = noise
         with torch.no_grad():
             for i in range(last):
-                predicted = self._predict(self.unet, x, i, states)
-                x = self._move(x, predicted, i)
-        predicted = self._predict(self.unet, x, last, states)
-        alpha = self.alphas[last]
-        x0 = (x - (1 - alpha) ** 0.5 * predicted) / alpha**0.5
+                x0, noise = self._predict(self.unet, x, i, states)
+                after = self.alphas[i + 1]
+                x = after**0.5 * x0 + (1 - after) ** 0.5 * noise
+        x0, noise = self._predict(self.unet, x, last, states)
         latents = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype)
         images = ((self.vae.decode(latents).sample.float() + 1) / 2).clamp(0, 1)
         reward = self._reward(images, prompts).mean()
-        kl = (predicted - self._predict_reference(x, last, states)).square().mean()
+        kl = (noise - self._predict_reference(x, last, states)[1]).square().mean()
         return -reward + self.settings.kl_coeff * kl
 
     def _autocast(self) -> torch.autocast:
@@ -142,25 +142,25 @@ class BareLoop:
         ).to(self.settings.device)
         return self.text_encoder(tokens.input_ids)[0]
 
-    def _predict(self, unet: Any, x: Tensor, i: int, states: Tensor) -> Tensor:
+    def _predict(self, unet: Any, x: Tensor, i: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x0 and noise."""
         rows = torch.cat([x, x]).to(self.settings.dtype)
         raw = unet(rows, self.timesteps[i], states).sample.float()
         without, given = raw.chunk(2)
-        return without + self.settings.guidance_scale * (given - without)
+        raw = without + self.settings.guidance_scale * (given - without)
+        alpha, sigma = self.alphas[i] ** 0.5, (1 - self.alphas[i]) ** 0.5
+        if self.predicts_v:
+            return alpha * x - sigma * raw, sigma * x + alpha * raw
+        return (x - sigma * raw) / alpha, raw
 
     @torch.no_grad()
-    def _predict_reference(self, x: Tensor, i: int, states: Tensor) -> Tensor:
+    def _predict_reference(self, x: Tensor, i: int, states: Tensor) -> tuple[Tensor, Tensor]:
         if self.reference is not None:
             return self._predict(self.reference, x, i, states)
         self.unet.disable_adapters()
         predicted = self._predict(self.unet, x, i, states)
         self.unet.enable_adapters()
         return predicted
-
-    def _move(self, x: Tensor, noise: Tensor, i: int) -> Tensor:
-        alpha, after = self.alphas[i], self.alphas[i + 1]
-        x0 = (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
-        return after**0.5 * x0 + (1 - after) ** 0.5 * noise
 
     def _reward(self, images: Tensor, prompts: list[str]) -> Tensor:
         if self.settings.reward is None:

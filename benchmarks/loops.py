@@ -1,5 +1,6 @@
 """The two loops that are measured, on the same models and prompts, and how far they are apart."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,13 @@ class Parity:
 def write_models(case: Case, folder: Path) -> None:
     from networks import SIZES, write_pipeline, write_reward
 
-    write_pipeline(folder / "pipeline", SIZES[case.model])
-    if case.reward == "clip":
+    from sfumato.compose import DEMO_MODELS
+
+    if case.model == "demo":
+        shutil.copytree(DEMO_MODELS / "base", folder / "pipeline")
+        shutil.copytree(DEMO_MODELS / "reward", folder / "reward")
+    else:
+        write_pipeline(folder / "pipeline", SIZES[case.model])
         write_reward(folder / "reward", SIZES[case.model])
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
 

@@ -32,18 +32,6 @@ class Size:
 
 
 SIZES = {
-    "demo": Size(
-        pixels=64,
-        unet=(48, 96, 128),
-        unet_layers=1,
-        unet_heads=4,
-        autoencoder=(16, 32, 64),
-        text=(128, 3, 4),
-        reward_text=(128, 3, 4),
-        reward_image=(128, 3, 4),
-        reward_pixels=64,
-        reward_patch=8,
-    ),
     "60m": Size(
         pixels=256,
         unet=(128, 256, 384, 512),

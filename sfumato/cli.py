@@ -1,5 +1,6 @@
 """The commands: sfumato train | sample | evaluate | report | demo."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -117,7 +118,10 @@ def mistakes_explained() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("SFUMATO_TRACEBACK"):
             raise
-        fail(" ".join(line.strip() for line in str(error).splitlines()))
+        message = " ".join(line.strip() for line in str(error).splitlines())
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            message += "; free some space and run the same command again"
+        fail(message)
     except (MemoryError, RuntimeError) as error:
         wanting = ("out of memory", "can't allocate memory")  # on the GPU, on the CPU
         known = isinstance(error, MemoryError) or any(text in str(error) for text in wanting)
@@ -197,7 +201,7 @@ def demo(arguments: Sequence[str]) -> None:
     from pathlib import Path
 
     parser = argparse.ArgumentParser(prog="sfumato demo", description=demo.__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/demo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--rebuild",
@@ -208,6 +212,8 @@ def demo(arguments: Sequence[str]) -> None:
         help="train the shipped models again, into this folder, instead of running the demo",
     )
     options = parser.parse_args(arguments)
+    if options.rebuild and options.out:
+        parser.error(f"--rebuild does not write to --out; say --rebuild {options.out}")
     with mistakes_explained():
         if options.rebuild:
             from sfumato.demo.rebuild import rebuild
@@ -216,4 +222,4 @@ def demo(arguments: Sequence[str]) -> None:
         else:
             from sfumato.demo.experiment import run_demo
 
-            run_demo(options.out, seed=options.seed)
+            run_demo(options.out or Path("runs/demo"), seed=options.seed)

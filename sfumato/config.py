@@ -230,6 +230,7 @@ class SampleConfig:
     pretrained: str | None = None  # a diffusers folder or hub id, instead of a run
     prompt: str | None = None
     prompts: str | None = None  # a prompt file, instead of one prompt
+    column: str | None = None  # of a .csv or .jsonl
     num_images: int = 4  # per prompt
     seed: int = 0
     batch_size: int = 4
@@ -247,6 +248,7 @@ class EvaluateConfig:
     run: str = MISSING
     steps: list[int] | None = None  # null means every checkpoint, and 0 for the base model
     prompts: str | None = None  # null means the run's validation prompts
+    column: str | None = None  # of a .csv or .jsonl
     num_images: int = 16  # per prompt
     seed: int = 4321
     batch_size: int = 8

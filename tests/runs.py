@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from accelerate.state import PartialState
 
 from sfumato.cli import main
 from sfumato.compose import compose_train
@@ -79,6 +80,7 @@ def in_child(action: Callable[[], object]) -> int:
 
 def in_processes(world: int, action: Callable[[int], object], *, code: int = 0) -> None:
     """Run on `world` processes that see each other as torchrun's do; all must exit with `code`."""
+    assert not PartialState._shared_state, "a Distribution left open would make each child alone"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

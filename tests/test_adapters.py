@@ -76,8 +76,8 @@ def test_chosen_targets(unet: Any):
 
 def test_targets_that_match_nothing_are_refused_with_names_that_exist(unet: Any):
     with pytest.raises(ValueError) as caught:
-        LoraRoles(unet, LoraConfig(targets=["attn.qkv"]))
-    assert "model.lora.targets = ['attn.qkv'] match no layer of UNet2DCond" in str(caught.value)
+        LoraRoles(unet, LoraConfig(targets=[".*to_q", "attn.qkv"]))
+    assert "model.lora.targets: attn.qkv match no layer of UNet2DCond" in str(caught.value)
     assert "'time_embedding.linear_1'" in str(caught.value)
 
 

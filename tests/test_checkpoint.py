@@ -19,6 +19,7 @@ from sfumato.training.checkpoint import (
     CheckpointError,
     Snapshot,
     find_fault,
+    fingerprint,
     list_checkpoints,
     read_checkpoint,
     read_shown_weights,
@@ -113,6 +114,15 @@ def test_order_and_number_kept(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
     tidy(tmp_path)
     assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_a_copy_under_another_name_is_no_checkpoint(root: Path) -> None:
+    shutil.copytree(root / "step-000001", root / "step-000001.bak")
+    write_checkpoint(root, make(2))
+    assert list_checkpoints(root) == [root / "step-000001", root / "step-000002"]
+    tidy(root, keep=1)
+    assert (root / "step-000001.bak").exists()
+    assert fingerprint(root / "step-000002") != fingerprint(root / "step-000001.bak")
 
 
 def test_killed_at_every_file_operation(tmp_path: Path) -> None:
@@ -240,7 +250,7 @@ def test_a_full_disk(small_disk: Path) -> None:
     ("error", "reason"),
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space left on the disk"),
-        (OSError(errno.EIO, "Input/output error", "/workspace/x"), "Input/output error"),
+        (OSError(errno.EIO, "Input/output error", "/somewhere/x"), "Input/output error"),
         (
             checkpoint.SafetensorError("I/O error: No space left on device (os error 28)"),
             "no space left on the disk",

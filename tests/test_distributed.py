@@ -25,15 +25,15 @@ from runs import (
 from torch import Tensor
 from toy import use_toy
 
-from sfumato.config import TrainingConfig
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Loss
+from sfumato.training import run
 from sfumato.training.checkpoint import Snapshot, read_checkpoint
-from sfumato.training.distribution import Distribution
+from sfumato.training.export import ExportError
 from sfumato.training.folder import RunFolder
-from sfumato.training.run import exclusive
+from sfumato.training.run import lock
 
 SAME = 1e-5
 SCALE = 20  # of the reward
@@ -116,6 +116,24 @@ def test_micro_batches_and_gradient_checkpointing(
     assert_same_metrics(tmp_path / "run", alone["lora"], steps=2)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_as_the_recipes_for_real_models_have_it(
+    tmp_path: Path, sd_folder: Path, strategy: str
+) -> None:
+    """Frozen weights in bfloat16 under float32 adapters, autocast, recomputed activations."""
+    real = ["model.dtype=bfloat16", "training.precision=bf16", "model.gradient_checkpointing=true"]
+    settings = [*LORA, *real, "training.max_steps=2"]
+    start(command(tmp_path, "whole", *settings, model=sd_folder))
+    cut = command(tmp_path, "cut", *settings, f"training.strategy={strategy}", model=sd_folder)
+    in_processes(2, lambda _: start_cli(cut))
+    found, expected = (state_at(tmp_path / name, 2) for name in ("cut", "whole"))
+    for name, weight in expected.weights.items():
+        assert found.weights[name].dtype == weight.dtype == torch.float32
+    rows = [{row["step"]: row for row in metrics(tmp_path / name)} for name in ("cut", "whole")]
+    for step in (1, 2):
+        assert rows[0][step]["reward"] == pytest.approx(rows[1][step]["reward"], rel=2e-2)
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes(
@@ -179,9 +197,9 @@ def test_one_process_then_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     start(command(tmp_path, "run", *smooth, "training.max_steps=3"))
     rest = command(tmp_path, "run", *smooth, "training.strategy=fsdp")
     in_processes(2, lambda _: start_cli(rest))
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    assert_same_update(state_at(run, 6), state_at(whole, 6), state_at(whole, 2))
-    assert_same_metrics(run, whole, steps=6)
+    cut, whole = tmp_path / "run", tmp_path / "whole"
+    assert_same_update(state_at(cut, 6), state_at(whole, 6), state_at(whole, 2))
+    assert_same_metrics(cut, whole, steps=6)
 
 
 def test_both_processes_stop_on_the_signal_of_one(
@@ -206,8 +224,25 @@ def test_both_processes_hear_that_the_folder_is_held(
 ) -> None:
     use_toy(monkeypatch)
     overrides = command(tmp_path, "run")
-    with exclusive(RunFolder(tmp_path / "run"), Distribution(TrainingConfig())):
+    with lock(RunFolder(tmp_path / "run")):
         in_processes(2, lambda _: start_cli(overrides), code=2)
     message = capfd.readouterr().err
-    assert f"another process is training in {tmp_path / 'run'}" in message
+    assert f"sfumato: another process is training in {tmp_path / 'run'}" in message
+    assert "sfumato (process 1): another process failed; it says why" in message
     assert "Traceback" not in message
+
+
+def test_both_processes_hear_that_the_export_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    use_toy(monkeypatch)
+
+    def fail(*_: object) -> None:
+        raise ExportError("the disk is full")
+
+    monkeypatch.setattr(run, "export", fail)
+    overrides = command(tmp_path, "run", "training.max_steps=1")
+    in_processes(2, lambda _: start_cli(overrides), code=2)
+    message = capfd.readouterr().err
+    assert "sfumato: the disk is full" in message
+    assert "sfumato (process 1): another process failed; it says why" in message

@@ -354,3 +354,15 @@ def test_different_distances_are_not_compared() -> None:
     first, second = curve(*points), curve(*points, label="LPIPS")
     with pytest.raises(ValueError, match="measured as LPIPS and as d"):
         at_equal_reward(first, second)
+
+
+def test_a_step_of_other_weights_is_evaluated_again(
+    run: RunFolder, model: TextToImageModel, config: TrainConfig
+) -> None:
+    def rewards() -> float:
+        (found,) = evaluate(run, model, config, ColorReward("red"), [2], PROMPTS, **STUDY)
+        return found.reward
+
+    before = rewards()
+    write_checkpoint(run.checkpoints, Snapshot(2, weights_of(model, -0.3), {}, {}, {}))
+    assert abs(rewards() - before) > 1e-3

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_sd import write_tiny_sd
 
-from sfumato.config import ModelConfig
+from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.models.formats import copy_frozen, find_model, read_model_index
 from sfumato.models.registry import find_family, load_model
 from sfumato.models.stable_diffusion import StableDiffusion
@@ -86,6 +87,7 @@ DAMAGES = [
     (write("unet/config.json", "{"), r"unet/config.json is not JSON .* download the model again"),
     (remove("scheduler"), "lacks scheduler/scheduler_config.json"),
     (remove("text_encoder/model.safetensors"), "text_encoder holds no weights; download or export"),
+    (write("vae/config.json", "[]"), "vae/config.json holds no settings; download the model again"),
     (pickle_only, "only pickled weights .* can run code; .* set model.allow_pickle=true"),
 ]
 
@@ -250,3 +252,22 @@ def test_tiny_pipelines_are_the_same_at_every_call(sd_folder: Path, tmp_path: Pa
     for file in sd_folder.rglob("*.safetensors"):
         again = load_file(tmp_path / "again" / file.relative_to(sd_folder))
         torch.testing.assert_close(load_file(file), again, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("stated", "size"), [(8, (32, 32)), ([8, 16], (32, 64))])
+def test_the_size_of_images_is_the_one_stated(sd_copy: Path, stated: Any, size: tuple[int, int]):
+    restate(sd_copy / "unet" / "config.json", sample_size=stated)
+    assert load(str(sd_copy)).image_size() == size
+
+
+def test_a_model_that_states_no_size_is_asked_for_one(sd_copy: Path):
+    restate(sd_copy / "unet" / "config.json", sample_size=None)
+    settings = ModelConfig(str(sd_copy))
+    with pytest.raises(ValueError, match=r"states no size of its images; set sampler.height"):
+        find_family(settings, SamplerConfig())
+    find_family(settings, SamplerConfig(height=32, width=32))
+
+
+def restate(file: Path, **changes: Any) -> None:
+    """Change settings in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))

@@ -3,9 +3,13 @@
 import errno
 import fcntl
 import math
+import shutil
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +26,14 @@ from runs import (
 from safetensors.torch import load_file
 from toy import PromptReward, ToyModel, use_toy
 
-from sfumato.config import TrainingConfig
+from sfumato.objectives.objective import Loss
 from sfumato.training import loop, run
 from sfumato.training.checkpoint import find_fault, list_checkpoints
 from sfumato.training.distribution import Distribution
-from sfumato.training.folder import MAY_CHANGE, RunFolder, differences
-from sfumato.training.loop import TrainingError
-from sfumato.training.run import exclusive
+from sfumato.training.folder import MAY_CHANGE, RunFolder, differences, new_folder, replace_text
+from sfumato.training.loop import TrainingError, headline, refuse_non_finite
+from sfumato.training.run import lock
+from sfumato.training.state import TrainState
 from sfumato.training.tracking import read_metrics
 
 
@@ -175,7 +180,7 @@ def test_two_processes_cannot_hold_one_folder(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     again = command(tmp_path, "run", "training.max_steps=1")
-    with exclusive(RunFolder(tmp_path / "run"), Distribution(TrainingConfig())):
+    with lock(RunFolder(tmp_path / "run")):
         assert in_child(lambda: start_cli(again)) == 2
     assert f"another process is training in {tmp_path / 'run'}" in capfd.readouterr().err
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -263,3 +268,108 @@ def test_damaged_settings_of_a_run_are_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / "run" / "config.yaml").write_bytes(garbage)
         with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
             start(overrides)
+
+
+def test_a_falling_learning_rate_is_not_stretched(tmp_path: Path) -> None:
+    for schedule, refused in (("constant", False), ("cosine", True)):
+        settings = [f"optimizer.schedule={schedule}", "validation.every_steps=0"]
+        start(command(tmp_path, schedule, *settings, "training.max_steps=1"))
+        longer = command(tmp_path, schedule, *settings, "training.max_steps=2")
+        if refused:
+            with pytest.raises(ValueError, match=r"other settings \(training.max_steps: 1 -> 2\)"):
+                start(longer)
+        else:
+            assert start(longer).step == 2
+
+
+def test_an_export_is_made_anew_for_other_weights(tmp_path: Path) -> None:
+    exports = []
+    for lr in ("0.01", "0.02"):
+        start(command(tmp_path, "run", f"optimizer.lr={lr}", "training.max_steps=1"))
+        exported = tmp_path / "run" / "export" / "pipeline" / "network.safetensors"
+        exports.append(exported.read_bytes())
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert exports[0] != exports[1]
+
+
+@pytest.mark.parametrize("note", ["run.json", "export.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+def test_a_damaged_note_is_named(tmp_path: Path, note: str, content: str) -> None:
+    again = command(tmp_path, "run", "training.max_steps=1")
+    start(again)
+    (tmp_path / "run" / note).write_text(content)
+    with pytest.raises(ValueError, match=rf"{note} is damaged; remove it"):
+        start(again)
+
+
+def test_half_precision_needs_a_gpu_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"training.precision = fp16 needs a CUDA device"):
+        start(command(tmp_path, "run", "training.precision=fp16"))
+
+
+def test_an_overflow_is_an_error_once_the_scaler_can_fall_no_further() -> None:
+    state, alone = object.__new__(TrainState), object.__new__(Distribution)
+    state.step, alone.world = 3, 1
+    for scale, refused in ((1.0, False), (0.5, True)):
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        loss = Loss(torch.tensor(1.0), {})
+        given = {"grad_norm": float("inf")}, [loss], ["a star"], state, alone
+        if refused:
+            with pytest.raises(TrainingError, match="not finite at step 4"):
+                refuse_non_finite(*given)
+        else:
+            refuse_non_finite(*given)
+
+
+def test_a_full_disk_leaves_no_half_written_note_or_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, place = tmp_path / "note.json", tmp_path / "step-000001"
+    replace_text(file, "old")
+    with new_folder(place) as folder:
+        (folder / "a").write_text("old")
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(file, "new")
+    with pytest.raises(OSError, match="No space left"), new_folder(place) as folder:
+        (folder / "a").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["note.json", "step-000001"]
+    assert file.read_text() == (place / "a").read_text() == "old"
+
+
+def test_weights_and_biases_gets_metrics_and_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[tuple[int, dict[str, Any]]] = []
+    started: dict[str, Any] = {}
+    board = SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: None)
+
+    def init(**settings: Any) -> SimpleNamespace:
+        started.update(settings)
+        return board
+
+    fake: Any = ModuleType("wandb")
+    fake.__spec__ = ModuleSpec("wandb", None)
+    fake.init, fake.Image = init, lambda pixels, caption: (pixels.shape, caption)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    start(command(tmp_path, "run", "training.wandb_project=mine", "training.max_steps=1"))
+    assert (started["project"], started["name"]) == ("mine", "run")
+    assert started["id"] == (tmp_path / "run" / "wandb_id").read_text()
+    scalars = [(step, row) for step, row in logged if "reward" in row]
+    assert [step for step, _ in scalars] == [1]
+    (images,) = {name for _, row in logged for name in row if name == "validation/tuned_base"}
+    shape, caption = next(row[images][0] for _, row in logged if images in row)
+    assert len(shape) == 3 and shape[2] == 3
+    assert "| tuned " in caption and "| base " in caption
+
+
+def test_the_progress_bar_shows_reward_kl_and_speed() -> None:
+    shown = headline({"reward": 21.53, "kl": 0.0123456, "loss": 1.0, "images_per_second": 3.14159})
+    assert shown == "reward 21.53, kl 0.01235, 3.14 images/s"

@@ -1,4 +1,4 @@
-"""Every command of the README is one that runs."""
+"""The README: its commands compose, its targets and the files it links exist."""
 
 import re
 import shlex

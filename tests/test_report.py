@@ -198,8 +198,14 @@ def test_equal_reward_agrees_with_numpy(html: str) -> None:
 def test_grids_have_a_row_per_noise_and_a_column_per_model(html: str) -> None:
     reader = read(html)
     grids = [t for t in reader.tables if any("IMAGE" in cell for row in t for cell in row)]
-    assert len(grids) == len(PROMPTS)
-    assert grids[0] == [
+    assert len(grids) == 2 * len(PROMPTS)
+    equal, last = grids[0], grids[len(PROMPTS)]
+    assert equal[0] == [  # 20.20 of draft is nearer to draft-plus's highest than 22.40
+        "base model mean reward 19.20",
+        "draft step 10, mean reward 21.20",
+        "draft-plus step 20, mean reward 22.20",
+    ]
+    assert last == [
         [
             "base model mean reward 19.20",
             "draft step 20, mean reward 23.40",
@@ -209,7 +215,7 @@ def test_grids_have_a_row_per_noise_and_a_column_per_model(html: str) -> None:
         ["IMAGE 19.20", "IMAGE 23.40", "IMAGE 22.20"],
         ["IMAGE 20.20", "IMAGE 24.40", "IMAGE 23.20"],
     ]
-    for image, model in zip(reader.images, ["base", "draft", "plus"] * 6, strict=True):
+    for image, model in zip(reader.images, ["base", "draft", "plus"] * 12, strict=True):
         data = base64.b64decode(str(image["src"]).removeprefix("data:image/png;base64,"))
         red, green, blue = Image.open(io.BytesIO(data)).getpixel((7, 8))  # type: ignore[misc]
         np.testing.assert_allclose([red, green, blue], np.array(TINTS[model]) * 255, atol=1)
@@ -327,7 +333,7 @@ def test_runs_that_never_meet_are_said_to(tmp_path: Path) -> None:
     ]
     html = report(runs, tmp_path / "r.html")
     assert "plus and draft reach no common reward above the base model" in html
-    assert "Diversity at equal reward" not in html
+    assert "Diversity at equal reward" not in html and "Images at equal reward" not in html
 
 
 def test_bare_folders_still_make_a_page(tmp_path: Path) -> None:

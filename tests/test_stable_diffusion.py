@@ -52,6 +52,15 @@ def predict(model: StableDiffusion, role: Role, t: Any = 0.5, scale: float = SCA
     return denoiser(normal(2, 4, LATENT, LATENT), t).raw
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_a_guidance_scale_up_to_one_guides_nothing_as_in_diffusers(
+    model: StableDiffusion, scale: float
+):
+    cond = model.encode_prompts(PROMPTS)
+    alone = model.denoiser(cond)(normal(2, 4, LATENT, LATENT), 0.5).raw
+    assert torch.equal(predict(model, "policy", scale=scale), alone)
+
+
 # --- Prompts
 
 

@@ -111,7 +111,7 @@ def test_metrics_hold_the_means_of_the_pairs(done: Path) -> None:
     expected = ["reward", "kl", "loss", "grad_norm", "learning_rate"]
     assert all(name in rows[step] for step in range(1, 7) for name in expected)
     assert [rows[step]["learning_rate"] for step in range(1, 7)] == [0.005] + [0.01] * 5
-    assert rows[1]["kl"] == pytest.approx(0, abs=1e-12) or rows[1]["kl"] > 0
+    assert rows[1]["kl"] > 0  # dropout sets the policy apart from its reference at once
 
 
 def test_the_average_is_what_is_validated(done: Path) -> None:

@@ -111,7 +111,7 @@ class ToyModel(TextToImageModel):
 
 def use_toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let training load the toy, whatever `model.pretrained` says."""
-    monkeypatch.setattr(run, "find_family", lambda config: None)
+    monkeypatch.setattr(run, "find_family", lambda config, sampler: None)
     for module in (run, export):
         monkeypatch.setattr(module, "load_model", ToyModel)
 

@@ -17,7 +17,7 @@ from sfumato.evaluation.evaluate import evaluate
 from sfumato.evaluation.report import write_report
 from sfumato.models.registry import load_model
 from sfumato.rewards.build import build_reward
-from sfumato.training.checkpoint import list_checkpoints
+from sfumato.training.checkpoint import list_checkpoints, step_of
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
 from sfumato.training.run import train
@@ -95,7 +95,7 @@ def evaluate_demo(config: TrainConfig, run: RunFolder, *, base: RunFolder, seed:
     model = load_model(config.model)
     reward = build_reward(config.reward)
     torch.manual_seed(seed)
-    steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(run.checkpoints)]
+    steps = map(step_of, list_checkpoints(run.checkpoints))
     evaluate(
         run,
         model,

@@ -4,6 +4,7 @@ Each stage writes one folder and is skipped where that is complete, so a rebuild
 goes on where it was.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from sfumato.demo.tokenizer import write_tokenizer
 STAGES = {
     "autoencoder": train_autoencoder,
     "text_image": train_text_image,
+    "reward": train_preference,
     "base": train_base,
     "decoder": train_decoder,
-    "reward": train_preference,
 }
-STEPS = {"autoencoder": 1800, "text_image": 1500, "base": 3600, "decoder": 1500, "reward": 600}
+STEPS = {"autoencoder": 1800, "text_image": 1500, "reward": 900, "base": 3600, "decoder": 1500}
 
 
 def rebuild(out: Path) -> None:
@@ -52,6 +53,10 @@ def ship(parts: Path, model: Path) -> None:
         shutil.copytree(parts / name, model / name)
     for file in model.rglob("*.safetensors"):
         halve(file)
+    for file in model.rglob("config.json"):  # where a part was loaded from says nothing elsewhere
+        settings = json.loads(file.read_text())
+        settings.pop("_name_or_path", None)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def halve(file: Path) -> None:

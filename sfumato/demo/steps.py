@@ -83,5 +83,5 @@ def draw_scenes(rng: random.Random, count: int) -> list[Scene]:
 
 
 def prompt_of(scene: Scene, rng: random.Random) -> Scene:
-    """Leave attributes open: half the captions are complete, the others keep each with p = 1/2."""
-    return scene if rng.random() < 0.5 else partial(scene, rng)
+    """Leave attributes open: half the captions are complete, the others keep a random share."""
+    return scene if rng.random() < 0.5 else partial(scene, rng, keep=rng.random())

@@ -101,11 +101,6 @@ class Scene:
             text += f", {self.place}" if self.background else f" {self.place}"
         return text.replace("a orange", "an orange")
 
-    @property
-    def fully_specified(self) -> bool:
-        """Whether no attribute is open."""
-        return all(value is not None for value in self.values())
-
     def values(self) -> tuple[str | None, ...]:
         """Return the attributes in the order of ATTRIBUTES."""
         return (self.shape, self.color, self.size, self.background, self.place)

@@ -14,11 +14,11 @@ from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation.evaluate import Evaluation, check_request, evaluate
 from sfumato.images import save_image
-from sfumato.models.generate import generate_in_batches
+from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
-from sfumato.models.registry import load_model
+from sfumato.models.registry import find_family, load_model
 from sfumato.rewards.build import build_reward
-from sfumato.training.checkpoint import list_checkpoints, read_shown_weights
+from sfumato.training.checkpoint import list_checkpoints, read_shown_weights, step_of
 from sfumato.training.folder import RunFolder, step_name
 from sfumato.training.run import validation_prompts
 from sfumato.training.state import load_weights
@@ -60,20 +60,24 @@ def sample_images(config: SampleConfig) -> None:
     if config.num_images < 1 or config.batch_size < 1:
         raise ValueError("num_images and batch_size must be 1 or more")
     annealed_weights(config.schedule, 1)
-    texts = [config.prompt] if config.prompt is not None else read_prompts(str(config.prompts))
+    texts = (
+        [config.prompt]
+        if config.prompt is not None
+        else read_prompts(str(config.prompts), column=config.column)
+    )
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
     model, sampler = open_model(config)
     model.to(default_device())
     prompts = [text for text in texts for _ in range(config.num_images)]
     seeds = [derive(config.seed, i) for _ in texts for i in range(config.num_images)]
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    images = generate_in_batches(
-        model, prompts, seeds, sampler, config.batch_size, schedule=config.schedule
-    )
-    for i, image in enumerate(images):
-        file = out / f"{i // config.num_images:03d}-{i % config.num_images:02d}.png"
-        save_image(image, file)
-        print(f"{file}  {prompts[i]}")
+    for start in range(0, len(prompts), config.batch_size):
+        rows = slice(start, start + config.batch_size)
+        images = generate(model, prompts[rows], seeds[rows], sampler, schedule=config.schedule)
+        for i, image in enumerate(images, start):
+            file = out / f"{i // config.num_images:03d}-{i % config.num_images:02d}.png"
+            save_image(image, file)
+            print(f"{file}  {prompts[i]}", flush=True)
 
 
 def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
@@ -84,15 +88,17 @@ def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
     """
     if config.run is None:
         settings, sampler = ModelConfig(pretrained=str(config.pretrained)), SamplerConfig()
-        weights = None
+        checkpoint = None
     else:
         run = RunFolder(Path(config.run))
         trained = load_settings(run.config)
         settings, sampler = trained.model, trained.sampler
-        weights = read_shown_weights(find_checkpoint(run, config.step))
+        checkpoint = find_checkpoint(run, config.step)
     given = {name: value for name, value in vars(config.sampler).items() if value is not None}
     sampler = replace(sampler, **given)
     check_sampler(sampler)
+    find_family(settings, sampler)
+    weights = read_shown_weights(checkpoint) if checkpoint is not None else None
     model = load_model(settings)
     if weights is not None:
         load_weights(model, weights)
@@ -110,13 +116,17 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     steps = config.steps
     if steps is None:
         found = list_checkpoints(run.checkpoints)
-        steps = [0, *(int(path.name.removeprefix("step-")) for path in found)]
+        steps = [0, *map(step_of, found)]
     for step in steps:
         if step:
             find_checkpoint(run, step)
-    prompts = read_prompts(config.prompts) if config.prompts else validation_prompts(trained)
+    if config.prompts:
+        prompts = read_prompts(config.prompts, column=config.column)
+    else:
+        prompts = validation_prompts(trained)
     prompts = list(dict.fromkeys(prompts))
     check_request(prompts, config.num_images, config.batch_size)
+    find_family(trained.model, trained.sampler)
     device = default_device()
     reward = build_reward(trained.reward).to(device)
     model = load_model(trained.model)

@@ -30,6 +30,21 @@ def compare(records: Sequence[RunRecord], base: Evaluation | None) -> list[Compa
     return found
 
 
+def steps_at_equal_reward(records: Sequence[RunRecord], base: Evaluation | None) -> list[int]:
+    """Return each run's evaluated step nearest the highest mean reward that all of them reach.
+
+    Returns:
+        [] where fewer than two runs are evaluated, or one of them never rises above the base.
+    """
+    curves = [[one for one in record.evaluations if one.step] for record in records]
+    if len(records) < 2 or not all(curves):
+        return []
+    reward = min(max(one.reward for one in curve) for curve in curves)
+    if base is not None and reward <= base.reward:
+        return []
+    return [min(curve, key=lambda one: abs(one.reward - reward)).step for curve in curves]
+
+
 def from_base(record: RunRecord, base: Evaluation | None) -> list[Evaluation]:
     """Return a run's evaluations, starting from the base model's."""
     tuned = [one for one in record.evaluations if one.step]

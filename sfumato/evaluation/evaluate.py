@@ -1,8 +1,6 @@
 """Evaluation: the same prompts and noise for every checkpoint, scored, compared and kept."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,8 +27,12 @@ from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
 from sfumato.rewards.reward import Reward
-from sfumato.training.checkpoint import list_checkpoints, read_shown_weights
-from sfumato.training.folder import RunFolder, step_name
+from sfumato.training.checkpoint import (
+    fingerprint,
+    list_checkpoints,
+    read_shown_weights,
+)
+from sfumato.training.folder import RunFolder, new_folder, step_name
 from sfumato.training.state import load_weights
 
 AUTOCAST = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,7 +97,7 @@ def evaluate(
     check_request(prompts, num_images, batch_size)
     settings = _settings(config, prompts, num_images, seed, features, held_out)
     wanted = sorted(set(steps))
-    todo = [step for step in wanted if not _is_current(run.evaluation(step), settings)]
+    todo = [step for step in wanted if not _is_current(run, step, settings)]
     checkpoints = {step: _find_checkpoint(run, step) for step in todo if step}
     study = _Study(model, config, reward, held_out, prompts, num_images, seed)
     distance = build_distance(features, model.device) if todo else None
@@ -106,7 +108,10 @@ def evaluate(
             bar.set_description(f"{run.path.name} step {step}")
             if step:
                 load_weights(model, read_shown_weights(checkpoints[step]))
-            _make(study, step, run.evaluation(step), distance, batch_size, settings, bar)
+            facts = {"settings": settings}
+            if step:
+                facts["checkpoint"] = fingerprint(checkpoints[step])
+            _make(study, step, run.evaluation(step), distance, batch_size, facts, bar)
     return [done for done in read_evaluations(run) if done.step in wanted]
 
 
@@ -150,11 +155,15 @@ def _settings(
     return json.loads(json.dumps(plain))
 
 
-def _is_current(place: Path, settings: Mapping[str, Any]) -> bool:
+def _is_current(run: RunFolder, step: int, settings: Mapping[str, Any]) -> bool:
+    """Say whether a step was evaluated with these settings and, if it is there, this checkpoint."""
     try:
-        return read_summary(place)["settings"] == settings
+        summary = read_summary(run.evaluation(step))
     except ValueError:
         return False
+    checkpoint = run.checkpoints / step_name(step)
+    same = not checkpoint.is_dir() or summary.get("checkpoint") == fingerprint(checkpoint)
+    return same and summary["settings"] == settings
 
 
 def _find_checkpoint(run: RunFolder, step: int) -> Path:
@@ -171,39 +180,31 @@ def _make(
     place: Path,
     distance: Distance,
     batch_size: int,
-    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
     bar: Any,
 ) -> None:
     """Make, score and write the images of one step, or nothing at all."""
-    beside, old = (place.with_name(f".{place.name}.tmp-{os.getpid()}{end}") for end in ("", "-old"))
-    for stale in place.parent.glob(f".{place.name}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
     try:
-        (beside / "images").mkdir(parents=True)
-        rows, diversity = _write_images(study, step, beside, distance, batch_size, bar)
-        summary = {
-            "step": step,
-            **_means(rows, study.num_images),
-            "diversity": {
-                "label": distance.label,
-                "mean": float(np.mean(diversity)),
-                "per_prompt": diversity,
-            },
-            "settings": settings,
-        }
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (beside / SCORES).write_text(lines, encoding="utf-8")
-        (beside / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        if place.exists():
-            place.rename(old)
-        beside.rename(place)
+        with new_folder(place) as beside:
+            (beside / "images").mkdir()
+            rows, diversity = _write_images(study, step, beside, distance, batch_size, bar)
+            summary = {
+                "step": step,
+                **_means(rows, study.num_images),
+                "diversity": {
+                    "label": distance.label,
+                    "mean": float(np.mean(diversity)),
+                    "per_prompt": diversity,
+                },
+                **facts,
+            }
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (beside / SCORES).write_text(lines, encoding="utf-8")
+            (beside / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"{place} could not be written: {error}; free some space and evaluate again"
         ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_images(

@@ -37,23 +37,19 @@ class Grid:
     rows: Sequence[Sequence[Picture]]
 
 
-def image_grids(records: Sequence[RunRecord], base: RunRecord | None) -> list[Grid]:
+def image_grids(shown: Sequence[tuple[str, RunRecord, int]]) -> list[Grid]:
     """Return a grid per prompt, of the first few prompts and noises.
 
     Args:
-        base: the run whose step 0 stands for the base model.
+        shown: the columns: a model's name, the run and the evaluated step that it stands for.
 
     Raises:
         ValueError: if scores cannot be read.
     """
-    columns = [("base model", 0, read_scores(base, 0))] if base else []
-    for record in records:
-        if record.final is not None:
-            step = record.final.step
-            columns.append((record.name, step, read_scores(record, step)))
+    columns = [(name, step, read_scores(record, step)) for name, record, step in shown]
     if not columns:
         return []
-    count = 1 + max(shown.prompt_index for shown in columns[0][2])
+    count = 1 + max(image.prompt_index for image in columns[0][2])
     return [_grid(columns, prompt) for prompt in range(min(count, GRID_PROMPTS))]
 
 

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import sfumato
-from sfumato.evaluation.comparison import compare, from_base
+from sfumato.evaluation.comparison import compare, from_base, steps_at_equal_reward
 from sfumato.evaluation.curves import (
     COLORS,
     SYMBOLS,
@@ -69,7 +69,8 @@ class Page:
     about_panels: str
     tradeoff: Markup | None
     comparisons: Sequence[Table]
-    grids: Sequence[Grid]
+    equal_grids: Sequence[Grid]
+    last_grids: Sequence[Grid]
     pairs: Sequence[Grid]
     origins: Table
     differences: Table | None
@@ -117,6 +118,12 @@ def _page(records: Sequence[RunRecord], title: str, notes: str) -> Page:
     base_run = next((record for record in records if record.base is not None), None)
     base = base_run.base if base_run else None
     compared = compare(records, base)
+    untuned = [("base model", base_run, 0)] if base_run else []
+    equal = [
+        (record.name, record, step)
+        for record, step in zip(records, steps_at_equal_reward(records, base), strict=False)
+    ]
+    last = [(record.name, record, record.final.step) for record in records if record.final]
     return Page(
         title=title,
         notes=[part.strip() for part in notes.split("\n\n") if part.strip()],
@@ -137,7 +144,8 @@ def _page(records: Sequence[RunRecord], title: str, notes: str) -> Page:
             for one in compared
             if one.result is not None
         ],
-        grids=image_grids(records, base_run),
+        equal_grids=image_grids([*untuned, *equal]) if equal and equal != last else [],
+        last_grids=image_grids([*untuned, *last]),
         pairs=[
             grid
             for record in records

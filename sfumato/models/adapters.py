@@ -2,6 +2,7 @@
 
 import abc
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
@@ -36,7 +37,7 @@ class LoraRoles(Roles):
     """One network: the reference is the policy with its adapters off.
 
     Raises:
-        ValueError: if the target patterns match no linear layer.
+        ValueError: if a target pattern matches no layer, or one that can have no adapter.
     """
 
     def __init__(self, network: nn.Module, lora: LoraConfig) -> None:
@@ -45,6 +46,16 @@ class LoraRoles(Roles):
         from peft.tuners.lora import LoraLayer
 
         network.requires_grad_(False)
+        names = [name for name, _ in network.named_modules()]
+        idle = [
+            target for target in lora.targets if not any(re.fullmatch(target, n) for n in names)
+        ]
+        if idle:
+            linear = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
+            raise ValueError(
+                f"model.lora.targets: {', '.join(idle)} match no layer of "
+                f"{type(network).__name__}; its linear layers are named like {linear[:3]}"
+            )
         pattern = "|".join(f"(?:{target})" for target in lora.targets)
         settings = PeftLora(
             r=lora.rank,
@@ -55,11 +66,7 @@ class LoraRoles(Roles):
         try:
             inject_adapter_in_model(settings, network)
         except ValueError as error:
-            linear = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
-            raise ValueError(
-                f"model.lora.targets = {list(lora.targets)} match no layer of "
-                f"{type(network).__name__}; its linear layers are named like {linear[:3]}"
-            ) from error
+            raise ValueError(f"model.lora.targets = {list(lora.targets)}: {error}") from error
         network.train(network.training)  # peft's new dropouts start active
         self.policy = network
         self.settings = settings

@@ -42,12 +42,13 @@ def _download(hub_id: str, allow_pickle: bool) -> Path:
 
     patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
     patterns += ["*/*.bin"] if allow_pickle else []
+    unused = ["safety_checker/*", "*non_ema*"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:
         pass
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=unused))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model.pretrained = {hub_id!r} is no folder here, not in the local cache, and could "
@@ -69,13 +70,18 @@ def read_model_index(folder: Path) -> dict[str, object]:
             f"model.pretrained = {str(folder)!r} has no model_index.json{hint}; give the top "
             "folder of a diffusers pipeline"
         )
-    content = _read_json(index)
+    content = read_json(index)
     if not isinstance(content, dict) or "_class_name" not in content:
         raise ValueError(f"{index} names no pipeline class; give a folder that diffusers saved")
     return content
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """Return the content of one of the model's JSON files.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -100,7 +106,9 @@ def check_components(folder: Path, components: dict[str, str], *, allow_pickle: 
                 "incomplete, download or export it again"
             )
         for file in sorted(part.glob("*.json")):
-            _read_json(file)
+            content = read_json(file)
+            if file.name == config and not isinstance(content, dict):
+                raise ValueError(f"{file} holds no settings; download the model again")
         if config == "tokenizer_config.json" and not any(
             all((part / file).exists() for file in files) for files in VOCABULARIES
         ):  # transformers 5 would go on with a vocabulary of three tokens
@@ -117,7 +125,10 @@ def check_components(folder: Path, components: dict[str, str], *, allow_pickle: 
                 "get the safetensors file, or set model.allow_pickle=true if you trust it"
             )
         if not pickles:
-            raise ValueError(f"{part} holds no weights; download or export the model again")
+            raise ValueError(
+                f"{part} holds no weights; download or export the model again (pickled ones are "
+                "only fetched with model.allow_pickle=true)"
+            )
 
 
 def quiet_loading() -> None:

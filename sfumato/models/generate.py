@@ -15,6 +15,8 @@ from sfumato.models.model import TextToImageModel
 
 def image_size(model: TextToImageModel, sampler: SamplerConfig) -> tuple[int, int]:
     """Return the height and width in pixels that the settings ask for."""
+    if sampler.height and sampler.width:
+        return sampler.height, sampler.width
     height, width = model.image_size()
     return sampler.height or height, sampler.width or width
 

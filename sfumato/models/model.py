@@ -102,7 +102,7 @@ class TextToImageModel(abc.ABC):
         role: Role = "policy",
         cfg_gradient: CfgGradient = "full",
     ) -> Denoiser:
-        """Return the denoiser of these prompts: guided where `uncond` is given and the scale not 1.
+        """Return the denoiser of these prompts, guided if `uncond` is given and the scale above 1.
 
         Args:
             role: `policy` is what is trained; `reference` its frozen self, under no_grad.

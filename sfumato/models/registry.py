@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sfumato.config import ModelConfig
+from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.models.formats import find_model, read_model_index
 from sfumato.models.model import TextToImageModel
 from sfumato.models.stable_diffusion import StableDiffusion
@@ -10,11 +10,17 @@ from sfumato.models.stable_diffusion import StableDiffusion
 FAMILIES: dict[str, type[StableDiffusion]] = {"StableDiffusionPipeline": StableDiffusion}
 
 
-def find_family(config: ModelConfig) -> tuple[type[StableDiffusion], Path]:
+def find_family(
+    config: ModelConfig, sampler: SamplerConfig | None = None
+) -> tuple[type[StableDiffusion], Path]:
     """Return the family and folder of a checkpoint, without loading a weight.
 
+    Args:
+        sampler: checked against what the model can do, if given.
+
     Raises:
-        ValueError: if the folder is incomplete, or of a family that Sfumato does not know.
+        ValueError: if the folder is incomplete, of a family that Sfumato does not know, or cannot
+            do what the sampler asks.
     """
     folder = find_model(config.pretrained, allow_pickle=config.allow_pickle)
     name = str(read_model_index(folder)["_class_name"])
@@ -23,7 +29,7 @@ def find_family(config: ModelConfig) -> tuple[type[StableDiffusion], Path]:
             f"model.pretrained = {config.pretrained!r} is a {name}; Sfumato knows "
             f"{', '.join(FAMILIES)}"
         )
-    FAMILIES[name].check(folder, config)
+    FAMILIES[name].check(folder, config, sampler)
     return FAMILIES[name], folder
 
 

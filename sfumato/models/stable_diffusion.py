@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.config import ModelConfig
+from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.diffusion.guidance import CfgGradient, classifier_free
 from sfumato.diffusion.process import Prediction, PredictionType, Time, VariancePreserving
 from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.adapters import CopyRoles, LoraRoles, Roles
-from sfumato.models.formats import check_components, copy_frozen, quiet_loading
+from sfumato.models.formats import check_components, copy_frozen, quiet_loading, read_json
 from sfumato.models.model import Conditioning, Role, TextToImageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,13 +50,27 @@ class StableDiffusion(TextToImageModel):
         self._warned = False
 
     @staticmethod
-    def check(folder: Path, config: ModelConfig) -> None:
-        """Check that all components are there, without loading them.
+    def check(folder: Path, config: ModelConfig, sampler: SamplerConfig | None = None) -> None:
+        """Check that all components are there and can do what a sampler asks, reading no weight.
 
         Raises:
-            ValueError: if one is missing, or pickled and not allowed.
+            ValueError: if one is missing, or pickled and not allowed; if image size or number of
+                steps are impossible.
         """
         check_components(folder, COMPONENTS, allow_pickle=config.allow_pickle)
+        if sampler is None:
+            return
+        scheduler = read_json(folder / "scheduler" / COMPONENTS["scheduler"])
+        _check_steps(sampler.num_inference_steps, scheduler.get("num_train_timesteps", 1000))
+        factor = _downsampling(read_json(folder / "vae" / COMPONENTS["vae"]))
+        for name, pixels in (("height", sampler.height), ("width", sampler.width)):
+            if pixels is not None:
+                _check_side(name, pixels, factor)
+            elif read_json(folder / "unet" / COMPONENTS["unet"]).get("sample_size") is None:
+                raise ValueError(
+                    f"model.pretrained = {str(folder)!r} states no size of its images; set "
+                    f"sampler.{name} in pixels, a multiple of {factor}"
+                )
 
     @classmethod
     def load(cls, folder: Path, config: ModelConfig) -> "StableDiffusion":
@@ -89,30 +103,22 @@ class StableDiffusion(TextToImageModel):
 
     @property
     def _factor(self) -> int:
-        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        return _downsampling(self.pipeline.vae.config)
 
     def image_size(self) -> tuple[int, int]:
-        side = self.pipeline.unet.config.sample_size * self._factor
-        return side, side
+        latents = self.pipeline.unet.config.sample_size
+        height, width = (latents, latents) if isinstance(latents, int) else latents
+        return height * self._factor, width * self._factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         for name, pixels in (("height", height), ("width", width)):
-            if pixels < self._factor or pixels % self._factor:
-                nearest = max(self._factor, round(pixels / self._factor) * self._factor)
-                raise ValueError(
-                    f"sampler.{name} = {pixels} must be a multiple of {self._factor} pixels for "
-                    f"this autoencoder; the nearest is {nearest}"
-                )
+            _check_side(name, pixels, self._factor)
         channels = self.pipeline.unet.config.in_channels
         return channels, height // self._factor, width // self._factor
 
     def times(self, num_inference_steps: int, height: int, width: int) -> Sequence[float]:
         available = self._table.num_train_timesteps
-        if num_inference_steps > available:
-            raise ValueError(
-                f"sampler.num_inference_steps = {num_inference_steps} is more than the {available} "
-                "steps that this model was trained on"
-            )
+        _check_steps(num_inference_steps, available)
         self.scheduler.set_timesteps(num_inference_steps)
         indices = [min(int(index), available - 1) for index in self.scheduler.timesteps]
         last = -1 if self.scheduler.config["set_alpha_to_one"] else 0
@@ -155,7 +161,7 @@ class StableDiffusion(TextToImageModel):
         cfg_gradient: CfgGradient = "full",
     ) -> Denoiser:
         states = cond.tensors["states"]
-        if uncond is None or guidance_scale == 1.0:
+        if uncond is None or guidance_scale <= 1.0:
             guided = False
         else:
             guided, states = True, torch.cat([uncond.tensors["states"], states])
@@ -212,6 +218,28 @@ class StableDiffusion(TextToImageModel):
         if not isinstance(self.roles, LoraRoles):
             raise ValueError("model.trainable = full trains no adapter; export the pipeline")
         type(self.pipeline).save_lora_weights(folder, unet_lora_layers=self.roles.adapter_state())
+
+
+def _downsampling(vae: Mapping[str, Any]) -> int:
+    """Return how many pixels of a side one latent stands for."""
+    return 2 ** (len(vae.get("block_out_channels", (64,))) - 1)  # the default of diffusers
+
+
+def _check_side(name: str, pixels: int, factor: int) -> None:
+    if pixels < factor or pixels % factor:
+        nearest = max(factor, round(pixels / factor) * factor)
+        raise ValueError(
+            f"sampler.{name} = {pixels} must be a multiple of {factor} pixels for this "
+            f"autoencoder; the nearest is {nearest}"
+        )
+
+
+def _check_steps(num_inference_steps: int, available: int) -> None:
+    if num_inference_steps > available:
+        raise ValueError(
+            f"sampler.num_inference_steps = {num_inference_steps} is more than the {available} "
+            "steps that this model was trained on"
+        )
 
 
 def _read_pipeline(

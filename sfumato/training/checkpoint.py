@@ -127,9 +127,20 @@ def find_fault(place: Path) -> str | None:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Return the finished checkpoints, oldest first."""
-    places = (path for path in root.glob("step-*") if path.is_dir())
-    return sorted(places, key=lambda place: (len(place.name), place.name))
+    """Return the finished checkpoints, oldest first; a copy under another name is none of them."""
+    places = [path for path in root.glob("step-*") if path.is_dir()]
+    return sorted((path for path in places if path.name[5:].isdecimal()), key=step_of)
+
+
+def step_of(place: Path) -> int:
+    """Return the step that a checkpoint's folder is named after."""
+    return int(place.name.removeprefix("step-"))
+
+
+def fingerprint(place: Path) -> str | None:
+    """Return the SHA-256 of the manifest, which no other checkpoint shares; None without one."""
+    manifest = place / MANIFEST
+    return _sha256(manifest) if manifest.exists() else None
 
 
 def tidy(root: Path, keep: int | None = None) -> None:

@@ -18,11 +18,19 @@ T = TypeVar("T")
 
 @final
 class Distribution:
-    """Who this process is, and what it does together with the others."""
+    """Who this process is, and what it does together with the others.
+
+    Raises:
+        ValueError: if fp16 is asked for without a CUDA device.
+    """
 
     def __init__(self, config: TrainingConfig) -> None:
         from accelerate import Accelerator
 
+        if config.precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError(
+                "training.precision = fp16 needs a CUDA device, and there is none; use bf16 or no"
+            )
         self._accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), mixed_precision=config.precision
         )
@@ -89,6 +97,21 @@ class Distribution:
     def any(self, flag: bool) -> bool:
         """Say whether the flag is up on any process."""
         return self.mean({"flag": float(flag)})["flag"] > 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let a mistake on one process end all of them, so that none waits for it for ever.
+
+        Raises:
+            ValueError: on every process, if one raised it or an OSError inside.
+        """
+        error: ValueError | OSError | None = None
+        try:
+            yield
+        except (ValueError, OSError) as caught:
+            error = caught
+        if self.any(error is not None):
+            raise error or ValueError("another process failed; it says why")
 
     def gather(self, items: Sequence[T]) -> list[T]:
         """Return the items of all processes, by rank."""

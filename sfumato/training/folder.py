@@ -1,9 +1,13 @@
 """The run folder: the only interface between training, evaluation and report."""
 
 import json
+import os
 import platform
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -67,7 +71,7 @@ class RunFolder:
     def describe(self, command: str, facts: dict[str, Any]) -> None:
         """Append to run.json what ran, with which versions, on what."""
         file = self.path / "run.json"
-        starts = json.loads(file.read_text())["starts"] if file.exists() else []
+        starts = read_note(file).get("starts", []) if file.exists() else []
         starts.append(
             {
                 "command": command,
@@ -85,10 +89,46 @@ class RunFolder:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file so that whoever is killed on the way leaves the old content or the new."""
+    """Write a file so that a kill or a full disk leaves the old content or the new."""
     beside = file.with_name(f".{file.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(file)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """Give a folder to fill, which then takes `place`; whoever fails leaves `place` as it was."""
+    for stale in place.parent.glob(f".{place.name}.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    beside, old = (place.with_name(f".{place.name}.tmp-{os.getpid()}{end}") for end in ("", "-old"))
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        if place.exists():
+            place.rename(old)
+        beside.rename(place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_note(file: Path) -> dict[str, Any]:
+    """Return one of the run folder's JSON notes.
+
+    Raises:
+        ValueError: naming the file, if it holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged; remove it and run the same command again")
+    return content
 
 
 def step_name(step: int) -> str:

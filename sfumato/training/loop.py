@@ -15,7 +15,6 @@ from sfumato.diffusion.randomness import Rng, derive
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.objective import Loss, Objective
 from sfumato.training.checkpoint import (
-    CheckpointError,
     list_checkpoints,
     read_checkpoint,
     tidy,
@@ -164,9 +163,11 @@ def refuse_non_finite(
 ) -> None:
     """Stop before a loss that is not finite reaches the weights.
 
-    Under fp16 a gradient that overflows is no error: the loss scaler skips the step.
+    Under fp16 a gradient that overflows is no error: the loss scaler skips the step and halves
+    its scale, until that is below 1.
     """
-    good_gradient = state.scaler.is_enabled() or math.isfinite(metrics["grad_norm"])
+    scaling = state.scaler.is_enabled() and state.scaler.get_scale() >= 1
+    good_gradient = scaling or math.isfinite(metrics["grad_norm"])
     good = good_gradient and all(math.isfinite(value.value.item()) for value in losses)
     if not distribution.any(not good):
         return
@@ -218,18 +219,13 @@ def save(
     """Write a checkpoint, and remove the oldest beyond `keep`.
 
     Raises:
-        CheckpointError: on every process, if it could not be written.
+        CheckpointError: if it could not be written; ValueError on the other processes.
     """
     snapshot = state.snapshot()
-    error: CheckpointError | None = None
-    if distribution.is_main:
-        try:
+    with distribution.together():
+        if distribution.is_main:
             write_checkpoint(folder.checkpoints, snapshot)
             tidy(folder.checkpoints, keep)
-        except CheckpointError as caught:
-            error = caught
-    if distribution.any(error is not None):
-        raise error or CheckpointError("the main process could not write its checkpoint")
 
 
 def is_due(step: int, every: int, last: int) -> bool:

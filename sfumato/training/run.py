@@ -14,15 +14,15 @@ import yaml
 from sfumato.config import DraftConfig, TrainConfig
 from sfumato.data.prompts import open_prompts, read_prompts
 from sfumato.diffusion.randomness import derive
-from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import find_family, load_model
 from sfumato.objectives.draft import Draft
 from sfumato.rewards.build import build_reward
-from sfumato.training.checkpoint import list_checkpoints
+from sfumato.training.checkpoint import fingerprint, list_checkpoints
 from sfumato.training.distribution import Distribution
 from sfumato.training.export import export
-from sfumato.training.folder import RunFolder, differences, replace_text
+from sfumato.training.folder import RunFolder, differences, read_note, replace_text
 from sfumato.training.loop import Outcome, fit
+from sfumato.training.tracking import check_trackers
 from sfumato.training.validation import Validation
 
 
@@ -37,7 +37,7 @@ def train(config: TrainConfig, settings: dict[str, Any], distribution: Distribut
         ValueError: for every mistake of the user's, the cheap checks before any weight is loaded.
     """
     folder = RunFolder(Path(config.runs_dir) / config.name)
-    find_family(config.model)
+    check_trackers(config.training)
     stream = open_prompts(
         config.data.prompts,
         column=config.data.column,
@@ -46,6 +46,7 @@ def train(config: TrainConfig, settings: dict[str, Any], distribution: Distribut
         buffer=config.data.buffer,
     )
     prompts = validation_prompts(config)
+    find_family(config.model, config.sampler)
     with exclusive(folder, distribution):
         prepare_folder(folder, settings, distribution)
         reward = build_reward(config.reward).to(distribution.device)
@@ -53,7 +54,6 @@ def train(config: TrainConfig, settings: dict[str, Any], distribution: Distribut
         objective = Draft(config.objective, config.sampler, reward)
         torch.manual_seed(derive(config.training.seed, "adapter"))  # peft draws A from it
         model = load_model(config.model)
-        check_sizes(config, model)
         model.to(distribution.device)
         trained = sum(parameter.numel() for parameter in model.trainable().values())
         if distribution.is_main:
@@ -67,11 +67,11 @@ def train(config: TrainConfig, settings: dict[str, Any], distribution: Distribut
             print(f"{folder.path}: training {trained / 1e6:.2f} M parameters", flush=True)
         validation = Validation(config, prompts, reward, distribution)
         outcome = fit(config, model, objective, stream, validation, folder, distribution, settings)
-        if distribution.is_main:
-            if stream.skipped.skips:
-                print(f"prompts left out: {stream.skipped.summary()}", flush=True)
-            finish(config, folder, outcome, distribution, prompts[0])
-        distribution.barrier()
+        with distribution.together():
+            if distribution.is_main:
+                if stream.skipped.skips:
+                    print(f"prompts left out: {stream.skipped.summary()}", flush=True)
+                finish(config, folder, outcome, distribution, prompts[0])
     return outcome
 
 
@@ -84,18 +84,6 @@ def validation_prompts(config: TrainConfig) -> list[str]:
     return [found[i % len(found)] for i in range(count)]
 
 
-def check_sizes(config: TrainConfig, model: TextToImageModel) -> None:
-    """Refuse an image size or a number of steps that the model cannot have.
-
-    Raises:
-        ValueError: naming the key, its value, and the nearest one that is possible.
-    """
-    height, width = model.image_size()
-    height, width = config.sampler.height or height, config.sampler.width or width
-    model.latent_shape(height, width)
-    model.times(config.sampler.num_inference_steps, height, width)
-
-
 def prepare_folder(folder: RunFolder, settings: dict[str, Any], distribution: Distribution) -> None:
     """Write config.yaml, or refuse to go on in a folder of other settings.
 
@@ -104,6 +92,7 @@ def prepare_folder(folder: RunFolder, settings: dict[str, Any], distribution: Di
     """
     if folder.config.exists() and list_checkpoints(folder.checkpoints):
         changed = differences(saved_settings(folder), settings)
+        changed |= stretched_schedule(saved_settings(folder), settings)
         if changed:
             listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
             raise ValueError(
@@ -111,8 +100,17 @@ def prepare_folder(folder: RunFolder, settings: dict[str, Any], distribution: Di
                 "(name=...), or remove the folder"
             )
     distribution.barrier()
-    if distribution.is_main:
-        replace_text(folder.config, yaml.safe_dump(settings, sort_keys=False))
+    with distribution.together():
+        if distribution.is_main:
+            replace_text(folder.config, yaml.safe_dump(settings, sort_keys=False))
+
+
+def stretched_schedule(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Return the change of max_steps, where the learning rate falls towards it."""
+    before, after = (settings["training"]["max_steps"] for settings in (old, new))
+    if before == after or new["optimizer"]["schedule"] == "constant":
+        return {}
+    return {"training.max_steps": f"{before} -> {after}"}
 
 
 def saved_settings(folder: RunFolder) -> dict[str, Any]:
@@ -149,12 +147,13 @@ def finish(
         )
         return
     note = folder.path / "export.json"
-    done = json.loads(note.read_text()) if note.exists() and folder.export.exists() else None
-    if done is None or done["step"] != outcome.step:
-        last = list_checkpoints(folder.checkpoints)[-1]
+    done = read_note(note) if note.exists() and folder.export.exists() else {}
+    last = list_checkpoints(folder.checkpoints)[-1]
+    made_of = {"checkpoint": fingerprint(last), "verify": config.verify}
+    if any(done.get(name) != value for name, value in made_of.items()):
         lines = export(config, last, folder.export, distribution.device, prompt)
-        replace_text(note, json.dumps({"step": outcome.step, "exports": lines}, indent=2) + "\n")
-        done = {"exports": lines}
+        done = {"step": outcome.step, **made_of, "exports": lines}
+        replace_text(note, json.dumps(done, indent=2) + "\n")
     print(f"{folder.path}: complete at step {outcome.step}")
     for line in done["exports"]:
         print(f"  {line}")
@@ -168,14 +167,9 @@ def exclusive(folder: RunFolder, distribution: Distribution) -> Iterator[None]:
         ValueError: on every process, if another run holds it, or it cannot be made.
     """
     with ExitStack() as held:
-        error: ValueError | None = None
-        if distribution.is_main:
-            try:
+        with distribution.together():
+            if distribution.is_main:
                 held.enter_context(lock(folder))
-            except ValueError as caught:
-                error = caught
-        if distribution.any(error is not None):
-            raise error or ValueError("the main process could not take the run folder")
         yield
 
 

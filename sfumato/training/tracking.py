@@ -1,6 +1,8 @@
 """Where metrics and images go: metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
 
+import importlib.util
 import json
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -12,6 +14,19 @@ from sfumato.config import TrainingConfig
 from sfumato.training.folder import RunFolder, replace_text
 
 
+def check_trackers(config: TrainingConfig) -> None:
+    """Refuse a tracker whose package is not installed.
+
+    Raises:
+        ValueError: naming the package.
+    """
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"training.wandb_project = {config.wandb_project!r} needs the wandb package: pip "
+            "install 'sfumato[wandb]', or leave it null"
+        )
+
+
 @final
 class Trackers:
     """Writes on the main process; on the others every call does nothing.
@@ -19,9 +34,6 @@ class Trackers:
     Args:
         first_step: the first that will be logged; rows from there on, left by a run that was
             killed, are dropped.
-
-    Raises:
-        ValueError: if Weights & Biases is asked for and not installed.
     """
 
     def __init__(
@@ -49,9 +61,10 @@ class Trackers:
             self._wandb = _start_wandb(config.wandb_project, folder, settings)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record scalars of one optimiser step."""
+        """Record scalars of one optimiser step; a norm that overflowed under fp16 is left out."""
         if not self._active:
             return
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -112,13 +125,8 @@ def _drop_from(folder: RunFolder, step: int) -> None:
 
 
 def _start_wandb(project: str, folder: RunFolder, settings: Mapping[str, Any]) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(
-            f"training.wandb_project = {project!r} needs the wandb package: pip install "
-            "'sfumato[wandb]', or leave it null"
-        ) from error
+    import wandb  # pyright: ignore[reportMissingImports]
+
     note = folder.path / "wandb_id"  # a folder's name may come again elsewhere
     if not note.exists():
         replace_text(note, secrets.token_hex(8))

@@ -16,7 +16,7 @@ from sfumato.models.generate import generate_in_batches
 from sfumato.models.model import TextToImageModel
 from sfumato.rewards.reward import Reward
 from sfumato.training.distribution import Distribution
-from sfumato.training.folder import RunFolder
+from sfumato.training.folder import RunFolder, new_folder
 from sfumato.training.tracking import Trackers
 
 
@@ -34,7 +34,7 @@ class Validation:
 
     Args:
         prompts: one per image.
-        reward: scores them, each with its own prompt; None leaves the scores out.
+        reward: scores them, each with its own prompt.
     """
 
     def __init__(
@@ -104,18 +104,17 @@ class Validation:
 
     def _write(self, folder: RunFolder, step: int, tuned: Pictures) -> None:
         assert self._base is not None
-        place = folder.samples(step)
-        place.mkdir(parents=True, exist_ok=True)
         lines = []
-        for i, prompt in enumerate(self._prompts):
-            for name, pictures in (("tuned", tuned), ("base", self._base)):
-                save_image(pictures.images[i], place / f"{i:03d}-{name}.png")
-            record = {
-                "index": i,
-                "prompt": prompt,
-                "seed": self._seeds[i],
-                "reward_tuned": tuned.rewards[i].item(),
-                "reward_base": self._base.rewards[i].item(),
-            }
-            lines.append(json.dumps(record) + "\n")
-        (place / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+        with new_folder(folder.samples(step)) as place:
+            for i, prompt in enumerate(self._prompts):
+                for name, pictures in (("tuned", tuned), ("base", self._base)):
+                    save_image(pictures.images[i], place / f"{i:03d}-{name}.png")
+                record = {
+                    "index": i,
+                    "prompt": prompt,
+                    "seed": self._seeds[i],
+                    "reward_tuned": tuned.rewards[i].item(),
+                    "reward_base": self._base.rewards[i].item(),
+                }
+                lines.append(json.dumps(record) + "\n")
+            (place / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
