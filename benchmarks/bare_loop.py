@@ -48,7 +48,12 @@ class BareLoop:
 
         self.settings = settings
         pipeline: Any = StableDiffusionPipeline.from_pretrained(
-            settings.pipeline, dtype=settings.dtype, local_files_only=True
+            settings.pipeline,
+            dtype={
+                "default": settings.dtype,
+                "unet": torch.float32 if settings.full else settings.dtype,
+            },
+            local_files_only=True,
         )
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             part.eval().requires_grad_(False)
@@ -61,7 +66,7 @@ class BareLoop:
         self.reference: Any = None
         if settings.full:
             self.reference = copy.deepcopy(self.unet).to(settings.device)
-            self.unet.float().requires_grad_(True)
+            self.unet.requires_grad_(True)
         else:
             self._add_lora()
         self.unet.to(settings.device)

@@ -187,7 +187,7 @@ class TrainingConfig:
     ema_decay: float | None = 0.9999  # null is off; the decay warms up as (1 + n) / (10 + n)
     checkpoint_every_steps: int = 100
     keep_checkpoints: int | None = 3  # null keeps all
-    max_time: str | None = None  # wall clock DD:HH:MM:SS or HH:MM:SS; then save and stop
+    max_time: str | None = None  # wall clock [[DD:]HH:]MM:SS; then save and stop
     seed: int = 0
     tensorboard: bool = True
     wandb_project: str | None = None

@@ -85,7 +85,7 @@ def test_the_shipped_models_are_small_safe_and_load() -> None:
     files = [file for file in DEMO_MODELS.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 25 * MEGABYTE
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt"}
-    assert [file for file in files if file.suffix == ".json" and '"/' in file.read_text()] == []
+    assert [file for file in files if file.suffix == ".json" and '": "/' in file.read_text()] == []
     assert read_model_index(DEMO_MODELS / "base")["_class_name"] == "StableDiffusionPipeline"
     reward = ClipReward.from_pretrained(str(DEMO_MODELS / "reward"))
     rng = random.Random(0)

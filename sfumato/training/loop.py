@@ -51,12 +51,14 @@ def fit(
     folder: RunFolder,
     distribution: Distribution,
     settings: dict[str, Any],
+    watch: StopWatch,
 ) -> Outcome:
     """Train from the last checkpoint of the run folder, or from the start, to `max_steps`.
 
     Args:
         stream: gives the global batches; see PromptStream.
         settings: the resolved configuration, for the trackers.
+        watch: says when to stop before that.
 
     Raises:
         CheckpointError: if a checkpoint is damaged or cannot be written.
@@ -68,7 +70,6 @@ def fit(
     state = TrainState(config, model, stream, distribution)
     resume(state, folder, distribution)
     wrapped = distribution.wrap(module).train()
-    watch = StopWatch(training.max_time)
     first = state.step + 1 if state.step else 0  # step 0 has only a validation
     trackers = Trackers(folder, training, settings, first_step=first, active=distribution.is_main)
     bar = tqdm(

@@ -22,6 +22,7 @@ from sfumato.training.distribution import Distribution
 from sfumato.training.export import export
 from sfumato.training.folder import RunFolder, differences, read_note, replace_text
 from sfumato.training.loop import Outcome, fit
+from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import check_trackers
 from sfumato.training.validation import Validation
 
@@ -36,6 +37,7 @@ def train(config: TrainConfig, settings: dict[str, Any], distribution: Distribut
     Raises:
         ValueError: for every mistake of the user's, the cheap checks before any weight is loaded.
     """
+    watch = StopWatch(config.training.max_time)
     folder = RunFolder(Path(config.runs_dir) / config.name)
     check_trackers(config.training)
     stream = open_prompts(
@@ -66,7 +68,9 @@ def train(config: TrainConfig, settings: dict[str, Any], distribution: Distribut
             folder.describe(" ".join(sys.argv), facts)
             print(f"{folder.path}: training {trained / 1e6:.2f} M parameters", flush=True)
         validation = Validation(config, prompts, reward, distribution)
-        outcome = fit(config, model, objective, stream, validation, folder, distribution, settings)
+        outcome = fit(
+            config, model, objective, stream, validation, folder, distribution, settings, watch
+        )
         with distribution.together():
             if distribution.is_main:
                 if stream.skipped.skips:

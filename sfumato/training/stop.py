@@ -27,7 +27,7 @@ class StopWatch:
     """Collects the reasons to stop after the step in hand.
 
     Args:
-        max_time: [[DD:]HH:]MM:SS of wall-clock time, or None.
+        max_time: [[DD:]HH:]MM:SS of wall-clock time from now, loading included; or None.
     """
 
     def __init__(self, max_time: str | None) -> None:
