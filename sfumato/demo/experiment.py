@@ -22,16 +22,16 @@ from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
 from sfumato.training.run import train
 
-KL_COEFFS = (0.0, 0.3, 1.0)
+KL_COEFFS = (0.0, 10.0, 40.0)
 NUM_PROMPTS = 240  # to train on
 KEEP = 0.25  # the chance that a prompt states an attribute
 IMAGES_PER_PROMPT = 12  # to evaluate, of one prompt per shape
 NOTES = """\
 Everything here is small and real: a Stable Diffusion pipeline of 64-pixel pictures of captioned
 shapes, and a reward: a CLIP model trained on pairs that a rule judged (what the prompt asks for,
-then warm colors and large shapes), plus the redness of the picture, which is easy to overdo. The
-held-out score is an attribute reader that no training
-has seen: the share of pictures that show everything their prompt asks for."""
+then warm colors and large shapes), plus some redness of the picture. The held-out score is an
+attribute reader that no training has seen: the share of pictures that show everything their prompt
+asks for."""
 
 
 def write_prompts(seed: int) -> str:
