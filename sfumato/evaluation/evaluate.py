@@ -106,11 +106,10 @@ def evaluate(
         for step in todo:
             assert distance is not None
             bar.set_description(f"{run.path.name} step {step}")
-            if step:
-                load_weights(model, read_shown_weights(checkpoints[step]))
-            facts = {"settings": settings}
+            facts = {"checkpoint": None, "settings": settings}
             if step:
                 facts["checkpoint"] = fingerprint(checkpoints[step])
+                load_weights(model, read_shown_weights(checkpoints[step]))
             _make(study, step, run.evaluation(step), distance, batch_size, facts, bar)
     return [done for done in read_evaluations(run) if done.step in wanted]
 
