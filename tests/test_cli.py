@@ -212,7 +212,7 @@ def test_cfg_job_prints_the_resolved_run(call: Call, tmp_path: Path):
     content = yaml.safe_load(answer.out)
     assert content["model"]["pretrained"] == "M"
     assert content["objective"]["kl_coeff"] == 0.2
-    assert content["training"]["checkpoint_every_steps"] == 100  # a default
+    assert content["validation"]["every_steps"] == 100  # a default
     assert "hydra" not in content
     assert list(tmp_path.iterdir()) == []
 
