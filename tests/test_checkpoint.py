@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from runs import in_child, kill, on_event
+from safetensors import SafetensorError
 
 from sfumato.training import checkpoint
 from sfumato.training.checkpoint import (
@@ -252,7 +253,7 @@ def test_a_full_disk(small_disk: Path) -> None:
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space left on the disk"),
         (OSError(errno.EIO, "Input/output error", "/somewhere/x"), "Input/output error"),
         (
-            checkpoint.SafetensorError("I/O error: No space left on device (os error 28)"),
+            SafetensorError("I/O error: No space left on device (os error 28)"),
             "no space left on the disk",
         ),
     ],

@@ -16,7 +16,7 @@ import pytest
 
 from sfumato.data.prompts import open_prompts
 from sfumato.data.skips import SkipLog
-from sfumato.data.stream import PromptStream, StreamState, shuffle_buffered
+from sfumato.data.stream import PromptStream, shuffle_buffered
 
 
 def numbered(count: int, prefix: str = "prompt") -> list[str]:
@@ -105,7 +105,7 @@ def test_resume_is_exact_from_every_position(three_shards: str, shuffle: bool, b
         assert resumed.state() == running.state()
         assert resumed.next(20, 0, 20) == expected[consumed : consumed + 20]
         running.next(1, 0, 1)
-    assert running.state() == StreamState(epoch=2, position=6)
+    assert running.state() == {"epoch": 2, "position": 6}
 
 
 def test_resume_in_a_shortened_epoch_is_refused(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_no_more_prompts_are_held_than_the_buffer() -> None:
     stream = PromptStream([Path("a"), Path("b")], read, SkipLog(), buffer=500)
     for _ in range(4_000):
         stream.next(10, 0, 1)
-    assert stream.state() == StreamState(epoch=0, position=40_000)
+    assert stream.state() == {"epoch": 0, "position": 40_000}
     # The buffer, a global batch, the batch before it that a caller holds, one being read.
     assert 500 <= CountedPrompt.most <= 500 + 10 + 10 + 1
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sfumato.data.prompts import open_prompts, read_prompts
-from sfumato.data.stream import PromptStream, StreamState
+from sfumato.data.stream import PromptStream
 
 HARD_PROMPTS = (
     'a "red" fox, asleep',
@@ -221,7 +221,9 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="global batch"):
             open_prompts(path).next(size, start, stop)
     with pytest.raises(ValueError, match="position=-1"):
-        open_prompts(path).restore(StreamState(0, -1))
+        open_prompts(path).restore({"epoch": 0, "position": -1})
+    with pytest.raises(ValueError, match="no place in a stream of prompts"):
+        open_prompts(path).restore({"epoch": 0, "cursors": {}})
 
 
 # Damage

@@ -1,25 +1,60 @@
-"""An endless, shuffled, resumable order of prompts: a function of (seed, epoch) and position.
+"""Endless, shuffled, resumable orders; that of prompts is a function of (seed, epoch) and position.
 
 Shards are read in a shuffled order through a buffer that is shuffled as it fills, so an epoch is
 a permutation of all prompts while no more than the buffer is held in memory. A file smaller than
 the buffer is shuffled fully; in a larger one a prompt can move forward by at most the buffer.
 """
 
+import abc
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, Generic, TypeVar, final
 
 from sfumato.data.skips import SkipLog, SkipReport
 
+Row = TypeVar("Row")
 
-@dataclass(frozen=True)
-class StreamState:
-    """Where a stream stands: `position` prompts of `epoch` are consumed (both count from 0)."""
 
-    epoch: int = 0
-    position: int = 0
+class Stream(abc.ABC, Generic[Row]):
+    """Give out rows without end, the same on every process that reads the same files."""
+
+    @abc.abstractmethod
+    def next(self, global_batch_size: int, start: int, stop: int) -> list[Row]:
+        """Advance by one global batch and return its rows `start` to `stop`.
+
+        Every process calls this with the same size and its own rows, so that all of them stay at
+        the same position.
+
+        Raises:
+            ValueError: the rows are not inside the batch, or nothing can be read any more.
+        """
+
+    @abc.abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs to go on with the very next row, fit for JSON."""
+
+    @abc.abstractmethod
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to where `state` was taken.
+
+        Raises:
+            ValueError: there is no such place, so the files or settings changed.
+        """
+
+    @property
+    @abc.abstractmethod
+    def skipped(self) -> SkipReport:
+        """What has been left out so far, by reason."""
+
+
+def check_rows(global_batch_size: int, start: int, stop: int) -> None:
+    """Refuse rows that are not inside the batch with a ValueError."""
+    if global_batch_size < 1 or not 0 <= start <= stop <= global_batch_size:
+        raise ValueError(
+            f"rows {start} to {stop} of a global batch of {global_batch_size} do not exist; "
+            "give 0 <= start <= stop <= global_batch_size, and a batch of at least 1"
+        )
 
 
 def shuffle_buffered(prompts: Iterator[str], rng: random.Random, buffer: int) -> Iterator[str]:
@@ -41,8 +76,8 @@ def _draw(pool: list[str], rng: random.Random) -> str:
 
 
 @final
-class PromptStream:
-    """Give out prompts epoch after epoch, the same on every process that reads the same files."""
+class PromptStream(Stream[str]):
+    """Give out prompts epoch after epoch."""
 
     def __init__(
         self,
@@ -80,43 +115,44 @@ class PromptStream:
         return self._skips.report()
 
     def next(self, global_batch_size: int, start: int, stop: int) -> list[str]:
-        """Advance by one global batch and return its rows `start` to `stop`.
-
-        Every process calls this with the same size and its own rows, so that all of them stay at
-        the same position. A batch may straddle epochs.
+        """Advance by one global batch, which may straddle epochs; see `Stream.next`.
 
         Raises:
             ValueError: the rows are not inside the batch, or an epoch has no prompt at all.
         """
-        if global_batch_size < 1 or not 0 <= start <= stop <= global_batch_size:
-            raise ValueError(
-                f"rows {start} to {stop} of a global batch of {global_batch_size} do not exist; "
-                "give 0 <= start <= stop <= global_batch_size, and a batch of at least 1"
-            )
+        check_rows(global_batch_size, start, stop)
         batch = [self._advance() for _ in range(global_batch_size)]
         return batch[start:stop]
 
-    def state(self) -> StreamState:
-        """Return what `restore` needs to go on with the very next prompt."""
-        return StreamState(self._epoch, self._position)
+    def state(self) -> dict[str, Any]:
+        """Return how many prompts (`position`) of which `epoch` are consumed, from 0."""
+        return {"epoch": self._epoch, "position": self._position}
 
-    def restore(self, state: StreamState) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go to `state` by reading over the prompts of its epoch that were consumed.
 
         Raises:
             ValueError: the epoch has fewer prompts than were consumed, so the files changed.
         """
-        if state.epoch < 0 or state.position < 0:
-            raise ValueError(f"{state} is no place in a stream; epoch and position count from 0")
-        self._begin(state.epoch)
-        for passed in range(state.position):
+        if state.keys() != {"epoch", "position"}:
+            raise ValueError(
+                f"{dict(state)} is no place in a stream of prompts, which has an epoch and a "
+                "position; resume with the kind of data that the run was started with"
+            )
+        epoch, position = state["epoch"], state["position"]
+        if epoch < 0 or position < 0:
+            raise ValueError(
+                f"epoch={epoch}, position={position} is no place in a stream; both count from 0"
+            )
+        self._begin(epoch)
+        for passed in range(position):
             if next(self._prompts, None) is None:
                 raise ValueError(
-                    f"cannot resume at prompt {state.position} of epoch {state.epoch}: it now has "
+                    f"cannot resume at prompt {position} of epoch {epoch}: it now has "
                     f"only {passed} prompts ({self.skipped.summary()}). Restore the files that "
                     "the run was started with, or start a new run"
                 )
-        self._position = state.position
+        self._position = position
 
     def _advance(self) -> str:
         while (prompt := next(self._prompts, None)) is None:

@@ -14,6 +14,7 @@ from sfumato.diffusion.guidance import CfgGradient
 from sfumato.diffusion.process import DiffusionProcess
 from sfumato.diffusion.sampling import Denoiser
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Role: TypeAlias = Literal["policy", "reference"]
 
 

@@ -17,9 +17,8 @@ from sfumato.diffusion.process import Prediction, PredictionType, Time, Variance
 from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.adapters import CopyRoles, LoraRoles, Roles
 from sfumato.models.formats import check_components, copy_frozen, quiet_loading, read_json
-from sfumato.models.model import Conditioning, Role, TextToImageModel
+from sfumato.models.model import DTYPES, Conditioning, Role, TextToImageModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPONENTS = {
     "unet": "config.json",
     "vae": "config.json",

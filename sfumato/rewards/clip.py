@@ -124,12 +124,10 @@ class ClipReward(Reward):
 
     def _own_precision(self) -> AbstractContextManager[object]:
         """Keep float32 towers in float32 under a training's autocast."""
-        own = self.model.logit_scale.dtype == torch.float32
-        return (
-            torch.autocast(self.model.logit_scale.device.type, enabled=False)
-            if own
-            else nullcontext()
-        )
+        weight = self.model.logit_scale
+        if weight.dtype != torch.float32:
+            return nullcontext()
+        return torch.autocast(weight.device.type, enabled=False)
 
     def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Embed images in [0, 1] as unit vectors, differentiably."""

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sfumato.models.formats import WRITE_ERRORS
 from sfumato.training.folder import step_name
 
 TENSORS = ("weights", "ema", "optimizer")
@@ -69,7 +69,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
             _remove(place)
         beside.rename(place)
         _sync(root)
-    except (OSError, SafetensorError) as error:
+    except WRITE_ERRORS as error:
         shutil.rmtree(beside, ignore_errors=True)
         # safetensors' own error has no errno.
         full = os.strerror(errno.ENOSPC) in str(error)

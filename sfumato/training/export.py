@@ -15,9 +15,8 @@ from sfumato.config import TrainConfig
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.formats import WRITE_ERRORS
 from sfumato.models.generate import generate, image_size
-from sfumato.models.model import TextToImageModel
+from sfumato.models.model import DTYPES, TextToImageModel
 from sfumato.models.registry import load_model
-from sfumato.models.stable_diffusion import DTYPES
 from sfumato.training.checkpoint import read_shown_weights
 from sfumato.training.state import load_weights
 

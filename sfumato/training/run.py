@@ -95,8 +95,8 @@ def prepare_folder(folder: RunFolder, settings: dict[str, Any], distribution: Di
         ValueError: naming the settings that differ.
     """
     if folder.config.exists() and list_checkpoints(folder.checkpoints):
-        changed = differences(saved_settings(folder), settings)
-        changed |= stretched_schedule(saved_settings(folder), settings)
+        saved = saved_settings(folder)
+        changed = differences(saved, settings) or stretched_schedule(saved, settings)
         if changed:
             listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
             raise ValueError(
@@ -111,7 +111,7 @@ def prepare_folder(folder: RunFolder, settings: dict[str, Any], distribution: Di
 
 def stretched_schedule(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """Return the change of max_steps, where the learning rate falls towards it."""
-    before, after = (settings["training"]["max_steps"] for settings in (old, new))
+    before, after = (settings["training"].get("max_steps") for settings in (old, new))
     if before == after or new["optimizer"]["schedule"] == "constant":
         return {}
     return {"training.max_steps": f"{before} -> {after}"}

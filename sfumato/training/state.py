@@ -1,14 +1,13 @@
 """Everything that changes during training, and its way into a snapshot and back."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from sfumato.config import TrainConfig
-from sfumato.data.stream import PromptStream, StreamState
+from sfumato.data.stream import Stream
 from sfumato.models.model import TextToImageModel
 from sfumato.training.checkpoint import CheckpointError, Snapshot
 from sfumato.training.distribution import Distribution, like, whole
@@ -24,7 +23,7 @@ class TrainState:
         self,
         config: TrainConfig,
         model: TextToImageModel,
-        stream: PromptStream,
+        stream: Stream[Any],
         distribution: Distribution,
     ) -> None:
         self.parameters = model.trainable()
@@ -47,7 +46,7 @@ class TrainState:
             optimizer=moments,
             state={
                 "ema_updates": self.ema.updates,
-                "data": asdict(self.stream.state()),
+                "data": self.stream.state(),
                 "scaler": self.scaler.state_dict(),
             },
         )
@@ -75,7 +74,7 @@ class TrainState:
             parameter = self.parameters[name]
             placed = value.to(parameter.device) if value.ndim == 0 else like(value, parameter)
             self.optimizer.state[parameter][kind] = placed
-        self.stream.restore(StreamState(**snapshot.state["data"]))
+        self.stream.restore(snapshot.state["data"])
         self.scaler.load_state_dict(snapshot.state["scaler"])
 
 
