@@ -8,9 +8,11 @@ from sfumato.config import (
     DraftConfig,
     JpegRewardConfig,
     LoraConfig,
+    NoRewardConfig,
     OptimizerConfig,
     RewardConfig,
     SamplerConfig,
+    SupervisedConfig,
     TrainConfig,
     WeightedRewardConfig,
 )
@@ -19,6 +21,8 @@ CHOICES = {
     "model.trainable": ("lora", "full"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "objective.cfg_gradient": ("full", "detach_uncond", "rescale"),
+    "objective.timesteps": ("uniform", "logit_normal", "table"),
+    "objective.weighting": ("none", "min_snr", "bump"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "training.precision": ("no", "bf16", "fp16"),
     "training.strategy": ("ddp", "fsdp"),
@@ -71,10 +75,19 @@ def check_train(config: TrainConfig, processes: int) -> None:
         from sfumato.training.stop import parse_duration
 
         parse_duration(training.max_time)
+    if not config.model.parts:
+        raise ValueError("model.parts = [] trains nothing; give network, or a text encoder's name")
     _check_lora(config.model.lora)
     _check_optimizer(config.optimizer)
-    if isinstance(config.objective, DraftConfig):
-        _check_draft(config.objective, config.sampler, rewards)
+    if config.export not in {"last", "best"}:
+        raise ValueError(f"export = {config.export!r}; choose one of last, best")
+    match config.objective:
+        case DraftConfig() as draft:
+            _check_draft(draft, config.sampler, rewards)
+        case SupervisedConfig() as supervised:
+            _check_supervised(supervised)
+        case _:
+            pass
 
 
 def check_sampler(sampler: SamplerConfig) -> None:
@@ -98,15 +111,17 @@ def _check_lora(lora: LoraConfig) -> None:
     _positive({"model.lora.rank": lora.rank, "model.lora.alpha": lora.alpha})
     if not 0 <= lora.dropout < 1:
         raise ValueError(f"model.lora.dropout = {lora.dropout} must lie in [0, 1)")
-    if not lora.targets:
-        raise ValueError("model.lora.targets = [] trains nothing; leave it out for the default")
-    for target in lora.targets:
-        try:
-            re.compile(target)
-        except re.error as error:
-            raise ValueError(
-                f"model.lora.targets has {target!r}, which is no regular expression ({error})"
-            ) from error
+    for key in ("targets", "encoder_targets"):
+        targets = vars(lora)[key]
+        if targets == []:
+            raise ValueError(f"model.lora.{key} = [] trains nothing; leave it out for the default")
+        for target in targets or []:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(
+                    f"model.lora.{key} has {target!r}, which is no regular expression ({error})"
+                ) from error
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
@@ -122,6 +137,11 @@ def _check_draft(
     draft: DraftConfig, sampler: SamplerConfig, rewards: Mapping[str, RewardConfig]
 ) -> None:
     for place, reward in rewards.items():
+        if isinstance(reward, NoRewardConfig):
+            raise ValueError(
+                "objective=draft maximises a reward: choose one, such as reward=clip "
+                "reward.pretrained=MODEL, or reward=color"
+            )
         if isinstance(reward, JpegRewardConfig):
             raise ValueError(
                 f"{place} = {reward.kind} is not differentiable, and DRaFT learns from the "
@@ -151,6 +171,18 @@ def _check_draft(
             f"objective.lv_samples = {draft.lv_samples} is DRaFT-LV, which has "
             "objective.truncation_steps = 1 and no truncation_range"
         )
+
+
+def _check_supervised(supervised: SupervisedConfig) -> None:
+    if not 0 <= supervised.caption_dropout <= 1:
+        raise ValueError(
+            f"objective.caption_dropout = {supervised.caption_dropout} must lie in [0, 1]"
+        )
+    if supervised.noise_offset < 0:
+        raise ValueError(f"objective.noise_offset = {supervised.noise_offset} must be 0 or more")
+    _positive(
+        {"objective.snr_gamma": supervised.snr_gamma, "objective.logit_std": supervised.logit_std}
+    )
 
 
 def _check_choices(config: TrainConfig, rewards: Mapping[str, RewardConfig]) -> None:

@@ -28,15 +28,20 @@ from sfumato.config import (
 from sfumato.explain import explain, first_line, keys_of, known_keys, unknown_key
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
+DEMO_IMAGES = Path(__file__).parent / "demo" / "images"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 
 
 def register() -> None:
     """Make the dataclasses known to Hydra: one root per command, one node per group choice.
 
-    `${demo:base}` in a recipe is the folder of a shipped model.
+    `${demo:base}` in a recipe is the folder of a shipped model, `${demo_images:moons/train}` one of
+    shipped images.
     """
-    OmegaConf.register_new_resolver("demo", lambda name: str(DEMO_MODELS / name), replace=True)
+    for resolver, folder in (("demo", DEMO_MODELS), ("demo_images", DEMO_IMAGES)):
+        OmegaConf.register_new_resolver(
+            resolver, lambda name, folder=folder: str(folder / name), replace=True
+        )
     store = ConfigStore.instance()
     for name, node in COMMANDS.items():
         store.store(name=f"{name}_schema", node=node)
@@ -56,7 +61,7 @@ def to_settings(config: Any, prefix: str = "") -> Any:
             not finite.
     """
     try:
-        missing = sorted(OmegaConf.missing_keys(config))
+        missing = sorted([*OmegaConf.missing_keys(config), *_unread(config)])
         if missing:
             names = ", ".join(f"{prefix}{name}" for name in missing)
             raise ValueError(f"missing settings: {names}; give each as KEY=VALUE")
@@ -72,6 +77,19 @@ def to_settings(config: Any, prefix: str = "") -> Any:
     if isinstance(settings, TrainConfig) and isinstance(settings.reward, WeightedRewardConfig):
         _resolve_parts(settings.reward)
     return settings
+
+
+def _unread(config: DictConfig) -> list[str]:
+    """Return what an objective reads, where nothing says where it is."""
+    if OmegaConf.get_type(config) is not TrainConfig or OmegaConf.is_missing(config, "objective"):
+        return []
+    data = config.data
+    match config.objective.kind:
+        case "draft" if data.prompts is None:
+            return ["data.prompts"]
+        case "supervised" if data.images.path is None and not data.images.sources:
+            return ["data.images.path"]
+    return []
 
 
 def _added_keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -204,7 +222,7 @@ def _resolve_part(place: str, given: Any) -> WeightedPartConfig:
         raise ValueError(f"{place} = {given!r}; write {{kind: ..., weight: ...}}")
     settings: dict[str, Any] = dict(given)
     kind, weight = settings.pop("kind", None), settings.pop("weight", 1.0)
-    choices = [name for name in REWARDS if name != "weighted"]
+    choices = [name for name in REWARDS if name not in ("none", "weighted")]
     if kind not in choices:
         raise ValueError(f"{place}.kind = {kind!r}; choose one of {', '.join(choices)}")
     if not isinstance(weight, int | float) or not math.isfinite(weight):

@@ -10,13 +10,6 @@ from typing import Any
 CONF = Path(__file__).parent / "conf"
 MISSING: Any = "???"
 
-ATTENTION_AND_FEED_FORWARD = [
-    r".*attn\d?\.to_[qkv]",
-    r".*attn\d?\.to_out\.0",
-    r".*\.ff\.net\.0\.proj",
-    r".*\.ff\.net\.2",
-]
-
 
 @dataclass
 class LoraConfig:
@@ -25,7 +18,8 @@ class LoraConfig:
     rank: int = 32
     alpha: float | None = None  # null means alpha = rank
     dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: list(ATTENTION_AND_FEED_FORWARD))
+    targets: list[str] | None = None  # layers of the network; null is the family's preset
+    encoder_targets: list[str] | None = None  # layers of text encoders, likewise
 
 
 @dataclass
@@ -35,7 +29,9 @@ class ModelConfig:
     pretrained: str = MISSING  # a diffusers folder or a hub id; folders and caches come first
     variant: str | None = None  # file variant such as fp16
     allow_pickle: bool = False  # pickled weights can run code; safetensors cannot
+    family: str | None = None  # refuse a folder of another family; null takes what it is
     trainable: str = "lora"  # lora | full
+    parts: list[str] = field(default_factory=lambda: ["network"])  # and text encoders, by name
     lora: LoraConfig = field(default_factory=LoraConfig)
     dtype: str = "float32"  # of frozen weights: float32 | bfloat16 | float16
     gradient_checkpointing: bool = False  # of network and decoder
@@ -73,10 +69,41 @@ class DraftConfig(ObjectiveConfig):
 
 
 @dataclass
+class SupervisedConfig(ObjectiveConfig):
+    """Regression of what the network predicts, from images with captions."""
+
+    kind: str = "supervised"
+    timesteps: str = "uniform"  # uniform | logit_normal | table (the family's shifted one)
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    weighting: str = "none"  # none | min_snr | bump (DiffSynth-Studio's)
+    snr_gamma: float = 5.0
+    caption_dropout: float = 0.0  # share of captions replaced by the empty prompt
+    noise_offset: float = 0.0
+    sample_latents: bool = True  # draw latents from the posterior; false takes its mean
+    guidance_scale: float = 1.0  # told to networks with embedded guidance
+
+
+@dataclass
+class OwnConfig(ObjectiveConfig):
+    """An objective of a script of one's own; `settings` are recorded with the run."""
+
+    kind: str = "own"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class RewardConfig:
     """What is maximised; `kind` is the choice of the group."""
 
     kind: str = MISSING
+
+
+@dataclass
+class NoRewardConfig(RewardConfig):
+    """Nothing is scored: for supervised runs."""
+
+    kind: str = "none"
 
 
 @dataclass
@@ -136,19 +163,55 @@ REWARDS: dict[str, type[RewardConfig]] = {
     "brightness": BrightnessRewardConfig,
     "jpeg": JpegRewardConfig,
     "weighted": WeightedRewardConfig,
+    "none": NoRewardConfig,
 }
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"draft": DraftConfig}
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "draft": DraftConfig,
+    "supervised": SupervisedConfig,
+    "own": OwnConfig,
+}
 GROUPS = {"objective": OBJECTIVES, "reward": REWARDS}
 
 
 @dataclass
-class DataConfig:
-    """Prompts: .txt, .csv, .jsonl or WebDataset .tar; a file, folder, glob or brace pattern."""
+class ImageSourceConfig:
+    """An image folder, a table beside images, WebDataset tars or a Hugging Face dataset."""
 
-    prompts: str = MISSING
-    column: str | None = None  # of .csv and .jsonl
+    path: str | None = None
+    base_path: str | None = None  # where the paths in a table begin; null is its own folder
+    image_column: str | None = None  # null is the first of image, file_name, path
+    caption_column: str | None = None  # null is the first of caption, text, prompt
+    repeats: int = 1  # times in an epoch
+    weight: float | None = None  # share of the rows; null is in proportion to size x repeats
+
+
+@dataclass
+class ImageDataConfig(ImageSourceConfig):
+    """Images with captions: one source, or several in `sources`, by names of your own."""
+
+    sources: dict[str, ImageSourceConfig] = field(default_factory=dict)
+    crop: str = "center"  # center | random
+    flip: bool = False  # mirror every second image, at random
+    buckets: bool = False  # keep aspect ratios: each image is cropped to the nearest of several
+    min_size: int | None = None  # leave out what is smaller; null enlarges whatever is small
+    max_pixels: int = 178_956_970  # leave out what is larger; Pillow's bound
     shuffle: bool = True
+    workers: int = 2  # threads that decode; 0 decodes when asked
+    prefetch: int = 2  # batches decoded ahead
+
+
+@dataclass
+class DataConfig:
+    """What is trained on: prompts (DRaFT) or images with captions (supervised).
+
+    Prompts are .txt, .csv, .jsonl or WebDataset .tar; a file, folder, glob or brace pattern.
+    """
+
+    prompts: str | None = None
+    column: str | None = None  # of .csv and .jsonl
+    shuffle: bool = True  # of prompts
     buffer: int = 10_000  # prompts held for shuffling
+    images: ImageDataConfig = field(default_factory=ImageDataConfig)
 
 
 @dataclass
@@ -166,13 +229,15 @@ class OptimizerConfig:
 
 @dataclass
 class ValidationConfig:
-    """Pairs (tuned, base) of fixed prompts and fixed noise."""
+    """Pairs (tuned, base) of fixed prompts and fixed noise, and the loss of held-out images."""
 
-    prompts: str | None = None  # null means the first prompts of data.prompts
+    prompts: str | None = None  # null means the first prompts, or captions, of the data
     column: str | None = None  # of .csv and .jsonl given as validation.prompts
     num_images: int = 8
     every_steps: int = 100
     seed: int = 1234
+    images: ImageDataConfig = field(default_factory=ImageDataConfig)  # held out; supervised only
+    loss_images: int = 64  # of them, for the validation loss; 0 is off
 
 
 @dataclass
@@ -199,6 +264,7 @@ class TrainConfig:
 
     name: str = "run"
     runs_dir: str = "runs"
+    export: str = "last"  # last | best, by validation loss
     verify: bool = True  # load each export elsewhere and compare an image
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -226,7 +292,7 @@ class SampleConfig:
     """`sfumato sample`: images of a run, or of a model that was never trained here."""
 
     run: str | None = None  # a run folder
-    step: int | None = None  # of its checkpoint; null means the last
+    step: str | None = None  # of its checkpoint, or best; null means the last
     pretrained: str | None = None  # a diffusers folder or hub id, instead of a run
     prompt: str | None = None
     prompts: str | None = None  # a prompt file, instead of one prompt

@@ -9,11 +9,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
-from tiny_sd import load_tiny_sd, perturb_adapters
+from tiny_sd import load_tiny_sd, perturb_adapters, unet_parameters
 from torch import Tensor, nn
 
 from sfumato.config import LoraConfig, ModelConfig
 from sfumato.models.adapters import CopyRoles, LoraRoles
+from sfumato.models.stable_diffusion import UNET_LINEAR
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -45,7 +46,7 @@ def run(network: Any, seed: int = 0) -> Tensor:
 def test_default_targets_are_attention_and_feed_forward_with_rank_32(unet: Any):
     wanted = attention_and_feed_forward(unet)
     sizes = {name: unet.get_submodule(name).weight.shape for name in wanted}
-    roles = LoraRoles(unet, LoraConfig())
+    roles = LoraRoles(unet, LoraConfig(), UNET_LINEAR)
     shapes = {n: p.shape for n, p in unet.named_parameters() if p.requires_grad}
     assert len(wanted) == 4 * (2 * 4 + 2)  # blocks of self- and cross-attention and feed-forward
     assert shapes == {
@@ -58,7 +59,7 @@ def test_default_targets_are_attention_and_feed_forward_with_rank_32(unet: Any):
 
 def test_adapters_change_nothing_at_the_start(unet: Any):
     before = run(unet)
-    roles = LoraRoles(unet, LoraConfig())
+    roles = LoraRoles(unet, LoraConfig(), UNET_LINEAR)
     for role in ("policy", "reference"):
         with roles.acting(role) as network:
             assert torch.equal(run(network), before)
@@ -67,7 +68,7 @@ def test_adapters_change_nothing_at_the_start(unet: Any):
 
 
 def test_chosen_targets(unet: Any):
-    LoraRoles(unet, LoraConfig(rank=2, targets=[r".*attn2\.to_k", r"mid_block.*\.ff\.net\.2"]))
+    LoraRoles(unet, LoraConfig(rank=2), [r".*attn2\.to_k", r"mid_block.*\.ff\.net\.2"])
     found = {n.partition(".lora")[0] for n, p in unet.named_parameters() if p.requires_grad}
     expected = {n for n, _ in unet.named_modules() if n.endswith("attn2.to_k")}
     assert found == expected | {"mid_block.attentions.0.transformer_blocks.0.ff.net.2"}
@@ -76,7 +77,7 @@ def test_chosen_targets(unet: Any):
 
 def test_targets_that_match_nothing_are_refused_with_names_that_exist(unet: Any):
     with pytest.raises(ValueError) as caught:
-        LoraRoles(unet, LoraConfig(targets=[".*to_q", "attn.qkv"]))
+        LoraRoles(unet, LoraConfig(), [".*to_q", "attn.qkv"])
     assert "model.lora.targets: attn.qkv match no layer of UNet2DCond" in str(caught.value)
     assert "'time_embedding.linear_1'" in str(caught.value)
 
@@ -86,7 +87,7 @@ def test_scaling_is_alpha_over_rank(sd_folder: Path, unet: Any, alpha: float | N
     lora = LoraConfig(rank=4, alpha=alpha)
     model = load_tiny_sd(sd_folder, ModelConfig(str(sd_folder), lora=lora))
     perturb_adapters(model)
-    weights = {n: p.detach() for n, p in model.trainable().items()}
+    weights = {n: p.detach() for n, p in unet_parameters(model).items()}
     with torch.no_grad():
         for name in attention_and_feed_forward(unet):
             down, up = (weights[f"{name}.lora_{x}.default.weight"] for x in "AB")

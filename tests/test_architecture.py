@@ -47,8 +47,8 @@ FILES = (
 
 # Third-party package: the rooms or modules that may import it, and what to do elsewhere.
 PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
-    "torch": (("diffusion", *TENSOR_ROOMS, "cli"), "tensors belong behind the rims"),
-    "jaxtyping": (("diffusion", *TENSOR_ROOMS), "tensors belong behind the rims"),
+    "torch": (("diffusion", "data", *TENSOR_ROOMS, "cli"), "tensors belong behind the rims"),
+    "jaxtyping": (("diffusion", "data", *TENSOR_ROOMS), "tensors belong behind the rims"),
     "diffusers": (("models", "demo"), "networks belong in models/"),
     "peft": (("models",), "adapters belong in models/adapters.py"),
     "transformers": (("models", "rewards", "demo"), "text encoders and CLIP belong in the rims"),
@@ -66,10 +66,11 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "markupsafe": (("evaluation",), "pages belong in evaluation/"),
     "tqdm": (("training", "evaluation", "demo"), "progress bars belong to the loops"),
     "braceexpand": (("data",), "file patterns belong in data/"),
-    "numpy": (("images", "evaluation", "demo"), "use torch"),
-    "PIL": (("images", "rewards", "evaluation", "demo"), "pictures belong in images.py"),
+    "numpy": (("images", "data", "evaluation", "demo"), "use torch"),
+    "PIL": (("images", "data", "rewards", "evaluation", "demo"), "pictures belong in images.py"),
+    "pyarrow": (("data.arrow",), "Arrow's files belong in data/arrow.py"),
 }
-HEAVY = {"diffusers", "transformers", "peft", "accelerate", "huggingface_hub"}
+HEAVY = {"diffusers", "transformers", "peft", "accelerate", "huggingface_hub", "pyarrow"}
 
 
 @dataclass(frozen=True)

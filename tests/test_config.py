@@ -127,7 +127,7 @@ def test_defaults_live_in_the_dataclasses_alone():
     for command in ("train", "sample", "evaluate"):
         assert set(yaml.safe_load((CONF / f"{command}.yaml").read_text())) == {"defaults", "hydra"}
     assert [path.name for path in CONF.iterdir() if path.is_dir()] == ["recipe"]
-    settings, _ = compose_train([*GIVEN, "reward.pretrained=R"])
+    settings, _ = compose_train([*GIVEN, "reward=clip", "reward.pretrained=R"])
     assert settings == TrainConfig(
         model=ModelConfig(pretrained="M"),
         data=DataConfig(prompts="P"),
@@ -292,7 +292,7 @@ def test_draft_lv_has_one_gradient_step(settings: TrainConfig):
             check_train(changed(lv, f"objective.{key}", value), 1)
 
 
-@pytest.mark.parametrize("kind", sorted(set(REWARDS) - {"clip", "weighted"}))
+@pytest.mark.parametrize("kind", sorted(set(REWARDS) - {"clip", "none", "weighted"}))
 def test_draft_takes_the_rewards_that_have_a_gradient(settings: TrainConfig, kind: str):
     config = changed(settings, "reward", REWARDS[kind]())
     if build_reward(config.reward).differentiable:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig as PeftLora
-from tiny_sd import LATENT, load_tiny_sd, perturb_adapters, reference_pipeline
+from tiny_sd import LATENT, load_tiny_sd, perturb_adapters, reference_pipeline, unet_parameters
 from torch import Tensor, nn
 
 from sfumato.config import DraftConfig, LoraConfig, ModelConfig, SamplerConfig
@@ -148,7 +148,7 @@ def both_of(folder: Path) -> tuple[StableDiffusion, Plain]:
         part.requires_grad_(False)
     names = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
     pipeline.unet.add_adapter(PeftLora(r=RANK, lora_alpha=RANK, target_modules=names))
-    fit = pipeline.unet.load_state_dict(model.trainable(), strict=False)
+    fit = pipeline.unet.load_state_dict(unet_parameters(model), strict=False)
     assert not fit.unexpected_keys
     assert not [key for key in fit.missing_keys if "lora_" in key]
     return model, Plain(pipeline, UNet2DConditionModel.from_pretrained(folder, subfolder="unet"))
@@ -159,7 +159,7 @@ def fresh_model(folder: Path) -> StableDiffusion:
 
 
 def gradients(model: StableDiffusion, loss: Loss) -> dict[str, Tensor]:
-    named = model.trainable()
+    named = unet_parameters(model)
     return dict(zip(named, torch.autograd.grad(loss.value, list(named.values())), strict=True))
 
 

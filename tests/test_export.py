@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sfumato.config import LoraConfig, ModelConfig, SamplerConfig, TrainConfig
 from sfumato.models.generate import generate
+from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import load_model
 from sfumato.models.stable_diffusion import StableDiffusion
 from sfumato.training.checkpoint import Snapshot, write_checkpoint
@@ -236,7 +237,7 @@ def test_an_export_that_gives_another_image_is_caught(
     method: str,
     damage: Callable[[Path], None],
 ):
-    write = vars(StableDiffusion)[method]
+    write = vars(PipelineModel)[method]
 
     def write_and_damage(model: StableDiffusion, folder: Path, *dtype: torch.dtype) -> None:
         write(model, folder, *dtype)

@@ -76,8 +76,8 @@ DAMAGES = [
     (write("model_index.json", "[]"), "names no pipeline class"),
     (write("model_index.json", "{}"), "names no pipeline class"),
     (
-        name_family("StableDiffusionXLPipeline"),
-        "is a StableDiffusionXLPipeline; Sfumato knows StableDiffusionPipeline",
+        name_family("KandinskyPipeline"),
+        "is a KandinskyPipeline; Sfumato knows StableDiffusionPipeline",
     ),
     (remove("vae"), "lacks vae/config.json; the folder is incomplete"),
     (remove("unet/config.json"), "lacks unet/config.json"),
@@ -117,7 +117,8 @@ def test_unreadable_component_is_an_error_of_one_line(
     sd_copy: Path, damage: Callable[[Path], object]
 ):
     damage(sd_copy)
-    with pytest.raises(ValueError, match=r"could not be read as Stable Diffusion: .+") as caught:
+    expected = r"could not be read as StableDiffusionPipeline: .+"
+    with pytest.raises(ValueError, match=expected) as caught:
         load(sd_copy)
     assert str(sd_copy) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -218,7 +219,7 @@ def test_variant_names_the_files(sd_copy: Path):
         file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
     model = load_model(ModelConfig(str(sd_copy), variant="fp16"))
     assert model.image_size() == (32, 32)
-    with pytest.raises(ValueError, match="could not be read as Stable Diffusion"):
+    with pytest.raises(ValueError, match="could not be read as StableDiffusionPipeline"):
         load(sd_copy)
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from toy import PromptReward, ToyModel, use_toy
 
 from sfumato.objectives.objective import Loss
-from sfumato.training import loop, run
+from sfumato.training import ingredients, loop, run
 from sfumato.training.checkpoint import find_fault, list_checkpoints
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import MAY_CHANGE, RunFolder, differences, new_folder, replace_text
@@ -113,7 +113,7 @@ def test_a_non_finite_step_stops_the_run(
         models.append(ToyModel(config))
         return models[-1]
 
-    monkeypatch.setattr(run, "build_reward", lambda config: reward)
+    monkeypatch.setattr(ingredients, "build_reward", lambda config: reward)
     monkeypatch.setattr(run, "load_model", load)
     monkeypatch.setattr(loop, "take_step", third_is_bad)
     again = command(tmp_path, "run", "training.checkpoint_every_steps=1")
@@ -257,7 +257,7 @@ def assert_adapter_is_the_average(run_folder: Path) -> None:
     adapter, ema = load_file(file), last_state(run_folder).ema
     assert len(adapter) == len(ema)
     for name, tensor in ema.items():
-        theirs = f"unet.{name.replace('.default', '')}"
+        theirs = name.replace(".default", "")
         assert torch.equal(adapter[theirs], tensor)
 
 

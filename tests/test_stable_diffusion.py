@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tiny_sd import LATENT, PIXELS, load_tiny_sd, perturb_adapters, reference_pipeline
+from tiny_sd import (
+    LATENT,
+    PIXELS,
+    load_tiny_sd,
+    perturb_adapters,
+    reference_pipeline,
+    unet_parameters,
+)
 from torch import Tensor, nn
 
 from sfumato.config import LoraConfig, ModelConfig, SamplerConfig
@@ -237,7 +244,7 @@ def test_only_what_is_trained_gets_a_gradient(sd_folder: Path):
             perturb_adapters(model)
         predict(model, "policy").sum().backward()
         everything = dict(model.network.named_parameters())
-        assert model.trainable().keys() == {n for n in everything if named in n}
+        assert unet_parameters(model).keys() == {n for n in everything if named in n}
         assert all(p.grad is not None for p in model.trainable().values())
         frozen = [p for n, p in everything.items() if named not in n]
         frozen += [*model.pipeline.vae.parameters(), *model.pipeline.text_encoder.parameters()]
@@ -281,7 +288,7 @@ def test_copies_of_the_network_in_memory(sd_folder: Path, trainable: str, copies
 def test_frozen_weights_in_bfloat16_leave_lora_in_float32(sd_folder: Path):
     model = load_tiny_sd(sd_folder, config(sd_folder, dtype="bfloat16"))
     exact = load_tiny_sd(sd_folder, config(sd_folder))
-    trained = model.trainable()
+    trained = unet_parameters(model)
     assert {p.dtype for p in trained.values()} == {torch.float32}
     rest = [p for n, p in model.network.named_parameters() if n not in trained]
     rest += [*model.pipeline.vae.parameters(), *model.pipeline.text_encoder.parameters()]
@@ -298,7 +305,7 @@ def test_frozen_weights_in_bfloat16_leave_lora_in_float32(sd_folder: Path):
     for name, parameter in trained.items():
         assert parameter.grad is not None
         assert parameter.grad.dtype == torch.float32
-        other = exact.trainable()[name].grad
+        other = unet_parameters(exact)[name].grad
         assert (parameter.grad - other).norm() < 0.1 * other.norm()  # type: ignore[union-attr]
 
 

@@ -145,7 +145,9 @@ def _publish_text_keys(file: Path) -> None:
 
 def load_tiny_sd(folder: Path, config: ModelConfig | None = None) -> StableDiffusion:
     """Load a folder as Sfumato does; `config.pretrained` need not be stated."""
-    return StableDiffusion.load(folder, config or ModelConfig(pretrained=str(folder)))
+    model = StableDiffusion.load(folder, config or ModelConfig(pretrained=str(folder)))
+    assert isinstance(model, StableDiffusion)
+    return model
 
 
 def reference_pipeline(folder: Path) -> Any:
@@ -159,6 +161,11 @@ def reference_pipeline(folder: Path) -> Any:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def unet_parameters(model: StableDiffusion) -> dict[str, torch.nn.Parameter]:
+    """Return what is trained by its name in the U-Net."""
+    return {name.removeprefix("unet."): p for name, p in model.trainable().items()}
 
 
 @torch.no_grad()

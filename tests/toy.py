@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import pytest
 import torch
@@ -12,12 +12,13 @@ from jaxtyping import Float
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from sfumato.config import ModelConfig
+from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.diffusion.guidance import CfgGradient, classifier_free
 from sfumato.diffusion.process import Prediction, RectifiedFlow, Time
 from sfumato.diffusion.randomness import Rng, derive
 from sfumato.diffusion.sampling import Denoiser
-from sfumato.models.model import Conditioning, Role, TextToImageModel
+from sfumato.models.limits import Limits
+from sfumato.models.model import Conditioning, Framing, Role, TextToImageModel
 from sfumato.rewards.reward import Reward, Score
 from sfumato.training import export, run
 
@@ -42,8 +43,15 @@ class ToyModel(TextToImageModel):
 
     def __init__(self, config: ModelConfig) -> None:
         self.process = RectifiedFlow()
+        self.prediction_type = "flow"
         self.network = ToyNetwork(config.lora.dropout)
+        self.trained = self.network
+        self.has_cfg, self.trains_text = True, False
         self.reference = copy.deepcopy(self.network).eval().requires_grad_(False)
+
+    @staticmethod
+    def read_limits(folder: Path) -> Limits:
+        return Limits(channels=3, factor=1, multiple=1, size=(4, 4))
 
     @property
     def device(self) -> torch.device:
@@ -61,10 +69,18 @@ class ToyModel(TextToImageModel):
     def times(self, num_inference_steps: int, height: int, width: int) -> Sequence[float]:
         return torch.linspace(1, 0, num_inference_steps + 1).tolist()
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        *,
+        role: Role = "policy",
+        framing: Sequence[Framing] | None = None,
+    ) -> Conditioning:
         return Conditioning({"states": Rng([derive(prompt) for prompt in prompts]).normal(8)})
 
-    def encode_images(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+    def encode_images(
+        self, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"] | None = None
+    ) -> Float[Tensor, "b c h w"]:
         return images * 2
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
@@ -79,22 +95,21 @@ class ToyModel(TextToImageModel):
         role: Role = "policy",
         cfg_gradient: CfgGradient = "full",
     ) -> Denoiser:
-        assert uncond is not None
         network = self.network if role == "policy" else self.reference
-        states = torch.cat([uncond.tensors["states"], cond.tensors["states"]])
+        rows = [uncond, cond] if uncond is not None else [cond]
+        states = torch.cat([row.tensors["states"] for row in rows])
 
         def denoise(x_t: Tensor, t: Time) -> Prediction:
+            times = t.repeat(len(rows))[:, None] if isinstance(t, Tensor) else torch.tensor(t)
             with torch.set_grad_enabled(torch.is_grad_enabled() and role == "policy"):
-                raw = network(torch.cat([x_t, x_t]), torch.tensor(t), states).float()
+                raw = network(torch.cat([x_t] * len(rows)), times, states).float()
             raw = raw.unflatten(1, x_t.shape[1:])
-            without, given = raw.chunk(2)
-            raw = classifier_free(given, without, guidance_scale, cfg_gradient)
+            if len(rows) == 2:
+                without, given = raw.chunk(2)
+                raw = classifier_free(given, without, guidance_scale, cfg_gradient)
             return self.process.read("flow", raw, x_t, t)
 
         return denoise
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return dict(self.network.named_parameters())
 
     def shards(self) -> Sequence[nn.Module]:
         return [self.network.hidden, self.network]
@@ -102,7 +117,9 @@ class ToyModel(TextToImageModel):
     def save_pipeline(self, folder: Path, dtype: torch.dtype) -> None:
         save_model(self.network, str(folder / "network.safetensors"))
 
-    def open_elsewhere(self, exported: Path, name: str) -> Any:
+    def image_elsewhere(
+        self, exported: Path, name: str, prompt: str, noise: Tensor, sampler: SamplerConfig
+    ) -> Tensor:
         raise ValueError("no other program knows the toy")
 
     def save_adapter(self, folder: Path) -> None:
@@ -111,7 +128,7 @@ class ToyModel(TextToImageModel):
 
 def use_toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let training load the toy, whatever `model.pretrained` says."""
-    monkeypatch.setattr(run, "find_family", lambda config, sampler: None)
+    monkeypatch.setattr(run, "find_family", lambda config, sampler: (ToyModel, Path()))
     for module in (run, export):
         monkeypatch.setattr(module, "load_model", ToyModel)
 

@@ -39,7 +39,13 @@ class Prediction:
 
 
 class DiffusionProcess(abc.ABC):
-    """A Gaussian path from data (t = 0) to noise (t = 1), given by alpha(t) and sigma(t)."""
+    """A Gaussian path from data (t = 0) to noise (t = 1), given by alpha(t) and sigma(t).
+
+    Attributes:
+        has_free_times: whether a network may be asked at every t, or at those of a table only.
+    """
+
+    has_free_times: bool
 
     @abc.abstractmethod
     def alpha(self, t: Time) -> Float[Tensor, "..."]:
@@ -48,6 +54,10 @@ class DiffusionProcess(abc.ABC):
     @abc.abstractmethod
     def sigma(self, t: Time) -> Float[Tensor, "..."]:
         """Return the scale of the noise at t: a scalar, or shape (b,) for one t per row."""
+
+    @abc.abstractmethod
+    def on_grid(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Return the times that numbers of [0, 1) stand for: uniform ones give uniform times."""
 
     def _scales(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha(t), self.sigma(t)
@@ -155,6 +165,8 @@ class VariancePreserving(DiffusionProcess):
         alphas_cumprod: alpha^2 per training step, decreasing, shape (N,).
     """
 
+    has_free_times = False
+
     def __init__(self, alphas_cumprod: Float[Tensor, " n"]) -> None:
         table = torch.cat([torch.ones(1), alphas_cumprod.detach().cpu()]).double()
         self._alpha, self._sigma = table.sqrt(), (1 - table).sqrt()
@@ -165,6 +177,10 @@ class VariancePreserving(DiffusionProcess):
         if isinstance(t, Tensor):
             return (t * self.num_train_timesteps).round().long() - 1
         return round(t * self.num_train_timesteps) - 1
+
+    def on_grid(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        steps = self.num_train_timesteps
+        return ((u * steps).floor().clamp(0, steps - 1) + 1) / steps
 
     def time(self, index: int) -> float:
         """Return the t of a training step."""
@@ -186,6 +202,11 @@ class VariancePreserving(DiffusionProcess):
 @final
 class RectifiedFlow(DiffusionProcess):
     """The straight path: alpha = 1 - t, sigma = t (arXiv 2209.03003)."""
+
+    has_free_times = True
+
+    def on_grid(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        return u
 
     def alpha(self, t: Time) -> Float[Tensor, "..."]:
         return 1 - torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)

@@ -29,7 +29,7 @@ class Rng:
         self._shared = torch.Generator().manual_seed(shared)
 
     @staticmethod
-    def of_step(seed: int, step: int, rows: range) -> "Rng":
+    def of_step(seed: int, step: int, rows: Sequence[int]) -> "Rng":
         """Return the randomness of rows (positions in the global batch) of one step."""
         return Rng([derive(seed, step, row) for row in rows], derive(seed, step, "shared"))
 

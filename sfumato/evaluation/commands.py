@@ -18,9 +18,9 @@ from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import find_family, load_model
 from sfumato.rewards.build import build_reward
-from sfumato.training.checkpoint import list_checkpoints, read_shown_weights, step_of
+from sfumato.training.checkpoint import best_step, list_checkpoints, read_shown_weights, step_of
 from sfumato.training.folder import RunFolder, step_name
-from sfumato.training.run import validation_prompts
+from sfumato.training.ingredients import validation_prompts
 from sfumato.training.state import load_weights
 
 
@@ -29,8 +29,8 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def find_checkpoint(run: RunFolder, step: int | None) -> Path:
-    """Return the checkpoint of a step, or the last one.
+def find_checkpoint(run: RunFolder, step: str | None) -> Path:
+    """Return the checkpoint of a step, the `best` or the last one.
 
     Raises:
         ValueError: if there is none.
@@ -40,7 +40,11 @@ def find_checkpoint(run: RunFolder, step: int | None) -> Path:
         raise ValueError(f"{run.path} holds no checkpoint yet")
     if step is None:
         return found[-1]
-    place = run.checkpoints / step_name(step)
+    best = best_step(run.checkpoints) if step == "best" else None
+    if step == "best" and best is None:
+        raise ValueError(f"{run.path} has no validation loss to choose by; give step=NUMBER")
+    number = best if best is not None else int(step) if step.isdecimal() else -1
+    place = run.checkpoints / step_name(number)
     if place not in found:
         names = ", ".join(path.name for path in found)
         raise ValueError(f"{run.path} has no checkpoint of step {step}; there are {names}")
@@ -119,7 +123,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
         steps = [0, *map(step_of, found)]
     for step in steps:
         if step:
-            find_checkpoint(run, step)
+            find_checkpoint(run, str(step))
     if config.prompts:
         prompts = read_prompts(config.prompts, column=config.column)
     else:

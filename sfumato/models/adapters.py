@@ -3,7 +3,7 @@
 import abc
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
 
@@ -18,6 +18,7 @@ class Roles(abc.ABC):
     """Gives the network that plays a role, whichever way it is kept."""
 
     policy: nn.Module
+    is_trained: bool = True
 
     @abc.abstractmethod
     def acting(self, role: Role) -> AbstractContextManager[Any]:
@@ -33,30 +34,55 @@ class Roles(abc.ABC):
 
 
 @final
+class FrozenRoles(Roles):
+    """One network that is not trained: both roles are the same."""
+
+    is_trained = False
+
+    def __init__(self, network: nn.Module) -> None:
+        self.policy = network
+
+    @contextmanager
+    def acting(self, role: Role) -> Iterator[Any]:
+        if role == "policy":
+            yield self.policy
+            return
+        with torch.no_grad():
+            yield self.policy
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.policy,)
+
+    def merged(self) -> nn.Module:
+        return copy.deepcopy(self.policy)
+
+
+@final
 class LoraRoles(Roles):
     """One network: the reference is the policy with its adapters off.
+
+    Args:
+        targets: regular expressions of layers, each to match a whole name.
 
     Raises:
         ValueError: if a target pattern matches no layer, or one that can have no adapter.
     """
 
-    def __init__(self, network: nn.Module, lora: LoraConfig) -> None:
+    def __init__(self, network: nn.Module, lora: LoraConfig, targets: Sequence[str]) -> None:
         from peft import LoraConfig as PeftLora
         from peft import inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
         network.requires_grad_(False)
         names = [name for name, _ in network.named_modules()]
-        idle = [
-            target for target in lora.targets if not any(re.fullmatch(target, n) for n in names)
-        ]
+        idle = [target for target in targets if not any(re.fullmatch(target, n) for n in names)]
         if idle:
             linear = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
             raise ValueError(
                 f"model.lora.targets: {', '.join(idle)} match no layer of "
                 f"{type(network).__name__}; its linear layers are named like {linear[:3]}"
             )
-        pattern = "|".join(f"(?:{target})" for target in lora.targets)
+        pattern = "|".join(f"(?:{target})" for target in targets)
         settings = PeftLora(
             r=lora.rank,
             lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
@@ -66,7 +92,7 @@ class LoraRoles(Roles):
         try:
             inject_adapter_in_model(settings, network)
         except ValueError as error:
-            raise ValueError(f"model.lora.targets = {list(lora.targets)}: {error}") from error
+            raise ValueError(f"model.lora.targets = {list(targets)}: {error}") from error
         network.train(network.training)  # peft's new dropouts start active
         self.policy = network
         self.settings = settings

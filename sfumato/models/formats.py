@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 WRITE_ERRORS = (OSError, SafetensorError)  # what writing a model raises, on a full disk for one
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt")
 
 
@@ -140,6 +141,25 @@ def quiet_loading() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def save_encoder(encoder: Any, source: Path, folder: Path) -> None:
+    """Write a trained text encoder under the names of the file that it was read from.
+
+    transformers 5 would drop `text_model.` from them, which transformers 4 does not find.
+    """
+    encoder.save_pretrained(folder)
+    shutil.copy(source / "config.json", folder / "config.json")
+    published = {}
+    for file in source.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            published |= {key.removeprefix("text_model."): key for key in tensors.keys()}  # noqa: SIM118
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        named = {
+            published.get(key.removeprefix("text_model."), key): t for key, t in tensors.items()
+        }
+        save_file(named, file, metadata={"format": "pt"})
+
+
 def copy_frozen(
     source: Path, folder: Path, components: Sequence[str], *, variant: str | None = None
 ) -> None:
@@ -161,6 +181,7 @@ def copy_frozen(
     for name in ("safety_checker", "feature_extractor", "image_encoder"):
         if name in index:
             index[name] = [None, None]
-    index["requires_safety_checker"] = False
+    if "safety_checker" in index:
+        index["requires_safety_checker"] = False
     text = json.dumps(index, indent=2) + "\n"
     (folder / "model_index.json").write_text(text, encoding="utf-8")

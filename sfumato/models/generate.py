@@ -1,6 +1,7 @@
 """From prompts and seeds to images: what validation, evaluation and inference show."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -9,8 +10,26 @@ from torch import Tensor
 from sfumato.config import SamplerConfig
 from sfumato.diffusion.guidance import annealed_importance
 from sfumato.diffusion.randomness import Rng
-from sfumato.diffusion.sampling import sample
-from sfumato.models.model import TextToImageModel
+from sfumato.diffusion.sampling import Denoiser, sample
+from sfumato.models.model import Conditioning, Role, TextToImageModel
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Prompts, and what they are guided away from: the empty prompt, or None."""
+
+    cond: Conditioning
+    uncond: Conditioning | None
+
+
+def encode_guided(
+    model: TextToImageModel, prompts: Sequence[str], guidance_scale: float, role: Role = "policy"
+) -> Guided:
+    """Encode prompts, and the empty prompt where classifier-free guidance asks for it."""
+    cond = model.encode_prompts(prompts, role=role)
+    if not model.has_cfg or guidance_scale <= 1:
+        return Guided(cond, None)
+    return Guided(cond, model.encode_prompts([""], role=role).repeat(len(prompts)))
 
 
 def image_size(model: TextToImageModel, sampler: SamplerConfig) -> tuple[int, int]:
@@ -40,15 +59,22 @@ def generate(
     times = model.times(sampler.num_inference_steps, height, width)
     rng = Rng(seeds)
     noise = rng.normal(*model.latent_shape(height, width), device=model.device)
-    cond = model.encode_prompts(prompts)
-    uncond = model.encode_prompts([""]).repeat(len(prompts))
-    policy, reference = (
-        model.denoiser(cond, uncond=uncond, guidance_scale=sampler.guidance_scale, role=role)
-        for role in ("policy", "reference")
-    )
+    given = encode_guided(model, prompts, sampler.guidance_scale)
+    policy = _denoiser(model, given, sampler, "policy")
+    if model.trains_text:
+        given = encode_guided(model, prompts, sampler.guidance_scale, "reference")
+    reference = _denoiser(model, given, sampler, "reference")
     denoiser = annealed_importance(policy, reference, schedule, times)
     trajectory = sample(denoiser, model.process, noise, times, eta=sampler.eta, rng=rng)
     return model.decode(trajectory.x).clamp(0, 1)
+
+
+def _denoiser(
+    model: TextToImageModel, given: Guided, sampler: SamplerConfig, role: Role
+) -> Denoiser:
+    return model.denoiser(
+        given.cond, uncond=given.uncond, guidance_scale=sampler.guidance_scale, role=role
+    )
 
 
 def generate_in_batches(

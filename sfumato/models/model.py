@@ -4,14 +4,15 @@ import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from sfumato.config import SamplerConfig
 from sfumato.diffusion.guidance import CfgGradient
-from sfumato.diffusion.process import DiffusionProcess
+from sfumato.diffusion.process import DiffusionProcess, PredictionType
 from sfumato.diffusion.sampling import Denoiser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,10 +20,18 @@ Role: TypeAlias = Literal["policy", "reference"]
 
 
 @dataclass(frozen=True)
+class Framing:
+    """How a training image was cut out of its file: what SDXL is told beside the prompt."""
+
+    original: tuple[int, int]  # height and width of the file's picture, in pixels
+    crop: tuple[int, int]  # top and left of the crop in the resized picture
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """Encoded prompts, one per row, by the names that the family gives them."""
 
-    tensors: Mapping[str, Float[Tensor, "b ..."]]
+    tensors: Mapping[str, Shaped[Tensor, "b ..."]]
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -39,10 +48,17 @@ class Conditioning:
 
     @staticmethod
     def stack(parts: Sequence["Conditioning"]) -> "Conditioning":
-        """Return the rows of all parts, one after another."""
-        return Conditioning(
-            {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-        )
+        """Return the rows of all parts; shorter token sequences, and their masks, end in zeros."""
+        names = parts[0].tensors
+        return Conditioning({name: _join([part.tensors[name] for part in parts]) for name in names})
+
+
+def _join(tensors: Sequence[Shaped[Tensor, "_ ..."]]) -> Shaped[Tensor, "b ..."]:
+    if tensors[0].ndim > 1:
+        length = max(tensor.shape[1] for tensor in tensors)
+        ends = [(0, 0) * (t.ndim - 2) + (0, length - t.shape[1]) for t in tensors]
+        tensors = [nn.functional.pad(t, end) for t, end in zip(tensors, ends, strict=True)]
+    return torch.cat(list(tensors))
 
 
 class TextToImageModel(abc.ABC):
@@ -50,11 +66,17 @@ class TextToImageModel(abc.ABC):
 
     Attributes:
         process: alpha and sigma of t in [0, 1].
-        network: what is trained (with its adapters, under LoRA).
+        prediction_type: what the network predicts, and supervised training regresses.
+        trained: holds every parameter that is trained (with its adapters, under LoRA).
+        trains_text: whether a text encoder is trained, so that each role encodes on its own.
+        has_cfg: whether a guidance scale means two predictions; else the network is told it.
     """
 
     process: DiffusionProcess
-    network: nn.Module
+    prediction_type: PredictionType
+    trained: nn.Module
+    trains_text: bool
+    has_cfg: bool
 
     @property
     @abc.abstractmethod
@@ -82,12 +104,30 @@ class TextToImageModel(abc.ABC):
         """Return the T + 1 times of a sampling run, from noise to data."""
 
     @abc.abstractmethod
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts with the frozen text encoders."""
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        *,
+        role: Role = "policy",
+        framing: Sequence[Framing] | None = None,
+    ) -> Conditioning:
+        """Encode prompts; with a gradient only where the policy's text encoders are trained.
+
+        Args:
+            framing: of each training image, for families that learn from it.
+        """
 
     @abc.abstractmethod
-    def encode_images(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        """Encode images in [-1, 1] to latents: the mean of the autoencoder's posterior."""
+    def encode_images(
+        self,
+        images: Float[Tensor, "b 3 H W"],
+        noise: Float[Tensor, "b c h w"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Encode images in [-1, 1] to latents, float32.
+
+        Args:
+            noise: standard normal, for a draw from the autoencoder's posterior; None is its mean.
+        """
 
     @abc.abstractmethod
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
@@ -107,11 +147,12 @@ class TextToImageModel(abc.ABC):
 
         Args:
             role: `policy` is what is trained; `reference` its frozen self, under no_grad.
+            guidance_scale: where guidance is embedded in the network, what it is told.
         """
 
-    @abc.abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are trained, by their names in `network`."""
+        """Return the parameters that are trained, by their names in `trained`."""
+        return {n: p for n, p in self.trained.named_parameters() if p.requires_grad}
 
     @abc.abstractmethod
     def shards(self) -> Sequence[nn.Module]:
@@ -122,18 +163,26 @@ class TextToImageModel(abc.ABC):
         """Write the policy, adapters merged, as a diffusers folder; the network in `dtype`."""
 
     @abc.abstractmethod
-    def open_elsewhere(self, exported: Path, name: str) -> Any:
-        """Return the diffusers pipeline of an export, built from files alone.
-
-        Args:
-            name: `pipeline` or `lora`.
-            exported: holds `pipeline`, what `save_pipeline` wrote, and `lora`, likewise.
-        """
-
-    @abc.abstractmethod
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as diffusers' `load_lora_weights` takes it.
 
         Raises:
             ValueError: if there is no adapter.
+        """
+
+    @abc.abstractmethod
+    def image_elsewhere(
+        self,
+        exported: Path,
+        name: str,
+        prompt: str,
+        noise: Float[Tensor, "1 c h w"],
+        sampler: SamplerConfig,
+    ) -> Float[Tensor, "1 3 H W"]:
+        """Return the image that another program makes of an export, from the files alone.
+
+        Args:
+            exported: holds `pipeline`, what `save_pipeline` wrote, and `lora`, likewise.
+            name: `pipeline` or `lora`.
+            noise: what the same image here starts from.
         """

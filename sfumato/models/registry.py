@@ -3,31 +3,50 @@
 from pathlib import Path
 
 from sfumato.config import ModelConfig, SamplerConfig
+from sfumato.models.flux import Flux
 from sfumato.models.formats import find_model, read_model_index
 from sfumato.models.model import TextToImageModel
+from sfumato.models.pipeline_model import PipelineModel
+from sfumato.models.qwen_image import QwenImage
 from sfumato.models.stable_diffusion import StableDiffusion
+from sfumato.models.stable_diffusion_3 import StableDiffusion3
+from sfumato.models.stable_diffusion_xl import StableDiffusionXL
 
-FAMILIES: dict[str, type[StableDiffusion]] = {"StableDiffusionPipeline": StableDiffusion}
+FAMILIES: dict[str, type[PipelineModel]] = {
+    "stable_diffusion": StableDiffusion,
+    "stable_diffusion_xl": StableDiffusionXL,
+    "stable_diffusion_3": StableDiffusion3,
+    "flux": Flux,
+    "qwen_image": QwenImage,
+}
 
 
 def find_family(
     config: ModelConfig, sampler: SamplerConfig | None = None
-) -> tuple[type[StableDiffusion], Path]:
+) -> tuple[type[PipelineModel], Path]:
     """Return the family and folder of a checkpoint, without loading a weight.
 
     Args:
         sampler: checked against what the model can do, if given.
 
     Raises:
-        ValueError: if the folder is incomplete, of a family that Sfumato does not know, or cannot
-            do what the sampler asks.
+        ValueError: if the folder is incomplete, of a family that Sfumato does not know or that
+            `config.family` does not name, or cannot do what the sampler asks.
     """
     folder = find_model(config.pretrained, allow_pickle=config.allow_pickle)
-    name = str(read_model_index(folder)["_class_name"])
-    if name not in FAMILIES:
+    pipeline = str(read_model_index(folder)["_class_name"])
+    names = {family.pipeline_name: name for name, family in FAMILIES.items()}
+    if pipeline not in names:
         raise ValueError(
-            f"model.pretrained = {config.pretrained!r} is a {name}; Sfumato knows "
-            f"{', '.join(FAMILIES)}"
+            f"model.pretrained = {config.pretrained!r} is a {pipeline}; Sfumato knows "
+            f"{', '.join(names)}"
+        )
+    name = names[pipeline]
+    if config.family not in {None, name}:
+        raise ValueError(
+            f"model.pretrained = {config.pretrained!r} is of the family {name} ({pipeline}), and "
+            f"model.family = {config.family!r}; give a folder of that family, or the recipe of "
+            f"{name}"
         )
     FAMILIES[name].check(folder, config, sampler)
     return FAMILIES[name], folder

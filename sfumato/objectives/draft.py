@@ -17,8 +17,8 @@ from sfumato.config import DraftConfig, SamplerConfig
 from sfumato.diffusion.guidance import CfgGradient
 from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Denoiser, Visit, sample
-from sfumato.models.generate import image_size
-from sfumato.models.model import Conditioning, Role, TextToImageModel
+from sfumato.models.generate import Guided, encode_guided, image_size
+from sfumato.models.model import Role, TextToImageModel
 from sfumato.objectives.objective import Loss, Objective
 from sfumato.rewards.reward import Reward
 
@@ -47,8 +47,8 @@ class Draft(Objective[Sequence[str]]):
     def loss(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Loss:
         height, width = image_size(model, self.sampler)
         times = model.times(self.sampler.num_inference_steps, height, width)
-        prompts = model.encode_prompts(batch), model.encode_prompts([""]).repeat(len(batch))
-        policy = self._denoiser(model, *prompts, "policy")
+        prompts = encode_guided(model, batch, self.sampler.guidance_scale)
+        policy = self._denoiser(model, prompts, "policy")
         trajectory = sample(
             policy,
             model.process,
@@ -71,17 +71,17 @@ class Draft(Objective[Sequence[str]]):
         }
         loss = -reward
         if self.config.kl_coeff:
-            metrics["kl"] = kl = self._kl(self._denoiser(model, *prompts, "reference"), visits)
+            if model.trains_text:
+                prompts = encode_guided(model, batch, self.sampler.guidance_scale, "reference")
+            metrics["kl"] = kl = self._kl(self._denoiser(model, prompts, "reference"), visits)
             loss = loss + self.config.kl_coeff * kl
         metrics["loss"] = loss
         return Loss(loss, {name: value.detach() for name, value in metrics.items()})
 
-    def _denoiser(
-        self, model: TextToImageModel, cond: Conditioning, uncond: Conditioning, role: Role
-    ) -> Denoiser:
+    def _denoiser(self, model: TextToImageModel, prompts: Guided, role: Role) -> Denoiser:
         return model.denoiser(
-            cond,
-            uncond=uncond,
+            prompts.cond,
+            uncond=prompts.uncond,
             guidance_scale=self.sampler.guidance_scale,
             role=role,
             cfg_gradient=cast(CfgGradient, self.config.cfg_gradient),

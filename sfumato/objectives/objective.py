@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from jaxtyping import Float
@@ -16,10 +16,16 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Loss:
-    """The scalar to minimise, and detached scalars to report, each a mean over the batch."""
+    """The scalar to minimise, and detached numbers to report.
+
+    Attributes:
+        metrics: means over the batch.
+        partial: sum and count over some of the rows, for means that batches do not share evenly.
+    """
 
     value: Float[Tensor, ""]
     metrics: Mapping[str, Float[Tensor, ""]]
+    partial: Mapping[str, Float[Tensor, "2"]] = field(default_factory=dict)
 
 
 class Objective(abc.ABC, Generic[Batch]):

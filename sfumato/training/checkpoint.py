@@ -132,6 +132,13 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted((path for path in places if path.name[5:].isdecimal()), key=step_of)
 
 
+def best_step(root: Path) -> int | None:
+    """Return the step of the lowest validation loss, as the newest checkpoint knows it."""
+    found = list_checkpoints(root)
+    best = json.loads((found[-1] / "state.json").read_text()).get("best") if found else None
+    return best[0] if best else None
+
+
 def step_of(place: Path) -> int:
     """Return the step that a checkpoint's folder is named after."""
     return int(place.name.removeprefix("step-"))
@@ -143,12 +150,17 @@ def fingerprint(place: Path) -> str | None:
     return _sha256(manifest) if manifest.exists() else None
 
 
-def tidy(root: Path, keep: int | None = None) -> None:
-    """Remove what a killed writer left and, if `keep` is given, all but the newest `keep`."""
+def tidy(root: Path, keep: int | None = None, *, spare: int | None = None) -> None:
+    """Remove what a killed writer left and, if `keep` is given, all but the newest `keep`.
+
+    Args:
+        spare: a step that stays in any case.
+    """
     for path in root.glob(".step-*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     for place in list_checkpoints(root)[:-keep] if keep else []:
-        _remove(place)
+        if step_of(place) != spare:
+            _remove(place)
 
 
 def _remove(place: Path) -> None:

@@ -1,17 +1,16 @@
 """Exports that load elsewhere: a LoRA file and a diffusers folder, loaded back and compared."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.config import TrainConfig
+from sfumato.config import ModelConfig, TrainConfig
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.formats import WRITE_ERRORS
 from sfumato.models.generate import generate, image_size
@@ -30,7 +29,12 @@ class ExportError(ValueError):
 
 
 def export(
-    config: TrainConfig, checkpoint: Path, folder: Path, device: torch.device, prompt: str
+    config: TrainConfig,
+    checkpoint: Path,
+    folder: Path,
+    device: torch.device,
+    prompt: str,
+    load: Callable[[ModelConfig], TextToImageModel] = load_model,
 ) -> list[str]:
     """Write the averaged weights of a checkpoint for use in other programs.
 
@@ -46,7 +50,7 @@ def export(
         ExportError: if the disk is full, or an image differs by more than rounding.
         CheckpointError: if the checkpoint is damaged.
     """
-    model = load_model(replace(config.model, dtype="float32"))
+    model = load(replace(config.model, dtype="float32"))
     load_weights(model, read_shown_weights(checkpoint))
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -90,10 +94,13 @@ def _verify(
     """Return how each export's image compares with ours."""
     with _full_precision():
         model.to(device)
-        expected = _our_image(config, model, prompt)
+        sampler = replace(config.sampler, num_inference_steps=VERIFY_STEPS, eta=0.0)
+        expected = generate(model, [prompt], [0], sampler)
+        shape = model.latent_shape(*image_size(model, sampler))
+        noise = Rng([0]).normal(*shape, device=model.device)
         compared = []
         for name in names:
-            found = _their_image(config, model, folder, name, prompt).to(expected)
+            found = model.image_elsewhere(folder, name, prompt, noise, sampler).to(expected)
             compared.append(_compare(config, name, expected, found))
     return compared
 
@@ -109,34 +116,6 @@ def _full_precision() -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, convolution.allow_tf32 = before
-
-
-def _our_image(
-    config: TrainConfig, model: TextToImageModel, prompt: str
-) -> Float[Tensor, "b 3 H W"]:
-    sampler = replace(config.sampler, num_inference_steps=VERIFY_STEPS, eta=0.0)
-    return generate(model, [prompt], [0], sampler)
-
-
-@torch.no_grad()
-def _their_image(
-    config: TrainConfig, model: TextToImageModel, exported: Path, name: str, prompt: str
-) -> Float[Tensor, "b 3 H W"]:
-    """Make the same image with diffusers alone, from the files."""
-    pipeline = model.open_elsewhere(exported, name)
-    height, width = image_size(model, config.sampler)
-    noise = Rng([0]).normal(*model.latent_shape(height, width), device=model.device)
-    pipeline.to(model.device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        prompt,
-        height=height,
-        width=width,
-        num_inference_steps=VERIFY_STEPS,
-        guidance_scale=config.sampler.guidance_scale,
-        latents=noise,
-        output_type="pt",
-    ).images.float()
 
 
 def _compare(config: TrainConfig, name: str, expected: Tensor, found: Tensor) -> str:

@@ -2,15 +2,16 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sfumato.config import TrainConfig
+from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import Rng, derive
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.objective import Loss, Objective
@@ -29,6 +30,8 @@ from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import Trackers
 from sfumato.training.validation import Validation
 
+HEADLINE = ("reward", "kl", "mse")  # what the progress bar shows
+
 
 class TrainingError(ValueError):
     """Training that cannot go on; the message says at which step and with which prompts."""
@@ -46,7 +49,7 @@ def fit(
     config: TrainConfig,
     model: TextToImageModel,
     objective: Objective[Any],
-    stream: Any,
+    stream: Stream[Any],
     validation: Validation,
     folder: RunFolder,
     distribution: Distribution,
@@ -56,7 +59,7 @@ def fit(
     """Train from the last checkpoint of the run folder, or from the start, to `max_steps`.
 
     Args:
-        stream: gives the global batches; see PromptStream.
+        stream: gives the global batches.
         settings: the resolved configuration, for the trackers.
         watch: says when to stop before that.
 
@@ -99,11 +102,13 @@ def fit(
             metrics["seconds_per_step"] = seconds
             bar.set_postfix_str(headline(metrics))
             bar.update()
+            best = False
             if is_due(state.step, config.validation.every_steps, training.max_steps):
-                validate(validation, model, state, folder, trackers, metrics)
+                metrics = validate(validation, model, state, folder, trackers, metrics)
+                best = state.improves(metrics)
             else:
                 trackers.log(state.step, metrics)
-            if is_due(state.step, training.checkpoint_every_steps, training.max_steps):
+            if best or is_due(state.step, training.checkpoint_every_steps, training.max_steps):
                 save(state, folder, distribution, training.keep_checkpoints)
                 saved = state.step
             watch.took(time.monotonic() - started)
@@ -135,7 +140,8 @@ def take_step(
 
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.parameters.values(), config.optimizer.max_grad_norm)
-    metrics = local_means(losses) | {"grad_norm": whole(norm).item()}
+    metrics = local_means([loss.metrics for loss in losses])
+    metrics["grad_norm"] = whole(norm).item()
     refuse_non_finite(metrics, losses, batch, state, distribution)
     metrics["learning_rate"] = learning_rate(config.optimizer, state.step, training.max_steps)
     for group in state.optimizer.param_groups:
@@ -145,20 +151,32 @@ def take_step(
     state.optimizer.zero_grad(set_to_none=True)
     state.ema.update()
     state.step += 1
-    return distribution.mean(metrics)
+    return distribution.mean(metrics) | ratios([loss.partial for loss in losses], distribution)
 
 
-def local_means(losses: Sequence[Loss]) -> dict[str, float]:
+def local_means(metrics: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """Return each metric's mean over the micro-batches, fetched from the device at once."""
-    names = list(losses[0].metrics)
-    values = torch.stack([torch.stack([loss.metrics[n] for n in names]).float() for loss in losses])
+    names = list(metrics[0])
+    values = torch.stack([torch.stack([row[n] for n in names]).float() for row in metrics])
     return dict(zip(names, values.double().mean(0).tolist(), strict=True))
+
+
+def ratios(partial: Sequence[Mapping[str, Tensor]], distribution: Distribution) -> dict[str, float]:
+    """Return sum over count of what only some rows gave, over the global batch."""
+    totals = {
+        f"{name}/{i}": sum(float(row[name][i]) for row in partial)
+        for name in partial[0]
+        for i in (0, 1)
+    }
+    means = distribution.mean(totals) if totals else {}
+    counted = [name for name in partial[0] if means[f"{name}/1"]]
+    return {name: means[f"{name}/0"] / means[f"{name}/1"] for name in counted}
 
 
 def refuse_non_finite(
     metrics: dict[str, float],
     losses: Sequence[Loss],
-    batch: Sequence[str],
+    batch: Sequence[Any],
     state: TrainState,
     distribution: Distribution,
 ) -> None:
@@ -174,8 +192,8 @@ def refuse_non_finite(
         return
     size = len(batch) // len(losses)
     bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss.value.item())]
-    prompts = [p for i in bad for p in batch[i * size : (i + 1) * size]]
-    prompts = distribution.gather(prompts or ([] if good else list(batch)))
+    rows = [row for i in bad for row in batch[i * size : (i + 1) * size]]
+    prompts = distribution.gather([str(row) for row in rows or ([] if good else batch)])
     shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     raise TrainingError(
         f"the loss or its gradient is not finite at step {state.step + 1} ({shown}) for the "
@@ -191,13 +209,14 @@ def validate(
     folder: RunFolder,
     trackers: Trackers,
     metrics: dict[str, float],
-) -> None:
-    """Validate the averaged weights, without dropout, and log it with the step's own metrics."""
-    model.network.eval()
+) -> dict[str, float]:
+    """Validate the averaged weights, without dropout; log and return it with the step's metrics."""
+    model.trained.eval()
     with state.ema.shown():
         metrics = metrics | validation.run(model, state.step, folder, trackers)
-    model.network.train()
+    model.trained.train()
     trackers.log(state.step, metrics)
+    return metrics
 
 
 def resume(state: TrainState, folder: RunFolder, distribution: Distribution) -> None:
@@ -217,7 +236,7 @@ def resume(state: TrainState, folder: RunFolder, distribution: Distribution) -> 
 def save(
     state: TrainState, folder: RunFolder, distribution: Distribution, keep: int | None
 ) -> None:
-    """Write a checkpoint, and remove the oldest beyond `keep`.
+    """Write a checkpoint, and remove the oldest beyond `keep`, but never the best.
 
     Raises:
         CheckpointError: if it could not be written; ValueError on the other processes.
@@ -226,7 +245,7 @@ def save(
     with distribution.together():
         if distribution.is_main:
             write_checkpoint(folder.checkpoints, snapshot)
-            tidy(folder.checkpoints, keep)
+            tidy(folder.checkpoints, keep, spare=state.best_step)
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -236,5 +255,5 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 def headline(metrics: dict[str, float]) -> str:
     """Return what the progress bar shows."""
-    parts = [f"{name} {metrics[name]:.4g}" for name in ("reward", "kl") if name in metrics]
+    parts = [f"{name} {metrics[name]:.4g}" for name in HEADLINE if name in metrics]
     return ", ".join([*parts, f"{metrics['images_per_second']:.3g} images/s"])

@@ -15,7 +15,7 @@ class TrainingModule(nn.Module):
 
     def __init__(self, model: TextToImageModel, objective: Objective[Any]) -> None:
         super().__init__()
-        self.network = model.network
+        self.trained = model.trained
         self.model = model
         self.objective = objective
 

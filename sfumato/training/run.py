@@ -3,36 +3,60 @@
 import fcntl
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from sfumato.config import DraftConfig, TrainConfig
-from sfumato.data.prompts import open_prompts, read_prompts
+from sfumato.config import ModelConfig, TrainConfig
+from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import derive
+from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import find_family, load_model
-from sfumato.objectives.draft import Draft
-from sfumato.rewards.build import build_reward
-from sfumato.training.checkpoint import fingerprint, list_checkpoints
+from sfumato.objectives.objective import Objective
+from sfumato.objectives.supervised import Supervised
+from sfumato.training.checkpoint import best_step, fingerprint, list_checkpoints, step_of
 from sfumato.training.distribution import Distribution
 from sfumato.training.export import export
-from sfumato.training.folder import RunFolder, differences, read_note, replace_text
+from sfumato.training.folder import RunFolder, differences, read_note, replace_text, step_name
+from sfumato.training.ingredients import build_objective, build_scorer, open_data
 from sfumato.training.loop import Outcome, fit
 from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import check_trackers
-from sfumato.training.validation import Validation
+from sfumato.training.validation import HeldOut, Validation
 
 
-def train(config: TrainConfig, settings: dict[str, Any], distribution: Distribution) -> Outcome:
+@dataclass(frozen=True)
+class Own:
+    """What a script brings to `train`, in place of what the settings name.
+
+    Attributes:
+        load: gives the model, also for the export, of settings in full.
+        objective: what is minimised.
+        stream: the rows that it is given.
+    """
+
+    load: Callable[[ModelConfig], TextToImageModel] | None = None
+    objective: Objective[Any] | None = None
+    stream: Stream[Any] | None = None
+
+
+def train(
+    config: TrainConfig,
+    settings: dict[str, Any],
+    distribution: Distribution,
+    own: Own | None = None,
+) -> Outcome:
     """Train as configured, into runs_dir/name, going on where an earlier call stopped.
 
     Args:
         config: checked by `check_train`.
         settings: the same as plain data, for config.yaml and the trackers.
+        own: parts that the settings do not name.
 
     Raises:
         ValueError: for every mistake of the user's, the cheap checks before any weight is loaded.
@@ -40,52 +64,45 @@ def train(config: TrainConfig, settings: dict[str, Any], distribution: Distribut
     watch = StopWatch(config.training.max_time)
     folder = RunFolder(Path(config.runs_dir) / config.name)
     check_trackers(config.training)
-    stream = open_prompts(
-        config.data.prompts,
-        column=config.data.column,
-        seed=config.training.seed,
-        shuffle=config.data.shuffle,
-        buffer=config.data.buffer,
-    )
-    prompts = validation_prompts(config)
-    find_family(config.model, config.sampler)
+    own = own or Own()
+    limits = None
+    if own.load is None:
+        family, place = find_family(config.model, config.sampler)
+        limits = family.read_limits(place)
+    data = open_data(config, limits, own.stream)
     with exclusive(folder, distribution):
         prepare_folder(folder, settings, distribution)
-        reward = build_reward(config.reward).to(distribution.device)
-        assert isinstance(config.objective, DraftConfig)
-        objective = Draft(config.objective, config.sampler, reward)
+        reward = build_scorer(config)
+        if reward is not None:
+            reward = reward.to(distribution.device)
+        objective = own.objective or build_objective(config, reward)
         torch.manual_seed(derive(config.training.seed, "adapter"))  # peft draws A from it
-        model = load_model(config.model)
+        load = own.load or load_model
+        model = load(config.model)
         model.to(distribution.device)
         trained = sum(parameter.numel() for parameter in model.trainable().values())
         if distribution.is_main:
             facts = {
                 "seed": config.training.seed,
-                "reward_scale": reward.scale,
+                "reward_scale": reward.scale if reward is not None else None,
                 "trained_parameters": trained,
                 "processes": distribution.world,
             }
             folder.describe(" ".join(sys.argv), facts)
             print(f"{folder.path}: training {trained / 1e6:.2f} M parameters", flush=True)
-        validation = Validation(config, prompts, reward, distribution)
+        held_out = None
+        if isinstance(objective, Supervised) and data.held_out:
+            held_out = HeldOut(objective, data.held_out)
+        validation = Validation(config, data.prompts, reward, held_out, distribution)
         outcome = fit(
-            config, model, objective, stream, validation, folder, distribution, settings, watch
+            config, model, objective, data.stream, validation, folder, distribution, settings, watch
         )
         with distribution.together():
             if distribution.is_main:
-                if stream.skipped.skips:
-                    print(f"prompts left out: {stream.skipped.summary()}", flush=True)
-                finish(config, folder, outcome, distribution, prompts[0])
+                if data.stream.skipped.skips:
+                    print(f"left out: {data.stream.skipped.summary()}", flush=True)
+                finish(config, folder, outcome, distribution, data.prompts[0], load)
     return outcome
-
-
-def validation_prompts(config: TrainConfig) -> list[str]:
-    """Return one prompt per validation image, going round where there are fewer."""
-    count = config.validation.num_images
-    own, data = config.validation, config.data
-    path, column = (own.prompts, own.column) if own.prompts else (data.prompts, data.column)
-    found = read_prompts(path, column=column, limit=count)
-    return [found[i % len(found)] for i in range(count)]
 
 
 def prepare_folder(folder: RunFolder, settings: dict[str, Any], distribution: Distribution) -> None:
@@ -141,6 +158,7 @@ def finish(
     outcome: Outcome,
     distribution: Distribution,
     prompt: str,
+    load: Callable[[ModelConfig], TextToImageModel],
 ) -> None:
     """Say how the run ended, and export it if it is complete and that is not done yet."""
     if outcome.stopped_by is not None:
@@ -152,13 +170,18 @@ def finish(
         return
     note = folder.path / "export.json"
     done = read_note(note) if note.exists() and folder.export.exists() else {}
-    last = list_checkpoints(folder.checkpoints)[-1]
-    made_of = {"checkpoint": fingerprint(last), "verify": config.verify}
+    place = list_checkpoints(folder.checkpoints)[-1]
+    best = best_step(folder.checkpoints)
+    if config.export == "best" and best is not None:
+        place = folder.checkpoints / step_name(best)
+    made_of = {"checkpoint": fingerprint(place), "verify": config.verify}
     if any(done.get(name) != value for name, value in made_of.items()):
-        lines = export(config, last, folder.export, distribution.device, prompt)
-        done = {"step": outcome.step, **made_of, "exports": lines}
+        lines = export(config, place, folder.export, distribution.device, prompt, load)
+        done = {"step": step_of(place), **made_of, "exports": lines}
         replace_text(note, json.dumps(done, indent=2) + "\n")
     print(f"{folder.path}: complete at step {outcome.step}")
+    if best is not None:
+        print(f"  lowest validation loss at step {best}; exported is step {done['step']}")
     for line in done["exports"]:
         print(f"  {line}")
 

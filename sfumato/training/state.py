@@ -1,5 +1,6 @@
 """Everything that changes during training, and its way into a snapshot and back."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -32,6 +33,16 @@ class TrainState:
         self.scaler = distribution.scaler
         self.stream = stream
         self.step = 0
+        self.best_step: int | None = None
+        self.best_loss = math.inf
+
+    def improves(self, metrics: Mapping[str, float]) -> bool:
+        """Remember this step as the best if its validation loss is the lowest so far; say so."""
+        loss = metrics.get("validation/loss", math.inf)
+        if loss >= self.best_loss:
+            return False
+        self.best_step, self.best_loss = self.step, loss
+        return True
 
     def snapshot(self) -> Snapshot:
         """Return whole tensors of the state; all processes must call it."""
@@ -48,6 +59,7 @@ class TrainState:
                 "ema_updates": self.ema.updates,
                 "data": self.stream.state(),
                 "scaler": self.scaler.state_dict(),
+                "best": [self.best_step, self.best_loss] if self.best_step else None,
             },
         )
 
@@ -64,6 +76,8 @@ class TrainState:
                 f"model ({len(odd)} differ, among them {odd[0]}); choose another name for the run"
             )
         self.step = snapshot.step
+        if snapshot.state["best"]:
+            self.best_step, self.best_loss = snapshot.state["best"]
         self.ema.updates = snapshot.state["ema_updates"]
         for name, parameter in self.parameters.items():
             parameter.data.copy_(like(snapshot.weights[name], parameter))

@@ -1,0 +1,37 @@
+"""Images to latents and back with an AutoencoderKL, and the sizes that its settings give."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def encode_kl(
+    vae: Any, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"] | None
+) -> Float[Tensor, "b c h w"]:
+    """Encode images with an AutoencoderKL to (draw - shift) scale, float32; no noise: the mean."""
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    latents = posterior.mean.float()
+    if noise is not None:
+        latents = latents + posterior.std.float() * noise
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def decode_kl(vae: Any, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+    """Decode latents / scale + shift with an AutoencoderKL to images around [0, 1], float32."""
+    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return (vae.decode(latents.to(vae.dtype)).sample.float() + 1) / 2
+
+
+def downsampling(vae: Mapping[str, Any]) -> int:
+    """Return how many pixels of a side one latent of an AutoencoderKL stands for."""
+    return 2 ** (len(vae.get("block_out_channels", (64,))) - 1)  # the default of diffusers
+
+
+def latent_size(sample_size: int | list[int] | None, factor: int) -> tuple[int, int] | None:
+    """Return height and width in pixels of a U-Net's `sample_size`."""
+    if sample_size is None:
+        return None
+    sides = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
+    return sides[0] * factor, sides[1] * factor

@@ -1,0 +1,54 @@
+"""What a model can do, as its JSON files say, before a weight is read."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model's JSON files say about its images, before a weight is read."""
+
+    channels: int  # of latents
+    factor: int  # pixels of a side per latent
+    multiple: int  # pixels that a side must be a multiple of
+    size: tuple[int, int] | None  # height and width in pixels; None where no file states it
+    min_steps: int = 1  # of a sampling run
+    max_steps: int | None = None  # of a sampling run; None where time is continuous
+    largest: int | None = None  # pixels of a side, where positions come from a table
+
+
+def check_side(name: str, pixels: int, limits: Limits) -> None:
+    """Refuse a side that the model cannot divide, with the nearest that it can.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    unit = limits.multiple
+    if pixels < unit or pixels % unit:
+        nearest = max(unit, round(pixels / unit) * unit)
+        raise ValueError(
+            f"sampler.{name} = {pixels} must be a multiple of {unit} pixels for this "
+            f"model; the nearest is {nearest}"
+        )
+    if limits.largest is not None and pixels > limits.largest:
+        raise ValueError(
+            f"sampler.{name} = {pixels} is more than the {limits.largest} pixels that this model "
+            "has positions for"
+        )
+
+
+def check_steps(num_inference_steps: int, limits: Limits) -> None:
+    """Refuse more sampling steps than the model has, or fewer than its settings allow.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if num_inference_steps < limits.min_steps:
+        raise ValueError(
+            f"sampler.num_inference_steps = {num_inference_steps} is too few for this model; take "
+            f"{limits.min_steps} or more"
+        )
+    if limits.max_steps is not None and num_inference_steps > limits.max_steps:
+        raise ValueError(
+            f"sampler.num_inference_steps = {num_inference_steps} is more than the "
+            f"{limits.max_steps} steps that this model was trained on"
+        )

@@ -1,0 +1,170 @@
+"""Qwen-Image: a transformer over packed latents and a language model's states of the prompt."""
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sfumato.config import ModelConfig
+from sfumato.diffusion.guidance import CfgGradient, classifier_free
+from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
+from sfumato.models.adapters import Roles
+from sfumato.models.flux import LATENT_SIDE, pack, rows_of, unpack
+from sfumato.models.formats import read_json
+from sfumato.models.limits import Limits, check_steps
+from sfumato.models.model import Conditioning, Framing
+from sfumato.models.pipeline_model import PipelineModel
+from sfumato.models.schedules import dynamic_mu, flow_times
+from sfumato.models.texts import cut_prompt
+
+MAX_TOKENS = 512  # of a prompt, says the pipeline
+
+LINEAR = (
+    r".*\.attn\.to_[qkv]",
+    r".*\.attn\.to_out\.0",
+    r".*\.attn\.add_[qkv]_proj",
+    r".*\.attn\.to_add_out",
+    r".*\.(img|txt)_mlp\.net\.(0\.proj|2)",
+)
+
+
+def rescaled_guidance(
+    cond: Float[Tensor, "b c h w"],
+    uncond: Float[Tensor, "b c h w"],
+    scale: float,
+    gradient: CfgGradient = "full",
+) -> Float[Tensor, "b c h w"]:
+    """Guide each token, then give it back the norm of its prediction with the prompt.
+
+    Args:
+        gradient: of the linear combination, as in `classifier_free`; that of the norm is whole.
+    """
+    height, width = cond.shape[2] // 2, cond.shape[3] // 2
+    guided = pack(classifier_free(cond, uncond, scale, gradient))
+    norm, guided_norm = (tokens.norm(dim=-1, keepdim=True) for tokens in (pack(cond), guided))
+    return unpack(guided * (norm / guided_norm), height, width)
+
+
+@final
+class QwenImage(PipelineModel):
+    """A QwenImagePipeline's networks behind the contract of TextToImageModel."""
+
+    pipeline_name = "QwenImagePipeline"
+    network_name = "transformer"
+    encoders = ("text_encoder",)
+    tokenizers = ("tokenizer",)
+    lora_targets: ClassVar = {"transformer": LINEAR}
+    combine = staticmethod(rescaled_guidance)
+    prediction_type: PredictionType = "flow"
+    has_cfg = True
+
+    def __init__(
+        self, pipeline: Any, parts: dict[str, Roles], source: Path, config: ModelConfig
+    ) -> None:
+        super().__init__(pipeline, parts, source, config)
+        self.scheduler = pipeline.scheduler
+        self.process = RectifiedFlow()
+        self._warned = False
+        latents, decoder = pipeline.vae.config, pipeline.vae.decoder
+        self._mean = torch.tensor(latents.latents_mean).view(-1, 1, 1)
+        self._std = torch.tensor(latents.latents_std).view(-1, 1, 1)
+        # Nothing reads the text that the last block returns: DDP would wait for its gradient.
+        last: Any = pipeline.transformer.transformer_blocks[-1]
+        for idle in (last.attn.to_add_out, last.txt_mlp):
+            idle.requires_grad_(False)
+        if config.gradient_checkpointing:  # diffusers has none for this autoencoder
+            for block in (decoder.mid_block, *decoder.up_blocks):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    @staticmethod
+    def read_limits(folder: Path) -> Limits:
+        transformer = read_json(folder / "transformer" / "config.json")
+        halvings = read_json(folder / "vae" / "config.json").get("temperal_downsample", (0, 1, 1))
+        factor = 2 ** len(halvings)
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        return Limits(
+            channels=transformer.get("in_channels", 64) // 4,
+            factor=factor,
+            multiple=2 * factor,
+            size=(LATENT_SIDE * factor, LATENT_SIDE * factor),
+            # Its shift says where the last step starts: with one step that is 0 / 0.
+            min_steps=2 if scheduler.get("shift_terminal") else 1,
+        )
+
+    def times(self, num_inference_steps: int, height: int, width: int) -> Sequence[float]:
+        check_steps(num_inference_steps, self.limits)
+        tokens = (height // self.limits.multiple) * (width // self.limits.multiple)
+        return flow_times(
+            self.scheduler,
+            num_inference_steps,
+            mu=dynamic_mu(self.scheduler.config, tokens),
+            sigmas=[1 - i / num_inference_steps for i in range(num_inference_steps)],
+        )
+
+    def encode(self, prompts: list[str], framing: Sequence[Framing] | None) -> Conditioning:
+        tokenizer = self.pipeline.tokenizer
+        if not self._warned and (cut := cut_prompt(tokenizer, prompts, MAX_TOKENS)):
+            self._warned = True
+            warnings.warn(cut, stacklevel=3)
+        states, mask = self.pipeline.encode_prompt(
+            prompts, self.device, max_sequence_length=MAX_TOKENS
+        )
+        if mask is None:  # prompts of one length
+            mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+        return Conditioning({"states": states, "mask": mask})
+
+    def encode_images(
+        self,
+        images: Float[Tensor, "b 3 H W"],
+        noise: Float[Tensor, "b c h w"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        vae = self.pipeline.vae
+        posterior = vae.encode(images[:, :, None].to(vae.dtype)).latent_dist  # one frame
+        latents = posterior.mean[:, :, 0].float()
+        if noise is not None:
+            latents = latents + posterior.std[:, :, 0].float() * noise
+        return (latents - self._mean.to(latents.device)) / self._std.to(latents.device)
+
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        vae = self.pipeline.vae
+        unscaled = latents * self._std.to(latents.device) + self._mean.to(latents.device)
+        # What vae.decode does to a single frame, before it clamps: rewards want the gradient.
+        frames = vae.decoder(vae.post_quant_conv(unscaled[:, :, None].to(vae.dtype)))
+        return (frames[:, :, 0].float() + 1) / 2
+
+    def predict(
+        self,
+        network: Any,
+        x_t: Float[Tensor, "b c h w"],
+        t: Time,
+        cond: Conditioning,
+        guidance_scale: float,
+    ) -> Float[Tensor, "b c h w"]:
+        dtype, mask = network.dtype, cond.tensors["mask"]
+        height, width = x_t.shape[2] // 2, x_t.shape[3] // 2
+        tokens = network(
+            pack(x_t).to(dtype),
+            encoder_hidden_states=cond.tensors["states"].to(dtype),
+            encoder_hidden_states_mask=None if mask.all() else mask,
+            timestep=rows_of(t, x_t),
+            img_shapes=[[(1, height, width)]] * len(x_t),
+        ).sample
+        return unpack(tokens.float(), height, width)
+
+    def blocks(self, network: Any) -> Sequence[nn.Module]:
+        return list(network.transformer_blocks)
+
+    def pipeline_arguments(
+        self, noise: Float[Tensor, "b c h w"], guidance_scale: float
+    ) -> dict[str, Any]:
+        return {
+            "latents": pack(noise),
+            "true_cfg_scale": guidance_scale,
+            "negative_prompt": [""] * len(noise),
+        }

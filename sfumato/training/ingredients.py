@@ -1,0 +1,141 @@
+"""What a run is made of: data, objective, reward and what is validated, from the settings."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sfumato.config import (
+    DraftConfig,
+    ImageDataConfig,
+    NoRewardConfig,
+    OwnConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
+from sfumato.data.frame import Sample
+from sfumato.data.images import open_images, validation_samples
+from sfumato.data.prompts import open_prompts, read_prompts
+from sfumato.data.stream import Stream
+from sfumato.models.limits import Limits
+from sfumato.objectives.draft import Draft
+from sfumato.objectives.objective import Objective
+from sfumato.objectives.supervised import Supervised
+from sfumato.rewards.build import build_reward
+from sfumato.rewards.reward import Reward
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read: the rows of training, and what validation shows and measures."""
+
+    stream: Stream[Any]
+    prompts: list[str]  # one per validation image
+    held_out: list[Sample]
+
+
+def open_data(config: TrainConfig, limits: Limits | None, own: Stream[Any] | None = None) -> Data:
+    """Open all that a run reads.
+
+    Args:
+        limits: of the model; None where nothing is known of it.
+        own: the rows to train on, in place of those that the settings name.
+
+    Raises:
+        ValueError: if something cannot be read.
+    """
+    if own is None and isinstance(config.objective, SupervisedConfig):
+        height, width = frame_size(config, limits)
+        stream: Stream[Any] = open_images(
+            config.data.images,
+            height=height,
+            width=width,
+            divisor=bucket_step(limits, height, width),
+            seed=config.training.seed,
+        )
+    else:
+        stream = own or open_prompts(
+            str(config.data.prompts),
+            column=config.data.column,
+            seed=config.training.seed,
+            shuffle=config.data.shuffle,
+            buffer=config.data.buffer,
+        )
+    return Data(stream, validation_prompts(config), held_out_samples(config, limits))
+
+
+def frame_size(config: TrainConfig, limits: Limits | None) -> tuple[int, int]:
+    """Return height and width of training images in pixels.
+
+    Raises:
+        ValueError: if neither the settings nor the model say.
+    """
+    size = limits.size if limits is not None else None
+    height, width = size or (None, None)
+    height, width = config.sampler.height or height, config.sampler.width or width
+    if height is None or width is None:
+        raise ValueError("set sampler.height and sampler.width, the size of images in pixels")
+    return height, width
+
+
+def bucket_step(limits: Limits | None, height: int, width: int) -> int:
+    """Return what the sides of buckets are multiples of, in pixels.
+
+    That is the largest of the model's own multiples that divides both sides and is at most 64 and
+    an eighth of the shorter one; else the model's multiple itself.
+    """
+    multiple = limits.multiple if limits is not None else 1
+    most = min(64, min(height, width) // 8)
+    steps = range(multiple, most + 1, multiple)
+    return max((s for s in steps if height % s == width % s == 0), default=multiple)
+
+
+def held_out_samples(config: TrainConfig, limits: Limits | None) -> list[Sample]:
+    """Return what the validation loss is of: held-out images, else the first to train on."""
+    count = config.validation.loss_images
+    if not isinstance(config.objective, SupervisedConfig) or not count:
+        return []
+    height, width = frame_size(config, limits)
+    return validation_samples(validation_images(config), count, height=height, width=width)
+
+
+def validation_images(config: TrainConfig) -> ImageDataConfig:
+    """Return the images of validation: its own, else those of training."""
+    own = config.validation.images
+    return own if own.path or own.sources else config.data.images
+
+
+def validation_prompts(config: TrainConfig) -> list[str]:
+    """Return one prompt per validation image, going round where there are fewer."""
+    count = config.validation.num_images
+    own, data = config.validation, config.data
+    if own.prompts or data.prompts:
+        path, column = (own.prompts, own.column) if own.prompts else (data.prompts, data.column)
+        found = read_prompts(str(path), column=column, limit=count)
+    else:
+        samples = validation_samples(validation_images(config), count, height=8, width=8)
+        found = [sample.caption for sample in samples]
+    return [found[i % len(found)] for i in range(count)]
+
+
+def build_scorer(config: TrainConfig) -> Reward | None:
+    """Return what scores images, if the settings name anything."""
+    return None if isinstance(config.reward, NoRewardConfig) else build_reward(config.reward)
+
+
+def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any]:
+    """Return what is minimised.
+
+    Raises:
+        ValueError: if it needs a reward that it has not, or only a script can bring it.
+    """
+    match config.objective:
+        case DraftConfig() as draft:
+            assert reward is not None, "checked with the settings"
+            return Draft(draft, config.sampler, reward)
+        case SupervisedConfig() as supervised:
+            return Supervised(supervised)
+        case OwnConfig():
+            raise ValueError(
+                "objective = own is brought by a script of one's own, as train(..., "
+                "own=Own(objective=...)); see docs/write_your_own.md"
+            )
+    raise AssertionError(config.objective)

@@ -1,0 +1,246 @@
+"""What every family does alike: supervised and DRaFT+ training, exports, and refusals."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import COLORS, PIXELS, WRITERS, write_pictures
+from runs import start
+
+from sfumato.config import (
+    ColorRewardConfig,
+    DraftConfig,
+    ModelConfig,
+    SamplerConfig,
+    SupervisedConfig,
+)
+from sfumato.data.frame import Sample
+from sfumato.diffusion.randomness import Rng
+from sfumato.models.model import Conditioning
+from sfumato.models.pipeline_model import PipelineModel
+from sfumato.models.registry import FAMILIES, find_family
+from sfumato.objectives.draft import Draft
+from sfumato.objectives.supervised import Supervised
+from sfumato.rewards.build import build_reward
+from sfumato.training.folder import RunFolder
+from sfumato.training.tracking import read_metrics
+
+NAMES = list(WRITERS)
+SAMPLER = SamplerConfig(num_inference_steps=3, guidance_scale=3.0, height=PIXELS, width=PIXELS)
+PROMPTS = ["a red star", "a small blue ring on a yellow background"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    for name, write in WRITERS.items():
+        write(root / name)
+    return {name: root / name for name in WRITERS}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+def load(folder: Path, **settings: object) -> PipelineModel:
+    config = replace(ModelConfig(pretrained=str(folder)), **settings)  # pyright: ignore
+    family, place = find_family(config)
+    return family.load(place, config)
+
+
+def test_every_family_is_tested_here():
+    assert FAMILIES.keys() == WRITERS.keys()
+
+
+# --- Objectives
+
+
+def batch() -> list[Sample]:
+    images = [
+        torch.tensor(color)[:, None, None].expand(3, PIXELS, PIXELS) for color in COLORS.values()
+    ]
+    return [
+        Sample(2 * image - 1, f"a {name} picture", (50, 40), (3, 5), name)
+        for name, image in zip(COLORS, images, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_supervised_loss_equals_the_formula_by_hand(folders: dict[str, Path], name: str):
+    model, rows = load(folders[name]), batch()
+    config = SupervisedConfig(guidance_scale=2.0, sample_latents=False)
+    found = Supervised(config).loss(model, rows, Rng([1, 2, 3]))
+
+    rng = Rng([1, 2, 3])
+    with torch.no_grad():
+        x0 = model.encode_images(torch.stack([row.image for row in rows]))
+        noise, u = rng.normal(*x0.shape[1:]), rng.uniform()
+        if name.startswith("stable_diffusion") and name != "stable_diffusion_3":
+            steps = (u * 1000).long()
+            table = model.scheduler.alphas_cumprod[steps].double()
+            alpha, sigma = table.sqrt().float(), (1 - table).sqrt().float()
+            t, target = (steps + 1) / 1000, noise
+        else:
+            alpha, sigma, t, target = 1 - u, u, u, noise - x0
+        shape = (-1, 1, 1, 1)
+        x_t = alpha.reshape(shape) * x0 + sigma.reshape(shape) * noise
+        from sfumato.models.model import Framing
+
+        framing = [Framing(row.original, row.crop) for row in rows]
+        cond = model.encode_prompts([row.caption for row in rows], framing=framing)
+        raw = model.predict(model.network, x_t, t, cond, 2.0)
+        expected = (raw - target).square().mean()
+    torch.testing.assert_close(found.value.detach(), expected, atol=1e-5, rtol=1e-5)
+    found.value.backward()
+    gradients = [p.grad for p in model.trainable().values()]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("name", NAMES)
+def test_draft_plus(folders: dict[str, Path], name: str, trainable: str):
+    model = load(folders[name], trainable=trainable)
+    reward = build_reward(ColorRewardConfig())
+    config = DraftConfig(kl_coeff=1.0, truncation_steps=2, clamp_images=False)
+    objective = Draft(config, SAMPLER, reward)
+    first = objective.loss(model, PROMPTS, Rng([1, 2]))
+    first.value.backward()
+    parameters = model.trainable()
+    gradients = {n: p.grad for n, p in parameters.items()}
+    assert all(g is not None and g.isfinite().all() for g in gradients.values())
+    assert first.metrics["kl"] == 0
+    torch.optim.Adam(parameters.values(), lr=3e-3).step()
+    second = objective.loss(model, PROMPTS, Rng([1, 2]))
+    assert second.metrics["kl"] > 1e-8
+    assert second.metrics["reward"] > first.metrics["reward"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_of_other_lengths_stack(folders: dict[str, Path], name: str):
+    model = load(folders[name])
+    noise = Rng([1, 2]).normal(*model.latent_shape(PIXELS, PIXELS))
+    apart = [model.encode_prompts([prompt]) for prompt in PROMPTS]
+    with torch.no_grad():
+        together = model.denoiser(Conditioning.stack(apart))(noise, 0.5).raw
+        whole = model.denoiser(model.encode_prompts(PROMPTS))(noise, 0.5).raw
+    torch.testing.assert_close(together, whole, atol=1e-4, rtol=1e-4)
+
+
+# --- Runs
+
+
+def run(
+    tmp_path: Path, folder: Path, pictures: Path, objective: str, *more: str
+) -> list[dict[str, int | float]]:
+    """Train two steps; the export is loaded by diffusers alone and its image compared."""
+    data = {
+        "supervised": [f"data.images.path={pictures}", "objective.caption_dropout=0.3"],
+        "draft": ["reward=color", f"data.prompts={tmp_path / 'prompts.txt'}"],
+    }
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    start(
+        [
+            f"runs_dir={tmp_path}",
+            f"model.pretrained={folder}",
+            f"objective={objective}",
+            *data[objective],
+            "sampler.num_inference_steps=2",
+            "sampler.guidance_scale=2.0",
+            f"sampler.height={PIXELS}",
+            f"sampler.width={PIXELS}",
+            "optimizer.lr=0.01",
+            "optimizer.warmup_steps=0",
+            "training.ema_decay=null",
+            "training.max_steps=2",
+            "training.tensorboard=false",
+            "training.micro_batch_size=2",
+            "validation.num_images=2",
+            "validation.loss_images=4",
+            *more,
+        ]
+    )
+    return read_metrics(RunFolder(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_supervised_run(
+    folders: dict[str, Path], pictures: Path, tmp_path: Path, name: str, trainable: str
+):
+    rows = run(tmp_path, folders[name], pictures, "supervised", f"model.trainable={trainable}")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[2]["validation/loss"] != rows[0]["validation/loss"]
+    exported = {place.name for place in (tmp_path / "run" / "export").iterdir()}
+    assert exported == ({"lora", "pipeline"} if trainable == "lora" else {"pipeline"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_draft_plus_run(folders: dict[str, Path], pictures: Path, tmp_path: Path, name: str):
+    rows = run(tmp_path, folders[name], pictures, "draft", "objective.kl_coeff=0.5")
+    assert rows[1]["kl"] == 0 < rows[2]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("stable_diffusion", "[network, text_encoder]"),
+        ("stable_diffusion_xl", "[network, text_encoder, text_encoder_2]"),
+        ("stable_diffusion_3", "[text_encoder]"),
+        ("flux", "[network, text_encoder]"),
+    ],
+)
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_a_run_with_text_encoders(
+    folders: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    name: str,
+    parts: str,
+    trainable: str,
+):
+    more = [f"model.parts={parts}", f"model.trainable={trainable}"]
+    rows = run(tmp_path, folders[name], pictures, "supervised", *more)
+    assert rows[2]["validation/loss"] != rows[0]["validation/loss"]
+
+
+# --- Refusals
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_wrong_family_is_named(folders: dict[str, Path], name: str):
+    other = NAMES[NAMES.index(name) - 1]
+    config = ModelConfig(pretrained=str(folders[name]), family=other)
+    expected = rf"is of the family {name} \({FAMILIES[name].pipeline_name}\), and model.family = "
+    with pytest.raises(ValueError, match=expected):
+        find_family(config)
+    find_family(replace(config, family=name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_component_is_named(folders: dict[str, Path], tmp_path: Path, name: str):
+    import shutil
+
+    shutil.copytree(folders[name], tmp_path / "copy")
+    for part in (FAMILIES[name].network_name, FAMILIES[name].encoders[0]):
+        shutil.rmtree(tmp_path / "copy" / part)
+        with pytest.raises(ValueError, match=rf"lacks {part}/config.json"):
+            find_family(ModelConfig(pretrained=str(tmp_path / "copy")))
+        shutil.copytree(folders[name] / part, tmp_path / "copy" / part)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_that_cannot_be_divided_name_the_nearest(folders: dict[str, Path], name: str):
+    config, family = ModelConfig(pretrained=str(folders[name])), FAMILIES[name]
+    unit = family.read_limits(folders[name]).multiple
+    for bad, near in ((4 * unit + 1, 4 * unit), (5 * unit - 1, 5 * unit)):
+        with pytest.raises(ValueError, match=rf"sampler.width = {bad} .* nearest is {near}"):
+            find_family(config, SamplerConfig(height=4 * unit, width=bad))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_that_cannot_be_trained_are_refused(folders: dict[str, Path], name: str):
+    config = ModelConfig(pretrained=str(folders[name]), parts=["network", "vae"])
+    with pytest.raises(ValueError, match=r"model.parts has 'vae'; .* can be trained: network"):
+        find_family(config)
