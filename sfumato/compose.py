@@ -21,6 +21,7 @@ from sfumato.config import (
     CONF,
     GROUPS,
     REWARDS,
+    ImageSourceConfig,
     TrainConfig,
     WeightedPartConfig,
     WeightedRewardConfig,
@@ -29,6 +30,7 @@ from sfumato.explain import explain, first_line, keys_of, known_keys, unknown_ke
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
 DEMO_IMAGES = Path(__file__).parent / "demo" / "images"
+OPEN = r"(?:data|validation)\.images\.sources|reward\.parts|model\.merge|objective\.settings"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 
 
@@ -74,8 +76,15 @@ def to_settings(config: Any, prefix: str = "") -> Any:
     except OmegaConfBaseException as error:
         raise ValueError(f"{prefix}{error.full_key}: {first_line(str(error))}") from error
     _refuse_non_finite(settings, prefix)
-    if isinstance(settings, TrainConfig) and isinstance(settings.reward, WeightedRewardConfig):
-        _resolve_parts(settings.reward)
+    if isinstance(settings, TrainConfig):
+        if isinstance(settings.reward, WeightedRewardConfig):
+            _resolve_parts(settings.reward)
+        for place, images in (
+            ("data.images.sources", settings.data.images),
+            ("validation.images.sources", settings.validation.images),
+        ):
+            for name, given in images.sources.items():
+                images.sources[name] = _resolve(f"{place}.{name}", given, ImageSourceConfig)
     return settings
 
 
@@ -125,13 +134,18 @@ def compose_train(overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]
     register()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("train", list(overrides))
+            config = compose("train", opened(overrides))
         settings = to_settings(config)
         plain: Any = OmegaConf.to_container(config, resolve=True)
     except COMPOSITION_ERRORS as error:
         raise ValueError(explain(error, known_keys("train"))) from error
     check_train(settings, int(os.environ.get("WORLD_SIZE", "1")))
     return settings, plain
+
+
+def opened(arguments: Sequence[str]) -> list[str]:
+    """Let names of one's own be given without Hydra's `+`, where a setting is a dictionary."""
+    return [f"++{text}" if re.match(rf"(?:{OPEN})[.=]", text) else text for text in arguments]
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
@@ -147,7 +161,7 @@ def quoted(arguments: Sequence[str], *, sweep: bool) -> list[str]:
     """
     parser = OverridesParser.create()
     result = []
-    for argument in arguments:
+    for argument in opened(arguments):
         key, _, value = argument.partition("=")
         try:
             has_commas = parser.parse_override(argument).is_sweep_override()
@@ -227,13 +241,20 @@ def _resolve_part(place: str, given: Any) -> WeightedPartConfig:
         raise ValueError(f"{place}.kind = {kind!r}; choose one of {', '.join(choices)}")
     if not isinstance(weight, int | float) or not math.isfinite(weight):
         raise ValueError(f"{place}.weight = {weight!r} must be a finite number")
-    known = [item.name for item in fields(REWARDS[kind])]
-    for key in settings:
+    return WeightedPartConfig(_resolve(place, settings, REWARDS[kind]), float(weight))
+
+
+def _resolve(place: str, given: Any, kind: type) -> Any:
+    """Return one entry of a free dictionary, checked against its dataclass."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{place} = {given!r}; write {{KEY: VALUE, ...}}")
+    known = [item.name for item in fields(kind)]
+    for key in given:
         if key not in known:
             named = [f"{place}.{name}" for name in known]
             raise ValueError(unknown_key(f"{place}.{key}", named))
     try:
-        node = OmegaConf.merge(OmegaConf.structured(REWARDS[kind]), settings)
+        node = OmegaConf.merge(OmegaConf.structured(kind), given)
     except OmegaConfBaseException as error:
         raise ValueError(f"{place}.{error.full_key}: {first_line(str(error))}") from error
-    return WeightedPartConfig(to_settings(node, f"{place}."), float(weight))
+    return to_settings(node, f"{place}.")

@@ -189,7 +189,7 @@ class ImageSourceConfig:
 class ImageDataConfig(ImageSourceConfig):
     """Images with captions: one source, or several in `sources`, by names of your own."""
 
-    sources: dict[str, ImageSourceConfig] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)  # NAME: {path: ..., ...}
     crop: str = "center"  # center | random
     flip: bool = False  # mirror every second image, at random
     buckets: bool = False  # keep aspect ratios: each image is cropped to the nearest of several

@@ -17,6 +17,7 @@ from sfumato.config import (
     ColorRewardConfig,
     DataConfig,
     DraftConfig,
+    ImageSourceConfig,
     ModelConfig,
     TrainConfig,
     WeightedPartConfig,
@@ -65,9 +66,12 @@ def test_there_are_recipes_for_both_stable_diffusions():
 
 
 def missing_keys(recipe: str) -> list[str]:
-    with pytest.raises(ValueError, match="missing settings: ") as caught:
+    try:
         compose_train([f"recipe={recipe}"])
-    return str(caught.value).partition(": ")[2].partition(";")[0].split(", ")
+    except ValueError as error:
+        assert str(error).startswith("missing settings: ")
+        return str(error).partition(": ")[2].partition(";")[0].split(", ")
+    return []
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -402,3 +406,54 @@ def test_what_hydra_can_read_is_left_alone():
     assert quoted(arguments, sweep=True) == arguments
     assert quoted(["prompt=a star, red"], sweep=False) == ["prompt='a star, red'"]
     assert quoted(["prompt=a star, a ring"], sweep=True) == ["prompt=a star, a ring"]
+
+
+# Names of one's own
+
+
+def test_sources_take_names_of_ones_own():
+    given = ["objective=supervised", "model.pretrained=M"]
+    ways = [
+        ["data.images.sources.mine={path: a, weight: 2}", "data.images.sources.b.path=c"],
+        ["data.images.sources={mine: {path: a, weight: 2.0}, b: {path: c}}"],
+        ["+data.images.sources.mine={path: a, weight: 2}", "++data.images.sources.b.path=c"],
+    ]
+    for overrides in ways:
+        settings, plain = compose_train([*given, *overrides])
+        sources = settings.data.images.sources
+        assert sources == {"mine": ImageSourceConfig("a", weight=2.0), "b": ImageSourceConfig("c")}
+        assert plain["data"]["images"]["sources"]["b"] == {"path": "c"}
+    for wrong, expected in (
+        ("data.images.sources.mine={paht: a}", "sources.mine.paht: did you mean .*mine.path"),
+        ("data.images.sources.mine=3", r"sources.mine = 3; write \{KEY: VALUE"),
+        ("validation.images.sources.m.weight=x", "validation.images.sources.m.weight: Value 'x'"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            compose_train([*given, "data.images.path=P", wrong])
+
+
+def test_an_objective_names_what_it_reads():
+    with pytest.raises(ValueError, match=r"missing settings: data.images.path, model.pretrained;"):
+        compose_train(["objective=supervised"])
+    with pytest.raises(ValueError, match=r"missing settings: data.prompts, model.pretrained;"):
+        compose_train(["objective=draft"])
+    with pytest.raises(ValueError, match="objective=draft maximises a reward: choose one"):
+        compose_train(GIVEN)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("objective.caption_dropout", "1.5", r"caption_dropout = 1.5 must lie in \[0, 1\]"),
+        ("objective.noise_offset", "-1", "noise_offset = -1.0 must be 0 or more"),
+        ("objective.snr_gamma", "0", "snr_gamma = 0.0 must be above 0"),
+        ("objective.timesteps", "normal", "choose one of uniform, logit_normal, table"),
+        ("objective.weighting", "snr", "choose one of none, min_snr, bump"),
+        ("export", "first", "choose one of last, best"),
+        ("model.parts", "[]", r"model.parts = \[\] trains nothing"),
+    ],
+)
+def test_supervised_settings_are_checked(key: str, value: str, expected: str):
+    given = ["objective=supervised", "model.pretrained=M", "data.images.path=P"]
+    with pytest.raises(ValueError, match=expected):
+        compose_train([*given, f"{key}={value}"])

@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from sfumato.data.blobs import FileBlob, SpanBlob
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
-from sfumato.data.frame import Framing, Sample, covering, frame, to_tensor
+from sfumato.data.frame import Placement, Sample, covering, frame, to_tensor
 
 
 @pytest.fixture
@@ -228,27 +228,27 @@ def test_any_damage_gives_a_picture_or_a_refusal(blob: FileBlob, kind: str) -> N
 def test_a_crop_at_the_same_scale_is_exact() -> None:
     pixels = gradient(20, 32)
     picture = Image.fromarray(pixels)
-    array, crop = frame(picture, (20, 16), Framing(left=0.5))
+    array, crop = frame(picture, (20, 16), Placement(left=0.5))
     assert crop == (0, 8) and np.array_equal(array, pixels[:, 8:24])
-    array, crop = frame(picture, (20, 16), Framing(left=0.999))
+    array, crop = frame(picture, (20, 16), Placement(left=0.999))
     assert crop == (0, 16) and np.array_equal(array, pixels[:, 16:])
-    array, crop = frame(picture, (20, 16), Framing(left=0.0, mirrored=True))
+    array, crop = frame(picture, (20, 16), Placement(left=0.0, mirrored=True))
     mirrored = pixels[:, ::-1]
     assert crop == (0, 0) and np.array_equal(array, mirrored[:, :16])
 
 
 @pytest.mark.parametrize("size", [(37, 90), (90, 37), (300, 211), (9, 10)])
-@pytest.mark.parametrize("framing", [Framing(), Framing(0.1, 0.8), Framing(0.7, 0.3, True)])
+@pytest.mark.parametrize("placement", [Placement(), Placement(0.1, 0.8), Placement(0.7, 0.3, True)])
 def test_resizing_and_cropping_at_once_is_one_after_the_other(
-    size: tuple[int, int], framing: Framing
+    size: tuple[int, int], placement: Placement
 ) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     picture, target = Image.fromarray(noise), (32, 24)
-    array, (top, left) = frame(picture, target, framing)
+    array, (top, left) = frame(picture, target, placement)
     height, width = covering(size, target)
     assert height == 32 or width == 24
     assert height >= 32 and width >= 24
-    if framing.mirrored:
+    if placement.mirrored:
         picture = ImageOps.mirror(picture)
     whole = np.array(picture.resize((width, height), Image.Resampling.LANCZOS))
     difference = array.astype(int) - whole[top : top + 32, left : left + 24].astype(int)
@@ -257,7 +257,7 @@ def test_resizing_and_cropping_at_once_is_one_after_the_other(
 
 def test_an_extremely_long_picture_is_cropped_in_little_memory() -> None:
     picture = Image.new("RGB", (200_000, 2), "red")
-    array, (top, left) = frame(picture, (512, 512), Framing())
+    array, (top, left) = frame(picture, (512, 512), Placement())
     assert top == 0 and left > 10**7
     assert (array == [255, 0, 0]).all()
 
@@ -265,15 +265,15 @@ def test_an_extremely_long_picture_is_cropped_in_little_memory() -> None:
 def test_random_crops_are_uniform_and_central_ones_central() -> None:
     picture = Image.new("RGB", (11, 8))
     lefts = [
-        frame(picture, (8, 8), Framing.drawn(seed, random_crop=True, flip=False))[1][1]
+        frame(picture, (8, 8), Placement.drawn(seed, random_crop=True, flip=False))[1][1]
         for seed in range(4000)
     ]
     counts = np.bincount(lefts)
     assert counts.shape == (4,) and np.abs(counts - 1000).max() < 120
-    flips = [Framing.drawn(seed, random_crop=False, flip=True) for seed in range(4000)]
+    flips = [Placement.drawn(seed, random_crop=False, flip=True) for seed in range(4000)]
     assert {(f.top, f.left) for f in flips} == {(0.5, 0.5)}
     assert abs(sum(f.mirrored for f in flips) - 2000) < 150
-    assert Framing.drawn(5, random_crop=False, flip=False) == Framing()
+    assert Placement.drawn(5, random_crop=False, flip=False) == Placement()
 
 
 def test_tensors_span_minus_one_to_one() -> None:

@@ -1,1 +1,1 @@
-"""What is read: prompts, in a resumable order."""
+"""What is read: prompts, and images with captions, in a resumable order."""

@@ -41,7 +41,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Framing:
+class Placement:
     """Where the crop lies, as fractions of what may be cut off at top and left; and the mirror."""
 
     top: float = 0.5
@@ -49,14 +49,14 @@ class Framing:
     mirrored: bool = False
 
     @staticmethod
-    def drawn(seed: int, *, random_crop: bool, flip: bool) -> "Framing":
+    def drawn(seed: int, *, random_crop: bool, flip: bool) -> "Placement":
         """Draw what is left to chance; the rest is centred and unmirrored."""
         # Of random.Random's methods, only random() is promised to be the same in every Python.
         rng = random.Random(seed)
         top, left, mirror = rng.random(), rng.random(), rng.random()
         if not random_crop:
             top = left = 0.5
-        return Framing(top, left, flip and mirror < 0.5)
+        return Placement(top, left, flip and mirror < 0.5)
 
 
 def covering(original: Size, target: Size) -> Size:
@@ -66,7 +66,7 @@ def covering(original: Size, target: Size) -> Size:
     return max(goal_height, round(height * scale)), max(goal_width, round(width * scale))
 
 
-def frame(picture: Image.Image, target: Size, framing: Framing) -> tuple[np.ndarray, Size]:
+def frame(picture: Image.Image, target: Size, placement: Placement) -> tuple[np.ndarray, Size]:
     """Resize and crop an RGB picture with Lanczos' antialiased filter.
 
     Resizing and cropping are one operation: an extremely long picture is never resized whole.
@@ -79,15 +79,15 @@ def frame(picture: Image.Image, target: Size, framing: Framing) -> tuple[np.ndar
         covering((picture.height, picture.width), target),
     )
     # floor(x (n + 1)) is uniform over 0..n for a uniform x < 1, and n // 2 for 0.5 and an even n.
-    top = int(framing.top * (resized_height - height + 1))
-    left = int(framing.left * (resized_width - width + 1))
-    from_left = resized_width - width - left if framing.mirrored else left
+    top = int(placement.top * (resized_height - height + 1))
+    left = int(placement.left * (resized_width - width + 1))
+    from_left = resized_width - width - left if placement.mirrored else left
     x, y = picture.width / resized_width, picture.height / resized_height
     box = (from_left * x, top * y, (from_left + width) * x, (top + height) * y)
     inside = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
     cropped = picture.resize((width, height), Image.Resampling.LANCZOS, inside)
     array = np.array(cropped)
-    return (array[:, ::-1] if framing.mirrored else array), (top, left)
+    return (array[:, ::-1] if placement.mirrored else array), (top, left)
 
 
 def to_tensor(array: np.ndarray) -> Float[Tensor, "3 H W"]:

@@ -11,7 +11,7 @@ from typing import Any, final
 
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb
 from sfumato.data.entries import Entry, Refusals
-from sfumato.data.frame import Framing, Sample, Size, frame, to_tensor
+from sfumato.data.frame import Placement, Sample, Size, frame, to_tensor
 from sfumato.data.image_order import Order, Pick, Pool, check_counts
 from sfumato.data.skips import SkipReport
 from sfumato.data.stream import Stream, check_rows
@@ -46,14 +46,14 @@ class _Batch:
     drawn: tuple[int, ...]
 
 
-def make_sample(entry: Entry, size: Size, framing: Framing, bounds: Bounds) -> Sample:
+def make_sample(entry: Entry, size: Size, placement: Placement, bounds: Bounds) -> Sample:
     """Decode, resize and crop one picture.
 
     Raises:
         RefusedImageError: it cannot be used.
     """
     picture = read_rgb(entry.blob, bounds)
-    array, crop = frame(picture, size, framing)
+    array, crop = frame(picture, size, placement)
     original = (picture.height, picture.width)
     return Sample(to_tensor(array), entry.caption, original, crop, entry.name)
 
@@ -194,9 +194,9 @@ class ImageStream(Stream[Sample]):
         for attempt in range(2 * ATTEMPTS + 1):
             entry = self._entries[self._candidate(pick, attempt)]
             seed = derive(pick.seed, "frame", attempt)
-            framing = Framing.drawn(seed, random_crop=loading.random_crop, flip=loading.flip)
+            placement = Placement.drawn(seed, random_crop=loading.random_crop, flip=loading.flip)
             try:
-                sample = make_sample(entry, size, framing, loading.bounds)
+                sample = make_sample(entry, size, placement, loading.bounds)
             except RefusedImageError as error:
                 broken.append((entry, str(error)))
                 continue

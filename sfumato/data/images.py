@@ -8,7 +8,7 @@ from sfumato.config import ImageDataConfig, ImageSourceConfig
 from sfumato.data.buckets import assign, bucket_sizes, check_size
 from sfumato.data.decode import LARGEST, Bounds, RefusedImageError, read_size
 from sfumato.data.entries import Columns, Entry, Refusals
-from sfumato.data.frame import Framing, Sample, Size
+from sfumato.data.frame import Placement, Sample, Size
 from sfumato.data.image_pools import SourceSamples, build_pools
 from sfumato.data.image_sources import list_source
 from sfumato.data.image_stream import ImageStream, Loading, make_sample
@@ -80,7 +80,7 @@ def validation_samples(
     refusals = Refusals(log)
     for entry in (e for source in named_sources(config).values() for e in _list(source, log)):
         try:
-            samples.append(make_sample(entry, (height, width), Framing(), _bounds(config)))
+            samples.append(make_sample(entry, (height, width), Placement(), _bounds(config)))
         except RefusedImageError as error:
             refusals.add(entry, str(error))
         if len(samples) == count:
