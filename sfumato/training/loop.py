@@ -136,7 +136,7 @@ def take_step(
                 rng = Rng.of_step(training.seed, state.step, rows)
                 loss = module(batch[start : start + size], rng)
             state.scaler.scale(loss.value * (size / share)).backward()
-        losses.append(Loss(loss.value.detach(), loss.metrics))
+        losses.append(Loss(loss.value.detach(), loss.metrics, loss.partial))
 
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.parameters.values(), config.optimizer.max_grad_norm)
