@@ -8,7 +8,9 @@ import torch
 from families import COLORS, PIXELS, WRITERS, write_pictures
 from runs import start
 
+from sfumato.compose import compose_train
 from sfumato.config import (
+    CONF,
     ColorRewardConfig,
     DraftConfig,
     ModelConfig,
@@ -244,3 +246,31 @@ def test_parts_that_cannot_be_trained_are_refused(folders: dict[str, Path], name
     config = ModelConfig(pretrained=str(folders[name]), parts=["network", "vae"])
     with pytest.raises(ValueError, match=r"model.parts has 'vae'; .* can be trained: network"):
         find_family(config)
+
+
+# --- Recipes
+
+RECIPES = [
+    path for path in sorted((CONF / "recipe").glob("*.yaml")) if "family:" in path.read_text()
+]
+
+
+def test_every_family_has_its_recipes():
+    names = {path.stem for path in RECIPES}
+    for model in ("sd15", "sdxl", "sd35", "flux", "qwen_image"):
+        assert {f"{model}_sft_lora", f"{model}_sft_full"} <= names
+    assert {"sdxl_draft_plus", "sd35_draft_plus", "flux_draft_plus"} <= names
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
+def test_a_recipe_fits_its_family(folders: dict[str, Path], recipe: str):
+    given = ["model.pretrained=M", "data.prompts=P", "data.images.path=I"]
+    given += ["reward.pretrained=R"] if "draft" in recipe else []
+    config, _ = compose_train([f"recipe={recipe}", *given])
+    name = config.model.family
+    assert name is not None
+    settings = replace(config.model, pretrained=str(folders[name]), dtype="float32")
+    model = load(folders[name], **vars(settings))
+    trained = list(model.trainable())
+    assert all(("lora" in key) == (settings.trainable == "lora") for key in trained)
+    assert len(trained) >= 8
