@@ -4,6 +4,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -128,6 +129,7 @@ def config(pretrained: Path) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def model(config: TrainConfig) -> TextToImageModel:
+    torch.manual_seed(0)  # A of the adapter decides how far B moves the images
     return load_model(config.model)
 
 
@@ -208,6 +210,27 @@ def test_the_numbers_are_those_of_the_images(
     assert summary["diversity"]["per_prompt"] == pytest.approx(diversity, abs=1e-3)
     assert found.diversity == pytest.approx(np.mean(diversity), abs=1e-3)
     assert found.diversity_label == PixelDistance.label
+
+
+def test_without_a_reward_all_else_is_measured(
+    run: RunFolder, model: TextToImageModel, config: TrainConfig
+) -> None:
+    held = {"brightness": BrightnessReward(scale=1.0)}
+    red = ColorReward("red")
+    (scored,) = evaluate(run, model, config, red, [2], PROMPTS, held_out=held, **STUDY)
+    with_reward = rows_of(run, 2)
+    (found,) = evaluate(run, model, config, None, [2], PROMPTS, held_out=held, **STUDY)
+    assert found == replace(scored, reward=None, reward_error=None)
+    assert rows_of(run, 2) == [
+        {name: value for name, value in row.items() if name not in ("reward", "parts")}
+        for row in with_reward
+    ]
+    summary = json.loads((run.evaluation(2) / "summary.json").read_text())
+    assert not {"reward", "reward_error"} & summary.keys()
+    assert summary["settings"]["reward"] is None
+    written = (run.evaluation(2) / "summary.json").stat()
+    assert evaluate(run, model, config, None, [2], PROMPTS, held_out=held, **STUDY) == [found]
+    assert (run.evaluation(2) / "summary.json").stat() == written
 
 
 def test_done_steps_are_skipped_until_the_settings_change(
@@ -347,6 +370,13 @@ def test_a_curve_that_starts_higher_is_read_from_its_start() -> None:
 )
 def test_no_common_range(other: list[tuple[float, float]]) -> None:
     assert at_equal_reward(curve((1.0, 0.8), (5.0, 0.1)), curve(*other)) is None
+
+
+def test_steps_that_nothing_scored_are_left_out() -> None:
+    points = curve((1.0, 0.8), (2.0, 0.5), (5.0, 0.1))
+    blind = [*points, Evaluation(15, None, None, 0.0, "d")]
+    assert at_equal_reward(points, blind) == at_equal_reward(points, points)
+    assert at_equal_reward(points, blind[-1:]) is None
 
 
 def test_different_distances_are_not_compared() -> None:

@@ -17,10 +17,9 @@ from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import find_family, load_model
-from sfumato.rewards.build import build_reward
 from sfumato.training.checkpoint import best_step, list_checkpoints, read_shown_weights, step_of
 from sfumato.training.folder import RunFolder, step_name
-from sfumato.training.ingredients import validation_prompts
+from sfumato.training.ingredients import build_scorer, validation_prompts
 from sfumato.training.state import load_weights
 
 
@@ -132,7 +131,9 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     check_request(prompts, config.num_images, config.batch_size)
     find_family(trained.model, trained.sampler)
     device = default_device()
-    reward = build_reward(trained.reward).to(device)
+    reward = build_scorer(trained)
+    if reward is not None:
+        reward = reward.to(device)
     model = load_model(trained.model)
     model.to(device)
     results = evaluate(
@@ -148,8 +149,8 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
         features=config.features,
     )
     for result in results:
-        print(
-            f"step {result.step}: reward {result.reward:.4f} +- {result.reward_error:.4f}, "
-            f"{result.diversity_label} {result.diversity:.4f}"
-        )
+        measured = [f"{result.diversity_label} {result.diversity:.4f}"]
+        if result.reward is not None:
+            measured.insert(0, f"reward {result.reward:.4f} +- {result.reward_error:.4f}")
+        print(f"step {result.step}: {', '.join(measured)}")
     return results

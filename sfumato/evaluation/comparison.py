@@ -30,19 +30,26 @@ def compare(records: Sequence[RunRecord], base: Evaluation | None) -> list[Compa
     return found
 
 
-def steps_at_equal_reward(records: Sequence[RunRecord], base: Evaluation | None) -> list[int]:
-    """Return each run's evaluated step nearest the highest mean reward that all of them reach.
+def steps_at_equal_reward(
+    records: Sequence[RunRecord], base: Evaluation | None
+) -> list[tuple[RunRecord, int]]:
+    """Return, of runs with a reward, the evaluated step nearest the highest mean that all reach.
 
     Returns:
         [] where fewer than two runs are evaluated, or one of them never rises above the base.
     """
-    curves = [[one for one in record.evaluations if one.step] for record in records]
-    if len(records) < 2 or not all(curves):
+    scored = [record for record in records if record.scored]
+    curves = [
+        [(one.reward, one.step) for one in r.evaluations if one.step and one.reward is not None]
+        for r in scored
+    ]
+    if len(scored) < 2 or not all(curves):
         return []
-    reward = min(max(one.reward for one in curve) for curve in curves)
-    if base is not None and reward <= base.reward:
+    level = min(max(reward for reward, _ in curve) for curve in curves)
+    if base is not None and base.reward is not None and level <= base.reward:
         return []
-    return [min(curve, key=lambda one: abs(one.reward - reward)).step for curve in curves]
+    nearest = [min(curve, key=lambda point: abs(point[0] - level)) for curve in curves]
+    return [(record, step) for record, (_, step) in zip(scored, nearest, strict=True)]
 
 
 def from_base(record: RunRecord, base: Evaluation | None) -> list[Evaluation]:

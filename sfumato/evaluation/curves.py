@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # Okabe and Ito's colours that can be told apart on white, with and without colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -18,6 +18,7 @@ SYMBOLS = ("●", "■", "▲", "◆", "▼", "✚", "✖")  # the same, as char
 INK, GREY = "#222222", "#6b6b6b"
 LABEL_ROOM = 0.3  # of the width of the data
 LABEL_GAP = 13.0  # points between the labels of two lines
+PALE = 0.4  # opacity
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -50,6 +51,8 @@ class Line:
         style: which color and marker; the same in every figure.
         error: half the height of the bars at each point.
         name: written at the line's end, where there is room for it.
+        ring: a point of it that stands out.
+        pale: drawn behind the run's other line.
     """
 
     style: int
@@ -58,6 +61,8 @@ class Line:
     error: Sequence[float] | None = None
     markers: bool = True
     name: str = ""
+    ring: tuple[int | float, float] | None = None
+    pale: bool = False
 
     @property
     def color(self) -> str:
@@ -70,15 +75,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity over training steps; `base` is the base model's own value."""
+    """One quantity over training steps, or over t; `base` is the base model's own value."""
 
     title: str
     lines: Sequence[Line]
     base: float | None = None
+    over_t: bool = False  # with a logarithmic axis, as errors at different t differ in size
 
 
 def draw_panel(panel: Panel) -> str:
-    """Return the SVG of one quantity over steps."""
+    """Return the SVG of one quantity."""
     with rc_context({**STYLE, "svg.hashsalt": panel.title}):
         figure = Figure(figsize=(4.4, 2.9), layout="constrained")
         axes = figure.add_subplot()
@@ -87,8 +93,16 @@ def draw_panel(panel: Panel) -> str:
         if panel.base is not None:
             axes.axhline(panel.base, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
         axes.set_title(panel.title, color=INK)
-        axes.set_xlabel("training step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        if panel.over_t:
+            axes.set_xlabel("t (0: image, 1: noise)")
+            axes.set_xlim(0, 1)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_xlabel("training step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         return _svg(figure)
 
 
@@ -136,9 +150,21 @@ def _draw(axes: Axes, line: Line) -> None:
     # A round behind every six runs gets a dash of its own.
     dash = ("-", "--", ":", "-.")[line.style // len(COLORS) % 4]
     marker = line.marker if line.markers or len(line.x) == 1 else "none"
-    axes.plot(line.x, line.y, color=line.color, marker=marker, linestyle=dash)
+    alpha = PALE if line.pale else None
+    axes.plot(line.x, line.y, color=line.color, marker=marker, linestyle=dash, alpha=alpha)
     if line.error is not None:
-        axes.errorbar(line.x, line.y, line.error, fmt="none", ecolor=line.color, elinewidth=1)
+        axes.errorbar(
+            line.x, line.y, line.error, fmt="none", ecolor=line.color, elinewidth=1, alpha=alpha
+        )
+    if line.ring is not None:
+        axes.plot(
+            *line.ring,
+            marker="o",
+            markersize=12,
+            fillstyle="none",
+            color=line.color,
+            linestyle="none",
+        )
 
 
 def _label(axes: Axes, ends: Sequence[tuple[float, float, str]], dpi: float) -> None:

@@ -26,7 +26,7 @@ from sfumato.evaluation.results import (
 from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
-from sfumato.rewards.reward import Reward
+from sfumato.rewards.reward import Reward, Score
 from sfumato.training.checkpoint import (
     fingerprint,
     list_checkpoints,
@@ -43,7 +43,7 @@ HeldOut = Callable[[Tensor, Sequence[str]], Tensor]
 class _Study:
     model: TextToImageModel
     config: TrainConfig
-    reward: Reward
+    reward: Reward | None
     held_out: Mapping[str, HeldOut]
     prompts: Sequence[str]
     num_images: int
@@ -65,7 +65,7 @@ def evaluate(
     run: RunFolder,
     model: TextToImageModel,
     config: TrainConfig,
-    reward: Reward,
+    reward: Reward | None,
     steps: Sequence[int],
     prompts: Sequence[str],
     *,
@@ -83,6 +83,7 @@ def evaluate(
 
     Args:
         config: of the run; its sampler and precision are used.
+        reward: that `config.reward` names; without one, images and the other measures are made.
         num_images: per prompt, at least 2.
         features: what diversity is measured by; see `build_distance`.
         held_out: scores that were not trained on, each a function of images in [0, 1] and prompts.
@@ -95,7 +96,7 @@ def evaluate(
             not finite, or the result cannot be written.
     """
     check_request(prompts, num_images, batch_size)
-    settings = _settings(config, prompts, num_images, seed, features, held_out)
+    settings = _settings(config, reward, prompts, num_images, seed, features, held_out)
     wanted = sorted(set(steps))
     todo = [step for step in wanted if not _is_current(run, step, settings)]
     checkpoints = {step: _find_checkpoint(run, step) for step in todo if step}
@@ -130,6 +131,7 @@ def check_request(prompts: Sequence[str], num_images: int, batch_size: int) -> N
 
 def _settings(
     config: TrainConfig,
+    reward: Reward | None,
     prompts: Sequence[str],
     num_images: int,
     seed: int,
@@ -137,14 +139,14 @@ def _settings(
     held_out: Mapping[str, HeldOut],
 ) -> dict[str, Any]:
     """Return all that the numbers depend on but the step, as JSON gives it back."""
-    reward = asdict(config.reward)
-    reward.pop("gradient_checkpointing", None)
+    scored = {"kind": type(config.reward).__name__, **asdict(config.reward)}
+    scored.pop("gradient_checkpointing", None)
     plain = {
         "pretrained": config.model.pretrained,
         "dtype": config.model.dtype,
         "precision": config.training.precision,
         "sampler": asdict(config.sampler),
-        "reward": {"kind": type(config.reward).__name__, **reward},
+        "reward": scored if reward is not None else None,
         "prompts": list(prompts),
         "num_images": num_images,
         "seed": seed,
@@ -238,11 +240,8 @@ def _shoot(study: _Study, step: int, jobs: Sequence[tuple[int, int]]) -> list[_S
         images = generate(
             study.model, texts, seeds, study.config.sampler, schedule="draft" if step else "base"
         )
-        score = study.reward.score(images, texts)
-    values = score.value.float().tolist()
-    if not np.isfinite(values).all():
-        raise ValueError(f"at step {step} the rewards of {texts} are {values}; leave the step out")
-    parts = {name: part.float().tolist() for name, part in score.parts.items()}
+        score = study.reward.score(images, texts) if study.reward is not None else None
+    rewards = _rewards(score, step, texts) if score is not None else [{} for _ in texts]
     held = {name: rate(images, texts).float().tolist() for name, rate in study.held_out.items()}
     shots = []
     for row, (prompt, index) in enumerate(jobs):
@@ -252,23 +251,35 @@ def _shoot(study: _Study, step: int, jobs: Sequence[tuple[int, int]]) -> list[_S
             "index": index,
             "seed": seeds[row],
             "image": f"images/{prompt:03d}-{index:03d}.png",
-            "reward": values[row],
-            "parts": {name: part[row] for name, part in parts.items()},
+            **rewards[row],
             "held_out": {name: part[row] for name, part in held.items()},
         }
         shots.append(_Shot(images[row].cpu(), record))
     return shots
 
 
+def _rewards(score: Score, step: int, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what each image's row says of its reward."""
+    values = score.value.float().tolist()
+    if not np.isfinite(values).all():
+        raise ValueError(f"at step {step} the rewards of {texts} are {values}; leave the step out")
+    parts = {name: part.float().tolist() for name, part in score.parts.items()}
+    return [
+        {"reward": value, "parts": {name: part[row] for name, part in parts.items()}}
+        for row, value in enumerate(values)
+    ]
+
+
 def _means(rows: Sequence[Mapping[str, Any]], num_images: int) -> dict[str, Any]:
-    rewards = np.array([row["reward"] for row in rows]).reshape(-1, num_images)
-    # Prompts are the same for every model: only noise within each of them is a source of error.
-    errors = rewards.std(axis=1, ddof=1) / num_images**0.5
-    return {
-        "reward": float(rewards.mean()),
-        "reward_error": float(np.sqrt((errors**2).sum()) / len(errors)),
-        "held_out": {
-            name: float(np.mean([row["held_out"][name] for row in rows]))
-            for name in rows[0]["held_out"]
-        },
+    means: dict[str, Any] = {}
+    if "reward" in rows[0]:
+        rewards = np.array([row["reward"] for row in rows]).reshape(-1, num_images)
+        # Prompts are the same for every model: only noise within each is a source of error.
+        errors = rewards.std(axis=1, ddof=1) / num_images**0.5
+        means["reward"] = float(rewards.mean())
+        means["reward_error"] = float(np.sqrt((errors**2).sum()) / len(errors))
+    means["held_out"] = {
+        name: float(np.mean([row["held_out"][name] for row in rows]))
+        for name in rows[0]["held_out"]
     }
+    return means

@@ -1,5 +1,6 @@
 """A run folder as the report sees it: read once, checked, with what is missing said in words."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,17 +33,39 @@ class RunRecord:
     evaluations: Sequence[Evaluation]
     evaluated_with: Mapping[str, Any] | None
 
+    def setting(self, *keys: str) -> Any:
+        """Return one of the settings, by the keys that lead to it; None without it."""
+        found: Any = self.settings
+        for key in keys:
+            found = (found or {}).get(key)
+        return found
+
     @property
     def kl_coeff(self) -> float | None:
-        return (self.settings.get("objective") or {}).get("kl_coeff")
+        return self.setting("objective", "kl_coeff")
 
     @property
     def seed(self) -> int | None:
-        return (self.settings.get("training") or {}).get("seed")
+        return self.setting("training", "seed")
+
+    @property
+    def supervised(self) -> bool:
+        return self.setting("objective", "kind") == "supervised"
+
+    @property
+    def scored(self) -> bool:
+        """Say whether a reward belongs to the run, to train on or to measure by."""
+        return self.setting("reward", "kind") != "none"
 
     @property
     def objective(self) -> str:
         """Name the objective as papers do."""
+        if self.supervised:
+            lora = f"LoRA rank {self.setting('model', 'lora', 'rank')}"
+            trained = {"lora": lora, "full": "all weights"}.get(self.setting("model", "trainable"))
+            return f"Supervised, {trained}" if trained else "Supervised"
+        if self.setting("objective", "kind") == "own":
+            return "An objective of one's own"
         if self.kl_coeff is None:
             return "unknown"
         return f"DRaFT+, kl_coeff {self.kl_coeff:g}" if self.kl_coeff else "DRaFT"
@@ -52,6 +75,12 @@ class RunRecord:
         """Return how far it was trained, as far as its files show."""
         logged = int(self.metrics[-1]["step"]) if self.metrics else 0
         return max([logged, *(one.step for one in self.evaluations)])
+
+    @property
+    def images_seen(self) -> int | None:
+        """Return how many images supervised training took in, repeats counted."""
+        batch = self.setting("training", "global_batch_size")
+        return self.steps * batch if self.supervised and batch else None
 
     @property
     def base(self) -> Evaluation | None:
@@ -70,12 +99,12 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class ShownImage:
-    """One row of scores.jsonl."""
+    """One row of scores.jsonl, or one side of a validation pair."""
 
     prompt: str
     prompt_index: int
     index: int
-    reward: float
+    reward: float | None
     file: Path
 
 
@@ -89,8 +118,8 @@ def read_runs(runs: Sequence[RunFolder]) -> list[RunRecord]:
         raise ValueError("there are no runs to report; name at least one run folder")
     records = [_read_run(run, name) for run, name in zip(runs, _names(runs), strict=True)]
     evaluated = [record for record in records if record.evaluated_with is not None]
-    for record in evaluated[1:]:
-        _compare(evaluated[0], record)
+    for first, second in itertools.combinations(evaluated, 2):
+        _compare(first, second)
     return records
 
 
@@ -107,7 +136,7 @@ def read_scores(record: RunRecord, step: int) -> list[ShownImage]:
                 row["prompt"],
                 row["prompt_index"],
                 row["index"],
-                row["reward"],
+                row.get("reward"),
                 place / row["image"],
             )
             for row in _rows(place / SCORES)
@@ -185,7 +214,11 @@ def _read_starts(run: RunFolder) -> list[dict[str, Any]]:
 
 def _compare(first: RunRecord, second: RunRecord) -> None:
     assert first.evaluated_with is not None and second.evaluated_with is not None
-    _refuse(first.name, second.name, first.evaluated_with, second.evaluated_with)
+    settings = [dict(first.evaluated_with), dict(second.evaluated_with)]
+    if any(one.get("reward") is None for one in settings):
+        for one in settings:  # where only one of two has rewards, there are none to be mixed up
+            one.pop("reward", None)
+    _refuse(first.name, second.name, *settings)
 
 
 def _refuse(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:

@@ -18,14 +18,15 @@ class Evaluation:
     """What one checkpoint scored; step 0 is the base model.
 
     Attributes:
+        reward: mean over images; None where nothing scored them.
         reward_error: standard error of `reward` over noise, the prompts held fixed.
         diversity: mean over prompts of what `diversity_label` names.
         held_out: mean of each score that was not trained on.
     """
 
     step: int
-    reward: float
-    reward_error: float
+    reward: float | None
+    reward_error: float | None
     diversity: float
     diversity_label: str
     held_out: Mapping[str, float] = field(default_factory=dict)
@@ -58,8 +59,8 @@ def read_evaluations(run: RunFolder) -> list[Evaluation]:
         found.append(
             Evaluation(
                 step=summary["step"],
-                reward=summary["reward"],
-                reward_error=summary["reward_error"],
+                reward=summary.get("reward"),
+                reward_error=summary.get("reward_error"),
                 diversity=diversity["mean"],
                 diversity_label=diversity["label"],
                 held_out=summary["held_out"],
@@ -77,9 +78,10 @@ def read_summary(place: Path) -> dict[str, Any]:
     file = place / SUMMARY
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
-        missing = {"step", "reward", "reward_error", "diversity", "held_out", "settings"}
-        missing -= summary.keys()
-        if missing:
+        wanted = {"step", "diversity", "held_out", "settings"}
+        if summary.get("settings", {}).get("reward", "of an older version") is not None:
+            wanted |= {"reward", "reward_error"}
+        if missing := wanted - summary.keys():
             raise ValueError(f"{', '.join(sorted(missing))} missing")
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -96,7 +98,7 @@ def at_equal_reward(
     The levels are evenly spaced: from above the reward that both curves start from (the higher of
     the two starts) up to the highest that both reach. At a level, a curve is read where it gets
     there first in the order of steps, linearly in reward between two evaluated steps; what a curve
-    does after that, falling back included, is left out.
+    does after that, falling back included, is left out, and so are steps that nothing scored.
 
     Returns:
         None if there is no such level.
@@ -110,9 +112,9 @@ def at_equal_reward(
             f"diversity was measured as {' and as '.join(sorted(labels))}; evaluate both runs with "
             "the same features"
         )
-    if not baseline or not other:
+    curves = [_points(baseline), _points(other)]
+    if not all(curves):
         return None
-    curves = [sorted(curve, key=lambda point: point.step) for curve in (baseline, other)]
     low = max(curve[0].reward for curve in curves)
     high = min(max(point.reward for point in curve) for curve in curves)
     if high <= low:
@@ -124,7 +126,18 @@ def at_equal_reward(
     return EqualReward(levels, first, second, sum(differences) / len(differences))
 
 
-def _diversity_at(curve: Sequence[Evaluation], level: float) -> float:
+@dataclass(frozen=True)
+class _Point:
+    reward: float
+    diversity: float
+
+
+def _points(curve: Sequence[Evaluation]) -> list[_Point]:
+    ordered = sorted(curve, key=lambda one: one.step)
+    return [_Point(one.reward, one.diversity) for one in ordered if one.reward is not None]
+
+
+def _diversity_at(curve: Sequence[_Point], level: float) -> float:
     """Return the diversity where a curve that starts below a level reaches it first."""
     for before, after in itertools.pairwise(curve):
         if after.reward >= level:

@@ -4,10 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sfumato.evaluation.losses import validation_loss
 from sfumato.evaluation.records import RunRecord, differing
 from sfumato.evaluation.results import EqualReward, Evaluation
 
-MINUS, PLUS_MINUS = "−", "±"
+MINUS, PLUS_MINUS, NONE = "−", "±", "–"
+HELD_OUT = "held-out score "  # keeps a score's column apart from others of the same name
+LOSSES = ("images seen", "validation loss before", "lowest validation loss", "last validation loss")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Table:
 def number(value: float, like: float | None = None, *, sign: bool = False) -> str:
     """Write a number with as many decimals as its size, or that of `like`, calls for."""
     if not math.isfinite(value):
-        return "–"
+        return NONE
     size = abs(value if like is None else like)
     decimals = 1 if size >= 100 else 2 if size >= 1 else 3 if size >= 0.01 else 5
     text = f"{value:+.{decimals}f}" if sign else f"{value:.{decimals}f}"
@@ -39,27 +42,48 @@ def number(value: float, like: float | None = None, *, sign: bool = False) -> st
     return text.replace("-", MINUS)
 
 
+def loss_number(value: float) -> str:
+    """Write a loss, whose last digits count."""
+    return number(value, value / 100)
+
+
+def change(before: float, after: float) -> str:
+    """Write by which part a loss changed."""
+    if not before:
+        return NONE
+    return f"{number(100 * (after - before) / before, 100.0, sign=True)}%"
+
+
 def summary_table(records: Sequence[RunRecord], base: Evaluation | None) -> Table:
     """Return one row per model: what was trained, and what its last evaluation measured."""
-    held_out = held_out_names(records)
     label = next((r.evaluations[0].diversity_label for r in records if r.evaluations), "diversity")
-    header = ["model", "objective", "steps", "reward", *held_out, label]
+    losses = LOSSES if any(record.supervised for record in records) else ()
+    rewards = ["reward"] if any(record.scored for record in records) else []
+    evaluated = rewards or any(record.evaluations for record in records)
+    held_out = [f"{HELD_OUT}{name}" for name in held_out_names(records)]
+    scores = [*rewards, *held_out, label] if evaluated else []
     rows = []
     if base is not None:
-        rows.append([Cell("base model"), Cell("–"), Cell("0"), *_scores(base, None, held_out)])
+        cells = {"model": Cell("base model"), "steps": Cell("0")}
+        rows.append(cells | _scores(base, None, label))
     for record in records:
         final = record.final
-        scores = (
-            [Cell("not evaluated")] * (len(held_out) + 2)
-            if final is None
-            else _scores(final, base, held_out)
-        )
         partly = final is not None and final.step != record.steps
         note = f"evaluated at {final.step}" if final is not None and partly else ""
-        rows.append(
-            [Cell(record.name), Cell(record.objective), Cell(str(record.steps), note), *scores]
-        )
-    return Table("", header, rows)
+        cells = {
+            "model": Cell(record.name),
+            "objective": Cell(record.objective),
+            "steps": Cell(str(record.steps), note),
+        }
+        if final is not None:
+            cells |= _scores(final, base, label)
+        else:
+            missing = scores if record.scored else [*held_out, label]
+            cells |= {name: Cell("not evaluated") for name in missing}
+        rows.append(cells | _losses(record))
+    header = ["model", "objective", "steps", *losses, *scores]
+    names = [name.removeprefix(HELD_OUT) for name in header]
+    return Table("", names, [[row.get(name, Cell(NONE)) for name in header] for row in rows])
 
 
 def equal_reward_table(baseline: str, other: str, result: EqualReward) -> Table:
@@ -82,7 +106,7 @@ def origin_table(records: Sequence[RunRecord]) -> Table:
     rows = [[Cell("starts"), *(Cell(str(len(record.starts))) for record in records)]]
     for key in keys:
         values = [start.get(key) for start in last]
-        shown = ["–" if value is None else str(value) for value in values]
+        shown = [NONE if value is None else str(value) for value in values]
         if key == "commit":
             shown = [value[:12] for value in shown]
         rows.append([Cell(key.replace("_", " ")), *(Cell(value) for value in shown)])
@@ -103,19 +127,39 @@ def held_out_names(records: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys(n for r in records for one in r.evaluations for n in one.held_out))
 
 
-def _scores(one: Evaluation, base: Evaluation | None, held_out: Sequence[str]) -> list[Cell]:
-    """Return reward, held-out scores and diversity, each with its distance from the base."""
+def _scores(one: Evaluation, base: Evaluation | None, label: str) -> dict[str, Cell]:
+    """Return what was measured by column, each value with its distance from the base."""
 
     def against(value: float, own: float | None) -> str:
         return "" if own is None else number(value - own, value, sign=True)
 
-    error = f" {PLUS_MINUS} {number(one.reward_error, one.reward)}"
-    cells = [Cell(number(one.reward) + error, against(one.reward, base and base.reward))]
-    for name in held_out:
-        if name not in one.held_out:
-            cells.append(Cell("–"))
-            continue
+    cells = {}
+    if one.reward is not None and one.reward_error is not None:
+        text = f"{number(one.reward)} {PLUS_MINUS} {number(one.reward_error, one.reward)}"
+        cells["reward"] = Cell(text, against(one.reward, base and base.reward))
+    for name, value in one.held_out.items():
         own = base.held_out.get(name) if base else None
-        cells.append(Cell(number(one.held_out[name]), against(one.held_out[name], own)))
-    cells.append(Cell(number(one.diversity), against(one.diversity, base and base.diversity)))
+        cells[f"{HELD_OUT}{name}"] = Cell(number(value), against(value, own))
+    difference = against(one.diversity, base and base.diversity)
+    return cells | {label: Cell(number(one.diversity), difference)}
+
+
+def _losses(record: RunRecord) -> dict[str, Cell]:
+    """Return what supervised training saw and reached, by column."""
+    loss, seen = validation_loss(record), record.images_seen
+    if not record.supervised:
+        return {}
+    cells = {"images seen": Cell(str(seen))} if seen is not None else {}
+    if loss is None:
+        return cells
+    if loss.before is not None:
+        cells["validation loss before"] = Cell(loss_number(loss.before.value))
+    if loss.lowest is not None:
+        at = f"step {loss.lowest.step}"
+        cells["lowest validation loss"] = Cell(loss_number(loss.lowest.value), at)
+    if loss.last is not None:
+        notes = [change(loss.before.value, loss.last.value)] if loss.before is not None else []
+        if loss.last.step != record.steps:
+            notes.append(f"step {loss.last.step}")
+        cells["last validation loss"] = Cell(loss_number(loss.last.value), ", ".join(notes))
     return cells

@@ -1,0 +1,133 @@
+"""What supervised training measured: the validation loss, and the loss by t at start and end."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sfumato.evaluation.records import RunRecord
+
+BY_T = "mse_by_t/"  # and the bin: mse_by_t/0.0-0.1
+SHARE = 10  # of training: its first and its last tenth
+FEWEST = 25  # logged steps that are averaged, if there are twice as many
+SOURCE = ("path", "base_path", "image_column", "caption_column")  # says which images these are
+BOUNDS = ("min_size", "max_pixels")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value and the step at which it was measured."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """The validation loss of a run; `before` is that of step 0, the others of trained weights."""
+
+    before: Measured | None
+    lowest: Measured | None
+    last: Measured | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The loss as a function of t.
+
+    Attributes:
+        t: the middle of each bin.
+        mean: over those logged steps that had rows in the bin.
+        error: the standard error of `mean`; nan of a single step.
+    """
+
+    t: Sequence[float]
+    mean: Sequence[float]
+    error: Sequence[float]
+
+
+@dataclass(frozen=True)
+class LossByT:
+    """The loss by t in the first and in the last steps of training, `window` of them each."""
+
+    start: Profile
+    end: Profile
+    window: int
+
+
+def validation_loss(record: RunRecord) -> ValidationLoss | None:
+    """Return what was measured of the validation loss, or None without any.
+
+    The lowest is the first of equals, and never step 0, which has no checkpoint.
+    """
+    steps, values = record.series("validation/loss")
+    found = [Measured(int(step), value) for step, value in zip(steps, values, strict=True)]
+    if not found:
+        return None
+    trained = [one for one in found if one.step]
+    return ValidationLoss(
+        before=next((one for one in found if one.step == 0), None),
+        lowest=min(trained, key=lambda one: one.value, default=None),
+        last=trained[-1] if trained else None,
+    )
+
+
+def loss_by_t(record: RunRecord) -> LossByT | None:
+    """Return the loss by t at both ends of training, or None where fewer than two steps have it."""
+    rows = [row for row in record.metrics if any(key.startswith(BY_T) for key in row)]
+    window = max(len(rows) // SHARE, min(FEWEST, len(rows) // 2))
+    if not window:
+        return None
+    return LossByT(_profile(rows[:window]), _profile(rows[-window:]), window)
+
+
+def _profile(rows: Sequence[Mapping[str, int | float]]) -> Profile:
+    bins: dict[float, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith(BY_T):
+                low, high = key.removeprefix(BY_T).split("-")
+                bins.setdefault((float(low) + float(high)) / 2, []).append(value)
+    t = sorted(bins)
+    return Profile(
+        t=t,
+        mean=[statistics.fmean(bins[middle]) for middle in t],
+        error=[_standard_error(bins[middle]) for middle in t],
+    )
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
+def has_held_out(record: RunRecord) -> bool:
+    """Say whether the validation loss is of images that are not trained on."""
+    own = record.setting("validation", "images") or {}
+    return bool(own.get("path") or own.get("sources"))
+
+
+def unlike(records: Sequence[RunRecord]) -> list[str]:
+    """Return the settings that keep the validation losses of runs from being comparable."""
+    facts = [_measured_with(record) for record in records]
+    pairs = itertools.pairwise(facts)
+    return list(dict.fromkeys(key for a, b in pairs for key in a if a[key] != b[key]))
+
+
+def _measured_with(record: RunRecord) -> dict[str, Any]:
+    """Return the settings that decide what a validation loss is of."""
+    where = "validation" if has_held_out(record) else "data"
+    images = record.setting(where, "images") or {}
+    sources = [images, *(images.get("sources") or {}).values()]
+    return {
+        "model.pretrained": record.setting("model", "pretrained"),
+        "validation.images": [
+            [images.get(key) for key in BOUNDS],
+            *([source.get(key) for key in SOURCE] for source in sources),
+        ],
+        "validation.loss_images": record.setting("validation", "loss_images"),
+        "validation.seed": record.setting("validation", "seed"),
+        "sampler.height": record.setting("sampler", "height"),
+        "sampler.width": record.setting("sampler", "width"),
+    }
