@@ -11,9 +11,10 @@ from sfumato.compose import DEMO_IMAGES, compose_train
 from sfumato.demo.concept import (
     ALL_SHAPES,
     CONCEPT,
-    CONCEPT_IMAGES,
     NUM_HELD_OUT,
+    NUM_OLD,
     NUM_TRAIN,
+    old_scenes,
     split,
     write_images,
 )
@@ -25,6 +26,7 @@ from sfumato.training.distribution import Distribution
 from sfumato.training.run import train
 
 KILOBYTE = 2**10
+FOLDERS = {"moons": NUM_TRAIN, "moons_held_out": NUM_HELD_OUT, "shapes": NUM_OLD}
 
 
 def captions(folder: Path) -> list[str]:
@@ -35,36 +37,36 @@ def captions(folder: Path) -> list[str]:
 def test_the_shipped_pictures_are_those_of_the_function(tmp_path: Path) -> None:
     write_images(tmp_path)
     files = sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*.*"))
-    assert files == sorted(f.relative_to(CONCEPT_IMAGES) for f in CONCEPT_IMAGES.rglob("*.*"))
-    for name, count in (("train", NUM_TRAIN), ("held_out", NUM_HELD_OUT)):
-        assert captions(tmp_path / name) == captions(CONCEPT_IMAGES / name)
+    assert files == sorted(file.relative_to(DEMO_IMAGES) for file in DEMO_IMAGES.rglob("*.*"))
+    for name, count in FOLDERS.items():
+        assert captions(tmp_path / name) == captions(DEMO_IMAGES / name)
         pictures = [file for file in files if file.parts[0] == name and file.suffix == ".png"]
         assert len(pictures) == count
         made, shipped = (
-            load_images([folder / file for file in pictures])
-            for folder in (tmp_path, CONCEPT_IMAGES)
+            load_images([folder / file for file in pictures]) for folder in (tmp_path, DEMO_IMAGES)
         )
         assert_close(shipped, made, rtol=0, atol=1.01 / 255)  # rounding to 8 bits
     size = sum(file.stat().st_size for file in DEMO_IMAGES.rglob("*") if file.is_file())
     assert size < 300 * KILOBYTE
 
 
-def test_pictures_show_what_their_captions_say() -> None:
-    for name in ("train", "held_out"):
-        files = sorted((CONCEPT_IMAGES / name).glob("*.png"))
-        for caption, image in zip(captions(CONCEPT_IMAGES / name), load_images(files), strict=True):
-            assert read_image(image, ALL_SHAPES) == parse_caption(caption, ALL_SHAPES)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_pictures_show_what_their_captions_say(name: str) -> None:
+    files = sorted((DEMO_IMAGES / name).glob("*.png"))
+    for caption, image in zip(captions(DEMO_IMAGES / name), load_images(files), strict=True):
+        assert read_image(image, ALL_SHAPES) == parse_caption(caption, ALL_SHAPES)
 
 
 def test_held_out_scenes_are_in_no_training_caption() -> None:
     parts = split()
     scenes = [*parts.train, *parts.held_out, *parts.rest]
     assert len(scenes) == len(set(scenes)) == 8 * 7 * 3 * 5
-    trained = set(captions(CONCEPT_IMAGES / "train"))
+    trained = set(captions(DEMO_IMAGES / "moons"))
     assert trained == {scene.caption() for scene in parts.train}
     assert trained.isdisjoint(scene.caption() for scene in (*parts.held_out, *parts.rest))
     for i in range(1, 5):  # each color, size, background and place has been seen with the concept
         assert {s.values()[i] for s in parts.train} == {s.values()[i] for s in scenes}
+    assert all(scene.shape in SHAPES for scene in old_scenes())
 
 
 def test_the_concept_is_new_to_the_world() -> None:
@@ -86,7 +88,7 @@ def test_captions_fit_the_text_encoder() -> None:
     config, _ = compose_train(["recipe=demo_finetune"])
     tokenizer = CLIPTokenizer.from_pretrained(Path(config.model.pretrained) / "tokenizer")
     parts = split()
-    for scene in (*parts.train, *parts.held_out, *parts.rest):
+    for scene in (*parts.train, *parts.held_out, *parts.rest, *old_scenes()):
         assert len(tokenizer(scene.caption())["input_ids"]) <= TEXT_LENGTH
 
 
@@ -106,7 +108,7 @@ def test_two_steps_of_the_recipe_run_whole(tmp_path: Path) -> None:
             "validation.loss_images=4",
         ]
     )
-    assert config.data.images.path == str(CONCEPT_IMAGES / "train")
+    assert config.data.images.sources["moons"].path == str(DEMO_IMAGES / "moons")
     outcome = train(config, plain, Distribution(config.training))
     run = tmp_path / config.name
     assert outcome.step == 2
@@ -116,4 +118,4 @@ def test_two_steps_of_the_recipe_run_whole(tmp_path: Path) -> None:
     assert len(losses) == 2  # before and after
     pairs = (run / "samples" / "step-000002" / "pairs.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in pairs]
-    assert prompts == captions(CONCEPT_IMAGES / "held_out")[:2]
+    assert prompts == captions(DEMO_IMAGES / "moons_held_out")[:2]

@@ -4,7 +4,8 @@ Background and shape color come from medians; the picture is then projected onto
 the two, and the coverage found so is compared with the coverage of every shape of the same area.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from sfumato.demo.world import (
     PLACES,
     RADII,
     SHAPES,
+    Distance,
     Scene,
     coverage,
 )
@@ -31,29 +33,24 @@ def _nearest_color(rgb: Float[Tensor, "3"]) -> str:
     return names[int(distances.argmin())]
 
 
-def _unit_areas() -> dict[str, float]:
-    """Return each shape's area in units of its radius squared."""
+@cache
+def _unit_area(shape: Distance) -> float:
+    """Return a shape's area in units of its radius squared."""
     middle, radius = torch.tensor([IMAGE_SIZE / 2]), 24.0
-    return {
-        name: float(coverage(name, middle, middle, torch.tensor([radius])).sum()) / radius**2
-        for name in SHAPES
-    }
+    return float(coverage(shape, middle, middle, torch.tensor([radius])).sum()) / radius**2
 
 
-_AREAS = _unit_areas()
-
-
-def _fit(mask: Float[Tensor, "64 64"]) -> tuple[str, float, float]:
+def _fit(mask: Float[Tensor, "64 64"], shapes: Mapping[str, Distance]) -> tuple[str, float, float]:
     """Return the shape that fits a coverage best, its radius in pixels and the overlap."""
     area = mask.sum()
     grid = torch.arange(IMAGE_SIZE) + 0.5
     x = (mask.sum(0) * grid).sum() / area
     y = (mask.sum(1) * grid).sum() / area
     best = ("", 0.0, 0.0)
-    for name in SHAPES:
-        radius = (area / _AREAS[name]).sqrt()
+    for name, shape in shapes.items():
+        radius = (area / _unit_area(shape)).sqrt()
         for stretch in (0.96, 1.0, 1.04):
-            candidate = coverage(name, x[None], y[None], (radius * stretch)[None])[0]
+            candidate = coverage(shape, x[None], y[None], (radius * stretch)[None])[0]
             overlap = float(
                 torch.minimum(mask, candidate).sum() / torch.maximum(mask, candidate).sum()
             )
@@ -69,8 +66,14 @@ def _place(mask: Float[Tensor, "64 64"]) -> str:
     return list(PLACES)[int((targets - centre).norm(dim=1).argmin())]
 
 
-def read_image(image: Float[Tensor, "3 64 64"]) -> Scene | None:
-    """Return the attributes that a picture in [0, 1] shows, or None if it shows no known shape."""
+def read_image(
+    image: Float[Tensor, "3 64 64"], shapes: Mapping[str, Distance] = SHAPES
+) -> Scene | None:
+    """Return the attributes that a picture in [0, 1] shows, or None if it shows no known shape.
+
+    Args:
+        shapes: that are known; each has its centre of mass at the origin.
+    """
     image = image.detach().float().cpu().clamp(0, 1)
     frame = torch.cat([image[:, :2].flatten(1), image[:, -2:].flatten(1),
                        image[:, :, :2].flatten(1), image[:, :, -2:].flatten(1)], dim=1)  # fmt: skip
@@ -84,7 +87,7 @@ def read_image(image: Float[Tensor, "3 64 64"]) -> Scene | None:
     mask = ((image - back[:, None, None]) * axis[:, None, None]).sum(0) / (axis @ axis)
     mask = mask.clamp(0, 1)
     mask = torch.where(mask < 0.15, torch.zeros(()), mask)
-    shape, radius, overlap = _fit(mask)
+    shape, radius, overlap = _fit(mask, shapes)
     if overlap < MIN_OVERLAP:
         return None
     return Scene(
@@ -97,9 +100,14 @@ def read_image(image: Float[Tensor, "3 64 64"]) -> Scene | None:
 
 
 def attribute_accuracy(
-    images: Float[Tensor, "b 3 64 64"], asked: Sequence[Scene]
+    images: Float[Tensor, "b 3 64 64"],
+    asked: Sequence[Scene],
+    shapes: Mapping[str, Distance] = SHAPES,
 ) -> Float[Tensor, " b"]:
     """Return 1 for each picture that shows everything its prompt asks for, else 0."""
     return torch.tensor(
-        [float(want.matches(read_image(image))) for want, image in zip(asked, images, strict=True)]
+        [
+            float(want.matches(read_image(image, shapes)))
+            for want, image in zip(asked, images, strict=True)
+        ]
     )

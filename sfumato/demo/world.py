@@ -6,14 +6,16 @@ zero; its coverage of a pixel, antialiased, is clip(1/2 - d, 0, 1).
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 IMAGE_SIZE = 64
+Distance: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, y and the radius
 
 PALETTE: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.10, 0.12),
@@ -37,7 +39,7 @@ PLACE_OFFSET = 13.0  # pixels from the middle of the picture
 MARGIN = 2.5  # pixels between a shape and the frame
 
 
-def _folded(n: int, inner: float, turn: float) -> Callable[..., Tensor]:
+def _folded(n: int, inner: float, turn: float) -> Distance:
     """Return the distance to an n-fold star polygon with `inner` over outer radius, turned."""
     half = math.pi / n
     tip = torch.tensor([1.0, 0.0])
@@ -70,7 +72,7 @@ def _cross(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     return torch.maximum(long - r, short - 0.34 * r)
 
 
-SHAPES: dict[str, Callable[..., Tensor]] = {
+SHAPES: dict[str, Distance] = {
     "circle": _circle,
     "square": _folded(4, math.cos(math.pi / 4), math.pi / 4),
     "triangle": _folded(3, 0.5, -math.pi / 2),
@@ -134,7 +136,7 @@ def partial(scene: Scene, rng: random.Random, keep: float = 0.5) -> Scene:
     return Scene(scene.shape, *kept)
 
 
-def parse_caption(caption: str) -> Scene:
+def parse_caption(caption: str, shapes: Mapping[str, Distance] = SHAPES) -> Scene:
     """Read a caption of this world back into its scene.
 
     Raises:
@@ -142,11 +144,11 @@ def parse_caption(caption: str) -> Scene:
     """
     head, _, tail = caption.lower().partition(" on a")
     words = head.replace(",", " ").split()
-    shape = next((word for word in words if word in SHAPES), None)
+    shape = next((word for word in words if word in shapes), None)
     if shape is None:
         raise ValueError(
             f"the prompt {caption!r} names no shape of the demo world; name one of "
-            f"{', '.join(SHAPES)}"
+            f"{', '.join(shapes)}"
         )
     background = next((name for name in PALETTE if f"{name} background" in tail), None)
     return Scene(
@@ -159,17 +161,19 @@ def parse_caption(caption: str) -> Scene:
 
 
 def coverage(
-    shape: str, x: Float[Tensor, " b"], y: Float[Tensor, " b"], radius: Float[Tensor, " b"]
+    shape: Distance, x: Float[Tensor, " b"], y: Float[Tensor, " b"], radius: Float[Tensor, " b"]
 ) -> Float[Tensor, "b 64 64"]:
     """Return how much of each pixel a shape covers, in [0, 1]; centres and radii in pixels."""
     grid = torch.arange(IMAGE_SIZE, dtype=x.dtype, device=x.device) + 0.5
     dx = grid[None, None, :] - x[:, None, None]
     dy = grid[None, :, None] - y[:, None, None]
     dx, dy = torch.broadcast_tensors(dx, dy)
-    return (0.5 - SHAPES[shape](dx, dy, radius[:, None, None])).clamp(0, 1)
+    return (0.5 - shape(dx, dy, radius[:, None, None])).clamp(0, 1)
 
 
-def render(scenes: Sequence[Scene], rng: random.Random) -> Float[Tensor, "b 3 64 64"]:
+def render(
+    scenes: Sequence[Scene], rng: random.Random, shapes: Mapping[str, Distance] = SHAPES
+) -> Float[Tensor, "b 3 64 64"]:
     """Paint fully specified scenes in [0, 1], with jitter of place, radius and colors.
 
     Raises:
@@ -187,7 +191,7 @@ def render(scenes: Sequence[Scene], rng: random.Random) -> Float[Tensor, "b 3 64
             for side in PLACES[place]
         ]
         x, y, r = torch.tensor([[*centre, radius]]).T
-        mask = coverage(shape, x, y, r)
+        mask = coverage(shapes[shape], x, y, r)
         fore, back = (
             torch.tensor([min(max(c + rng.uniform(-0.04, 0.04), 0), 1) for c in PALETTE[name]])
             for name in (color, background)
