@@ -38,6 +38,42 @@ class BareSettings:
     ema_decay: float
 
 
+class Update:
+    """AdamW with clipped gradients, and the moving average of what is trained."""
+
+    def __init__(self, network: Any, lr: float, max_grad_norm: float, ema_decay: float) -> None:
+        self.trained: list[Tensor] = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=0.0, fused=True)
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self.shadow = [parameter.detach().clone() for parameter in self.trained]
+        self.updates = 0
+
+    def step(self, loss: Tensor) -> float:
+        """Take one optimiser step; return the loss."""
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        return loss.item()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(self.shadow, self.trained, 1 - decay)  # pyright: ignore
+
+
+def add_lora(network: Any, rank: int, layers: list[str]) -> None:
+    """Add adapters, in float32, to the layers whose names end so."""
+    from peft import LoraConfig
+
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 class BareLoop:
     """The networks, the optimiser, and a step."""
 
@@ -68,14 +104,9 @@ class BareLoop:
             self.reference = copy.deepcopy(self.unet).to(settings.device)
             self.unet.requires_grad_(True)
         else:
-            self._add_lora()
+            add_lora(self.unet, settings.rank, LAYERS)
         self.unet.to(settings.device)
-        self.trained: list[Tensor] = [p for p in self.unet.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=settings.lr, weight_decay=0.0, fused=True
-        )
-        self.shadow = [parameter.detach().clone() for parameter in self.trained]
-        self.updates = 0
+        self.update = Update(self.unet, settings.lr, settings.max_grad_norm, settings.ema_decay)
         pipeline.scheduler.set_timesteps(settings.num_inference_steps)
         self.timesteps: Tensor = pipeline.scheduler.timesteps.to(settings.device)
         self.predicts_v = pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -84,15 +115,6 @@ class BareLoop:
         self.uncond = self._encode([""])
         if settings.reward is not None:
             self._load_clip(settings.reward)
-
-    def _add_lora(self) -> None:
-        from peft import LoraConfig
-
-        rank = self.settings.rank
-        self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS))
-        for parameter in self.unet.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
 
     def _load_clip(self, folder: Path) -> None:
         from transformers import CLIPModel, CLIPTokenizer
@@ -110,12 +132,7 @@ class BareLoop:
         """Take one optimiser step on a batch; return the loss."""
         with self._autocast():
             loss = self.loss(prompts, noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._average()
-        return loss.item()
+        return self.update.step(loss)
 
     def loss(self, prompts: list[str], noise: Tensor) -> Tensor:
         """Return -reward + kl_coeff kl of a batch; `noise` is what sampling starts from."""
@@ -181,9 +198,3 @@ class BareLoop:
         image = self.clip.vision_model(pixels.to(self.settings.dtype)).pooler_output
         image = F.normalize(self.clip.visual_projection(image).float(), dim=1)
         return self.clip_scale * (image * text).sum(1)
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        decay = min(self.settings.ema_decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        torch._foreach_lerp_(self.shadow, self.trained, 1 - decay)  # pyright: ignore

@@ -10,18 +10,22 @@ process of its own, at several numbers of sampling steps.
 import argparse
 import json
 import os
-import platform
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from loops import RANK, Bare, Case, Ours, Parity, compare, write_models
+from loops import RANK, Bare, Case, open_ours, write_models
+from measure import (
+    Timing,
+    explain_slowness,
+    machine,
+    peak_of_child,
+    peak_of_steps,
+    quiet,
+    time_pairs,
+)
+from parity import Parity, check_parity, compare
 
 BATCH = {"demo": 16, "60m": 2, "860m": 4}
 # Largest differences. AdamW's first updates have the sign of the gradient, which rounding to
@@ -30,16 +34,6 @@ TOLERANCE = {
     "float32": {"loss": 1e-4, "gradient": 1e-3, "update": 1e-2},
     "bfloat16": {"loss": 2e-2, "gradient": 5e-2, "update": 0.5},
 }
-LIMIT = 1.05  # times the bare loop's time
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per optimiser step, medians, and the median of the ratios of pairs."""
-
-    ours: float
-    bare: float
-    ratio: float
 
 
 def main() -> None:
@@ -87,17 +81,6 @@ def main() -> None:
         options.out.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def quiet() -> None:
-    """Keep diffusers and transformers from drawing progress bars and from advice."""
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=sorted(BATCH), default="demo")
@@ -128,51 +111,13 @@ def parse() -> argparse.Namespace:
 
 def measure_time(case: Case, folder: Path, steps: int, pairs: int) -> tuple[Parity, Timing]:
     """Compare both loops and time them; print profiles if ours is the slower by too much."""
-    ours, bare = Ours(case, folder), Bare(case, folder)
+    ours, bare = open_ours(case, folder), Bare(case, folder)
     parity = compare(ours, bare)
     print(parity, flush=True)
-    allowed = TOLERANCE[case.dtype]
-    if not all(value <= allowed[name] for name, value in asdict(parity).items()):
-        sys.exit(f"the loops do not do the same arithmetic; allowed are {allowed}")
+    check_parity(parity, TOLERANCE[case.dtype])
     timing = time_pairs(ours.step, bare.step, steps, pairs, case.device)
-    if timing.ratio > LIMIT:
-        for name, step in (("ours", ours.step), ("bare", bare.step)):
-            print(f"\n{name}, one step:\n{profile(step, case.device)}", flush=True)
+    explain_slowness(timing, ours.step, bare.step, case.device)
     return parity, timing
-
-
-def time_pairs(
-    ours: Callable[[], float], bare: Callable[[], float], steps: int, pairs: int, device: str
-) -> Timing:
-    """Time both by turns, who begins changing from pair to pair."""
-    for step in (ours, bare):
-        turn(step, 1, device)
-    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
-    for pair in range(pairs):
-        order = [("ours", ours), ("bare", bare)]
-        for name, step in order if pair % 2 else reversed(order):
-            seconds[name].append(turn(step, steps, device))
-            print(f"pair {pair + 1}/{pairs} {name}: {seconds[name][-1]:.4f} s/step", flush=True)
-    ratios = [a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)]
-    return Timing(
-        statistics.median(seconds["ours"]),
-        statistics.median(seconds["bare"]),
-        statistics.median(ratios),
-    )
-
-
-def turn(step: Callable[[], float], steps: int, device: str) -> float:
-    """Return the seconds per step; every step ends by reading its loss, which waits for a GPU."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(steps):
-        step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / steps
 
 
 def in_child(case: Case, folder: Path, loop: str, sampling_steps: int, steps: int) -> float:
@@ -182,66 +127,15 @@ def in_child(case: Case, folder: Path, loop: str, sampling_steps: int, steps: in
     command += ["--reward", case.reward, "--batch", str(case.batch), "--steps", str(steps)]
     command += ["--num-inference-steps", str(sampling_steps), "--full" if case.full else "--lora"]
     command += ["--gradient-checkpointing"] if case.gradient_checkpointing else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    peak = float(done.stdout.splitlines()[-1])
+    peak = peak_of_child(command)
     print(f"peak of {loop} at T = {sampling_steps}: {peak:.0f} MiB", flush=True)
     return peak
 
 
 def peak_memory(case: Case, folder: Path, loop: str, steps: int) -> float:
-    """Return the peak in MiB while steps are taken: of the GPU's memory, or of this process's."""
-    import torch
-
-    step = (Ours(case, folder) if loop == "ours" else Bare(case, folder)).step
-    if case.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        reset_peak()
-    for _ in range(steps):
-        step()
-    if case.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return peak_of_process() / 2**10
-
-
-def reset_peak() -> None:
-    """Forget the peak of loading, where the system can (Linux)."""
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_of_process() -> int:
-    """Return the peak resident memory in KiB since `reset_peak`.
-
-    Linux tells it in VmHWM; getrusage's figure begins at the size of the parent process.
-    """
-    if sys.platform == "linux":
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // 1024 if sys.platform == "darwin" else peak
-
-
-def profile(step: Callable[[], float], device: str) -> str:
-    """Return where the time of one step goes."""
-    import torch
-    from torch.profiler import ProfilerActivity
-
-    activities = [ProfilerActivity.CPU]
-    activities += [ProfilerActivity.CUDA] if device == "cuda" else []
-    with torch.profiler.profile(activities=activities) as found:
-        step()
-    kind = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    return found.key_averages().table(sort_by=kind, row_limit=15, max_name_column_width=40)
-
-
-def machine(device: str) -> str:
-    import torch
-
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, {versions}"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}"
+    """Return the peak in MiB of a loop in this process."""
+    loop_of = {"ours": open_ours, "bare": Bare}[loop]
+    return peak_of_steps(loop_of(case, folder).step, steps, case.device)
 
 
 def table(case: Case, timing: Timing, peaks: dict[int, dict[str, float]]) -> str:

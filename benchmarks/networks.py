@@ -31,6 +31,19 @@ class Size:
         return self.pixels // 2 ** (len(self.autoencoder) - 1)
 
 
+@dataclass(frozen=True)
+class MmditSize:
+    """Shapes of a pipeline of Stable Diffusion 3 without T5; CLIP towers as above."""
+
+    pixels: int
+    layers: int
+    heads: int
+    head_width: int
+    joint: int  # channels of the text states
+    autoencoder: tuple[int, ...]
+    texts: tuple[tuple[int, int, int], tuple[int, int, int]]
+
+
 SIZES = {
     "60m": Size(
         pixels=256,
@@ -59,6 +72,19 @@ SIZES = {
 }
 
 
+MMDIT_SIZES = {
+    "mmdit": MmditSize(
+        pixels=256,
+        layers=6,
+        heads=8,
+        head_width=64,
+        joint=1024,
+        autoencoder=(64, 128, 256, 256),
+        texts=((384, 6, 6), (512, 6, 8)),
+    ),
+}
+
+
 def write_pipeline(folder: Path, size: Size) -> None:
     """Write a StableDiffusionPipeline with Stable Diffusion 1.5's schedule."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
@@ -79,7 +105,7 @@ def write_pipeline(folder: Path, size: Size) -> None:
     )
     pipeline: Any = StableDiffusionPipeline
     pipeline(
-        vae=_autoencoder(size),
+        vae=_autoencoder(size.pixels, size.autoencoder),
         text_encoder=CLIPTextModel(CLIPTextConfig(**_text(size.text, vocab))),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=_unet(size),
@@ -88,6 +114,66 @@ def write_pipeline(folder: Path, size: Size) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+
+
+def write_mmdit(folder: Path, size: MmditSize) -> None:
+    """Write a StableDiffusion3Pipeline with the published schedule, and no T5."""
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+        StableDiffusion3Pipeline,
+    )
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    names = ("tokenizer", "tokenizer_2")
+    vocab, _ = (_write_tokenizer(folder / name) for name in names)
+    torch.manual_seed(0)
+    encoders = [
+        CLIPTextModelWithProjection(
+            CLIPTextConfig(**_text(shape, vocab), projection_dim=shape[0], hidden_act="gelu")
+        )
+        for shape in size.texts
+    ]
+    tokenizers = [CLIPTokenizer.from_pretrained(folder / name) for name in names]
+    vae = _autoencoder(
+        *(size.pixels, size.autoencoder),
+        latent_channels=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    pipeline: Any = StableDiffusion3Pipeline
+    pipeline(
+        transformer=_mmdit(size),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
+
+
+def _mmdit(size: MmditSize) -> Any:
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=size.pixels // 2 ** (len(size.autoencoder) - 1),
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=size.layers,
+        attention_head_dim=size.head_width,
+        num_attention_heads=size.heads,
+        joint_attention_dim=size.joint,
+        caption_projection_dim=size.heads * size.head_width,
+        pooled_projection_dim=sum(width for width, _, _ in size.texts),
+        pos_embed_max_size=96,
+    )
 
 
 def write_reward(folder: Path, size: Size) -> None:
@@ -128,17 +214,18 @@ def _unet(size: Size) -> Any:
     )
 
 
-def _autoencoder(size: Size) -> Any:
+def _autoencoder(pixels: int, channels: tuple[int, ...], **settings: Any) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    blocks, kind = len(size.autoencoder), cast(Any, AutoencoderKL)  # its annotations are too narrow
+    blocks, kind = len(channels), cast(Any, AutoencoderKL)  # its annotations are too narrow
     return kind(
-        sample_size=size.pixels,
-        block_out_channels=size.autoencoder,
+        sample_size=pixels,
+        block_out_channels=channels,
         layers_per_block=2,
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
-        norm_num_groups=min(32, size.autoencoder[0] // 2),
+        norm_num_groups=min(32, channels[0] // 2),
+        **settings,
     )
 
 
