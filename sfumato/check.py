@@ -78,6 +78,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
     if not config.model.parts:
         raise ValueError("model.parts = [] trains nothing; give network, or a text encoder's name")
     _check_lora(config.model.lora)
+    _check_lora_files(config)
     _check_optimizer(config.optimizer)
     if config.export not in {"last", "best"}:
         raise ValueError(f"export = {config.export!r}; choose one of last, best")
@@ -122,6 +123,26 @@ def _check_lora(lora: LoraConfig) -> None:
                 raise ValueError(
                     f"model.lora.{key} has {target!r}, which is no regular expression ({error})"
                 ) from error
+
+
+def _check_lora_files(config: TrainConfig) -> None:
+    """Refuse a start that is not there, unless the run has checkpoints, which it was put into."""
+    from sfumato.models.lora_files import find_lora
+    from sfumato.training.checkpoint import list_checkpoints
+    from sfumato.training.folder import RunFolder
+
+    start, folder = config.model.lora.start, RunFolder(Path(config.runs_dir) / config.name)
+    if start is not None and config.model.trainable != "lora":
+        raise ValueError(
+            f"model.lora.start = {start!r} is an adapter to go on training, and model.trainable = "
+            f"{config.model.trainable} trains none; merge it into the base with "
+            "model.merge.NAME.path=FILE"
+        )
+    if start is not None and not list_checkpoints(folder.checkpoints):
+        find_lora(start, "model.lora.start")
+    for name, merge in config.model.merge.items():
+        if not merge.scale:
+            raise ValueError(f"model.merge.{name}.scale = {merge.scale} must be another number")
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:

@@ -22,6 +22,7 @@ from sfumato.config import (
     GROUPS,
     REWARDS,
     ImageSourceConfig,
+    MergeConfig,
     TrainConfig,
     WeightedPartConfig,
     WeightedRewardConfig,
@@ -37,7 +38,7 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 def register() -> None:
     """Make the dataclasses known to Hydra: one root per command, one node per group choice.
 
-    `${demo:base}` in a recipe is the folder of a shipped model, `${demo_images:moons/train}` one of
+    `${demo:base}` in a recipe is the folder of a shipped model, `${demo_images:moons}` one of
     shipped images.
     """
     for resolver, folder in (("demo", DEMO_MODELS), ("demo_images", DEMO_IMAGES)):
@@ -85,6 +86,8 @@ def to_settings(config: Any, prefix: str = "") -> Any:
         ):
             for name, given in images.sources.items():
                 images.sources[name] = _resolve(f"{place}.{name}", given, ImageSourceConfig)
+        for name, given in settings.model.merge.items():
+            settings.model.merge[name] = _resolve(f"model.merge.{name}", given, MergeConfig)
     return settings
 
 
@@ -134,7 +137,7 @@ def compose_train(overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]
     register()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("train", opened(overrides))
+            config = compose("train", quoted(overrides, sweep=False))
         settings = to_settings(config)
         plain: Any = OmegaConf.to_container(config, resolve=True)
     except COMPOSITION_ERRORS as error:
@@ -225,7 +228,7 @@ def _resolve_parts(config: WeightedRewardConfig) -> None:
     """Turn the parts of a weighted sum into settings, each checked against its own dataclass."""
     if not config.parts:
         raise ValueError(
-            "reward.parts is empty; write '+reward.parts.NAME={kind: clip, weight: 1.0, ...}'"
+            "reward.parts is empty; write 'reward.parts.NAME={kind: clip, weight: 1.0, ...}'"
         )
     for name, given in config.parts.items():
         config.parts[name] = _resolve_part(f"reward.parts.{name}", given)

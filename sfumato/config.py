@@ -20,6 +20,15 @@ class LoraConfig:
     dropout: float = 0.0
     targets: list[str] | None = None  # layers of the network; null is the family's preset
     encoder_targets: list[str] | None = None  # layers of text encoders, likewise
+    start: str | None = None  # a LoRA file, or its folder, that training goes on from
+
+
+@dataclass
+class MergeConfig:
+    """A LoRA file that is merged into the base before training: W + scale x its change."""
+
+    path: str = MISSING  # a .safetensors file, or its folder
+    scale: float = 1.0
 
 
 @dataclass
@@ -33,8 +42,10 @@ class ModelConfig:
     trainable: str = "lora"  # lora | full
     parts: list[str] = field(default_factory=lambda: ["network"])  # and text encoders, by name
     lora: LoraConfig = field(default_factory=LoraConfig)
+    reference: bool = True  # under full: keep a frozen copy; runs without use for it leave it out
     dtype: str = "float32"  # of frozen weights: float32 | bfloat16 | float16
     gradient_checkpointing: bool = False  # of network and decoder
+    merge: dict[str, Any] = field(default_factory=dict)  # NAME: {path: ..., scale: ...}
 
 
 @dataclass
@@ -196,7 +207,7 @@ class ImageDataConfig(ImageSourceConfig):
     min_size: int | None = None  # leave out what is smaller; null enlarges whatever is small
     max_pixels: int = 178_956_970  # leave out what is larger; Pillow's bound
     shuffle: bool = True
-    workers: int = 2  # threads that decode; 0 decodes when asked
+    workers: int = 4  # threads that decode; 0 decodes when asked
     prefetch: int = 2  # batches decoded ahead
 
 

@@ -48,9 +48,6 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     if key in known and owners:
         choices = " or ".join(f"{group}={name}" for name in owners)
         return f"{key} is a setting of {choices}, and another {group} was chosen"
-    if key.startswith("reward.parts.") and "reward.parts" in known:
-        name = key.split(".")[2]
-        return f"{key}: write reward=weighted '+reward.parts.{name}={{kind: ..., weight: ...}}'"
     groups = {name.rpartition(".")[0] for name in known}
     names = [name for name in known if name not in groups] if rest else known
     leaf = key.rpartition(".")[2]

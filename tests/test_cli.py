@@ -322,7 +322,7 @@ def test_a_mistyped_command_is_explained(call: Call, arguments: list[str], expec
         ("+objective.kl_coef=1", ["objective.kl_coef", "did you mean objective.kl_coeff?"]),
         ("+nmae=x", ["unknown key nmae", "did you mean name?"]),
         ("reward.pretrained=R", ["reward.pretrained is a setting of reward=clip"]),
-        ("reward.parts.a=1", ["'+reward.parts.a={kind: ..., weight: ...}'"]),
+        ("reward.parts.a=1", ["reward.parts is a setting of reward=weighted"]),
         ("training.max_steps=abc", ["training.max_steps = abc is not a whole number"]),
         ("training.max_steps=1.5", ["training.max_steps = 1.5 is not a whole number"]),
         ("training.max_steps=null", ["training.max_steps = null must have a value"]),
@@ -440,7 +440,7 @@ def test_an_incomplete_model_is_explained_before_weights_are_read(
     ("content", "expected"),
     [
         (b"\x00\x80garbage", ["model_index.json is not JSON", "download the model again"]),
-        (b'{"_class_name": "FluxPipeline"}', ["is a FluxPipeline", "StableDiffusionPipeline"]),
+        (b'{"_class_name": "LTXPipeline"}', ["is a LTXPipeline", "StableDiffusionPipeline"]),
         (b"[]", ["names no pipeline class"]),
     ],
 )

@@ -19,13 +19,15 @@ from sfumato.config import (
 )
 from sfumato.data.frame import Sample
 from sfumato.diffusion.randomness import Rng
-from sfumato.models.model import Conditioning
+from sfumato.models.model import Conditioning, TextToImageModel
 from sfumato.models.pipeline_model import PipelineModel
-from sfumato.models.registry import FAMILIES, find_family
+from sfumato.models.registry import FAMILIES, find_family, load_model
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.supervised import Supervised
 from sfumato.rewards.build import build_reward
+from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
+from sfumato.training.run import Own, train
 from sfumato.training.tracking import read_metrics
 
 NAMES = list(WRITERS)
@@ -176,6 +178,45 @@ def test_a_supervised_run(
     assert rows[2]["validation/loss"] != rows[0]["validation/loss"]
     exported = {place.name for place in (tmp_path / "run" / "export").iterdir()}
     assert exported == ({"lora", "pipeline"} if trainable == "lora" else {"pipeline"})
+
+
+@pytest.mark.parametrize(
+    ("objective", "kept"),
+    [
+        (["objective=supervised"], False),
+        (["objective=draft", "objective.kl_coeff=0", "reward=color"], False),
+        (["objective=draft", "objective.kl_coeff=1", "reward=color"], True),
+    ],
+)
+def test_a_frozen_copy_is_kept_where_the_loss_asks_for_it(
+    folders: dict[str, Path], pictures: Path, tmp_path: Path, objective: list[str], kept: bool
+):
+    """Without one, validation compares with the pictures of step 0, also after a resume."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    given = [f"runs_dir={tmp_path}", f"model.pretrained={folders['flux']}", *objective]
+    given += [f"data.images.path={pictures}", f"data.prompts={tmp_path / 'prompts.txt'}"]
+    given += ["model.trainable=full", f"sampler.height={PIXELS}", f"sampler.width={PIXELS}"]
+    given += ["sampler.num_inference_steps=2", "training.tensorboard=false", "verify=false"]
+    given += ["validation.num_images=2", "validation.every_steps=1"]
+    models: list[PipelineModel] = []
+
+    def load_noted(config: ModelConfig) -> TextToImageModel:
+        model = load_model(config)
+        assert isinstance(model, PipelineModel)
+        models.append(model)
+        return model
+
+    for steps in (1, 2):
+        config, settings = compose_train([*given, f"training.max_steps={steps}"])
+        distribution = Distribution(config.training)
+        train(config, settings, distribution, Own(load=load_noted))
+        distribution.close()
+    copies = [len(model.roles.networks()) for model in models[::2]]  # the others are exports
+    assert copies == [2 if kept else 1] * 2
+    places = [tmp_path / f"run/samples/step-{i:06d}" for i in range(3)]
+    shown = [[file.read_bytes() for file in sorted(p.glob("*-base.png"))] for p in places]
+    assert shown[0] == shown[1] == shown[2]
+    assert len(shown[0]) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -147,6 +147,15 @@ def test_an_absent_column_names_those_there(tmp_path: Path, name: str) -> None:
         listed(table, image="img")
 
 
+def test_the_working_directory_is_a_base_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table(tmp_path / "t.csv", [{"image": "../x.png", "text": "fox"}])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"line 2: the image path '../x.png' leaves"):
+        listed(Path("t.csv"))
+
+
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../x.png", "../images2/x"])
 def test_paths_that_leave_the_base_are_refused(tmp_path: Path, name: str, path: str) -> None:

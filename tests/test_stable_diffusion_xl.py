@@ -355,3 +355,18 @@ def test_sizes_and_steps_are_checked_before_a_weight_is_read(folder: Path):
         with pytest.raises(ValueError, match=message):
             StableDiffusionXL.check(folder, config, sampler)
     StableDiffusionXL.check(folder, config, SamplerConfig(10, height=24, width=40))
+
+
+def test_the_autoencoder_stays_in_float32(folder: Path):
+    """Where its settings say so: frozen weights and autocast in bfloat16 change nothing in it."""
+    exact, model = (
+        StableDiffusionXL.load(folder, ModelConfig(pretrained=str(folder), dtype=dtype))
+        for dtype in ("float32", "bfloat16")
+    )
+    images = torch.rand(1, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        latents = model.encode_images(images)
+        decoded = model.decode(latents)
+    with torch.no_grad():
+        assert torch.equal(latents, exact.encode_images(images))
+        assert torch.equal(decoded, exact.decode(latents))

@@ -19,6 +19,8 @@ class Roles(abc.ABC):
 
     policy: nn.Module
     is_trained: bool = True
+    has_reference: bool = True
+    is_changed: bool = True  # whether its weights differ from the source's files
 
     @abc.abstractmethod
     def acting(self, role: Role) -> AbstractContextManager[Any]:
@@ -35,12 +37,17 @@ class Roles(abc.ABC):
 
 @final
 class FrozenRoles(Roles):
-    """One network that is not trained: both roles are the same."""
+    """One network that is not trained: both roles are the same.
+
+    Args:
+        is_changed: whether something was merged into it.
+    """
 
     is_trained = False
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, is_changed: bool = False) -> None:
         self.policy = network
+        self.is_changed = is_changed
 
     @contextmanager
     def acting(self, role: Role) -> Iterator[Any]:
@@ -135,19 +142,23 @@ class LoraRoles(Roles):
                 network.set_submodule(name, module.get_base_layer())
         return network
 
+    def adapters(self) -> dict[str, Any]:
+        """Return peft's layers by their names in the network."""
+        names = {module: name for name, module in self.policy.named_modules()}
+        return {names[layer]: layer for layer in self.layers}
+
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """Return A and B by layer in the names of diffusers' LoRA files, alpha folded into B.
 
         With alpha = rank the file says all there is to say, to loaders that read no metadata too.
         """
         state = {}
-        names = {module: name for name, module in self.policy.named_modules()}
-        for layer in self.layers:
+        for name, layer in self.adapters().items():
             down, up = (
                 part["default"].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B)
             )
-            state[f"{names[layer]}.lora_A.weight"] = down
-            state[f"{names[layer]}.lora_B.weight"] = up * layer.scaling["default"]
+            state[f"{name}.lora_A.weight"] = down
+            state[f"{name}.lora_B.weight"] = up * layer.scaling["default"]
         return state
 
 
@@ -157,22 +168,25 @@ class CopyRoles(Roles):
 
     Args:
         network: becomes the policy, in float32.
+        reference: False keeps no copy, for training that never asks for it.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, reference: bool = True) -> None:
         self.policy = network.float().requires_grad_(True)
-        self.reference = copy.deepcopy(network).requires_grad_(False)
+        self.reference = copy.deepcopy(network).requires_grad_(False) if reference else None
+        self.has_reference = reference
 
     @contextmanager
     def acting(self, role: Role) -> Iterator[Any]:
         if role == "policy":
             yield self.policy
             return
+        assert self.reference is not None, "loaded with model.reference = false"
         with torch.no_grad():
             yield self.reference
 
     def networks(self) -> tuple[nn.Module, ...]:
-        return (self.policy, self.reference)
+        return (self.policy,) if self.reference is None else (self.policy, self.reference)
 
     def merged(self) -> nn.Module:
         return copy.deepcopy(self.policy)

@@ -1,10 +1,19 @@
 """Images to latents and back with an AutoencoderKL, and the sizes that its settings give."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+def full_precision(vae: Any) -> AbstractContextManager[object]:
+    """Keep an autoencoder whose weights are in float32 out of a training's autocast."""
+    if vae.dtype != torch.float32:
+        return nullcontext()
+    return torch.autocast(vae.device.type, enabled=False)
 
 
 def encode_kl(

@@ -20,6 +20,7 @@ from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
 from sfumato.models.adapters import Roles
 from sfumato.models.autoencoder_kl import decode_kl, downsampling, encode_kl
 from sfumato.models.formats import read_json
+from sfumato.models.kohya import KohyaLayout, by_block
 from sfumato.models.limits import Limits
 from sfumato.models.model import Conditioning, Framing
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
@@ -37,6 +38,27 @@ LINEAR = (
     r".*\.ff(_context)?\.net\.(0\.proj|2)",
 )
 
+# The names of Black Forest Labs' code; `linear1` of a single block is q, k, v and MLP in one.
+DOUBLE, SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
+PUBLISHED = {
+    "double_blocks.{}.img_attn.qkv": tuple(f"{DOUBLE}attn.to_{part}" for part in "qkv"),
+    "double_blocks.{}.txt_attn.qkv": tuple(f"{DOUBLE}attn.add_{part}_proj" for part in "qkv"),
+    "double_blocks.{}.img_attn.proj": (f"{DOUBLE}attn.to_out.0",),
+    "double_blocks.{}.txt_attn.proj": (f"{DOUBLE}attn.to_add_out",),
+    "double_blocks.{}.img_mlp.0": (f"{DOUBLE}ff.net.0.proj",),
+    "double_blocks.{}.img_mlp.2": (f"{DOUBLE}ff.net.2",),
+    "double_blocks.{}.txt_mlp.0": (f"{DOUBLE}ff_context.net.0.proj",),
+    "double_blocks.{}.txt_mlp.2": (f"{DOUBLE}ff_context.net.2",),
+    "double_blocks.{}.img_mod.lin": (f"{DOUBLE}norm1.linear",),
+    "double_blocks.{}.txt_mod.lin": (f"{DOUBLE}norm1_context.linear",),
+    "single_blocks.{}.linear1": (
+        *(f"{SINGLE}attn.to_{part}" for part in "qkv"),
+        f"{SINGLE}proj_mlp",
+    ),
+    "single_blocks.{}.linear2": (f"{SINGLE}proj_out",),
+    "single_blocks.{}.modulation.lin": (f"{SINGLE}norm.linear",),
+}
+
 
 @final
 class Flux(PipelineModel):
@@ -48,6 +70,9 @@ class Flux(PipelineModel):
     tokenizers = ("tokenizer", "tokenizer_2")
     unused: ClassVar = {"image_encoder": None, "feature_extractor": None}
     lora_targets: ClassVar = {"transformer": LINEAR, "text_encoder": CLIP_ATTENTION}
+    kohya = KohyaLayout(
+        {"transformer": "lora_unet", "text_encoder": "lora_te1"}, by_block(PUBLISHED)
+    )
     prediction_type: PredictionType = "flow"
 
     def __init__(

@@ -61,7 +61,7 @@ def generate(
     noise = rng.normal(*model.latent_shape(height, width), device=model.device)
     given = encode_guided(model, prompts, sampler.guidance_scale)
     policy = _denoiser(model, given, sampler, "policy")
-    if model.trains_text:
+    if model.trains_text and schedule != "draft":
         given = encode_guided(model, prompts, sampler.guidance_scale, "reference")
     reference = _denoiser(model, given, sampler, "reference")
     denoiser = annealed_importance(policy, reference, schedule, times)

@@ -69,6 +69,7 @@ class TextToImageModel(abc.ABC):
         prediction_type: what the network predicts, and supervised training regresses.
         trained: holds every parameter that is trained (with its adapters, under LoRA).
         trains_text: whether a text encoder is trained, so that each role encodes on its own.
+        has_reference: whether the frozen self is kept; without it no role may ask for it.
         has_cfg: whether a guidance scale means two predictions; else the network is told it.
     """
 
@@ -77,6 +78,7 @@ class TextToImageModel(abc.ABC):
     trained: nn.Module
     trains_text: bool
     has_cfg: bool
+    has_reference: bool = True
 
     @property
     @abc.abstractmethod

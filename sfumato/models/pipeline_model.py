@@ -24,7 +24,15 @@ from sfumato.models.formats import (
     read_model_index,
     save_encoder,
 )
+from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_side, check_steps
+from sfumato.models.lora_apply import (
+    check_lora_files,
+    fuse_elsewhere,
+    merge_files,
+    save_adapters,
+    start_adapters,
+)
 from sfumato.models.model import DTYPES, Conditioning, Framing, Role, TextToImageModel
 
 CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
@@ -47,6 +55,7 @@ class PipelineModel(TextToImageModel):
     upcast: ClassVar[tuple[str, ...]] = ()  # kept in float32 where their `force_upcast` says so
     unused: ClassVar[Mapping[str, Any]] = {}  # from_pretrained's arguments that leave parts out
     lora_targets: ClassVar[Mapping[str, Sequence[str]]]  # the preset, by component
+    kohya: ClassVar[KohyaLayout]
     combine: ClassVar[Callable[[Tensor, Tensor, float, CfgGradient], Tensor]] = staticmethod(
         classifier_free
     )
@@ -62,6 +71,7 @@ class PipelineModel(TextToImageModel):
         self.limits = self.read_limits(source)
         self.trained_names = [name for name, part in parts.items() if part.is_trained]
         self.trained = nn.ModuleDict({name: parts[name].policy for name in self.trained_names})
+        self.has_reference = all(part.has_reference for part in parts.values())
         self.trains_text = self.trained_names != [self.network_name]
 
     # --- What a family adds
@@ -120,6 +130,7 @@ class PipelineModel(TextToImageModel):
         """
         check_components(folder, cls.components(folder), allow_pickle=config.allow_pickle)
         cls.trained_parts(config)
+        check_lora_files(config)
         if sampler is None:
             return
         limits = cls.read_limits(folder)
@@ -163,13 +174,19 @@ class PipelineModel(TextToImageModel):
         dtype = DTYPES[config.dtype]
         exact = [*cls._upcast(folder), *(trained if config.trainable == "full" else [])]
         pipeline = cls.read_pipeline(folder, config, dtype, dict.fromkeys(exact, torch.float32))
+        changed = merge_files(pipeline, cls.network_name, config.merge)
         parts: dict[str, Roles] = {}
         for name in (cls.network_name, *cls.encoders):
             part = pipeline.components[name]
             if part is None:
                 continue
             part.eval().requires_grad_(False)
-            parts[name] = cls._roles(name, part, trained, config)
+            if name in trained:
+                parts[name] = cls._roles(name, part, config)
+            else:
+                parts[name] = FrozenRoles(part, is_changed=name in changed)
+        if config.lora.start is not None:
+            start_adapters(pipeline, cls.network_name, parts, config.lora.start)
         pipeline.vae.eval().requires_grad_(False)
         if config.gradient_checkpointing:
             pipeline.components[cls.network_name].enable_gradient_checkpointing()
@@ -184,13 +201,11 @@ class PipelineModel(TextToImageModel):
         return [name for name, found in settings.items() if found.get("force_upcast", True)]
 
     @classmethod
-    def _roles(cls, name: str, part: Any, trained: Sequence[str], config: ModelConfig) -> Roles:
-        if name not in trained:
-            return FrozenRoles(part)
+    def _roles(cls, name: str, part: Any, config: ModelConfig) -> Roles:
         if config.gradient_checkpointing and name != cls.network_name:
             part.gradient_checkpointing_enable()
         if config.trainable == "full":
-            return CopyRoles(part)
+            return CopyRoles(part, reference=config.reference)
         own = config.lora.targets if name == cls.network_name else config.lora.encoder_targets
         return LoraRoles(part, config.lora, cls.lora_targets[name] if own is None else own)
 
@@ -324,7 +339,8 @@ class PipelineModel(TextToImageModel):
     # --- Writing
 
     def save_pipeline(self, folder: Path, dtype: torch.dtype) -> None:
-        for name in self.trained_names:
+        changed = [name for name, part in self.parts.items() if part.is_changed]
+        for name in changed:
             merged: Any = self.parts[name].merged().cpu()
             for parameter in merged.parameters():
                 parameter.data = parameter.data.to(dtype)
@@ -332,17 +348,15 @@ class PipelineModel(TextToImageModel):
                 merged.save_pretrained(folder / name)
             else:
                 save_encoder(merged, self.source / name, folder / name)
-        frozen = [name for name in self.components(self.source) if name not in self.trained_names]
+        frozen = [name for name in self.components(self.source) if name not in changed]
         copy_frozen(self.source, folder, frozen, variant=self.config.variant)
 
     def save_adapter(self, folder: Path) -> None:
-        layers = {}
-        for name in self.trained_names:
-            part = self.parts[name]
-            if not isinstance(part, LoraRoles):
-                raise ValueError("model.trainable = full trains no adapter; export the pipeline")
-            layers[f"{name}_lora_layers"] = part.adapter_state()
-        self.pipeline.save_lora_weights(folder, **layers)
+        if self.config.trainable != "lora":
+            raise ValueError("model.trainable = full trains no adapter; export the pipeline")
+        save_adapters(
+            folder, self.pipeline, self.network_name, self.parts, self.kohya, self.config.merge
+        )
 
     @torch.no_grad()
     def image_elsewhere(
@@ -359,6 +373,7 @@ class PipelineModel(TextToImageModel):
         pipeline = self.read_pipeline(folder, config, self.pipeline.vae.dtype)
         pipeline.scheduler = type(self.scheduler).from_config(self.scheduler.config)
         if name == "lora":
+            fuse_elsewhere(pipeline, self.network_name, config.merge)
             pipeline.load_lora_weights(exported / "lora")
         pipeline.to(self.device)
         pipeline.set_progress_bar_config(disable=True)

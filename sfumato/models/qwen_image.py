@@ -17,6 +17,7 @@ from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
 from sfumato.models.adapters import Roles
 from sfumato.models.flux import LATENT_SIDE, pack, rows_of, unpack
 from sfumato.models.formats import read_json
+from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_steps
 from sfumato.models.model import Conditioning, Framing
 from sfumato.models.pipeline_model import PipelineModel
@@ -60,6 +61,7 @@ class QwenImage(PipelineModel):
     encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
     lora_targets: ClassVar = {"transformer": LINEAR}
+    kohya = KohyaLayout({"transformer": "lora_unet"})
     combine = staticmethod(rescaled_guidance)
     prediction_type: PredictionType = "flow"
     has_cfg = True

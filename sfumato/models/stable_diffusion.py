@@ -14,6 +14,7 @@ from sfumato.diffusion.process import PredictionType, Time, VariancePreserving
 from sfumato.models.adapters import Roles
 from sfumato.models.autoencoder_kl import decode_kl, downsampling, encode_kl, latent_size
 from sfumato.models.formats import read_json
+from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_steps
 from sfumato.models.model import Conditioning, Framing
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
@@ -42,6 +43,7 @@ class StableDiffusion(PipelineModel):
         "requires_safety_checker": False,
     }
     lora_targets: ClassVar = {"unet": UNET_LINEAR, "text_encoder": CLIP_ATTENTION}
+    kohya = KohyaLayout({"unet": "lora_unet", "text_encoder": "lora_te"})
     has_cfg = True
 
     def __init__(

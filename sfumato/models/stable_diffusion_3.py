@@ -15,6 +15,7 @@ from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
 from sfumato.models.adapters import Roles
 from sfumato.models.autoencoder_kl import decode_kl, downsampling, encode_kl, latent_size
 from sfumato.models.formats import read_json
+from sfumato.models.kohya import KohyaLayout, by_block
 from sfumato.models.limits import Limits
 from sfumato.models.model import Conditioning, Framing
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
@@ -30,6 +31,23 @@ MMDIT_LINEAR = (
     r".*\.ff(_context)?\.net\.0\.proj",
     r".*\.ff(_context)?\.net\.2",
 )
+
+# The names of Stability AI's code.
+BLOCK = "transformer_blocks.{}."
+PUBLISHED = {
+    "joint_blocks.{}.x_block.attn.qkv": tuple(f"{BLOCK}attn.to_{part}" for part in "qkv"),
+    "joint_blocks.{}.x_block.attn.proj": (f"{BLOCK}attn.to_out.0",),
+    "joint_blocks.{}.x_block.attn2.qkv": tuple(f"{BLOCK}attn2.to_{part}" for part in "qkv"),
+    "joint_blocks.{}.x_block.attn2.proj": (f"{BLOCK}attn2.to_out.0",),
+    "joint_blocks.{}.x_block.mlp.fc1": (f"{BLOCK}ff.net.0.proj",),
+    "joint_blocks.{}.x_block.mlp.fc2": (f"{BLOCK}ff.net.2",),
+    "joint_blocks.{}.context_block.attn.qkv": tuple(
+        f"{BLOCK}attn.add_{part}_proj" for part in "qkv"
+    ),
+    "joint_blocks.{}.context_block.attn.proj": (f"{BLOCK}attn.to_add_out",),
+    "joint_blocks.{}.context_block.mlp.fc1": (f"{BLOCK}ff_context.net.0.proj",),
+    "joint_blocks.{}.context_block.mlp.fc2": (f"{BLOCK}ff_context.net.2",),
+}
 
 
 @final
@@ -50,6 +68,14 @@ class StableDiffusion3(PipelineModel):
         "text_encoder": CLIP_ATTENTION,
         "text_encoder_2": CLIP_ATTENTION,
     }
+    kohya = KohyaLayout(
+        {
+            "transformer": "lora_unet",
+            "text_encoder": "lora_te1",
+            "text_encoder_2": "lora_te2",
+        },
+        by_block(PUBLISHED),
+    )
     has_cfg = True
     prediction_type: PredictionType = "flow"
 

@@ -1,8 +1,9 @@
 """Stable Diffusion XL: a U-Net told two text encoders' states and how its image was framed."""
 
 import logging
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -13,14 +14,39 @@ from torch import Tensor, nn
 from sfumato.config import ModelConfig
 from sfumato.diffusion.process import PredictionType, Time, VariancePreserving
 from sfumato.models.adapters import Roles
-from sfumato.models.autoencoder_kl import decode_kl, downsampling, encode_kl, latent_size
+from sfumato.models.autoencoder_kl import (
+    decode_kl,
+    downsampling,
+    encode_kl,
+    full_precision,
+    latent_size,
+)
 from sfumato.models.formats import read_json
+from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_steps
 from sfumato.models.model import Conditioning, Framing
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import table_index, table_times
 from sfumato.models.stable_diffusion import UNET_LINEAR
 from sfumato.models.texts import cut_prompt
+
+
+def published_names(names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the layers of a U-Net's attention blocks by the names of Stability AI's code.
+
+    There blocks are counted through: with n layers each, input block (n + 1) i + j + 1 is layer j
+    of down block i (an output block begins at 0), for conv_in, downsamplers and upsamplers count.
+    """
+    layers = 1 + sum(bool(re.fullmatch(r"down_blocks\.0\.resnets\.\d+", name)) for name in names)
+    found = {}
+    for name in names:
+        if match := re.fullmatch(r"mid_block\.attentions\.0\.(.+)", name):
+            found[f"middle_block.1.{match[1]}"] = (name,)
+        elif match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)", name):
+            side, start = ("input", 1) if match[1] == "down" else ("output", 0)
+            block = layers * int(match[2]) + int(match[3]) + start
+            found[f"{side}_blocks.{block}.1.{match[4]}"] = (name,)
+    return found
 
 
 @final
@@ -43,6 +69,10 @@ class StableDiffusionXL(PipelineModel):
         "text_encoder": CLIP_ATTENTION,
         "text_encoder_2": CLIP_ATTENTION,
     }
+    kohya = KohyaLayout(
+        {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+        published_names,
+    )
     has_cfg = True
 
     def __init__(
@@ -101,10 +131,12 @@ class StableDiffusionXL(PipelineModel):
         images: Float[Tensor, "b 3 H W"],
         noise: Float[Tensor, "b c h w"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        return encode_kl(self.pipeline.vae, images, noise)
+        with full_precision(self.pipeline.vae):
+            return encode_kl(self.pipeline.vae, images, noise)
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-        return decode_kl(self.pipeline.vae, latents)
+        with full_precision(self.pipeline.vae):
+            return decode_kl(self.pipeline.vae, latents)
 
     def predict(
         self,

@@ -41,6 +41,7 @@ class Draft(Objective[Sequence[str]]):
                 "its gradient; choose a differentiable one (reward=clip, reward=color)"
             )
         self.config = config
+        self.needs_reference = config.kl_coeff > 0
         self.sampler = sampler
         self.reward = reward
 

@@ -29,7 +29,13 @@ class Loss:
 
 
 class Objective(abc.ABC, Generic[Batch]):
-    """Something to minimise. Pure: it holds settings and frozen networks, and no state."""
+    """Something to minimise. Pure: it holds settings and frozen networks, and no state.
+
+    Attributes:
+        needs_reference: whether the loss asks for the frozen self of what is trained.
+    """
+
+    needs_reference: bool = True
 
     @abc.abstractmethod
     def loss(self, model: TextToImageModel, batch: Batch, rng: Rng) -> Loss:

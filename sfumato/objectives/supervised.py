@@ -29,6 +29,8 @@ TABLE = 1000  # entries of a family's shifted table
 class Supervised(Objective[Sequence[Sample]]):
     """Learn images with their captions; a batch is a list of samples of one size."""
 
+    needs_reference = False
+
     def __init__(self, config: SupervisedConfig) -> None:
         self.config = config
 
@@ -47,7 +49,7 @@ class Supervised(Objective[Sequence[Sample]]):
         loss = (self._weights(model, t, batch).to(errors) * errors).mean()
         plain = errors.detach()
         return Loss(
-            loss, {"loss": loss.detach(), "mse": plain.mean()}, binned("mse", plain.cpu(), t)
+            loss, {"loss": loss.detach(), "mse": plain.mean()}, binned("mse", plain, t.to(device))
         )
 
     @torch.no_grad()
@@ -169,10 +171,10 @@ def binned(
 ) -> dict[str, Float[Tensor, "2"]]:
     """Return sum and count of the errors in each tenth of t, by name."""
     index = (t * BINS).ceil().long().clamp(1, BINS) - 1
-    count = torch.bincount(index, minlength=BINS)
-    total = torch.bincount(index, errors.double(), minlength=BINS)
+    rows = torch.stack([errors.float(), torch.ones_like(t)], 1)
+    sums = torch.zeros(BINS, 2, device=t.device).index_add_(0, index, rows)
     names = [f"{name}_by_t/{i / BINS:.1f}-{(i + 1) / BINS:.1f}" for i in range(BINS)]
-    return dict(zip(names, torch.stack([total, count.double()], 1), strict=True))
+    return dict(zip(names, sums, strict=True))
 
 
 def _latent_shape(model: TextToImageModel, batch: Sequence[Sample]) -> tuple[int, int, int]:

@@ -56,7 +56,7 @@ def export(
     shutil.rmtree(beside, ignore_errors=True)
     try:
         names = _write(config, model, beside)
-        lines = [f"{folder / name}" for name in names]
+        lines = [_told(config, folder / name) for name in names]
         if config.verify:
             compared = _verify(config, model, beside, names, device, prompt)
             lines = [f"{line} (verified: {how})" for line, how in zip(lines, compared, strict=True)]
@@ -81,6 +81,14 @@ def _write(config: TrainConfig, model: TextToImageModel, folder: Path) -> list[s
     (folder / "lora").mkdir()
     model.save_adapter(folder / "lora")
     return ["pipeline", "lora"]
+
+
+def _told(config: TrainConfig, place: Path) -> str:
+    """Return where an export is, and which base an adapter is for if it is not the source."""
+    if place.name != "lora" or not config.model.merge:
+        return str(place)
+    merged = ", ".join(f"{m.path} x {m.scale:g}" for m in config.model.merge.values())
+    return f"{place}, for the base with {merged} merged in"
 
 
 def _verify(

@@ -1,11 +1,13 @@
 """What a run is made of: data, objective, reward and what is validated, from the settings."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sfumato.config import (
     DraftConfig,
     ImageDataConfig,
+    ModelConfig,
     NoRewardConfig,
     OwnConfig,
     SupervisedConfig,
@@ -32,12 +34,18 @@ class Data:
     held_out: list[Sample]
 
 
-def open_data(config: TrainConfig, limits: Limits | None, own: Stream[Any] | None = None) -> Data:
+def open_data(
+    config: TrainConfig,
+    limits: Limits | None,
+    own: Stream[Any] | None = None,
+    prompts: Sequence[str] | None = None,
+) -> Data:
     """Open all that a run reads.
 
     Args:
         limits: of the model; None where nothing is known of it.
         own: the rows to train on, in place of those that the settings name.
+        prompts: of the validation images, likewise.
 
     Raises:
         ValueError: if something cannot be read.
@@ -59,7 +67,7 @@ def open_data(config: TrainConfig, limits: Limits | None, own: Stream[Any] | Non
             shuffle=config.data.shuffle,
             buffer=config.data.buffer,
         )
-    return Data(stream, validation_prompts(config), held_out_samples(config, limits))
+    return Data(stream, validation_prompts(config, prompts), held_out_samples(config, limits))
 
 
 def frame_size(config: TrainConfig, limits: Limits | None) -> tuple[int, int]:
@@ -94,7 +102,9 @@ def held_out_samples(config: TrainConfig, limits: Limits | None) -> list[Sample]
     if not isinstance(config.objective, SupervisedConfig) or not count:
         return []
     height, width = frame_size(config, limits)
-    return validation_samples(validation_images(config), count, height=height, width=width)
+    images = validation_images(config)
+    own = images is not config.data.images
+    return validation_samples(images, count, height=height, width=width, warns=own)
 
 
 def validation_images(config: TrainConfig) -> ImageDataConfig:
@@ -103,16 +113,30 @@ def validation_images(config: TrainConfig) -> ImageDataConfig:
     return own if own.path or own.sources else config.data.images
 
 
-def validation_prompts(config: TrainConfig) -> list[str]:
-    """Return one prompt per validation image, going round where there are fewer."""
+def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None) -> list[str]:
+    """Return one prompt per validation image, going round where there are fewer.
+
+    Args:
+        brought: by a script, in place of those that the settings name.
+
+    Raises:
+        ValueError: if there is none, or what the settings name cannot be read.
+    """
     count = config.validation.num_images
-    own, data = config.validation, config.data
-    if own.prompts or data.prompts:
+    own, data, images = config.validation, config.data, validation_images(config)
+    if brought:
+        found = list(brought)
+    elif own.prompts or data.prompts:
         path, column = (own.prompts, own.column) if own.prompts else (data.prompts, data.column)
         found = read_prompts(str(path), column=column, limit=count)
-    else:
-        samples = validation_samples(validation_images(config), count, height=8, width=8)
+    elif images.path or images.sources:
+        samples = validation_samples(images, count, height=8, width=8, warns=False)
         found = [sample.caption for sample in samples]
+    else:
+        raise ValueError(
+            "nothing says what the validation images show; give validation.prompts=FILE (a script "
+            "of one's own can bring them, as Own(prompts=[...]))"
+        )
     return [found[i % len(found)] for i in range(count)]
 
 
@@ -139,3 +163,9 @@ def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any
                 "own=Own(objective=...)); see docs/write_your_own.md"
             )
     raise AssertionError(config.objective)
+
+
+def trained_model(config: TrainConfig, objective: Objective[Any]) -> ModelConfig:
+    """Return the model's settings, with a frozen copy only where the loss asks for it."""
+    needed = config.model.reference and objective.needs_reference
+    return replace(config.model, reference=needed)

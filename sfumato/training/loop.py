@@ -163,14 +163,13 @@ def local_means(metrics: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
 
 def ratios(partial: Sequence[Mapping[str, Tensor]], distribution: Distribution) -> dict[str, float]:
     """Return sum over count of what only some rows gave, over the global batch."""
-    totals = {
-        f"{name}/{i}": sum(float(row[name][i]) for row in partial)
-        for name in partial[0]
-        for i in (0, 1)
-    }
-    means = distribution.mean(totals) if totals else {}
-    counted = [name for name in partial[0] if means[f"{name}/1"]]
-    return {name: means[f"{name}/0"] / means[f"{name}/1"] for name in counted}
+    if not partial[0]:
+        return {}
+    sums = torch.stack([torch.stack(list(row.values())).double() for row in partial]).sum(0)
+    totals, counts = (
+        distribution.mean(dict(zip(partial[0], column, strict=True))) for column in sums.T.tolist()
+    )
+    return {name: totals[name] / counts[name] for name in totals if counts[name]}
 
 
 def refuse_non_finite(

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,12 @@ from sfumato.training.checkpoint import best_step, fingerprint, list_checkpoints
 from sfumato.training.distribution import Distribution
 from sfumato.training.export import export
 from sfumato.training.folder import RunFolder, differences, read_note, replace_text, step_name
-from sfumato.training.ingredients import build_objective, build_scorer, open_data
+from sfumato.training.ingredients import (
+    build_objective,
+    build_scorer,
+    open_data,
+    trained_model,
+)
 from sfumato.training.loop import Outcome, fit
 from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import check_trackers
@@ -38,11 +43,13 @@ class Own:
         load: gives the model, also for the export, of settings in full.
         objective: what is minimised.
         stream: the rows that it is given.
+        prompts: what the validation images show, one image each.
     """
 
     load: Callable[[ModelConfig], TextToImageModel] | None = None
     objective: Objective[Any] | None = None
     stream: Stream[Any] | None = None
+    prompts: Sequence[str] | None = None
 
 
 def train(
@@ -69,7 +76,7 @@ def train(
     if own.load is None:
         family, place = find_family(config.model, config.sampler)
         limits = family.read_limits(place)
-    data = open_data(config, limits, own.stream)
+    data = open_data(config, limits, own.stream, own.prompts)
     with exclusive(folder, distribution):
         prepare_folder(folder, settings, distribution)
         reward = build_scorer(config)
@@ -78,7 +85,7 @@ def train(
         objective = own.objective or build_objective(config, reward)
         torch.manual_seed(derive(config.training.seed, "adapter"))  # peft draws A from it
         load = own.load or load_model
-        model = load(config.model)
+        model = load(trained_model(config, objective))
         model.to(distribution.device)
         trained = sum(parameter.numel() for parameter in model.trainable().values())
         if distribution.is_main:

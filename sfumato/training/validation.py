@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato.config import TrainConfig
 from sfumato.data.frame import Sample
 from sfumato.diffusion.randomness import derive
-from sfumato.images import save_image
+from sfumato.images import load_images, save_image
 from sfumato.models.generate import generate_in_batches
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.supervised import Supervised
@@ -74,9 +74,12 @@ class Validation:
         metrics = {}
         if self._held_out is not None:
             metrics["validation/loss"] = self._stable_loss(self._held_out, model)
-        if self._base is None:
-            self._base = self._pictures(model, "base")
         tuned = self._pictures(model, "draft")
+        if self._base is None:
+            if model.has_reference:
+                self._base = self._pictures(model, "base")
+            else:
+                self._base = self._first(folder) if step else tuned
         for name, pictures in (("reward", tuned), ("reward_base", self._base)):
             if pictures.rewards is not None:
                 metrics[f"validation/{name}"] = pictures.rewards.mean().item()
@@ -93,6 +96,24 @@ class Validation:
             ]
             trackers.images(step, "validation/tuned_base", pairs, captions)
         return metrics
+
+    def _first(self, folder: RunFolder) -> Pictures:
+        """Read the pictures of step 0, when the policy was still the base model.
+
+        Raises:
+            ValueError: if they are not there.
+        """
+        place = folder.samples(0)
+        files = [place / f"{i:03d}-base.png" for i in range(len(self._prompts))]
+        try:
+            rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+            rewards = torch.tensor([row["reward_base"] for row in rows]) if self._reward else None
+            return Pictures(load_images(files), rewards)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{place} cannot be read ({error}), and it holds the base model's pictures, to "
+                "which validation compares; choose another name for the run (name=...)"
+            ) from error
 
     def _mine(self, total: int) -> list[int]:
         """Return this process's share; all have equally many, as FSDP's exchanges need it."""
