@@ -7,6 +7,7 @@ from typing import final
 
 from sfumato.data.blobs import Blob
 from sfumato.data.skips import SkipLog, Tally
+from sfumato.data.text_files import is_utf8
 
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 IMAGE_COLUMNS = ("image", "file_name", "path")
@@ -103,23 +104,14 @@ def caption_of(value: object, place: int | str, tally: Tally) -> str | None:
     return None
 
 
-def is_utf8(text: str) -> bool:
-    """Tell text from undecodable bytes (kept as lone surrogates) and from UTF-16's zeros."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in text
-
-
 def inside(base: Path, path: str, where: str) -> Path:
     """Return the place of a listed path; symbolic links below the base may lead anywhere.
 
     Raises:
         ValueError: it leaves the base path; `where` names the row.
     """
-    folder = os.path.normpath(base)
-    whole = os.path.normpath(os.path.join(folder, path))  # noqa: PTH118, Path keeps `..`
+    folder = os.path.abspath(base)  # noqa: PTH100, Path keeps `..`
+    whole = os.path.normpath(os.path.join(folder, path))  # noqa: PTH118
     if not Path(whole).is_relative_to(folder):
         raise ValueError(
             f"{where}: the image path {path!r} leaves the base path {folder}; correct the row, or "

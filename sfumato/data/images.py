@@ -61,12 +61,15 @@ def open_images(
 
 
 def validation_samples(
-    config: ImageDataConfig, count: int, *, height: int, width: int
+    config: ImageDataConfig, count: int, *, height: int, width: int, warns: bool = True
 ) -> list[Sample]:
     """Decode the first `count` good samples in file order, all of one size.
 
     Crops are central and nothing is mirrored, whatever the settings say. Fewer are returned where
     there are no more.
+
+    Args:
+        warns: False where the same images are opened for training, which warns of what is left out.
 
     Raises:
         ValueError: a setting is impossible, a source cannot be read, or no sample is good.
@@ -75,7 +78,7 @@ def validation_samples(
         raise ValueError(f"{count} validation samples would be none; give 1 or more")
     check_config(config)
     check_size(height, width, 1)
-    log = SkipLog()
+    log = SkipLog(warns=warns)
     samples: list[Sample] = []
     refusals = Refusals(log)
     for entry in (e for source in named_sources(config).values() for e in _list(source, log)):

@@ -1,17 +1,17 @@
 """Images named in a table: .csv, .json, .jsonl or .parquet beside a base path."""
 
-import csv
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from sfumato.data.arrow import parquet_rows
 from sfumato.data.blobs import FileBlob
 from sfumato.data.entries import Columns, Entry, caption_of, choose_column, inside
 from sfumato.data.skips import SkipLog, Tally
+from sfumato.data.text_files import csv_rows, open_text, parse_json
 
 METADATA_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
@@ -69,31 +69,11 @@ def _read(path: Path, columns: Columns, tally: Tally) -> _Table:
     return _Table(list(names), iter(rows))
 
 
-def _open_text(path: Path, newline: str | None = None) -> TextIO:
-    # A byte that is no UTF-8 spoils its own row only; the mark that Windows writes is dropped.
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
 def _read_csv(path: Path, tally: Tally) -> _Table:
-    with _open_text(path, newline="") as file:
-        lines = list(_csv_rows(file, tally))
+    with open_text(path, newline="") as file:
+        lines = list(csv_rows(file, tally))
     header = next((row for _, row in lines if row), [])
     return _Table(header, _csv_fields(header, lines, tally))
-
-
-def _csv_rows(file: TextIO, tally: Tally) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row with the line it starts on; count the rows that are no CSV."""
-    rows = csv.reader(file, strict=True)
-    while True:
-        line = rows.line_num + 1
-        try:
-            row = next(rows, None)
-        except csv.Error:
-            tally.add("not CSV", line)
-            continue
-        if row is None:
-            return
-        yield line, row
 
 
 def _csv_fields(
@@ -111,7 +91,7 @@ def _csv_fields(
 
 def _read_json(path: Path, tally: Tally) -> list[_Row]:
     try:
-        with _open_text(path) as file:
+        with open_text(path) as file:
             records = json.load(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}); write it again") from None
@@ -124,9 +104,9 @@ def _read_json(path: Path, tally: Tally) -> list[_Row]:
 
 
 def _read_jsonl(path: Path, tally: Tally) -> list[_Row]:
-    with _open_text(path) as file:
+    with open_text(path) as file:
         lines = [(line, text) for line, text in enumerate(file, 1) if text.strip()]
-    return _objects(((line, _json(text)) for line, text in lines), tally)
+    return _objects(((line, parse_json(text)) for line, text in lines), tally)
 
 
 def _objects(records: Iterator[tuple[int | str, Any]], tally: Tally) -> list[_Row]:
@@ -137,10 +117,3 @@ def _objects(records: Iterator[tuple[int | str, Any]], tally: Tally) -> list[_Ro
         else:
             tally.add("not a JSON object", place)
     return rows
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

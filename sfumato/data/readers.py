@@ -3,16 +3,14 @@
 A row that cannot be used is counted and passed over; a column that is not there is an error.
 """
 
-import csv
-import json
 import os
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import TextIO
 
 from sfumato.data.skips import SkipLog, Tally
+from sfumato.data.text_files import csv_rows, is_utf8, open_text, parse_json
 
 DEFAULT_COLUMNS = ("prompt", "caption", "text")
 COLUMN_SUFFIXES = frozenset({".csv", ".jsonl"})
@@ -44,7 +42,7 @@ def read_shard(path: Path, column: str | None, log: SkipLog) -> Iterator[str]:
             prompt = text.strip()
             if not prompt:
                 tally.add("blank", place)
-            elif not _is_utf8(prompt):
+            elif not is_utf8(prompt):
                 tally.add("not UTF-8", place)
             else:
                 found = True
@@ -53,20 +51,6 @@ def read_shard(path: Path, column: str | None, log: SkipLog) -> Iterator[str]:
         tally.add("unreadable file", f"({error.strerror or error})")
     if not found and not tally.any:
         tally.add("file without a prompt")
-
-
-def _is_utf8(text: str) -> bool:
-    """Tell text from undecodable bytes (kept as lone surrogates) and from UTF-16's zeros."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in text
-
-
-def _open_text(path: Path, newline: str | None = None) -> TextIO:
-    # A byte that is no UTF-8 spoils its own row only; the mark that Windows writes is dropped.
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def _choose_column(wanted: str | None, names: Sequence[str], path: Path) -> str:
@@ -83,13 +67,13 @@ def _choose_column(wanted: str | None, names: Sequence[str], path: Path) -> str:
 
 
 def _read_txt(path: Path, column: str | None, tally: Tally) -> Iterator[_Row]:
-    with _open_text(path) as file:
+    with open_text(path) as file:
         yield from enumerate(file, 1)
 
 
 def _read_csv(path: Path, column: str | None, tally: Tally) -> Iterator[_Row]:
-    with _open_text(path, newline="") as file:
-        rows = _csv_rows(file, tally)
+    with open_text(path, newline="") as file:
+        rows = csv_rows(file, tally)
         header = next((row for _, row in rows if row), None)
         if header is None:
             return
@@ -102,30 +86,15 @@ def _read_csv(path: Path, column: str | None, tally: Tally) -> Iterator[_Row]:
                 yield line, row[index] if index < len(row) else ""
 
 
-def _csv_rows(file: TextIO, tally: Tally) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row with the line it starts on; count the rows that are no CSV."""
-    rows = csv.reader(file, strict=True)
-    while True:
-        line = rows.line_num + 1
-        try:
-            row = next(rows, None)
-        except csv.Error:
-            tally.add("not CSV", line)
-            continue
-        if row is None:
-            return
-        yield line, row
-
-
 def _read_jsonl(path: Path, column: str | None, tally: Tally) -> Iterator[_Row]:
     chosen: str | None = None
-    with _open_text(path) as file:
+    with open_text(path) as file:
         for line, text in enumerate(file, 1):
             if not text.strip():
                 yield line, text
                 continue
-            record = _json_object(text)
-            if record is None:
+            record = parse_json(text)
+            if not isinstance(record, dict):
                 tally.add("not a JSON object", line)
                 continue
             if chosen is None:
@@ -135,14 +104,6 @@ def _read_jsonl(path: Path, column: str | None, tally: Tally) -> Iterator[_Row]:
                 yield line, value
             else:
                 tally.add(f"no text in column {chosen!r}", line)
-
-
-def _json_object(text: str) -> dict[str, object] | None:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _read_tar(path: Path, column: str | None, tally: Tally) -> Iterator[_Row]:

@@ -53,9 +53,14 @@ class _Entry:
 
 @final
 class SkipLog:
-    """Collect what readers leave out; warn once per file and reason."""
+    """Collect what readers leave out; warn once per file and reason.
 
-    def __init__(self) -> None:
+    Args:
+        warns: False for a second look at what another log warns of.
+    """
+
+    def __init__(self, *, warns: bool = True) -> None:
+        self._warns = warns
         self._entries: dict[tuple[Path, str], _Entry] = {}
 
     def begin(self, path: Path) -> "Tally":
@@ -67,7 +72,9 @@ class SkipLog:
         known = self._entries.get((path, reason))
         if known is None:
             self._entries[path, reason] = _Entry(count, place)
-            _LOGGER.warning("%s: %s; left out, as are others like it in this file", place, reason)
+            if self._warns:
+                said = "%s: %s; left out, as are others like it in this file"
+                _LOGGER.warning(said, place, reason)
         elif count > known.count:
             self._entries[path, reason] = _Entry(count, known.place)
 
