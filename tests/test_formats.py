@@ -10,6 +10,8 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny_sd import write_tiny_sd
 
@@ -272,3 +274,46 @@ def test_a_model_that_states_no_size_is_asked_for_one(sd_copy: Path):
 def restate(file: Path, **changes: Any) -> None:
     """Change settings in a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        (None, {"unet/diffusion_pytorch_model.safetensors", "vae/config.json", "a/spiece.model"}),
+        (
+            "fp16",
+            {
+                "unet/diffusion_pytorch_model.safetensors",
+                "unet/diffusion_pytorch_model.fp16.safetensors",
+                "t/model.fp16-00001-of-00002.safetensors",
+                "vae/config.json",
+                "a/spiece.model",
+            },
+        ),
+    ],
+)
+def test_what_is_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: str | None, expected: set[str]
+):
+    files = [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "t/model.fp16-00001-of-00002.safetensors",
+        "safety_checker/model.safetensors",
+        "vae/config.json",
+        "a/spiece.model",
+        "flux1-dev.safetensors",
+    ]
+    asked: list[dict[str, Any]] = []
+
+    def download(_: str, **patterns: Any) -> str:
+        if patterns.get("local_files_only"):
+            raise LocalEntryNotFoundError("nothing here")
+        asked.append(patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    find_model("someone/model", variant=variant)
+    assert set(filter_repo_objects(files, **asked[0])) == expected

@@ -15,8 +15,11 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.mode
 PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt")
 
 
-def find_model(pretrained: str, *, allow_pickle: bool = False) -> Path:
+def find_model(pretrained: str, *, allow_pickle: bool = False, variant: str | None = None) -> Path:
     """Return the diffusers folder of a path or hub id: a folder here, the local cache, the hub.
+
+    Args:
+        variant: of the weights; without one, half-precision copies are not downloaded.
 
     Raises:
         ValueError: if there is no such folder or hub id, or nothing of it can be read.
@@ -34,16 +37,17 @@ def find_model(pretrained: str, *, allow_pickle: bool = False) -> Path:
             f"model.pretrained = {pretrained!r}: no such folder; give a diffusers folder, or a hub "
             "id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
-    return _download(pretrained, allow_pickle)
+    return _download(pretrained, allow_pickle, variant)
 
 
-def _download(hub_id: str, allow_pickle: bool) -> Path:
+def _download(hub_id: str, allow_pickle: bool, variant: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
     patterns += ["*/*.bin"] if allow_pickle else []
     unused = ["safety_checker/*", "*non_ema*"]
+    unused += ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"] if variant is None else []
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:

@@ -33,7 +33,7 @@ def find_family(
         ValueError: if the folder is incomplete, of a family that Sfumato does not know or that
             `config.family` does not name, or cannot do what the sampler asks.
     """
-    folder = find_model(config.pretrained, allow_pickle=config.allow_pickle)
+    folder = find_model(config.pretrained, allow_pickle=config.allow_pickle, variant=config.variant)
     pipeline = str(read_model_index(folder)["_class_name"])
     names = {family.pipeline_name: name for name, family in FAMILIES.items()}
     if pipeline not in names:
