@@ -17,16 +17,15 @@ from tiny_qwen_image import (
     write_tiny_qwen_image,
 )
 from torch import Tensor, nn
+from trajectories import PROMPTS, our_run, their_run
 
 from sfumato.config import LoraConfig, ModelConfig, SamplerConfig
 from sfumato.diffusion.guidance import CfgGradient
-from sfumato.diffusion.process import Prediction, Time
 from sfumato.diffusion.sampling import Denoiser, sample
 from sfumato.models.flux import pack, unpack
 from sfumato.models.model import Conditioning
 from sfumato.models.qwen_image import QwenImage, rescaled_guidance
 
-PROMPTS = ["a red star", "a small blue ring on a yellow background"]
 HEIGHT, WIDTH = 32, 64
 SCALE = 4.0
 
@@ -87,33 +86,14 @@ def perturb(model: QwenImage, size: float = 0.1) -> None:
 def test_trajectory_equals_diffusers_pipeline(
     model: QwenImage, pipeline: Any, steps: int, scale: float
 ):
-    noise, theirs, ours = starting_noise(), [], []
-
-    def keep(_pipeline: Any, _step: int, _t: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        theirs.append(values["latents"])
-        return values
-
-    images = pipeline(
-        PROMPTS,
-        height=HEIGHT,
-        width=WIDTH,
-        num_inference_steps=steps,
-        output_type="pt",
-        callback_on_step_end=keep,
-        **model.pipeline_arguments(noise, scale),
-    ).images
-    denoiser = guided_denoiser(model, scale)
-
-    def watched(x_t: Tensor, t: Time) -> Prediction:
-        ours.append(x_t)
-        return denoiser(x_t, t)
-
-    with torch.no_grad():
-        end = sample(watched, model.process, noise, model.times(steps, HEIGHT, WIDTH)).x
-        torch.testing.assert_close(model.decode(end).clamp(0, 1), images, atol=1e-4, rtol=0)
-    ours = [pack(x) for x in [*ours[1:], end]]
+    noise = starting_noise()
+    ours, our_images = our_run(model, noise, steps, scale)
+    theirs, images = their_run(model, pipeline, noise, steps, scale)
+    torch.testing.assert_close(our_images, images, atol=1e-4, rtol=0)
     assert len(ours) == len(theirs) == steps
-    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), atol=1e-4, rtol=0)
+    packed = torch.stack([pack(x) for x in ours])
+    torch.testing.assert_close(packed, torch.stack(theirs), atol=1e-4, rtol=0)
+    end = ours[-1]
     assert 0.5 < end.std() < 5
     assert images.std() > 0.05
 

@@ -11,13 +11,11 @@ import pytest
 import torch
 from tiny_sd3 import CHANNELS, LATENT, PIXELS, reference_sd3, write_tiny_sd3
 from torch import Tensor
+from trajectories import PROMPTS, our_run, their_run
 
 from sfumato.config import LoraConfig, ModelConfig, SamplerConfig
-from sfumato.diffusion.process import Prediction, Time
-from sfumato.diffusion.sampling import sample
 from sfumato.models.stable_diffusion_3 import StableDiffusion3
 
-PROMPTS = ["a red star", "a small blue ring on a yellow background"]
 SCALE = 7.0
 VARIANTS: dict[str, dict[str, bool]] = {
     "sd3": {},
@@ -60,48 +58,6 @@ def model(folder: Path) -> StableDiffusion3:
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def our_run(
-    model: StableDiffusion3, noise: Tensor, steps: int, scale: float
-) -> tuple[list[Tensor], Tensor]:
-    """Return the state after each step, and the images."""
-    uncond = model.encode_prompts([""]).repeat(len(noise))
-    cond = model.encode_prompts(PROMPTS[: len(noise)])
-    denoiser = model.denoiser(cond, uncond=uncond, guidance_scale=scale)
-    states = []
-
-    def watched(x_t: Tensor, t: Time) -> Prediction:
-        states.append(x_t)
-        return denoiser(x_t, t)
-
-    height, width = (side * model.limits.factor for side in noise.shape[2:])
-    with torch.no_grad():
-        times = model.times(steps, height, width)
-        end = sample(watched, model.process, noise, times).x
-        return [*states[1:], end], model.decode(end).clamp(0, 1)
-
-
-def their_run(
-    model: StableDiffusion3, pipeline: Any, noise: Tensor, steps: int, scale: float
-) -> tuple[list[Tensor], Tensor]:
-    """Return diffusers' latents after each step, and its images."""
-    states = []
-
-    def keep(_pipeline: Any, _step: int, _t: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        states.append(values["latents"])
-        return values
-
-    images = pipeline(
-        PROMPTS[: len(noise)],
-        height=noise.shape[2] * model.limits.factor,
-        width=noise.shape[3] * model.limits.factor,
-        num_inference_steps=steps,
-        output_type="pt",
-        callback_on_step_end=keep,
-        **model.pipeline_arguments(noise, scale),
-    ).images
-    return states, images
 
 
 # --- Whole trajectories

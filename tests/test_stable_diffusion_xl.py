@@ -11,14 +11,14 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from tiny_sdxl import LATENT, PIXELS, reference_sdxl, write_tiny_sdxl
 from torch import Tensor
+from trajectories import PROMPTS, our_run, their_run
 
 from sfumato.config import LoraConfig, ModelConfig, SamplerConfig
-from sfumato.diffusion.process import Prediction, Time, VariancePreserving
+from sfumato.diffusion.process import VariancePreserving
 from sfumato.diffusion.sampling import sample
 from sfumato.models.model import Framing
 from sfumato.models.stable_diffusion_xl import StableDiffusionXL
 
-PROMPTS = ["a red star", "a small blue ring on a yellow background"]
 SCALE = 5.0
 
 
@@ -48,49 +48,6 @@ def pipeline(folder: Path) -> Any:
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def our_run(
-    model: StableDiffusionXL, noise: Tensor, steps: int, scale: float
-) -> tuple[list[Tensor], Tensor]:
-    """Return the state after each step, and the images."""
-    uncond = model.encode_prompts([""]).repeat(len(noise))
-    cond = model.encode_prompts(PROMPTS[: len(noise)])
-    denoiser = model.denoiser(cond, uncond=uncond, guidance_scale=scale)
-    states = []
-
-    def watched(x_t: Tensor, t: Time) -> Prediction:
-        states.append(x_t)
-        return denoiser(x_t, t)
-
-    height, width = (side * model.limits.factor for side in noise.shape[2:])
-    with torch.no_grad():
-        times = model.times(steps, height, width)
-        end = sample(watched, model.process, noise, times).x
-        return [*states[1:], end], model.decode(end).clamp(0, 1)
-
-
-def their_run(
-    model: StableDiffusionXL, pipeline: Any, noise: Tensor, steps: int, scale: float, **more: Any
-) -> tuple[list[Tensor], Tensor]:
-    """Return diffusers' latents after each step, and its images."""
-    states = []
-
-    def keep(_pipeline: Any, _step: int, _t: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        states.append(values["latents"])
-        return values
-
-    images = pipeline(
-        PROMPTS[: len(noise)],
-        height=noise.shape[2] * model.limits.factor,
-        width=noise.shape[3] * model.limits.factor,
-        num_inference_steps=steps,
-        output_type="pt",
-        callback_on_step_end=keep,
-        **model.pipeline_arguments(noise, scale),
-        **more,
-    ).images
-    return states, images
 
 
 # --- Whole trajectories
