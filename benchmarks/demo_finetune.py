@@ -25,6 +25,8 @@ from sfumato.training.checkpoint import list_checkpoints, read_shown_weights, st
 from sfumato.training.folder import RunFolder
 from sfumato.training.state import load_weights
 
+CHOSEN_ON = 200  # the first of these prompts, on which the recipe's settings were chosen
+
 
 def show(name: str, asked: Sequence[Scene], images: Tensor) -> None:
     """Print the shares of pictures that are entirely right and right in each attribute."""
@@ -76,8 +78,8 @@ def compare(run: Path, count: int, *, all_steps: bool) -> Tensor:
     config = load_settings(folder.config)
     model = load_model(config.model)
     sets = {
-        f"{CONCEPT}, held out": split().rest[:count],
-        "old shapes, held out": new_scenes(count),
+        f"{CONCEPT}, held out": split().rest[CHOSEN_ON : CHOSEN_ON + count],
+        "old shapes, held out": new_scenes(CHOSEN_ON + count)[CHOSEN_ON:],
     }
     checkpoints = list_checkpoints(folder.checkpoints)
     sheet = []

@@ -211,6 +211,9 @@ def main() -> None:
     """Train with the defaults above and the settings of the command line."""
     config, settings = compose_train([*DEFAULTS, *sys.argv[1:]])
     assert isinstance(config.objective, OwnConfig)
+    unknown = config.objective.settings.keys() - {"background"}
+    if unknown:
+        raise ValueError(f"objective.settings.{min(unknown)} is unknown; there is background")
     own = Own(
         load=MyModel if config.model.pretrained == "scratch" else None,
         objective=MyObjective(**config.objective.settings),

@@ -59,6 +59,12 @@ def check_train(config: TrainConfig, processes: int) -> None:
             "data.buffer": config.data.buffer,
         }
     )
+    for key, value in (
+        ("validation.loss_images", config.validation.loss_images),
+        ("validation.every_steps", config.validation.every_steps),
+    ):
+        if value < 0:
+            raise ValueError(f"{key} = {value} must be 0 (off) or more")
     unit = training.micro_batch_size * processes
     if training.global_batch_size % unit:
         nearest = max(unit, round(training.global_batch_size / unit) * unit)
@@ -82,6 +88,12 @@ def check_train(config: TrainConfig, processes: int) -> None:
     _check_optimizer(config.optimizer)
     if config.export not in {"last", "best"}:
         raise ValueError(f"export = {config.export!r}; choose one of last, best")
+    measured = isinstance(config.objective, SupervisedConfig) and config.validation.loss_images
+    if config.export == "best" and not measured:
+        raise ValueError(
+            "export = best chooses by the validation loss, which only objective=supervised with "
+            "validation.loss_images above 0 has; use export=last"
+        )
     match config.objective:
         case DraftConfig() as draft:
             _check_draft(draft, config.sampler, rewards)

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 USAGE = """\
 usage: sfumato COMMAND [...]
 
-  train     align a text-to-image model with a reward:
+  train     fine-tune a text-to-image model on images, or align it with a reward:
+            sfumato train recipe=sdxl_sft_lora model.pretrained=DIR data.images.path=FOLDER
             sfumato train recipe=sd15_draft_plus model.pretrained=DIR data.prompts=FILE \\
                 reward.pretrained=DIR objective.kl_coeff=0.2
   sample    make images with a run or a model:  sfumato sample run=runs/NAME prompt="a star"

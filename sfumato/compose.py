@@ -22,7 +22,6 @@ from sfumato.config import (
     GROUPS,
     REWARDS,
     ImageSourceConfig,
-    MergeConfig,
     TrainConfig,
     WeightedPartConfig,
     WeightedRewardConfig,
@@ -84,10 +83,11 @@ def to_settings(config: Any, prefix: str = "") -> Any:
             ("data.images.sources", settings.data.images),
             ("validation.images.sources", settings.validation.images),
         ):
-            for name, given in images.sources.items():
-                images.sources[name] = _resolve(f"{place}.{name}", given, ImageSourceConfig)
-        for name, given in settings.model.merge.items():
-            settings.model.merge[name] = _resolve(f"model.merge.{name}", given, MergeConfig)
+            images.sources = {
+                name: _resolve(f"{place}.{name}", given, ImageSourceConfig)
+                for name, given in images.sources.items()
+                if given is not None  # null takes a recipe's source out
+            }
     return settings
 
 

@@ -423,6 +423,8 @@ def test_sources_take_names_of_ones_own():
         sources = settings.data.images.sources
         assert sources == {"mine": ImageSourceConfig("a", weight=2.0), "b": ImageSourceConfig("c")}
         assert plain["data"]["images"]["sources"]["b"] == {"path": "c"}
+    recipe = ["recipe=demo_finetune", "data.images.path=mine", "data.images.sources.moons=null"]
+    assert set(compose_train(recipe)[0].data.images.sources) == {"shapes"}
     for wrong, expected in (
         ("data.images.sources.mine={paht: a}", "sources.mine.paht: did you mean .*mine.path"),
         ("data.images.sources.mine=3", r"sources.mine = 3; write \{KEY: VALUE"),

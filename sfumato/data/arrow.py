@@ -80,8 +80,15 @@ def parquet_rows(path: Path, columns: Columns) -> tuple[list[str], Iterator[dict
                 "cannot be read one by one: load the file with `datasets`, call save_to_disk, and "
                 "give that folder"
             )
-    batches = file.iter_batches(columns=wanted)
-    return names, (row for batch in batches for row in batch.to_pylist())
+    return names, _row_dicts(file, wanted, path, pyarrow.ArrowException)
+
+
+def _row_dicts(file: Any, wanted: list[str], path: Path, damage: type[Exception]) -> Iterator[Any]:
+    try:
+        for batch in file.iter_batches(columns=wanted):
+            yield from batch.to_pylist()
+    except (damage, OSError) as error:
+        raise ValueError(f"{path} is a damaged parquet file ({error}); write it again") from None
 
 
 def _import_pyarrow(path: Path) -> Any:
@@ -178,7 +185,8 @@ def _parts(images: Any, name: str, folder: Path) -> tuple[Any, Any]:
 
 
 def _is_text(kind: Any) -> bool:
-    return str(kind) in {"string", "large_string", "string_view"}
+    text = ("string", "large_string", "string_view")
+    return str(kind).startswith((*text, *(f"dictionary<values={name}" for name in text)))
 
 
 def _is_bytes(kind: Any) -> bool:

@@ -69,16 +69,20 @@ class Refusals:
         self.log.note(entry.container, reason, len(places), entry.name)
 
 
+class MissingColumnError(ValueError):
+    """A table or a tar without the column that was asked for."""
+
+
 def choose_column(wanted: tuple[str, ...], there: list[str], where: Path, holds: str) -> str:
     """Return the first of the wanted columns that is there.
 
     Raises:
-        ValueError: none is; `holds` says what it should hold.
+        MissingColumnError: none is; `holds` says what it should hold.
     """
     for name in wanted:
         if name in there:
             return name
-    raise ValueError(
+    raise MissingColumnError(
         f"{where} has no column {' or '.join(map(repr, wanted))}; the columns there are "
         f"{', '.join(map(repr, there)) or 'none'}. Name the one that holds the {holds}"
     )

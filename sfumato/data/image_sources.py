@@ -7,7 +7,7 @@ from pathlib import Path
 from sfumato.data.arrow import is_dataset, list_dataset
 from sfumato.data.blobs import FileBlob
 from sfumato.data.decode import SUFFIXES
-from sfumato.data.entries import Columns, Entry, caption_of
+from sfumato.data.entries import Columns, Entry, MissingColumnError, caption_of
 from sfumato.data.image_tar import list_tar
 from sfumato.data.metadata import METADATA_SUFFIXES, list_metadata
 from sfumato.data.prompts import find_shards
@@ -85,7 +85,16 @@ def _list_folder(folder: Path, base: Path | None, columns: Columns, log: SkipLog
 def _list_tars(path: str, base: Path | None, columns: Columns, log: SkipLog) -> list[Entry]:
     if base is not None:
         raise ValueError(f"base_path={str(base)!r} was given, but {path!r} are tars; leave it out")
-    return [entry for tar in find_shards(path) for entry in list_tar(tar, columns, log)]
+    entries: list[Entry] = []
+    missing: list[MissingColumnError] = []
+    for tar in find_shards(path):
+        try:
+            entries += list_tar(tar, columns, log)
+        except MissingColumnError as error:  # its members are counted; others may have captions
+            missing.append(error)
+    if missing and not entries:
+        raise missing[0]
+    return entries
 
 
 def _walk(folder: Path, tally: Tally) -> Iterator[Entry]:

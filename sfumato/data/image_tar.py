@@ -35,7 +35,7 @@ def list_tar(path: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
     column of the object in `KEY.json` where there is no text or a column is named.
 
     Raises:
-        ValueError: the named column is not in the first object.
+        MissingColumnError: there are objects, but no caption in any of their columns.
     """
     tally = log.begin(path)
     try:
@@ -49,7 +49,7 @@ def list_tar(path: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
 def _entries(
     groups: list[_Group], file: IO[bytes], path: Path, columns: Columns, tally: Tally
 ) -> Iterator[Entry]:
-    chosen: str | None = None
+    found, there = False, dict[str, None]()
     fields = _IMAGE_FIELDS if columns.image is None else (columns.image.lower(),)
     for group in groups:
         image = next((name for name in fields if name in group.members), None)
@@ -64,12 +64,16 @@ def _entries(
             if record is None:
                 tally.add("not a JSON object", f"{group.key}.json")
                 continue
-            if chosen is None:
-                chosen = choose_column(columns.captions, list(record), path, "captions")
-            text = record.get(chosen)
+            there |= dict.fromkeys(record)
+            name = next((name for name in columns.captions if name in record), None)
+            found = found or name is not None
+            text = record.get(name) if name is not None else None
         caption = caption_of(text, group.key, tally)
         if caption is not None:
+            found = True
             yield Entry(path, f"{group.key}.{image}", caption, group.members[image])
+    if there and not found:
+        choose_column(columns.captions, list(there), path, "captions")
 
 
 def _groups(file: IO[bytes], path: Path, tally: Tally) -> list[_Group]:

@@ -126,9 +126,10 @@ def named_sources(config: ImageDataConfig) -> dict[str, ImageSourceConfig]:
     if config.path is None:
         return several
     if several:
+        out = " ".join(f"{name}=null" for name in several)
         raise ValueError(
-            f"data.images.path = {config.path!r} and data.images.sources are both given; put all "
-            "into sources, or leave it empty"
+            f"data.images.path = {config.path!r} is given beside data.images.sources; take these "
+            f"out ({out}), or give it as one more, data.images.sources.NAME.path=..."
         )
     return {"data.images": config}
 

@@ -58,6 +58,8 @@ def sample_images(config: SampleConfig) -> None:
     """
     if (config.run is None) == (config.pretrained is None):
         raise ValueError("give run=FOLDER or pretrained=MODEL, one of the two")
+    if config.run is None and config.step is not None:
+        raise ValueError(f"step={config.step} is of a run, and pretrained has none; leave it out")
     if (config.prompt is None) == (config.prompts is None):
         raise ValueError('give prompt="..." or prompts=FILE, one of the two')
     if config.num_images < 1 or config.batch_size < 1:

@@ -22,6 +22,10 @@ from sfumato.objectives.objective import Loss, Objective
 
 BINS = 10  # of t, in which the loss is reported
 STABLE_TIMES = 8
+FLOW_HAS_NO_SNR = (
+    "objective.weighting = min_snr is for epsilon, v and sample predictions, and this model "
+    "predicts flow; use none or bump"
+)
 TABLE = 1000  # entries of a family's shifted table
 
 
@@ -33,6 +37,20 @@ class Supervised(Objective[Sequence[Sample]]):
 
     def __init__(self, config: SupervisedConfig) -> None:
         self.config = config
+
+    def check(self, model: TextToImageModel) -> None:
+        """Refuse settings that do not fit a model.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if self.config.weighting == "min_snr" and model.prediction_type == "flow":
+            raise ValueError(FLOW_HAS_NO_SNR)
+        if self.config.guidance_scale != 1 and model.has_cfg:
+            raise ValueError(
+                f"objective.guidance_scale = {self.config.guidance_scale} is told to networks with "
+                "embedded guidance, and this model has none; leave it at 1"
+            )
 
     def loss(self, model: TextToImageModel, batch: Sequence[Sample], rng: Rng) -> Loss:
         device, shape = model.device, _latent_shape(model, batch)
@@ -147,10 +165,7 @@ def min_snr(
         case "sample":
             return clipped
         case "flow":
-            raise ValueError(
-                "objective.weighting = min_snr is for epsilon, v and sample predictions, and this "
-                "model predicts flow; use none or bump"
-            )
+            raise ValueError(FLOW_HAS_NO_SNR)
 
 
 def bump(t: Float[Tensor, " b"], table: Float[Tensor, " n"]) -> Float[Tensor, " b"]:

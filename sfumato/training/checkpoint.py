@@ -133,10 +133,13 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def best_step(root: Path) -> int | None:
-    """Return the step of the lowest validation loss, as the newest checkpoint knows it."""
+    """Return the step of the lowest validation loss, as the newest checkpoint knows it.
+
+    None where no loss was measured, or that checkpoint is not there any more.
+    """
     found = list_checkpoints(root)
     best = json.loads((found[-1] / "state.json").read_text()).get("best") if found else None
-    return best[0] if best else None
+    return best[0] if best and best[0] in map(step_of, found) else None
 
 
 def step_of(place: Path) -> int:

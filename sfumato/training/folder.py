@@ -33,6 +33,10 @@ MAY_CHANGE = (
     "model.gradient_checkpointing",
     "reward.gradient_checkpointing",
     "verify",
+    "export",
+    "runs_dir",
+    "data.images.workers",
+    "data.images.prefetch",
 )
 
 

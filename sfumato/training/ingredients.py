@@ -24,6 +24,11 @@ from sfumato.objectives.supervised import Supervised
 from sfumato.rewards.build import build_reward
 from sfumato.rewards.reward import Reward
 
+OWN_IS_A_SCRIPTS = (
+    "objective = own is brought by a script of one's own, as train(..., own=Own(objective=...)); "
+    "see docs/write_your_own.md"
+)
+
 
 @dataclass(frozen=True)
 class Data:
@@ -59,6 +64,8 @@ def open_data(
             divisor=bucket_step(limits, height, width),
             seed=config.training.seed,
         )
+    elif own is None and isinstance(config.objective, OwnConfig) and config.data.prompts is None:
+        raise ValueError(OWN_IS_A_SCRIPTS)
     else:
         stream = own or open_prompts(
             str(config.data.prompts),
@@ -134,8 +141,8 @@ def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None
         found = [sample.caption for sample in samples]
     else:
         raise ValueError(
-            "nothing says what the validation images show; give validation.prompts=FILE (a script "
-            "of one's own can bring them, as Own(prompts=[...]))"
+            "nothing says what images are to show; give validation.prompts=FILE in training (a "
+            "script of one's own can bring them, as Own(prompts=[...])), prompts=FILE in evaluation"
         )
     return [found[i % len(found)] for i in range(count)]
 
@@ -158,10 +165,7 @@ def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any
         case SupervisedConfig() as supervised:
             return Supervised(supervised)
         case OwnConfig():
-            raise ValueError(
-                "objective = own is brought by a script of one's own, as train(..., "
-                "own=Own(objective=...)); see docs/write_your_own.md"
-            )
+            raise ValueError(OWN_IS_A_SCRIPTS)
     raise AssertionError(config.objective)
 
 

@@ -223,11 +223,18 @@ def resume(state: TrainState, folder: RunFolder, distribution: Distribution) -> 
 
     Raises:
         CheckpointError: if it is damaged; the last good one is named.
+        ValueError: if the data is not what it was, or not the same on every process.
     """
     found = list_checkpoints(folder.checkpoints)
-    if found:
-        state.restore(read_checkpoint(found[-1]))
-    distribution.barrier()
+    with distribution.together():
+        if found:
+            state.restore(read_checkpoint(found[-1]))
+    places = distribution.gather([state.stream.state()])
+    if any(place != places[0] for place in places):
+        raise ValueError(
+            "the processes read different data; check that every machine sees the same files under "
+            "the same paths"
+        )
     if distribution.is_main:
         tidy(folder.checkpoints)
 

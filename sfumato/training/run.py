@@ -19,7 +19,13 @@ from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import find_family, load_model
 from sfumato.objectives.objective import Objective
 from sfumato.objectives.supervised import Supervised
-from sfumato.training.checkpoint import best_step, fingerprint, list_checkpoints, step_of
+from sfumato.training.checkpoint import (
+    best_step,
+    find_fault,
+    fingerprint,
+    list_checkpoints,
+    step_of,
+)
 from sfumato.training.distribution import Distribution
 from sfumato.training.export import export
 from sfumato.training.folder import RunFolder, differences, read_note, replace_text, step_name
@@ -31,8 +37,19 @@ from sfumato.training.ingredients import (
 )
 from sfumato.training.loop import Outcome, fit
 from sfumato.training.stop import StopWatch
-from sfumato.training.tracking import check_trackers
+from sfumato.training.tracking import check_trackers, read_metrics
 from sfumato.training.validation import HeldOut, Validation
+
+
+def report_skips(stream: Stream[Any], folder: RunFolder, distribution: Distribution) -> None:
+    """Say and note what was left out; processes meet broken pixels in rows of their own."""
+    said = distribution.gather([stream.skipped.summary() if stream.skipped.skips else ""])
+    with distribution.together():
+        if distribution.is_main and any(said):
+            lines = list(dict.fromkeys(line for line in said if line))
+            for line in lines:
+                print(f"left out: {line}", flush=True)
+            replace_text(folder.path / "left_out.json", json.dumps(lines, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,8 @@ def train(
         torch.manual_seed(derive(config.training.seed, "adapter"))  # peft draws A from it
         load = own.load or load_model
         model = load(trained_model(config, objective))
+        if isinstance(objective, Supervised):
+            objective.check(model)
         model.to(distribution.device)
         trained = sum(parameter.numel() for parameter in model.trainable().values())
         if distribution.is_main:
@@ -104,10 +123,9 @@ def train(
         outcome = fit(
             config, model, objective, data.stream, validation, folder, distribution, settings, watch
         )
+        report_skips(data.stream, folder, distribution)
         with distribution.together():
             if distribution.is_main:
-                if data.stream.skipped.skips:
-                    print(f"left out: {data.stream.skipped.summary()}", flush=True)
                 finish(config, folder, outcome, distribution, data.prompts[0], load)
     return outcome
 
@@ -177,20 +195,50 @@ def finish(
         return
     note = folder.path / "export.json"
     done = read_note(note) if note.exists() and folder.export.exists() else {}
-    place = list_checkpoints(folder.checkpoints)[-1]
-    best = best_step(folder.checkpoints)
-    if config.export == "best" and best is not None:
-        place = folder.checkpoints / step_name(best)
+    place = chosen_checkpoint(config, folder)
     made_of = {"checkpoint": fingerprint(place), "verify": config.verify}
     if any(done.get(name) != value for name, value in made_of.items()):
         lines = export(config, place, folder.export, distribution.device, prompt, load)
         done = {"step": step_of(place), **made_of, "exports": lines}
         replace_text(note, json.dumps(done, indent=2) + "\n")
     print(f"{folder.path}: complete at step {outcome.step}")
-    if best is not None:
-        print(f"  lowest validation loss at step {best}; exported is step {done['step']}")
+    for line in [*best_in_words(folder), f"exported is step {done['step']}"]:
+        print(f"  {line}")
     for line in done["exports"]:
         print(f"  {line}")
+
+
+def chosen_checkpoint(config: TrainConfig, folder: RunFolder) -> Path:
+    """Return the checkpoint to export: the last, or the best where that is asked for and whole."""
+    last = list_checkpoints(folder.checkpoints)[-1]
+    if config.export == "last":
+        return last
+    best = best_step(folder.checkpoints)
+    place = folder.checkpoints / step_name(best) if best is not None else None
+    fault = find_fault(place) if place is not None else "it is not there any more"
+    if place is None or fault:
+        print(f"the best checkpoint cannot be exported ({fault}), so the last is", file=sys.stderr)
+        return last
+    return place
+
+
+def best_in_words(folder: RunFolder) -> list[str]:
+    """Return a line that compares the lowest validation loss, if any, with the base model's."""
+    losses = {
+        row["step"]: row["validation/loss"]
+        for row in read_metrics(folder)
+        if "validation/loss" in row
+    }
+    base = losses.pop(0, None)
+    if base is None or not losses:
+        return []
+    best = min(losses, key=lambda step: losses[step])
+    if losses[best] < base:
+        return [f"validation loss {base:.4g} before, lowest at step {best}: {losses[best]:.4g}"]
+    return [
+        f"no step has a lower validation loss than the base model ({base:.4g}); the lowest is "
+        f"{losses[best]:.4g} at step {best}"
+    ]
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class TrainState:
     def improves(self, metrics: Mapping[str, float]) -> bool:
         """Remember this step as the best if its validation loss is the lowest so far; say so."""
         loss = metrics.get("validation/loss", math.inf)
-        if loss >= self.best_loss:
+        if not loss < self.best_loss:  # also where it is not a number
             return False
         self.best_step, self.best_loss = self.step, loss
         return True

@@ -83,6 +83,13 @@ class Validation:
         for name, pictures in (("reward", tuned), ("reward_base", self._base)):
             if pictures.rewards is not None:
                 metrics[f"validation/{name}"] = pictures.rewards.mean().item()
+        with self._distribution.together():
+            self._record(folder, step, trackers, tuned)
+        return metrics
+
+    def _record(self, folder: RunFolder, step: int, trackers: Trackers, tuned: Pictures) -> None:
+        """Write the pairs and show them, on the main process."""
+        assert self._base is not None
         if self._distribution.is_main:
             records = self._records(tuned)
             self._write(folder, step, tuned, records)
@@ -95,7 +102,6 @@ class Validation:
                 for record in records
             ]
             trackers.images(step, "validation/tuned_base", pairs, captions)
-        return metrics
 
     def _first(self, folder: RunFolder) -> Pictures:
         """Read the pictures of step 0, when the policy was still the base model.
