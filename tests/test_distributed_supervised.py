@@ -15,6 +15,7 @@ SAME = 1e-5
 STRATEGIES = [
     ("stable_diffusion", "ddp", "[network]"),
     ("stable_diffusion_xl", "ddp", "[network, text_encoder, text_encoder_2]"),
+    ("stable_diffusion_xl", "fsdp", "[network, text_encoder]"),
     ("stable_diffusion_3", "fsdp", "[network]"),
     ("stable_diffusion_3", "ddp", "[network, text_encoder]"),
     ("flux", "fsdp", "[network, text_encoder]"),

@@ -1,5 +1,7 @@
 """What every family does alike: supervised and DRaFT+ training, exports, and refusals."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,8 +265,6 @@ def test_the_wrong_family_is_named(folders: dict[str, Path], name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_component_is_named(folders: dict[str, Path], tmp_path: Path, name: str):
-    import shutil
-
     shutil.copytree(folders[name], tmp_path / "copy")
     for part in (FAMILIES[name].network_name, FAMILIES[name].encoders[0]):
         shutil.rmtree(tmp_path / "copy" / part)
@@ -298,8 +298,10 @@ RECIPES = [
 
 def test_every_family_has_its_recipes():
     names = {path.stem for path in RECIPES}
-    for model in ("sd15", "sdxl", "sd35", "flux", "qwen_image"):
-        assert {f"{model}_sft_lora", f"{model}_sft_full"} <= names
+    for family in FAMILIES:
+        mine = {p.stem for p in RECIPES if f"family: {family}\n" in p.read_text()}
+        assert any(name.endswith("_sft_lora") for name in mine), family
+        assert any(name.endswith("_sft_full") for name in mine), family
     assert {"sdxl_draft_plus", "sd35_draft_plus", "flux_draft_plus"} <= names
 
 
@@ -315,3 +317,89 @@ def test_a_recipe_fits_its_family(folders: dict[str, Path], recipe: str):
     trained = list(model.trainable())
     assert all(("lora" in key) == (settings.trainable == "lora") for key in trained)
     assert len(trained) >= 8
+
+
+# --- Releases that differ
+
+
+def edit(file: Path, **changes: object) -> None:
+    settings = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(settings))
+
+
+def release_with(folder: Path, changes: dict[str, object]) -> None:
+    """Change a release's scheduler: its settings, and its class in model_index.json."""
+    edit(folder / "scheduler" / "scheduler_config.json", **changes)
+    if "_class_name" in changes:
+        edit(folder / "model_index.json", scheduler=["diffusers", changes["_class_name"]])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("stable_diffusion_xl", {"_class_name": "EDMEulerScheduler"}),
+        ("stable_diffusion", {"_class_name": "FlowMatchEulerDiscreteScheduler"}),
+        ("flux", {"_class_name": "FlowMatchHeunDiscreteScheduler"}),
+        ("stable_diffusion_3", {"stochastic_sampling": True}),
+    ],
+)
+def test_schedulers_of_another_process_are_refused(
+    folders: dict[str, Path], tmp_path: Path, name: str, changes: dict[str, object]
+):
+    shutil.copytree(folders[name], tmp_path / "copy")
+    release_with(tmp_path / "copy", changes)
+    with pytest.raises(ValueError, match="whose steps this family cannot take"):
+        find_family(ModelConfig(pretrained=str(tmp_path / "copy")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_component_left_out_of_the_index_is_named(
+    folders: dict[str, Path], tmp_path: Path, name: str
+):
+    shutil.copytree(folders[name], tmp_path / "copy")
+    edit(tmp_path / "copy" / "model_index.json", text_encoder=[None, None])
+    with pytest.raises(ValueError, match="leaves out text_encoder, which this family needs"):
+        find_family(ModelConfig(pretrained=str(tmp_path / "copy")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "with DPMSolverMultistepScheduler;"),
+        ({"use_karras_sigmas": True}, "with EulerDiscreteScheduler with use_karras_sigmas;"),
+    ],
+)
+def test_steps_that_are_not_the_releases_are_said(
+    folders: dict[str, Path], tmp_path: Path, changes: dict[str, object], said: str
+):
+    shutil.copytree(folders["stable_diffusion_xl"], tmp_path / "copy")
+    release_with(tmp_path / "copy", changes)
+    with pytest.warns(UserWarning, match=said):
+        load(tmp_path / "copy")
+
+
+def test_the_grid_is_the_released_schedulers_own(folders: dict[str, Path], tmp_path: Path):
+    """Where a file does not state the spacing, it is that scheduler's default, and not DDIM's."""
+    shutil.copytree(folders["stable_diffusion_xl"], tmp_path / "copy")
+    file = tmp_path / "copy" / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text())
+    del settings["timestep_spacing"]
+    file.write_text(json.dumps(settings))
+    model = load(tmp_path / "copy")
+    expected = torch.linspace(0, 999, 10).flip(0).round().long() + 1
+    assert [round(t * 1000) for t in model.times(10, PIXELS, PIXELS)[:-1]] == expected.tolist()
+
+
+def test_statistics_of_latents_are_used(folders: dict[str, Path], tmp_path: Path):
+    """Playground v2.5's autoencoder states mean and std of its latents, as diffusers reads them."""
+    shutil.copytree(folders["stable_diffusion_xl"], tmp_path / "copy")
+    mean, std = [0.1, -0.2, 0.3, 0.0], [2.0, 1.5, 1.0, 0.5]
+    edit(tmp_path / "copy" / "vae" / "config.json", latents_mean=mean, latents_std=std)
+    model, plain = load(tmp_path / "copy"), load(folders["stable_diffusion_xl"])
+    images = torch.rand(2, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scale = plain.pipeline.vae.config.scaling_factor
+    raw = plain.encode_images(images) / scale
+    shape = (1, 4, 1, 1)
+    expected = (raw - torch.tensor(mean).view(shape)) * scale / torch.tensor(std).view(shape)
+    torch.testing.assert_close(model.encode_images(images), expected)
+    torch.testing.assert_close(model.decode(expected), plain.decode(raw * scale), atol=1e-5, rtol=0)

@@ -317,3 +317,26 @@ def test_what_is_downloaded(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     find_model("someone/model", variant=variant)
     assert set(filter_repo_objects(files, **asked[0])) == expected
+
+
+def test_a_variant_beside_sharded_weights_is_exported_whole(tmp_path: Path):
+    """As in SD3's third encoder: two shards of each precision, each with an index of its own."""
+    source, part = tmp_path / "source", tmp_path / "source" / "text_encoder"
+    part.mkdir(parents=True)
+    (source / "model_index.json").write_text('{"_class_name": "X"}')
+    for mark, end in (("", ""), (".fp16", ".fp16")):
+        shards = [f"model{mark}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        for shard in shards:
+            (part / shard).write_text(mark)
+        index = {"weight_map": {f"w{i}": shard for i, shard in enumerate(shards)}}
+        (part / f"model.safetensors.index{end}.json").write_text(json.dumps(index))
+    (part / "config.json").write_text("{}")
+    copy_frozen(source, tmp_path / "out", ["text_encoder"], variant="fp16")
+    out = tmp_path / "out" / "text_encoder"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert {file.name for file in out.iterdir()} == {
+        "config.json",
+        "model.safetensors.index.json",
+        *index["weight_map"].values(),
+    }
+    assert {(out / name).read_text() for name in index["weight_map"].values()} == {".fp16"}

@@ -19,18 +19,35 @@ def full_precision(vae: Any) -> AbstractContextManager[object]:
 def encode_kl(
     vae: Any, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"] | None
 ) -> Float[Tensor, "b c h w"]:
-    """Encode images with an AutoencoderKL to (draw - shift) scale, float32; no noise: the mean."""
+    """Encode images with an AutoencoderKL to (draw - shift) scale, float32; no noise: the mean.
+
+    Source: diffusers' pipelines, with `latents_mean` and `latents_std` where a file has them.
+    """
     posterior = vae.encode(images.to(vae.dtype)).latent_dist
     latents = posterior.mean.float()
     if noise is not None:
         latents = latents + posterior.std.float() * noise
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    mean, std = _statistics(vae, latents)
+    return (latents - mean) * vae.config.scaling_factor / std
 
 
 def decode_kl(vae: Any, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
     """Decode latents / scale + shift with an AutoencoderKL to images around [0, 1], float32."""
-    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    mean, std = _statistics(vae, latents)
+    latents = latents * std / vae.config.scaling_factor + mean
     return (vae.decode(latents.to(vae.dtype)).sample.float() + 1) / 2
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Return what latents are shifted and divided by, as the autoencoder's settings say."""
+    settings = vae.config
+    if settings.latents_mean is None or settings.latents_std is None:
+        return settings.shift_factor or 0.0, 1.0
+    mean, std = (
+        torch.tensor(values, device=like.device).view(1, -1, 1, 1)
+        for values in (settings.latents_mean, settings.latents_std)
+    )
+    return mean, std
 
 
 def downsampling(vae: Mapping[str, Any]) -> int:

@@ -69,6 +69,7 @@ class Flux(PipelineModel):
     encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
     unused: ClassVar = {"image_encoder": None, "feature_extractor": None}
+    schedulers = "FlowMatchEulerDiscreteScheduler"
     lora_targets: ClassVar = {"transformer": LINEAR, "text_encoder": CLIP_ATTENTION}
     kohya = KohyaLayout(
         {"transformer": "lora_unet", "text_encoder": "lora_te1"}, by_block(PUBLISHED)

@@ -1,8 +1,9 @@
 """What is read and written: where a model's files lie, and whether they are all there."""
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def _download(hub_id: str, allow_pickle: bool, variant: str | None) -> Path:
 
     patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
     patterns += ["*/*.bin"] if allow_pickle else []
-    unused = ["safety_checker/*", "*non_ema*"]
+    unused = ["safety_checker/*", "*non_ema*", "text_encoders/*", "vae_*"]
     unused += ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"] if variant is None else []
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
@@ -136,6 +137,40 @@ def check_components(folder: Path, components: dict[str, str], *, allow_pickle: 
             )
 
 
+def check_index(folder: Path, components: Iterable[str]) -> None:
+    """Check that model_index.json leaves out no component that the family needs.
+
+    Raises:
+        ValueError: naming the component.
+    """
+    index = read_model_index(folder)
+    for name in components:
+        if index.get(name) == [None, None]:
+            raise ValueError(
+                f"model.pretrained = {str(folder)!r}: its model_index.json leaves out {name}, "
+                "which this family needs"
+            )
+
+
+def check_scheduler(folder: Path, allowed: str) -> None:
+    """Check that a release's scheduler is of the family's process.
+
+    Args:
+        allowed: a regular expression of class names.
+
+    Raises:
+        ValueError: naming the class.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    settings, entry = read_json(file), read_model_index(folder).get("scheduler")
+    name = str(entry[-1]) if isinstance(entry, list) else str(settings.get("_class_name", ""))
+    if not re.fullmatch(allowed, name) or settings.get("stochastic_sampling"):
+        raise ValueError(
+            f"{file} is of {name or 'no class'}, whose steps this family cannot take; give a "
+            "release with another scheduler, or edit the file"
+        )
+
+
 def quiet_loading() -> None:
     """Keep diffusers and transformers from drawing a progress bar per component."""
     import diffusers.utils.logging
@@ -177,7 +212,8 @@ def copy_frozen(
         files = [file for file in (source / name).iterdir() if file.is_file()]
         mark = f".{variant}"
         if any(mark in file.name for file in files):
-            files = [f for f in files if mark in f.name or f.suffix not in {".safetensors", ".bin"}]
+            plain = (".safetensors", ".bin", ".index.json")
+            files = [f for f in files if mark in f.name or not f.name.endswith(plain)]
         (folder / name).mkdir(parents=True, exist_ok=True)
         for file in files:
             shutil.copy(file, folder / name / file.name.replace(f"{mark}.", "."))

@@ -25,6 +25,7 @@ def check_side(name: str, pixels: int, limits: Limits) -> None:
     unit = limits.multiple
     if pixels < unit or pixels % unit:
         nearest = max(unit, round(pixels / unit) * unit)
+        nearest = min(nearest, limits.largest or nearest)
         raise ValueError(
             f"sampler.{name} = {pixels} must be a multiple of {unit} pixels for this "
             f"model; the nearest is {nearest}"

@@ -18,6 +18,8 @@ from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.adapters import CopyRoles, FrozenRoles, LoraRoles, Roles
 from sfumato.models.formats import (
     check_components,
+    check_index,
+    check_scheduler,
     copy_frozen,
     quiet_loading,
     read_json,
@@ -54,6 +56,7 @@ class PipelineModel(TextToImageModel):
     optional: ClassVar[frozenset[str]] = frozenset()  # what model_index.json may leave out
     upcast: ClassVar[tuple[str, ...]] = ()  # kept in float32 where their `force_upcast` says so
     unused: ClassVar[Mapping[str, Any]] = {}  # from_pretrained's arguments that leave parts out
+    schedulers: ClassVar[str] = r"(?!EDM|FlowMatch).*"  # of the process, as a regular expression
     lora_targets: ClassVar[Mapping[str, Sequence[str]]]  # the preset, by component
     kohya: ClassVar[KohyaLayout]
     combine: ClassVar[Callable[[Tensor, Tensor, float, CfgGradient], Tensor]] = staticmethod(
@@ -129,6 +132,8 @@ class PipelineModel(TextToImageModel):
                 of the model's; if image size or number of steps are impossible.
         """
         check_components(folder, cls.components(folder), allow_pickle=config.allow_pickle)
+        check_index(folder, cls.components(folder))
+        check_scheduler(folder, cls.schedulers)
         cls.trained_parts(config)
         check_lora_files(config)
         if sampler is None:

@@ -60,6 +60,7 @@ class QwenImage(PipelineModel):
     network_name = "transformer"
     encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
+    schedulers = "FlowMatchEulerDiscreteScheduler"
     lora_targets: ClassVar = {"transformer": LINEAR}
     kohya = KohyaLayout({"transformer": "lora_unet"})
     combine = staticmethod(rescaled_guidance)

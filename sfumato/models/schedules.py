@@ -1,5 +1,6 @@
 """Time grids of released schedulers, from their own settings."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,9 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.process import Time, VariancePreserving
+
+SAME_STEPS = ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler")
+SIGMA_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def flow_times(
@@ -41,6 +45,25 @@ def dynamic_mu(settings: Any, tokens: int) -> float | None:
     small, large = settings["base_image_seq_len"], settings["max_image_seq_len"]
     slope = (settings["max_shift"] - settings["base_shift"]) / (large - small)
     return settings["base_shift"] + slope * (tokens - small)
+
+
+def ddim_of(released: Any, **changes: Any) -> Any:
+    """Return a DDIMScheduler over a released scheduler's table and grid; warn what it drops."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    settings, name = released.config, type(released).__name__
+    sigmas = [key for key in SIGMA_GRIDS if settings.get(key)]
+    if name not in SAME_STEPS or sigmas:
+        what = f"{name} with {', '.join(sigmas)}" if sigmas else name
+        warnings.warn(
+            f"this model was released with {what}; here DDIM samples it, and images differ",
+            stacklevel=2,
+        )
+    spacing = settings.get("timestep_spacing", "leading")  # else DDIM's default would be taken
+    # DDIM's default would clip latents to the range of pixels, where a file does not say.
+    return DDIMScheduler.from_config(
+        settings, clip_sample=False, timestep_spacing=spacing, **changes
+    )
 
 
 def table_times(table: VariancePreserving, scheduler: Any, num_inference_steps: int) -> list[float]:

@@ -18,7 +18,7 @@ from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_steps
 from sfumato.models.model import Conditioning, Framing
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
-from sfumato.models.schedules import table_index, table_times
+from sfumato.models.schedules import ddim_of, table_index, table_times
 from sfumato.models.texts import cut_prompt
 
 UNET_LINEAR = (
@@ -49,11 +49,8 @@ class StableDiffusion(PipelineModel):
     def __init__(
         self, pipeline: Any, parts: dict[str, Roles], source: Path, config: ModelConfig
     ) -> None:
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
         super().__init__(pipeline, parts, source, config)
-        # DDIM's default would clip latents to the range of pixels, where a file does not say.
-        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        self.scheduler = ddim_of(pipeline.scheduler)
         self.process = self._table = VariancePreserving(self.scheduler.alphas_cumprod)
         self.prediction_type: PredictionType = self.scheduler.config["prediction_type"]
         self._warned = False

@@ -63,6 +63,7 @@ class StableDiffusion3(PipelineModel):
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
     optional = frozenset({"text_encoder_3", "tokenizer_3"})
     unused: ClassVar = {"image_encoder": None, "feature_extractor": None}
+    schedulers = "FlowMatchEulerDiscreteScheduler"
     lora_targets: ClassVar = {
         "transformer": MMDIT_LINEAR,
         "text_encoder": CLIP_ATTENTION,

@@ -26,7 +26,7 @@ from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_steps
 from sfumato.models.model import Conditioning, Framing
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
-from sfumato.models.schedules import table_index, table_times
+from sfumato.models.schedules import ddim_of, table_index, table_times
 from sfumato.models.stable_diffusion import UNET_LINEAR
 from sfumato.models.texts import cut_prompt
 
@@ -78,14 +78,11 @@ class StableDiffusionXL(PipelineModel):
     def __init__(
         self, pipeline: Any, parts: dict[str, Roles], source: Path, config: ModelConfig
     ) -> None:
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
         super().__init__(pipeline, parts, source, config)
         released = pipeline.scheduler.config
         # An Euler step in sigma / alpha is DDIM's, and the release's Euler ends at clean data.
-        self.scheduler = DDIMScheduler.from_config(
-            released,
-            clip_sample=False,
+        self.scheduler = ddim_of(
+            pipeline.scheduler,
             set_alpha_to_one=released.get("final_sigmas_type") == "zero"
             or released.get("set_alpha_to_one", True),
         )

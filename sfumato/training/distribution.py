@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.config import TrainingConfig
+from sfumato.models.texts import recording_kept
 from sfumato.training.module import TrainingModule
 
 T = TypeVar("T")
@@ -53,8 +54,10 @@ class Distribution:
         from torch.distributed.fsdp import fully_shard
 
         # A root that stayed gathered after a forward would not see what the EMA writes into it.
-        for part in module.model.shards():
-            fully_shard(part, reshard_after_forward=True)
+        parts = module.model.shards()
+        with recording_kept(parts):
+            for part in parts:
+                fully_shard(part, reshard_after_forward=True)
 
     def wrap(self, module: TrainingModule) -> nn.Module:
         """Return the module whose backward leaves gradients averaged over all processes."""
