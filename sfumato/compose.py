@@ -22,6 +22,7 @@ from sfumato.config import (
     GROUPS,
     REWARDS,
     ImageSourceConfig,
+    MergeConfig,
     TrainConfig,
     WeightedPartConfig,
     WeightedRewardConfig,
@@ -88,6 +89,8 @@ def to_settings(config: Any, prefix: str = "") -> Any:
                 for name, given in images.sources.items()
                 if given is not None  # null takes a recipe's source out
             }
+        for name, given in settings.model.merge.items():
+            settings.model.merge[name] = _resolve(f"model.merge.{name}", given, MergeConfig)
     return settings
 
 
