@@ -108,6 +108,8 @@ def fork(action: Callable[[], object]) -> int:
     signal.alarm(CHILD_SECONDS)
     code = 1
     try:
+        # The first thread to ask mends torch's pool after a fork; loaders of weights would race.
+        torch.set_num_threads(1)
         torch.seed()  # a new process shares no random stream with the old one
         action()
         code = 0
