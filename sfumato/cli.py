@@ -1,12 +1,14 @@
-"""The commands: sfumato train | sample | evaluate | report | demo."""
+"""The commands: sfumato prepare | plan | train | launch | sample | evaluate | report | demo."""
 
 import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
+HYDRA_COMMANDS = ("train", "sample", "evaluate", "plan")
 USAGE = """\
 usage: sfumato COMMAND [...]
 
@@ -16,10 +18,15 @@ usage: sfumato COMMAND [...]
                 reward.pretrained=DIR objective.kl_coeff=0.2
   sample    make images with a run or a model:  sfumato sample run=runs/NAME prompt="a star"
   evaluate  score a run's checkpoints:          sfumato evaluate run=runs/NAME
+  prepare   turn URLs or images into tars and caches that training reads:
+            sfumato prepare out=DIR pack.path=FOLDER model.pretrained=DIR
+  plan      say what a recipe costs:            sfumato plan recipe=RECIPE gpus=64 gpu=h200
+  launch    run stages one after another, here or on Slurm:
+            sfumato launch recipe=LADDER cluster=slurm --dry-run
   report    compare runs in one HTML page:      sfumato report runs/A runs/B --out report.html
   demo      the whole road in a tiny world:     sfumato demo
 
-train, sample and evaluate take KEY=VALUE settings; `--cfg job` prints them all, `-m` sweeps over
+All but report and demo take KEY=VALUE settings; `--cfg job` prints them all, `-m` sweeps over
 comma-separated values. Every command answers --help.
 """
 
@@ -52,9 +59,9 @@ def run_command(arguments: Sequence[str]) -> None:
         print(__version__)
         return
     commands: dict[str, Callable[[Sequence[str]], None]] = {
-        "train": lambda rest: hydra_command("train", rest),
-        "sample": lambda rest: hydra_command("sample", rest),
-        "evaluate": lambda rest: hydra_command("evaluate", rest),
+        **{name: partial(hydra_command, name) for name in HYDRA_COMMANDS},
+        "prepare": prepare,
+        "launch": launch,
         "report": report,
         "demo": demo,
     }
@@ -172,10 +179,44 @@ def dispatch(command: str, config: Any) -> None:
         from sfumato.evaluation.commands import sample_images
 
         sample_images(settings)
+    elif command == "prepare":
+        from sfumato.preparation.prepare import prepare as prepare_data
+
+        prepare_data(settings)
+    elif command == "launch":
+        from sfumato.launch.launch import launch as launch_stages
+
+        launch_stages(settings)
+    elif command == "plan":
+        from sfumato.planning.plan import plan
+
+        plan(settings)
     else:
         from sfumato.evaluation.commands import evaluate_run
 
         evaluate_run(settings)
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Prepare data as settings say, or verify what was prepared: sfumato prepare verify DIR."""
+    if arguments[:1] != ["verify"]:
+        hydra_command("prepare", arguments)
+        return
+    import argparse
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(prog="sfumato prepare verify", description=prepare.__doc__)
+    parser.add_argument("folder", type=Path, help="the folder that was prepared")
+    options = parser.parse_args(arguments[1:])
+    from sfumato.preparation.verify import verify
+
+    with mistakes_explained():
+        verify(options.folder)
+
+
+def launch(arguments: Sequence[str]) -> None:
+    """Run stages one after another; --dry-run prints what would be run."""
+    hydra_command("launch", ["dry_run=true" if a == "--dry-run" else a for a in arguments])
 
 
 def report(arguments: Sequence[str]) -> None:

@@ -17,7 +17,6 @@ from yaml import YAMLError
 
 from sfumato.check import check_train
 from sfumato.config import (
-    COMMANDS,
     CONF,
     GROUPS,
     REWARDS,
@@ -27,11 +26,15 @@ from sfumato.config import (
     WeightedPartConfig,
     WeightedRewardConfig,
 )
+from sfumato.config_stages import CLUSTERS, COMMANDS
 from sfumato.explain import explain, first_line, keys_of, known_keys, unknown_key
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
 DEMO_IMAGES = Path(__file__).parent / "demo" / "images"
-OPEN = r"(?:data|validation)\.images\.sources|reward\.parts|model\.merge|objective\.settings"
+OPEN = (
+    r"(?:data|validation)\.images\.sources|reward\.parts|model\.merge|objective\.settings"
+    r"|jobs|cluster\.additional"
+)
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 
 
@@ -48,7 +51,7 @@ def register() -> None:
     store = ConfigStore.instance()
     for name, node in COMMANDS.items():
         store.store(name=f"{name}_schema", node=node)
-    for group, choices in GROUPS.items():
+    for group, choices in {**GROUPS, "cluster": CLUSTERS}.items():
         for name, node in choices.items():
             store.store(group=group, name=name, node=node)
 

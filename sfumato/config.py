@@ -32,12 +32,28 @@ class MergeConfig:
 
 
 @dataclass
+class NetworkConfig:
+    """Where the network that predicts comes from, if not from `pretrained`."""
+
+    config: str | None = None  # sd1 | sd2 | a diffusers config.json: built at random, to pretrain
+    from_pretrained: str | None = None  # weights alone: a run, a diffusers folder, an original file
+    from_NeMo: bool | None = None  # noqa: N815  whose names the file has; null looks at them
+    ema: bool = True  # take averaged weights where there are both
+
+
+@dataclass
 class ModelConfig:
     """Which weights, and what of them is trained."""
 
-    pretrained: str = MISSING  # a diffusers folder or a hub id; folders and caches come first
+    pretrained: str | None = MISSING  # a diffusers folder or a hub id; null with network.config
     variant: str | None = None  # file variant such as fp16
     allow_pickle: bool = False  # pickled weights can run code; safetensors cannot
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    autoencoder: str | None = None  # beside network.config: a diffusers folder or an original file
+    text_encoder: str | None = None  # likewise: a transformers folder or an OpenCLIP file
+    tokenizer: str | None = None  # likewise; null is text_encoder's own
+    prediction_type: str = "epsilon"  # likewise: epsilon | v_prediction
+    image_size: int | None = None  # likewise: pixels of a side
     family: str | None = None  # refuse a folder of another family; null takes what it is
     trainable: str = "lora"  # lora | full
     parts: list[str] = field(default_factory=lambda: ["network"])  # and text encoders, by name
@@ -45,6 +61,7 @@ class ModelConfig:
     reference: bool = True  # under full: keep a frozen copy; runs without use for it leave it out
     dtype: str = "float32"  # of frozen weights: float32 | bfloat16 | float16
     gradient_checkpointing: bool = False  # of network and decoder
+    channels_last: bool = False  # lay out convolutions' tensors as tensor cores read them
     merge: dict[str, Any] = field(default_factory=dict)  # NAME: {path: ..., scale: ...}
 
 
@@ -212,6 +229,22 @@ class ImageDataConfig(ImageSourceConfig):
 
 
 @dataclass
+class ShardDataConfig:
+    """Images with captions that `sfumato prepare` wrote, as tars or encoded beforehand."""
+
+    path: str | None = None  # the folder that was prepared
+    selection: str = "all"  # the filter whose samples are read
+    cached: bool = False  # latents and text states instead of pictures and captions
+    crop: str = "center"  # center | random; of tars
+    flip: bool = False  # mirror every second image, at random; of a cache that holds mirrored ones
+    captions: str = "first"  # first | random, where a picture has several
+    shuffle: bool = True
+    buffer: int = 10_000  # samples that are shuffled among each other
+    workers: int = 4  # threads that read and decode; 0 reads when asked
+    prefetch: int = 2  # batches read ahead
+
+
+@dataclass
 class DataConfig:
     """What is trained on: prompts (DRaFT) or images with captions (supervised).
 
@@ -223,6 +256,7 @@ class DataConfig:
     shuffle: bool = True  # of prompts
     buffer: int = 10_000  # prompts held for shuffling
     images: ImageDataConfig = field(default_factory=ImageDataConfig)
+    shards: ShardDataConfig = field(default_factory=ShardDataConfig)  # instead of images
 
 
 @dataclass
@@ -259,8 +293,14 @@ class TrainingConfig:
     micro_batch_size: int = 1  # images per process and forward
     global_batch_size: int = 4  # images per optimiser step, over all processes
     precision: str = "no"  # autocast: no | bf16 | fp16
-    strategy: str = "ddp"  # ddp | fsdp, with more than one process
+    strategy: str = "ddp"  # ddp | fsdp | hsdp, with more than one process
+    shard_size: int | None = None  # processes that share one copy under hsdp; null is one machine's
+    compile: str = "none"  # none | regional (repeated blocks of the network) | full
     ema_decay: float | None = 0.9999  # null is off; the decay warms up as (1 + n) / (10 + n)
+    ema_every_steps: int = 1  # the average moves every N steps, as far as N single moves
+    ema_on_cpu: bool = False  # keep the average off the device
+    async_checkpoints: bool = True  # write while the next steps are taken
+    peak_tflops: float | None = None  # of one device, for model FLOPs utilisation; null is by name
     checkpoint_every_steps: int = 100
     keep_checkpoints: int | None = 3  # null keeps all
     max_time: str | None = None  # wall clock [[DD:]HH:]MM:SS; then save and stop
@@ -330,6 +370,3 @@ class EvaluateConfig:
     seed: int = 4321
     batch_size: int = 8
     features: str = "pixels"  # pixels | lpips | a CLIP folder or hub id
-
-
-COMMANDS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}

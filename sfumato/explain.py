@@ -5,8 +5,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 
-from sfumato.config import COMMANDS, GROUPS
+from sfumato.config import GROUPS
+from sfumato.config_stages import COMMANDS
 
+RECIPES = ("train", "prepare", "launch", "plan")  # the commands that have them
 KINDS = {
     "Integer": "a whole number",
     "Float": "a number",
@@ -62,7 +64,7 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
 
 def known_keys(command: str) -> list[str]:
     """Return the names of all that `sfumato COMMAND` takes as KEY=VALUE."""
-    return [*keys_of(COMMANDS[command]), *(["recipe"] if command == "train" else [])]
+    return [*keys_of(COMMANDS[command]), *(["recipe"] if command in RECIPES else [])]
 
 
 def keys_of(node: type, prefix: str = "") -> list[str]:

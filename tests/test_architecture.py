@@ -16,9 +16,10 @@ PACKAGE = Path(sfumato.__file__).parent
 MAX_FILE, MAX_FUNCTION = 400, 80
 
 # What each room may import of Sfumato, beside itself and the leaves.
-LEAVES = {"config", "images"}
+LEAVES = {"config", "config_stages", "images"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
+    "config_stages": set(),
     "images": set(),
     "explain": set(),
     "diffusion": set(),
@@ -32,8 +33,9 @@ ROOMS["training"] = LOWER
 ROOMS["check"] = LOWER | {"training"}
 ROOMS["compose"] = ROOMS["check"] | {"check"}
 ROOMS["evaluation"] = ROOMS["compose"] | {"compose"}
-ROOMS["demo"] = ROOMS["launch"] = ROOMS["evaluation"] | {"evaluation"}
-ROOMS["cli"] = ROOMS["demo"] | {"demo", "launch"}
+ROOMS["preparation"] = ROOMS["launch"] = ROOMS["planning"] = ROOMS["compose"] | {"compose"}
+ROOMS["demo"] = ROOMS["evaluation"] | {"evaluation", "preparation", "launch"}
+ROOMS["cli"] = ROOMS["demo"] | {"demo", "planning"}
 ROOMS["__main__"] = {"cli"}
 
 # Objectives know models and rewards through their contracts, not one family.
