@@ -1,11 +1,11 @@
 """What `sfumato prepare` leaves in a folder: tars, selections of their samples, and caches.
 
-    shards/00000.tar             uniform WebDataset tars
-    shards/00000.json            TarRecord: what is in it, and where
-    selections/NAME/00000.json   KeptRecord: which of its samples a filter keeps
-    cache/moments-KEY/00000.safetensors (and .json)    latents' moments of the kept samples
-    cache/text-KEY/00000.safetensors (and .json)       their captions' states
-    index.json                   Index: what training opens, and every sample's bin
+shards/00000.tar             uniform WebDataset tars
+shards/00000.json            TarRecord: what is in it, and where
+selections/NAME/00000.json   KeptRecord: which of its samples a filter keeps
+cache/moments-KEY/00000.safetensors (and .json)    latents' moments of the kept samples
+cache/text-KEY/00000.safetensors (and .json)       their captions' states
+index.json                   Index: what training opens, and every sample's bin
 """
 
 import json
