@@ -82,7 +82,7 @@ class PrepareConfig:
     pack: PackConfig = field(default_factory=PackConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     precache: PrecacheConfig = field(default_factory=PrecacheConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)  # whose encoders precache uses
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(pretrained=None))  # encodes
 
 
 @dataclass

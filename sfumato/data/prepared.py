@@ -69,7 +69,7 @@ class TarRecord:
 
 @dataclass(frozen=True)
 class KeptRecord:
-    """What a selection keeps of one tar: indices of its samples, ascending; the others by reason."""
+    """What a selection keeps of one tar: ascending indices of samples; the others by reason."""
 
     name: str
     made_of: str
