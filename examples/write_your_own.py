@@ -98,8 +98,11 @@ class MyModel(TextToImageModel):
         words = torch.stack([rng.normal(WORD).sum(0) for rng in rows])
         return Conditioning({"words": words.to(self.device)})
 
-    def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    def encode_moments(self, images: Tensor) -> Tensor:
         return images
+
+    def draw_latents(self, moments: Tensor, noise: Tensor | None) -> Tensor:
+        return moments
 
     def decode(self, latents: Tensor) -> Tensor:
         return (latents + 1) / 2

@@ -25,7 +25,9 @@ CHOICES = {
     "objective.weighting": ("none", "min_snr", "bump"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "training.precision": ("no", "bf16", "fp16"),
-    "training.strategy": ("ddp", "fsdp"),
+    "training.strategy": ("ddp", "fsdp", "hsdp"),
+    "training.compile": ("none", "regional", "full"),
+    "model.prediction_type": ("epsilon", "v_prediction"),
     "reward.dtype": ("float32", "bfloat16", "float16"),
     "reward.color": ("red", "green", "blue"),
 }
@@ -55,8 +57,13 @@ def check_train(config: TrainConfig, processes: int) -> None:
             "training.global_batch_size": training.global_batch_size,
             "training.checkpoint_every_steps": training.checkpoint_every_steps,
             "training.keep_checkpoints": training.keep_checkpoints,
+            "training.ema_every_steps": training.ema_every_steps,
+            "training.shard_size": training.shard_size,
+            "training.peak_tflops": training.peak_tflops,
             "validation.num_images": config.validation.num_images,
             "data.buffer": config.data.buffer,
+            "data.shards.buffer": config.data.shards.buffer,
+            "model.image_size": config.model.image_size,
         }
     )
     for key, value in (
@@ -83,6 +90,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
         parse_duration(training.max_time)
     if not config.model.parts:
         raise ValueError("model.parts = [] trains nothing; give network, or a text encoder's name")
+    _check_shards(config)
     _check_lora(config.model.lora)
     _check_lora_files(config)
     _check_optimizer(config.optimizer)
@@ -118,6 +126,39 @@ def check_sampler(sampler: SamplerConfig) -> None:
     )
     if sampler.eta < 0 or sampler.eta > 1:
         raise ValueError(f"sampler.eta = {sampler.eta} must lie in [0, 1]; 0 is deterministic")
+
+
+def _check_shards(config: TrainConfig) -> None:
+    shards, images = config.data.shards, config.data.images
+    if shards.path is None:
+        return
+    if not isinstance(config.objective, SupervisedConfig):
+        raise ValueError(
+            f"data.shards.path = {shards.path!r} is for objective=supervised; an objective that "
+            "maximises a reward reads data.prompts"
+        )
+    if images.path is not None or images.sources:
+        raise ValueError(
+            f"data.shards.path = {shards.path!r} is given beside data.images; take one of them out"
+        )
+    for key, allowed in (("crop", ("center", "random")), ("captions", ("first", "random"))):
+        if vars(shards)[key] not in allowed:
+            raise ValueError(
+                f"data.shards.{key} = {vars(shards)[key]!r}; choose one of {', '.join(allowed)}"
+            )
+    for key in ("workers", "prefetch"):
+        if vars(shards)[key] < 0:
+            raise ValueError(f"data.shards.{key} = {vars(shards)[key]} must be 0 or more")
+    if shards.cached and shards.crop != "center":
+        raise ValueError(
+            f"data.shards.crop = {shards.crop} needs pictures, and a cache holds latents of the "
+            "central crop; use crop=center, or data.shards.cached=false"
+        )
+    if shards.cached and config.model.parts not in (["network"], ["unet"], ["transformer"]):
+        raise ValueError(
+            f"model.parts = {config.model.parts} trains a text encoder, and a cache holds what a "
+            "frozen one said; use data.shards.cached=false, or model.parts=[network]"
+        )
 
 
 def _check_lora(lora: LoraConfig) -> None:

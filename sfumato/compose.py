@@ -1,5 +1,6 @@
 """From recipes and command-line overrides to settings, before any weight is loaded."""
 
+import json
 import math
 import os
 import re
@@ -13,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
 from sfumato.check import check_train
 from sfumato.config import (
@@ -26,14 +27,14 @@ from sfumato.config import (
     WeightedPartConfig,
     WeightedRewardConfig,
 )
-from sfumato.config_stages import CLUSTERS, COMMANDS
+from sfumato.config_stages import CLUSTERS, COMMANDS, JobConfig, LaunchConfig
 from sfumato.explain import explain, first_line, keys_of, known_keys, unknown_key
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
 DEMO_IMAGES = Path(__file__).parent / "demo" / "images"
 OPEN = (
     r"(?:data|validation)\.images\.sources|reward\.parts|model\.merge|objective\.settings"
-    r"|jobs|cluster\.additional"
+    r"|jobs|given|cluster\.additional"
 )
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 
@@ -67,6 +68,8 @@ def to_settings(config: Any, prefix: str = "") -> Any:
             not finite.
     """
     try:
+        if OmegaConf.get_type(config) is LaunchConfig:
+            _leave_out_jobs(config)
         missing = sorted([*OmegaConf.missing_keys(config), *_unread(config)])
         if missing:
             names = ", ".join(f"{prefix}{name}" for name in missing)
@@ -80,6 +83,11 @@ def to_settings(config: Any, prefix: str = "") -> Any:
     except OmegaConfBaseException as error:
         raise ValueError(f"{prefix}{error.full_key}: {first_line(str(error))}") from error
     _refuse_non_finite(settings, prefix)
+    if isinstance(settings, LaunchConfig):
+        settings.jobs = {
+            name: None if given is None else _resolve(f"jobs.{name}", given, JobConfig)
+            for name, given in settings.jobs.items()
+        }
     if isinstance(settings, TrainConfig):
         if isinstance(settings.reward, WeightedRewardConfig):
             _resolve_parts(settings.reward)
@@ -105,9 +113,22 @@ def _unread(config: DictConfig) -> list[str]:
     match config.objective.kind:
         case "draft" if data.prompts is None:
             return ["data.prompts"]
-        case "supervised" if data.images.path is None and not data.images.sources:
-            return ["data.images.path"]
+        case "supervised" if not (data.images.path or data.images.sources or data.shards.path):
+            return ["data.shards.path" if data.shards.cached else "data.images.path"]
     return []
+
+
+def _leave_out_jobs(config: DictConfig) -> None:
+    """Empty the jobs that are not in `stages`, and forget what was to be given for them alone."""
+    for name in config.jobs if config.stages else []:
+        if name not in config.stages:
+            config.jobs[name] = None
+    read = str(OmegaConf.to_container(config.jobs, resolve=False))
+    for name in list(config.given):
+        if OmegaConf.is_missing(config.given, name) and f"${{given.{name}}}" not in read:
+            del config.given[name]
+    if missing := sorted(OmegaConf.missing_keys(config.given)):  # before jobs are looked into
+        raise ValueError(f"missing settings: {', '.join(missing)}; give each as KEY=VALUE")
 
 
 def _added_keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -138,17 +159,29 @@ def compose_train(overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]
     Raises:
         ValueError: if they cannot be composed, or cannot work together.
     """
+    settings, plain = compose_command("train", overrides)
+    check_train(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    return settings, plain
+
+
+def compose_command(command: str, overrides: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Compose the settings of any command from overrides; return them, and the same as data.
+
+    Raises:
+        ValueError: if they cannot be composed.
+    """
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
     register()
+    GlobalHydra.instance().clear()  # of a command that composes others' settings
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("train", quoted(overrides, sweep=False))
+            config = compose(command, quoted(overrides, sweep=False))
         settings = to_settings(config)
         plain: Any = OmegaConf.to_container(config, resolve=True)
     except COMPOSITION_ERRORS as error:
-        raise ValueError(explain(error, known_keys("train"))) from error
-    check_train(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        raise ValueError(explain(error, known_keys(command))) from error
     return settings, plain
 
 
@@ -177,8 +210,23 @@ def quoted(arguments: Sequence[str], *, sweep: bool) -> list[str]:
             readable = sweep or not (has_commas and key == "prompt")
         except HydraException:
             readable = False
+        if not readable and re.match(r"\+*jobs\.", key):
+            argument, readable = f"{key}={_in_grammar(safe_load(value))}", True
         result.append(argument if readable else literal(key, value))
     return result
+
+
+def _in_grammar(value: Any) -> str:
+    """Return what YAML reads, as Hydra's grammar writes it: `[a.b=1]` becomes `['a.b=1']`."""
+    match value:
+        case dict():
+            return "{" + ",".join(f"{key}: {_in_grammar(item)}" for key, item in value.items()) + "}"
+        case list():
+            return "[" + ",".join(map(_in_grammar, value)) + "]"
+        case str():
+            return literal("", value)[1:]
+        case _:
+            return json.dumps(value)
 
 
 def literal(key: str, value: str) -> str:

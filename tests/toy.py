@@ -78,10 +78,13 @@ class ToyModel(TextToImageModel):
     ) -> Conditioning:
         return Conditioning({"states": Rng([derive(prompt) for prompt in prompts]).normal(8)})
 
-    def encode_images(
-        self, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"] | None = None
-    ) -> Float[Tensor, "b c h w"]:
+    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
         return images * 2
+
+    def draw_latents(
+        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
+    ) -> Float[Tensor, "b c h w"]:
+        return moments
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         return latents / 8 + 0.5

@@ -35,6 +35,11 @@ class Sample:
     crop: tuple[int, int]
     name: str
 
+    @property
+    def size(self) -> Size:
+        """Height and width of the image, in pixels."""
+        return self.image.shape[1], self.image.shape[2]
+
     def __str__(self) -> str:
         cut = self.caption if len(self.caption) <= _SHOWN else f"{self.caption[: _SHOWN - 1]}…"
         return f"{self.name} ({cut})"

@@ -16,17 +16,30 @@ def full_precision(vae: Any) -> AbstractContextManager[object]:
     return torch.autocast(vae.device.type, enabled=False)
 
 
-def encode_kl(
-    vae: Any, images: Float[Tensor, "b 3 H W"], noise: Float[Tensor, "b c h w"] | None
+def moments_kl(vae: Any, images: Float[Tensor, "b 3 *d"]) -> Float[Tensor, "b m *s"]:
+    """Encode images with an AutoencoderKL to mean and log-variance, float32."""
+    return vae.encode(images.to(vae.dtype)).latent_dist.parameters.float()
+
+
+def posterior(
+    moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
 ) -> Float[Tensor, "b c h w"]:
-    """Encode images with an AutoencoderKL to (draw - shift) scale, float32; no noise: the mean.
+    """Return mean + noise x standard deviation, or the mean; not normalised.
+
+    Source: diffusers' DiagonalGaussianDistribution, whose bounds these are.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    return mean if noise is None else mean + noise * (0.5 * log_variance.clamp(-30, 20)).exp()
+
+
+def latents_kl(
+    vae: Any, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
+) -> Float[Tensor, "b c h w"]:
+    """Return (draw - shift) scale of an AutoencoderKL's moments, float32; no noise: the mean.
 
     Source: diffusers' pipelines, with `latents_mean` and `latents_std` where a file has them.
     """
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
-    latents = posterior.mean.float()
-    if noise is not None:
-        latents = latents + posterior.std.float() * noise
+    latents = posterior(moments, noise)
     mean, std = _statistics(vae, latents)
     return (latents - mean) * vae.config.scaling_factor / std
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from sfumato.config import ModelConfig
 from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
 from sfumato.models.adapters import Roles
-from sfumato.models.autoencoder_kl import decode_kl, downsampling, encode_kl
+from sfumato.models.autoencoder_kl import decode_kl, downsampling, latents_kl, moments_kl
 from sfumato.models.formats import read_json
 from sfumato.models.kohya import KohyaLayout, by_block
 from sfumato.models.limits import Limits
-from sfumato.models.model import Conditioning, Framing
-from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
+from sfumato.models.model import Conditioning
+from sfumato.models.pipeline_files import CLIP_ATTENTION
+from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.schedules import dynamic_mu, flow_times
 from sfumato.models.texts import cut_prompt
 
@@ -109,7 +110,7 @@ class Flux(PipelineModel):
             sigmas=[1 - i / num_inference_steps for i in range(num_inference_steps)],
         )
 
-    def encode(self, prompts: list[str], framing: Sequence[Framing] | None) -> Conditioning:
+    def encode(self, prompts: list[str]) -> Conditioning:
         tokenizer, limit = self.pipeline.tokenizer_2, self.max_tokens
         if not self._warned and (cut := cut_prompt(tokenizer, prompts, limit)):
             self._warned = True
@@ -119,12 +120,13 @@ class Flux(PipelineModel):
         )
         return Conditioning({"states": states, "pooled": pooled})
 
-    def encode_images(
-        self,
-        images: Float[Tensor, "b 3 H W"],
-        noise: Float[Tensor, "b c h w"] | None = None,
+    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
+        return moments_kl(self.pipeline.vae, images)
+
+    def draw_latents(
+        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b c h w"]:
-        return encode_kl(self.pipeline.vae, images, noise)
+        return latents_kl(self.pipeline.vae, moments, noise)
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         return decode_kl(self.pipeline.vae, latents)

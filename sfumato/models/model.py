@@ -40,6 +40,14 @@ class Conditioning:
         """Return rows start to stop - 1."""
         return Conditioning({name: tensor[start:stop] for name, tensor in self.tensors.items()})
 
+    def framed(self, framing: Sequence[Framing]) -> "Conditioning":
+        """Fill in `framing` (b, 4), where the family has it: original height, width, crop y, x."""
+        if "framing" not in self.tensors:
+            return self
+        assert len(framing) == len(self), f"{len(self)} prompts have {len(framing)} framings"
+        told = torch.tensor([(*each.original, *each.crop) for each in framing]).float()
+        return Conditioning({**self.tensors, "framing": told.to(self.tensors["framing"].device)})
+
     def repeat(self, times: int) -> "Conditioning":
         """Return the whole batch stacked `times` times, one after another."""
         return Conditioning(
@@ -119,7 +127,6 @@ class TextToImageModel(abc.ABC):
             framing: of each training image, for families that learn from it.
         """
 
-    @abc.abstractmethod
     def encode_images(
         self,
         images: Float[Tensor, "b 3 H W"],
@@ -130,6 +137,20 @@ class TextToImageModel(abc.ABC):
         Args:
             noise: standard normal, for a draw from the autoencoder's posterior; None is its mean.
         """
+        return self.draw_latents(self.encode_moments(images), noise)
+
+    @abc.abstractmethod
+    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
+        """Encode images in [-1, 1] to all that `draw_latents` needs of them, float32.
+
+        For an autoencoder with a posterior, its mean and log-variance, m = 2 c.
+        """
+
+    @abc.abstractmethod
+    def draw_latents(
+        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
+    ) -> Float[Tensor, "b c h w"]:
+        """Return latents, float32, normalised as the network knows them; None takes the mean."""
 
     @abc.abstractmethod
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:

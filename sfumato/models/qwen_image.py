@@ -15,11 +15,12 @@ from sfumato.config import ModelConfig
 from sfumato.diffusion.guidance import CfgGradient, classifier_free
 from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
 from sfumato.models.adapters import Roles
+from sfumato.models.autoencoder_kl import moments_kl, posterior
 from sfumato.models.flux import LATENT_SIDE, pack, rows_of, unpack
 from sfumato.models.formats import read_json
 from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_steps
-from sfumato.models.model import Conditioning, Framing
+from sfumato.models.model import Conditioning
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.schedules import dynamic_mu, flow_times
 from sfumato.models.texts import cut_prompt
@@ -110,7 +111,7 @@ class QwenImage(PipelineModel):
             sigmas=[1 - i / num_inference_steps for i in range(num_inference_steps)],
         )
 
-    def encode(self, prompts: list[str], framing: Sequence[Framing] | None) -> Conditioning:
+    def encode(self, prompts: list[str]) -> Conditioning:
         tokenizer = self.pipeline.tokenizer
         if not self._warned and (cut := cut_prompt(tokenizer, prompts, MAX_TOKENS)):
             self._warned = True
@@ -122,16 +123,13 @@ class QwenImage(PipelineModel):
             mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
         return Conditioning({"states": states, "mask": mask})
 
-    def encode_images(
-        self,
-        images: Float[Tensor, "b 3 H W"],
-        noise: Float[Tensor, "b c h w"] | None = None,
+    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
+        return moments_kl(self.pipeline.vae, images[:, :, None])[:, :, 0]  # one frame
+
+    def draw_latents(
+        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b c h w"]:
-        vae = self.pipeline.vae
-        posterior = vae.encode(images[:, :, None].to(vae.dtype)).latent_dist  # one frame
-        latents = posterior.mean[:, :, 0].float()
-        if noise is not None:
-            latents = latents + posterior.std[:, :, 0].float() * noise
+        latents = posterior(moments, noise)
         return (latents - self._mean.to(latents.device)) / self._std.to(latents.device)
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:

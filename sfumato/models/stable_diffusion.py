@@ -12,12 +12,19 @@ from torch import Tensor, nn
 from sfumato.config import ModelConfig
 from sfumato.diffusion.process import PredictionType, Time, VariancePreserving
 from sfumato.models.adapters import Roles
-from sfumato.models.autoencoder_kl import decode_kl, downsampling, encode_kl, latent_size
+from sfumato.models.autoencoder_kl import (
+    decode_kl,
+    downsampling,
+    latent_size,
+    latents_kl,
+    moments_kl,
+)
 from sfumato.models.formats import read_json
 from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_steps
-from sfumato.models.model import Conditioning, Framing
-from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
+from sfumato.models.model import Conditioning
+from sfumato.models.pipeline_files import CLIP_ATTENTION
+from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.schedules import ddim_of, table_index, table_times
 from sfumato.models.texts import cut_prompt
 
@@ -74,7 +81,7 @@ class StableDiffusion(PipelineModel):
         check_steps(num_inference_steps, self.limits)
         return table_times(self._table, self.scheduler, num_inference_steps)
 
-    def encode(self, prompts: list[str], framing: Sequence[Framing] | None) -> Conditioning:
+    def encode(self, prompts: list[str]) -> Conditioning:
         tokenizer = self.pipeline.tokenizer
         if not self._warned and (cut := cut_prompt(tokenizer, prompts, tokenizer.model_max_length)):
             self._warned = True
@@ -82,12 +89,13 @@ class StableDiffusion(PipelineModel):
         states, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)
         return Conditioning({"states": states})
 
-    def encode_images(
-        self,
-        images: Float[Tensor, "b 3 H W"],
-        noise: Float[Tensor, "b c h w"] | None = None,
+    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
+        return moments_kl(self.pipeline.vae, images)
+
+    def draw_latents(
+        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b c h w"]:
-        return encode_kl(self.pipeline.vae, images, noise)
+        return latents_kl(self.pipeline.vae, moments, noise)
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         return decode_kl(self.pipeline.vae, latents)

@@ -13,12 +13,19 @@ from torch import Tensor, nn
 from sfumato.config import ModelConfig
 from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
 from sfumato.models.adapters import Roles
-from sfumato.models.autoencoder_kl import decode_kl, downsampling, encode_kl, latent_size
+from sfumato.models.autoencoder_kl import (
+    decode_kl,
+    downsampling,
+    latent_size,
+    latents_kl,
+    moments_kl,
+)
 from sfumato.models.formats import read_json
 from sfumato.models.kohya import KohyaLayout, by_block
 from sfumato.models.limits import Limits
-from sfumato.models.model import Conditioning, Framing
-from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
+from sfumato.models.model import Conditioning
+from sfumato.models.pipeline_files import CLIP_ATTENTION
+from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.schedules import dynamic_mu, flow_times
 from sfumato.models.texts import cut_prompt
 
@@ -108,7 +115,7 @@ class StableDiffusion3(PipelineModel):
         mu = dynamic_mu(self.scheduler.config, tokens)
         return flow_times(self.scheduler, num_inference_steps, mu=mu)
 
-    def encode(self, prompts: list[str], framing: Sequence[Framing] | None) -> Conditioning:
+    def encode(self, prompts: list[str]) -> Conditioning:
         if not self._warned and (cut := self._cut(prompts)):
             self._warned = True
             warnings.warn(cut, stacklevel=3)
@@ -123,12 +130,13 @@ class StableDiffusion3(PipelineModel):
             return cut_prompt(self.pipeline.tokenizer_3, prompts, T5_TOKENS)
         return cut_prompt(self.pipeline.tokenizer, prompts, self.pipeline.tokenizer_max_length)
 
-    def encode_images(
-        self,
-        images: Float[Tensor, "b 3 H W"],
-        noise: Float[Tensor, "b c h w"] | None = None,
+    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
+        return moments_kl(self.pipeline.vae, images)
+
+    def draw_latents(
+        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b c h w"]:
-        return encode_kl(self.pipeline.vae, images, noise)
+        return latents_kl(self.pipeline.vae, moments, noise)
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         return decode_kl(self.pipeline.vae, latents)

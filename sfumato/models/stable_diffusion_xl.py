@@ -17,15 +17,17 @@ from sfumato.models.adapters import Roles
 from sfumato.models.autoencoder_kl import (
     decode_kl,
     downsampling,
-    encode_kl,
     full_precision,
     latent_size,
+    latents_kl,
+    moments_kl,
 )
 from sfumato.models.formats import read_json
 from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_steps
-from sfumato.models.model import Conditioning, Framing
-from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
+from sfumato.models.model import Conditioning
+from sfumato.models.pipeline_files import CLIP_ATTENTION
+from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.schedules import ddim_of, table_index, table_times
 from sfumato.models.stable_diffusion import UNET_LINEAR
 from sfumato.models.texts import cut_prompt
@@ -110,7 +112,7 @@ class StableDiffusionXL(PipelineModel):
         check_steps(num_inference_steps, self.limits)
         return table_times(self._table, self.scheduler, num_inference_steps)
 
-    def encode(self, prompts: list[str], framing: Sequence[Framing] | None) -> Conditioning:
+    def encode(self, prompts: list[str]) -> Conditioning:
         tokenizer = self.pipeline.tokenizer
         if not self._warned and (cut := cut_prompt(tokenizer, prompts, tokenizer.model_max_length)):
             self._warned = True
@@ -120,16 +122,17 @@ class StableDiffusionXL(PipelineModel):
             empty = torch.tensor([not prompt for prompt in prompts], device=states.device)
             states = states.masked_fill(empty[:, None, None], 0.0)
             pooled = pooled.masked_fill(empty[:, None], 0.0)
-        framed = _frame_rows(framing, len(prompts)).to(states.device)
-        return Conditioning({"states": states, "pooled": pooled, "framing": framed})
+        unknown = torch.zeros(len(prompts), 4, device=states.device)
+        return Conditioning({"states": states, "pooled": pooled, "framing": unknown})
 
-    def encode_images(
-        self,
-        images: Float[Tensor, "b 3 H W"],
-        noise: Float[Tensor, "b c h w"] | None = None,
-    ) -> Float[Tensor, "b c h w"]:
+    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
         with full_precision(self.pipeline.vae):
-            return encode_kl(self.pipeline.vae, images, noise)
+            return moments_kl(self.pipeline.vae, images)
+
+    def draw_latents(
+        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
+    ) -> Float[Tensor, "b c h w"]:
+        return latents_kl(self.pipeline.vae, moments, noise)
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         with full_precision(self.pipeline.vae):
@@ -169,14 +172,6 @@ def _freeze_unread(encoder: Any) -> None:
     for name, parameter in encoder.named_parameters():
         if unread in name or "final_layer_norm" in name:
             parameter.requires_grad_(False)
-
-
-def _frame_rows(framing: Sequence[Framing] | None, rows: int) -> Float[Tensor, "b 4"]:
-    """Return original height and width, crop top and left; zeros where nothing is known."""
-    if framing is None:
-        return torch.zeros(rows, 4)
-    assert len(framing) == rows, f"{rows} prompts come with {len(framing)} framings"
-    return torch.tensor([(*each.original, *each.crop) for each in framing]).float()
 
 
 def _time_ids(framing: Float[Tensor, "b 4"], height: int, width: int) -> Float[Tensor, "b 6"]:

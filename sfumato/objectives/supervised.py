@@ -7,17 +7,18 @@ The target is noise (epsilon), alpha noise - sigma x0 (v), x0 (sample) or noise 
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.config import SupervisedConfig
+from sfumato.data.cached import CachedSample
 from sfumato.data.frame import Sample
 from sfumato.diffusion.process import DiffusionProcess, PredictionType
 from sfumato.diffusion.randomness import Rng
-from sfumato.models.model import Framing, TextToImageModel
+from sfumato.models.model import Conditioning, Framing, TextToImageModel
 from sfumato.objectives.objective import Loss, Objective
 
 BINS = 10  # of t, in which the loss is reported
@@ -27,11 +28,12 @@ FLOW_HAS_NO_SNR = (
     "predicts flow; use none or bump"
 )
 TABLE = 1000  # entries of a family's shifted table
+Row: TypeAlias = Sample | CachedSample
 
 
 @final
-class Supervised(Objective[Sequence[Sample]]):
-    """Learn images with their captions; a batch is a list of samples of one size."""
+class Supervised(Objective[Sequence[Row]]):
+    """Learn images with their captions; a batch is a list of samples of one size and kind."""
 
     needs_reference = False
 
@@ -52,18 +54,15 @@ class Supervised(Objective[Sequence[Sample]]):
                 "embedded guidance, and this model has none; leave it at 1"
             )
 
-    def loss(self, model: TextToImageModel, batch: Sequence[Sample], rng: Rng) -> Loss:
+    def loss(self, model: TextToImageModel, batch: Sequence[Row], rng: Rng) -> Loss:
         device, shape = model.device, _latent_shape(model, batch)
         posterior = rng.normal(*shape) if self.config.sample_latents else None
         noise = rng.normal(*shape, device=device)
         if self.config.noise_offset:
             noise = noise + self.config.noise_offset * rng.normal(shape[0], 1, 1, device=device)
         t = self._times(model, batch, rng)
-        dropped = rng.uniform() < self.config.caption_dropout
-        captions = [
-            "" if drop else sample.caption for sample, drop in zip(batch, dropped, strict=True)
-        ]
-        errors = self._errors(model, batch, captions, noise, t.to(device), posterior)
+        dropped = (rng.uniform() < self.config.caption_dropout).tolist()
+        errors = self._errors(model, batch, dropped, noise, t.to(device), posterior)
         loss = (self._weights(model, t, batch).to(errors) * errors).mean()
         plain = errors.detach()
         return Loss(
@@ -72,7 +71,7 @@ class Supervised(Objective[Sequence[Sample]]):
 
     @torch.no_grad()
     def stable_errors(
-        self, model: TextToImageModel, batch: Sequence[Sample], positions: Sequence[int], seed: int
+        self, model: TextToImageModel, batch: Sequence[Row], positions: Sequence[int], seed: int
     ) -> Float[Tensor, " b"]:
         """Return the error of each sample at a noise and a time that are always its own.
 
@@ -85,32 +84,28 @@ class Supervised(Objective[Sequence[Sample]]):
         t = model.process.on_grid(
             torch.tensor([(i % STABLE_TIMES + 0.5) / STABLE_TIMES for i in positions])
         )
-        captions = [sample.caption for sample in batch]
-        return self._errors(model, batch, captions, noise, t.to(device), None)
+        return self._errors(model, batch, [False] * len(batch), noise, t.to(device), None)
 
     def _errors(
         self,
         model: TextToImageModel,
-        batch: Sequence[Sample],
-        captions: Sequence[str],
+        batch: Sequence[Row],
+        dropped: Sequence[bool],
         noise: Float[Tensor, "b c h w"],
         t: Float[Tensor, " b"],
         posterior: Float[Tensor, "b c h w"] | None,
     ) -> Float[Tensor, " b"]:
         """Return each row's mean squared error."""
-        images = torch.stack([sample.image for sample in batch]).to(model.device)
-        with torch.no_grad():
-            drawn = posterior.to(model.device) if posterior is not None else None
-            x0 = model.encode_images(images, drawn)
-        framing = [Framing(sample.original, sample.crop) for sample in batch]
-        cond = model.encode_prompts(captions, framing=framing)
+        drawn = posterior.to(model.device) if posterior is not None else None
+        x0 = latents_of(model, batch, drawn)
+        cond = conditioning_of(model, batch, dropped)
         denoiser = model.denoiser(cond, guidance_scale=self.config.guidance_scale)
         raw = denoiser(model.process.add_noise(x0, noise, t), t).raw
         target = model.process.target(model.prediction_type, x0, noise, t)
         return (raw - target).square().flatten(1).mean(1)
 
     def _times(
-        self, model: TextToImageModel, batch: Sequence[Sample], rng: Rng
+        self, model: TextToImageModel, batch: Sequence[Row], rng: Rng
     ) -> Float[Tensor, " b"]:
         """Draw one t per row."""
         u = rng.uniform()
@@ -125,15 +120,15 @@ class Supervised(Objective[Sequence[Sample]]):
                 table = self._table(model, batch)
                 return table[(u * len(table)).long()]
 
-    def _table(self, model: TextToImageModel, batch: Sequence[Sample]) -> Float[Tensor, " n"]:
+    def _table(self, model: TextToImageModel, batch: Sequence[Row]) -> Float[Tensor, " n"]:
         """Return the family's own training times: its sampling grid of 1000 steps."""
         if not model.process.has_free_times:
             return model.process.on_grid(torch.arange(TABLE) / TABLE)
-        height, width = batch[0].image.shape[1:]
+        height, width = batch[0].size
         return torch.tensor(model.times(TABLE, height, width)[:-1])
 
     def _weights(
-        self, model: TextToImageModel, t: Float[Tensor, " b"], batch: Sequence[Sample]
+        self, model: TextToImageModel, t: Float[Tensor, " b"], batch: Sequence[Row]
     ) -> Float[Tensor, " b"]:
         match self.config.weighting:
             case "min_snr":
@@ -142,6 +137,36 @@ class Supervised(Objective[Sequence[Sample]]):
                 return bump(t, self._table(model, batch))
             case _:
                 return torch.ones_like(t)
+
+
+@torch.no_grad()
+def latents_of(
+    model: TextToImageModel, batch: Sequence[Row], noise: Float[Tensor, "b c h w"] | None
+) -> Float[Tensor, "b c h w"]:
+    """Return the latents of samples, encoded now or beforehand; no noise takes the mean."""
+    cached = [row.moments for row in batch if isinstance(row, CachedSample)]
+    if cached:
+        return model.draw_latents(torch.stack(cached).to(model.device).float(), noise)
+    images = [row.image for row in batch if isinstance(row, Sample)]
+    return model.encode_images(torch.stack(images).to(model.device), noise)
+
+
+def conditioning_of(
+    model: TextToImageModel, batch: Sequence[Row], dropped: Sequence[bool]
+) -> Conditioning:
+    """Return the captions of samples, encoded now or beforehand; dropped ones are empty."""
+    framing = [Framing(row.original, row.crop) for row in batch]
+    if not isinstance(batch[0], CachedSample):
+        captions = ["" if drop else row.caption for row, drop in zip(batch, dropped, strict=True)]
+        return model.encode_prompts(captions, framing=framing)
+    rows = [
+        Conditioning(row.empty if drop else row.text)
+        for row, drop in zip(batch, dropped, strict=True)
+        if isinstance(row, CachedSample)
+    ]
+    cond = Conditioning.stack(rows)
+    there = {name: tensor.to(model.device) for name, tensor in cond.tensors.items()}
+    return Conditioning(there).framed(framing)
 
 
 def min_snr(
@@ -192,6 +217,5 @@ def binned(
     return dict(zip(names, sums, strict=True))
 
 
-def _latent_shape(model: TextToImageModel, batch: Sequence[Sample]) -> tuple[int, int, int]:
-    height, width = batch[0].image.shape[1:]
-    return model.latent_shape(height, width)
+def _latent_shape(model: TextToImageModel, batch: Sequence[Row]) -> tuple[int, int, int]:
+    return model.latent_shape(*batch[0].size)
