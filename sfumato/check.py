@@ -62,7 +62,6 @@ def check_train(config: TrainConfig, processes: int) -> None:
             "training.peak_tflops": training.peak_tflops,
             "validation.num_images": config.validation.num_images,
             "data.buffer": config.data.buffer,
-            "data.shards.buffer": config.data.shards.buffer,
             "model.image_size": config.model.image_size,
         }
     )
@@ -129,6 +128,8 @@ def check_sampler(sampler: SamplerConfig) -> None:
 
 
 def _check_shards(config: TrainConfig) -> None:
+    from sfumato.data.shards import check_shard_config
+
     shards, images = config.data.shards, config.data.images
     if shards.path is None:
         return
@@ -141,19 +142,7 @@ def _check_shards(config: TrainConfig) -> None:
         raise ValueError(
             f"data.shards.path = {shards.path!r} is given beside data.images; take one of them out"
         )
-    for key, allowed in (("crop", ("center", "random")), ("captions", ("first", "random"))):
-        if vars(shards)[key] not in allowed:
-            raise ValueError(
-                f"data.shards.{key} = {vars(shards)[key]!r}; choose one of {', '.join(allowed)}"
-            )
-    for key in ("workers", "prefetch"):
-        if vars(shards)[key] < 0:
-            raise ValueError(f"data.shards.{key} = {vars(shards)[key]} must be 0 or more")
-    if shards.cached and shards.crop != "center":
-        raise ValueError(
-            f"data.shards.crop = {shards.crop} needs pictures, and a cache holds latents of the "
-            "central crop; use crop=center, or data.shards.cached=false"
-        )
+    check_shard_config(shards)
     if shards.cached and config.model.parts not in (["network"], ["unet"], ["transformer"]):
         raise ValueError(
             f"model.parts = {config.model.parts} trains a text encoder, and a cache holds what a "

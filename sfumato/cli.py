@@ -253,11 +253,17 @@ def demo(arguments: Sequence[str]) -> None:
         const=Path("runs/demo_model"),
         help="train the shipped models again, into this folder, instead of running the demo",
     )
+    parser.add_argument("--stage", metavar="NAME", help="of the rebuild: this stage alone")
+    parser.add_argument("--count", type=int, default=1, help="its training steps, or pictures")
     options = parser.parse_args(arguments)
     if options.rebuild and options.out:
         parser.error(f"--rebuild does not write to --out; say --rebuild {options.out}")
     with mistakes_explained():
-        if options.rebuild:
+        if options.rebuild and options.stage:
+            from sfumato.demo.rebuild import run_stage
+
+            run_stage(options.rebuild, options.stage, options.count)
+        elif options.rebuild:
             from sfumato.demo.rebuild import rebuild
 
             rebuild(options.rebuild)

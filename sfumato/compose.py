@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_load
 
@@ -27,7 +27,7 @@ from sfumato.config import (
     WeightedPartConfig,
     WeightedRewardConfig,
 )
-from sfumato.config_stages import CLUSTERS, COMMANDS, JobConfig, LaunchConfig
+from sfumato.config_stages import CLUSTERS, COMMANDS, JobConfig, LaunchConfig, PlanConfig
 from sfumato.explain import explain, first_line, keys_of, known_keys, unknown_key
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
@@ -70,6 +70,8 @@ def to_settings(config: Any, prefix: str = "") -> Any:
     try:
         if OmegaConf.get_type(config) is LaunchConfig:
             _leave_out_jobs(config)
+        if OmegaConf.get_type(config) is PlanConfig:
+            _assume_defaults(config)
         missing = sorted([*OmegaConf.missing_keys(config), *_unread(config)])
         if missing:
             names = ", ".join(f"{prefix}{name}" for name in missing)
@@ -126,9 +128,20 @@ def _leave_out_jobs(config: DictConfig) -> None:
     read = str(OmegaConf.to_container(config.jobs, resolve=False))
     for name in list(config.given):
         if OmegaConf.is_missing(config.given, name) and f"${{given.{name}}}" not in read:
-            del config.given[name]
+            with open_dict(config.given):
+                del config.given[name]
     if missing := sorted(OmegaConf.missing_keys(config.given)):  # before jobs are looked into
         raise ValueError(f"missing settings: {', '.join(missing)}; give each as KEY=VALUE")
+
+
+def _assume_defaults(config: DictConfig) -> None:
+    """Give what a recipe leaves open the default of its field, where that has one."""
+    for key in OmegaConf.missing_keys(config):
+        place, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, place) if place else config
+        kind = OmegaConf.get_type(node)
+        if is_dataclass(kind) and not OmegaConf.is_missing(OmegaConf.structured(kind), name):
+            node[name] = OmegaConf.structured(kind)[name]
 
 
 def _added_keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -220,7 +233,9 @@ def _in_grammar(value: Any) -> str:
     """Return what YAML reads, as Hydra's grammar writes it: `[a.b=1]` becomes `['a.b=1']`."""
     match value:
         case dict():
-            return "{" + ",".join(f"{key}: {_in_grammar(item)}" for key, item in value.items()) + "}"
+            return (
+                "{" + ",".join(f"{key}: {_in_grammar(item)}" for key, item in value.items()) + "}"
+            )
         case list():
             return "[" + ",".join(map(_in_grammar, value)) + "]"
         case str():

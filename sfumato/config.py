@@ -52,6 +52,7 @@ class ModelConfig:
     autoencoder: str | None = None  # beside network.config: a diffusers folder or an original file
     text_encoder: str | None = None  # likewise: a transformers folder or an OpenCLIP file
     tokenizer: str | None = None  # likewise; null is text_encoder's own
+    scheduler: str | None = None  # likewise: a diffusers folder; null is SD's own DDIM settings
     prediction_type: str = "epsilon"  # likewise: epsilon | v_prediction
     image_size: int | None = None  # likewise: pixels of a side
     family: str | None = None  # refuse a folder of another family; null takes what it is

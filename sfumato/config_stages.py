@@ -115,7 +115,8 @@ class SlurmClusterConfig(ClusterConfig):
     qos: str | None = None
     mem: str | None = None
     signal_seconds: int = 300  # before the time limit, to save in
-    max_requeues: int = 100
+    max_requeues: int = 100  # of a job
+    max_restarts: int = 0  # of a job whose process died, without a new place in the queue
     setup: list[str] = field(default_factory=list)  # shell lines before each job
     additional: dict[str, Any] = field(default_factory=dict)  # further sbatch options
 
@@ -133,7 +134,9 @@ class JobConfig:
     command: str = MISSING  # prepare | train | evaluate | sample | demo
     recipe: str | None = None
     settings: list[str] = field(default_factory=list)  # KEY=VALUE, as on the command line
-    processes: int | None = None  # on each machine; null is the cluster's
+    also: list[str] = field(default_factory=list)  # further ones, after those of a recipe
+    processes: int | None = None  # on each machine; null is the cluster's, of prepare and train
+    nodes: int | None = None  # machines, under Slurm; null likewise
 
 
 @dataclass
@@ -144,6 +147,7 @@ class LaunchConfig:
     runs_dir: str = "runs"
     stages: list[str] = field(default_factory=list)  # of `jobs`; empty is all, in their order
     jobs: dict[str, Any] = field(default_factory=dict)  # NAME: {command: ..., ...}
+    given: dict[str, Any] = field(default_factory=dict)  # NAME: what jobs read as ${given.NAME}
     cluster: ClusterConfig = MISSING
     dry_run: bool = False  # print scripts and commands, and do nothing
 
@@ -154,7 +158,7 @@ class PlanConfig(TrainConfig):
 
     gpu: str = "h200"  # a100 | h100 | h200 | b200 | cpu
     gpus: int = 1
-    utilisation: float = 0.4  # of the peak FLOPs
+    utilisation: float = 0.35  # of the peak FLOPs; docs/plan.md says what others reached
     samples: int | None = None  # pairs in the data; null is what is seen once
     image_bytes: int = 100_000  # of one stored picture with its caption
 

@@ -1,12 +1,17 @@
 """What all tests share: one thread, no network, and a tiny pipeline of each Stable Diffusion."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # One thread a process: tiny models on several threads stall behind a busy neighbour.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["SFUMATO_CACHE"] = tempfile.mkdtemp(prefix="sfumato-cache-")
+atexit.register(shutil.rmtree, os.environ["SFUMATO_CACHE"], ignore_errors=True)
 os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import pytest

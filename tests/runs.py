@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from sfumato.training.loop import Outcome
 
 COLORS, SHAPES = ("red", "green", "blue"), ("ring", "star")
 PROMPTS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
-TIMINGS = {"images_per_second", "seconds_per_step"}
+TIMINGS = {"images_per_second", "seconds_per_step", "tflops_per_second", "mfu", "data_wait"}
 CHILD_SECONDS = 300  # a child that hangs is ended
 
 BASE = (
@@ -37,6 +38,7 @@ BASE = (
     "training.max_steps=6",
     "training.checkpoint_every_steps=2",
     "training.tensorboard=false",
+    "training.async_checkpoints=false",  # so that what a test counts comes in one order
     "validation.num_images=3",
     "validation.every_steps=3",
     "verify=false",
@@ -125,6 +127,8 @@ def fork(action: Callable[[], object]) -> int:
 def on_call(number: int, act: Callable[[], object], name: str | None = None) -> list[int]:
     """Act once when a function of Sfumato is entered for the given time, from now on.
 
+    Threads that begin later are watched too.
+
     Args:
         number: counts from 1.
         name: qualified name of the function; None counts the calls of all.
@@ -142,6 +146,7 @@ def on_call(number: int, act: Callable[[], object], name: str | None = None) -> 
             if count[0] == number:
                 act()
 
+    threading.setprofile(watch)
     sys.setprofile(watch)
     return count
 

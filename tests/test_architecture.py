@@ -41,7 +41,10 @@ ROOMS["__main__"] = {"cli"}
 # Objectives know models and rewards through their contracts, not one family.
 CONTRACTS = {"models": {"models.model", "models.generate"}, "rewards": {"rewards.reward"}}
 
-TENSOR_ROOMS = ("models", "rewards", "objectives", "training", "evaluation", "demo", "images")
+TENSOR_ROOMS = (
+    *("models", "rewards", "objectives", "training", "evaluation", "demo", "images", "planning"),
+    *("preparation.encoding", "preparation.precache"),
+)
 SETTINGS = "settings are composed in compose.py, for the command line alone"
 FILES = (
     "reading and writing weights belongs in models/formats.py, rewards/ or training/checkpoint.py"
@@ -51,28 +54,58 @@ FILES = (
 PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "torch": (("diffusion", "data", *TENSOR_ROOMS, "cli"), "tensors belong behind the rims"),
     "jaxtyping": (("diffusion", "data", *TENSOR_ROOMS), "tensors belong behind the rims"),
-    "diffusers": (("models", "demo"), "networks belong in models/"),
+    "diffusers": (("models", "demo", "planning.encoders"), "networks belong in models/"),
     "peft": (("models",), "adapters belong in models/adapters.py"),
-    "transformers": (("models", "rewards", "demo"), "text encoders and CLIP belong in the rims"),
+    "transformers": (
+        ("models", "rewards", "demo", "planning.encoders"),
+        "text encoders and CLIP belong in the rims",
+    ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),
-    "huggingface_hub": (("models", "rewards"), "downloads belong in the rims"),
-    "safetensors": (("models", "rewards", "training.checkpoint", "demo"), FILES),
+    "huggingface_hub": (
+        ("models", "rewards", "preparation.tables"),
+        "downloads belong in the rims",
+    ),
+    "safetensors": (
+        (
+            *("models", "rewards", "training.checkpoint", "training.identity", "demo"),
+            *("data.shards", "data.cache_reader", "preparation.precache"),
+        ),
+        FILES,
+    ),
     "accelerate": (("training.distribution",), "processes belong in training/distribution.py"),
     "hydra": (("compose", "cli"), SETTINGS),
     "omegaconf": (("compose", "cli"), SETTINGS),
-    "yaml": (("compose", "cli", "training.run", "evaluation.records"), SETTINGS),
+    "yaml": (
+        ("compose", "cli", "training.run", "evaluation.records", "models.network_weights"),
+        SETTINGS,
+    ),
+    "submitit": (("launch",), "Slurm belongs in launch/"),
     "wandb": (("training.tracking",), "trackers belong in training/tracking.py"),
     "lpips": (("evaluation.diversity",), "image features belong in evaluation/diversity.py"),
     "matplotlib": (("evaluation",), "plots belong in evaluation/"),
     "jinja2": (("evaluation",), "pages belong in evaluation/"),
     "markupsafe": (("evaluation",), "pages belong in evaluation/"),
-    "tqdm": (("training", "evaluation", "demo"), "progress bars belong to the loops"),
+    "tqdm": (
+        ("training", "evaluation", "demo", "preparation.precache"),
+        "progress bars belong to the loops",
+    ),
     "braceexpand": (("data",), "file patterns belong in data/"),
-    "numpy": (("images", "data", "evaluation", "demo"), "use torch"),
+    "numpy": (("images", "data", "evaluation", "demo", "preparation.filter"), "use torch"),
     "PIL": (("images", "data", "rewards", "evaluation", "demo"), "pictures belong in images.py"),
-    "pyarrow": (("data.arrow",), "Arrow's files belong in data/arrow.py"),
+    "pyarrow": (
+        ("data.arrow", "preparation.tables", "preparation.url_table"),
+        "Arrow's files belong in data/arrow.py, tables of URLs in preparation/",
+    ),
 }
-HEAVY = {"diffusers", "transformers", "peft", "accelerate", "huggingface_hub", "pyarrow"}
+HEAVY = {
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "huggingface_hub",
+    "pyarrow",
+    "submitit",
+}
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,78 @@ def test_the_first_update_is_nine_tenths_of_the_way() -> None:
     torch.testing.assert_close(ema.shadow["0"], torch.full((3,), 0.9))
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_every_n_steps_it_moves_as_far_as_n_single_moves_to_the_same_weights(on_cpu: bool) -> None:
+    """And at one decay d it keeps d^N of itself."""
+    once = Ema(parameters(1.0, -2.0), decay=0.5)
+    weights = parameters(1.0, -2.0)
+    seldom = Ema(weights, decay=0.5, every=4, on_cpu=on_cpu)
+    rng = torch.Generator().manual_seed(0)
+    for step in range(1, 25):
+        drawn = torch.randn(2, generator=rng)
+        for i, parameter in enumerate(weights.values()):
+            nn.init.constant_(parameter, drawn[i].item())
+        before = {name: shadow.clone() for name, shadow in seldom.snapshot().items()}
+        seldom.update()
+        if step % 4:
+            for name, shadow in seldom.snapshot().items():
+                assert torch.equal(shadow, before[name])
+            continue
+        for i, parameter in enumerate(once._parameters.values()):
+            nn.init.constant_(parameter, drawn[i].item())
+        for _ in range(4):
+            once.update()
+        for name, shadow in seldom.snapshot().items():
+            torch.testing.assert_close(shadow, once.shadow[name], rtol=1e-5, atol=1e-6)
+            if step > 12:  # past the warm-up
+                kept = before[name] * 0.5**4 + weights[name].detach() * (1 - 0.5**4)
+                torch.testing.assert_close(shadow, kept, rtol=1e-5, atol=1e-6)
+    assert seldom.updates == once.updates == 24
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_on_the_cpu_beside_training_it_is_bitwise_the_same(every: int) -> None:
+    weights = parameters(1.0, -2.0, 3.0)
+    here, there = (Ema(weights, 0.9, every=every, on_cpu=on_cpu) for on_cpu in (False, True))
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        there.before_change()
+        for parameter in weights.values():
+            nn.init.constant_(parameter, torch.randn((), generator=rng).item())
+        here.update()
+        there.update()
+    with there.shown():
+        for name, parameter in weights.items():
+            assert torch.equal(parameter, here.shadow[name])
+    there.settle()
+    for name, shadow in here.shadow.items():
+        assert torch.equal(there.shadow[name], shadow)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_after_a_resume_it_is_bitwise_the_same(stop: int, on_cpu: bool) -> None:
+    """Also in the middle of the N steps between two moves."""
+    values = torch.randn(12, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def follow(ema: Ema, weights: dict[str, nn.Parameter], drawn: list[float]) -> None:
+        for value in drawn:
+            nn.init.constant_(weights["0"], value)
+            ema.update()
+
+    weights = parameters(1.0)
+    whole = Ema(weights, 0.9, every=3, on_cpu=on_cpu)
+    follow(whole, weights, values)
+    weights = parameters(1.0)
+    first = Ema(weights, 0.9, every=3, on_cpu=on_cpu)
+    follow(first, weights, values[:stop])
+    second = Ema(weights, 0.9, every=3, on_cpu=on_cpu)
+    second.restore(first.snapshot(), first.updates)
+    follow(second, weights, values[stop:])
+    assert second.updates == whole.updates
+    assert torch.equal(second.snapshot()["0"], whole.snapshot()["0"])
+
+
 def test_shown_swaps_and_swaps_back_whatever_happens() -> None:
     weights = parameters(1.0, 2.0)
     ema = Ema(weights, decay=0.5)

@@ -91,12 +91,12 @@ def test_lora_export_gives_the_same_image_in_diffusers(
     assert all("verified: diffusers gives the same image, largest" in line for line in lines)
 
 
-def test_full_fine_tuning_exports_a_pipeline_alone(sd2_folder: Path, tmp_path: Path):
+def test_full_fine_tuning_exports_no_adapter(sd2_folder: Path, tmp_path: Path):
     settings = config(sd2_folder, "full")
     model = trained(settings)
     lines = export(settings, checkpoint(tmp_path, model), tmp_path / "out", CPU, PROMPT)
-    assert len(lines) == 1
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["pipeline"]
+    assert len(lines) == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"pipeline", "original"}
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     torch.testing.assert_close(their_image(pipeline), our_image(model), atol=1e-4, rtol=0)
     base = their_image(reference_pipeline(sd2_folder))

@@ -302,14 +302,6 @@ def test_a_damaged_note_is_named(tmp_path: Path, note: str, content: str) -> Non
         start(again)
 
 
-def test_half_precision_needs_a_gpu_that_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"training.precision = fp16 needs a CUDA device"):
-        start(command(tmp_path, "run", "training.precision=fp16"))
-
-
 def test_an_overflow_is_an_error_once_the_scaler_can_fall_no_further() -> None:
     state, alone = object.__new__(TrainState), object.__new__(Distribution)
     state.step, alone.world = 3, 1

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         use_toy(patch)
         count = on_call(0, kill)
         start(command(folder, "run", *RANDOM))
+        threading.setprofile(None)
         sys.setprofile(None)
     yield SimpleNamespace(folder=folder / "run", calls=count[0])
 

@@ -2,14 +2,13 @@
 
 import hashlib
 import logging
-from collections import deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, final
 
-from sfumato.data.decode import Bounds, RefusedImageError, read_rgb
+from sfumato.data.ahead import Ahead, Made, first_usable
+from sfumato.data.decode import Bounds, read_rgb
 from sfumato.data.entries import Entry, Refusals
 from sfumato.data.frame import Placement, Sample, Size, frame, to_tensor
 from sfumato.data.image_order import Order, Pick, Pool, check_counts
@@ -30,20 +29,6 @@ class Loading:
     bounds: Bounds
     workers: int
     prefetch: int
-
-
-@dataclass(frozen=True)
-class _Made:
-    sample: Sample
-    broken: tuple[tuple[Entry, str], ...]  # tried before it, and why they were left
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What is under way, and how many rows each pool has given once it is handed out."""
-
-    rows: tuple[Future[_Made], ...]
-    drawn: tuple[int, ...]
 
 
 def make_sample(entry: Entry, size: Size, placement: Placement, bounds: Bounds) -> Sample:
@@ -91,10 +76,14 @@ class ImageStream(Stream[Sample]):
         self._refusals = refusals
         self._loading = loading
         self._order = Order(pools, seed=seed, shuffle=shuffle)
-        self._drawn = tuple(self._order.drawn)
-        self._executor = ThreadPoolExecutor(loading.workers) if loading.workers else None
-        self._call: tuple[int, int, int] | None = None
-        self._ahead: deque[_Batch] = deque()
+        self._ahead = Ahead(
+            self._plan,
+            self._make,
+            self._go_to,
+            tuple(self._order.drawn),
+            workers=loading.workers,
+            prefetch=loading.prefetch,
+        )
         self._small: set[int] = set()
 
     @property
@@ -110,22 +99,7 @@ class ImageStream(Stream[Sample]):
                 can be decoded.
         """
         check_rows(global_batch_size, start, stop)
-        call = (global_batch_size, start, stop)
-        if call != self._call:
-            self._drop_prefetched()
-            self._call = call
-        if self._executor is None:
-            made = [self._make(pick) for pick in self._plan(global_batch_size)[start:stop]]
-            drawn = tuple(self._order.drawn)
-        else:
-            while len(self._ahead) <= self._loading.prefetch:
-                self._ahead.append(self._submit(self._executor, global_batch_size, start, stop))
-            batch = self._ahead.popleft()
-            made, drawn = [row.result() for row in batch.rows], batch.drawn
-        self._drawn = drawn
-        for entry, reason in (broken for row in made for broken in row.broken):
-            self._refusals.add(entry, reason)
-        return [row.sample for row in made]
+        return self._ahead.next((global_batch_size, start, stop), self._refusals)
 
     def state(self) -> dict[str, Any]:
         """Return how many rows each pool has given, and of how many samples."""
@@ -133,7 +107,7 @@ class ImageStream(Stream[Sample]):
         return {
             "images": {
                 pool.key: {"drawn": drawn, "samples": len(pool.members)}
-                for pool, drawn in zip(pools, self._drawn, strict=True)
+                for pool, drawn in zip(pools, self._ahead.place, strict=True)
             },
             "places": self._fingerprint,
         }
@@ -156,24 +130,15 @@ class ImageStream(Stream[Sample]):
                 "cannot resume: there are as many samples as before, but others. Restore the "
                 "files that the run was started with, or start a new run"
             )
-        self._drawn = tuple(pools[pool.key]["drawn"] for pool in self._order.pools)
-        self._drop_prefetched()
+        self._ahead.restore(tuple(pools[pool.key]["drawn"] for pool in self._order.pools))
 
-    def _drop_prefetched(self) -> None:
-        for batch in self._ahead:
-            for row in batch.rows:
-                row.cancel()
-        self._ahead.clear()
-        self._order.drawn = list(self._drawn)
+    def _go_to(self, drawn: tuple[int, ...]) -> None:
+        """Let the order stand where each pool has given so many rows."""
+        self._order.drawn = list(drawn)
 
-    def _submit(
-        self, executor: ThreadPoolExecutor, global_batch_size: int, start: int, stop: int
-    ) -> _Batch:
-        picks = self._plan(global_batch_size)[start:stop]
-        rows = tuple(executor.submit(self._make, pick) for pick in picks)
-        return _Batch(rows, tuple(self._order.drawn))
-
-    def _plan(self, global_batch_size: int) -> list[Pick]:
+    def _plan(
+        self, global_batch_size: int, start: int, stop: int
+    ) -> tuple[list[Pick], tuple[int, ...]]:
         picks = self._order.take(global_batch_size)
         bucket = picks[0].bucket
         there = sum(len(members) for members in self._order.members(bucket))
@@ -185,26 +150,19 @@ class ImageStream(Stream[Sample]):
                 "repeats them; add images of this shape, or switch buckets off",
                 *(there, height, width, global_batch_size),
             )
-        return picks
+        return picks[start:stop], tuple(self._order.drawn)
 
-    def _make(self, pick: Pick) -> _Made:
+    def _make(self, pick: Pick) -> Made[Sample]:
         """Decode a sample, or the first of its replacements that can be decoded."""
+        return first_usable(self._tries(pick))
+
+    def _tries(self, pick: Pick) -> Iterator[tuple[Entry, Callable[[], Sample]]]:
         size, loading = self._order.sizes[pick.bucket], self._loading
-        broken: list[tuple[Entry, str]] = []
         for attempt in range(2 * ATTEMPTS + 1):
             entry = self._entries[self._candidate(pick, attempt)]
             seed = derive(pick.seed, "frame", attempt)
             placement = Placement.drawn(seed, random_crop=loading.random_crop, flip=loading.flip)
-            try:
-                sample = make_sample(entry, size, placement, loading.bounds)
-            except RefusedImageError as error:
-                broken.append((entry, str(error)))
-                continue
-            return _Made(sample, tuple(broken))
-        raise ValueError(
-            f"{len(broken)} samples in a row cannot be decoded, the last is {broken[-1][0].name} "
-            f"({broken[-1][1]}); check that the files are still there and whole"
-        )
+            yield entry, partial(make_sample, entry, size, placement, loading.bounds)
 
     def _candidate(self, pick: Pick, attempt: int) -> int:
         if attempt == 0:

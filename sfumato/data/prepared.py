@@ -1,10 +1,10 @@
 """What `sfumato prepare` leaves in a folder: tars, selections of their samples, and caches.
 
-shards/00000.tar             uniform WebDataset tars
-shards/00000.json            TarRecord: what is in it, and where
-selections/NAME/00000.json   KeptRecord: which of its samples a filter keeps
-cache/moments-KEY/00000.safetensors (and .json)    latents' moments of the kept samples
-cache/text-KEY/00000.safetensors (and .json)       their captions' states
+shards/000000.tar            uniform WebDataset tars
+shards/000000.json           TarRecord: what is in it, and where
+selections/NAME/000000.json  KeptRecord: which of its samples a filter keeps
+cache/moments-KEY/000000.safetensors (and .json)   latents' moments of the kept samples
+cache/text-KEY/000000.safetensors (and .json)      their captions' states
 index.json                   Index: what training opens, and every sample's bin
 """
 
@@ -52,11 +52,12 @@ class TarRecord:
     """What is in one tar.
 
     Attributes:
-        name: of the shard, such as 00000.
+        name: of the shard, such as 000000.
         bytes: of the tar; `sha256` of all of them.
         made_of: a hash of all that it was made of: equal hashes, equal bytes.
         samples: in the tar's order.
         dropped: input rows that ended in no sample, by reason.
+        ends: where the next tar begins: a container of what was packed, and a row of it.
     """
 
     name: str
@@ -65,16 +66,26 @@ class TarRecord:
     made_of: str
     samples: tuple[Member, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
+    ends: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
 class KeptRecord:
-    """What a selection keeps of one tar: ascending indices of samples; the others by reason."""
+    """What a selection keeps of one tar.
+
+    Attributes:
+        name: of the shard.
+        made_of: a hash of the tar's record and of the filter.
+        kept: indices of its samples, ascending.
+        dropped: the others, by reason.
+        tar: `made_of` of the tar; empty is unknown.
+    """
 
     name: str
     made_of: str
     kept: tuple[int, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
+    tar: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,8 +175,9 @@ def read_tar_record(folder: Path, name: str) -> TarRecord:
             Member(**(sample | {"captions": tuple(sample["captions"])}))
             for sample in content.pop("samples")
         )
-        return TarRecord(samples=samples, **content)
-    except (KeyError, TypeError) as error:
+        container, row = content.pop("ends", (0, 0))
+        return TarRecord(samples=samples, ends=(container, row), **content)
+    except (KeyError, TypeError, ValueError) as error:
         raise _damaged(place, error) from error
 
 

@@ -1,62 +1,90 @@
-"""Makes the shipped demo models again: `sfumato demo --rebuild DIR`.
+"""Makes the shipped demo models again: `sfumato demo --rebuild DIR`, a ladder of stages.
 
-Each stage writes one folder and is skipped where that is complete, so a rebuild that was stopped
-goes on where it was.
+What only the demo has (a renderer, an autoencoder, text models, a reward) is a stage here; data and
+base model are prepared and trained by the recipes that anybody's would be. A stage is one folder,
+and is skipped where that is complete, so a rebuild that was stopped goes on where it was.
 """
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from sfumato.compose import compose_command, literal
 from sfumato.demo.autoencoder import train_autoencoder, train_decoder
-from sfumato.demo.base import assemble, train_base
+from sfumato.demo.pictures import write_pictures
 from sfumato.demo.preference import train_preference
+from sfumato.demo.text import train_text
 from sfumato.demo.text_image import train_text_image
 from sfumato.demo.tokenizer import write_tokenizer
+from sfumato.launch.launch import launch
 
-STAGES = {
+STAGES: dict[str, Callable[[Path, Path, int], None]] = {
+    "tokenizer": lambda folder, _parts, _count: write_tokenizer(folder),
     "autoencoder": train_autoencoder,
     "text_image": train_text_image,
     "reward": train_preference,
-    "base": train_base,
+    "text": train_text,
     "decoder": train_decoder,
+    "pictures": write_pictures,
 }
-STEPS = {"autoencoder": 1800, "text_image": 1500, "reward": 900, "base": 3600, "decoder": 1500}
+SHIP = "ship"
 
 
 def rebuild(out: Path) -> None:
-    """Train every model of the demo into out/parts, and put the shipped folders into out/model."""
+    """Train every model of the demo by recipe=ladder/demo; the shipped folders are in out/model.
+
+    Raises:
+        ValueError: if a stage fails or is stopped.
+    """
+    settings, _ = compose_command("launch", ["recipe=ladder/demo", literal("given.out", str(out))])
+    launch(settings)
+
+
+def run_stage(out: Path, name: str, count: int) -> None:
+    """Run one stage that only the demo has, into out/parts/NAME, or `ship` into out/model.
+
+    Args:
+        count: training steps, or pictures.
+
+    Raises:
+        ValueError: if there is no such stage.
+    """
+    if name == SHIP:
+        ship(out)
+        return
+    if name not in STAGES:
+        raise ValueError(f"--stage {name} is none; there are {', '.join([*STAGES, SHIP])}")
     parts = out / "parts"
-    for name in ("tokenizer", *STAGES):
-        if (parts / name).exists():
-            print(f"{name}: done before")
-            continue
-        beside = parts / f".{name}.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        if name == "tokenizer":
-            write_tokenizer(beside)
-        else:
-            STAGES[name](beside, parts, STEPS[name])
-        beside.rename(parts / name)
-    ship(parts, out / "model")
-    print(f"the models are in {out / 'model'}; copy them to sfumato/demo/model to ship them")
+    if (parts / name).exists():
+        print(f"{name}: done before")
+        return
+    beside = parts / f".{name}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    STAGES[name](beside, parts, count)
+    beside.rename(parts / name)
 
 
-def ship(parts: Path, model: Path) -> None:
+def ship(out: Path) -> None:
     """Write the three folders of the package: base, reward, text_image; weights as float16."""
-    shutil.rmtree(model, ignore_errors=True)
-    assemble(model / "base", parts)
+    model = out / "model"
+    beside = out / ".model.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(out / "runs" / "base_64" / "export" / "pipeline", beside / "base")
     for name in ("reward", "text_image"):
-        shutil.copytree(parts / name, model / name)
-    for file in model.rglob("*.safetensors"):
+        shutil.copytree(out / "parts" / name, beside / name)
+    for file in beside.rglob("*.safetensors"):
         halve(file)
-    for file in model.rglob("config.json"):  # where a part was loaded from says nothing elsewhere
+    for file in beside.rglob("config.json"):  # where a part was loaded from says nothing elsewhere
         settings = json.loads(file.read_text())
         settings.pop("_name_or_path", None)
         file.write_text(json.dumps(settings, indent=2) + "\n")
+    shutil.rmtree(model, ignore_errors=True)
+    beside.rename(model)
+    print(f"the models are in {model}; copy them to sfumato/demo/model to ship them")
 
 
 def halve(file: Path) -> None:

@@ -141,8 +141,10 @@ def _settings(
     """Return all that the numbers depend on but the step, as JSON gives it back."""
     scored = {"kind": type(config.reward).__name__, **asdict(config.reward)}
     scored.pop("gradient_checkpointing", None)
+    model = config.model
+    parts = [asdict(model.network), model.autoencoder, model.text_encoder, model.prediction_type]
     plain = {
-        "pretrained": config.model.pretrained,
+        "pretrained": parts if model.pretrained is None else model.pretrained,
         "dtype": config.model.dtype,
         "precision": config.training.precision,
         "sampler": asdict(config.sampler),

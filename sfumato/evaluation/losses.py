@@ -120,8 +120,9 @@ def _measured_with(record: RunRecord) -> dict[str, Any]:
     where = "validation" if has_held_out(record) else "data"
     images = record.setting(where, "images") or {}
     sources = [images, *(images.get("sources") or {}).values()]
+    parts = [record.setting("model", key) for key in ("autoencoder", "text_encoder")]
     return {
-        "model.pretrained": record.setting("model", "pretrained"),
+        "model.pretrained": record.setting("model", "pretrained") or parts,
         "validation.images": [
             [images.get(key) for key in BOUNDS],
             *([source.get(key) for key in SOURCE] for source in sources),

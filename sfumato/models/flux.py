@@ -83,7 +83,8 @@ class Flux(PipelineModel):
         super().__init__(pipeline, parts, source, config)
         self.scheduler = pipeline.scheduler
         self.process = RectifiedFlow()
-        self.has_cfg = not pipeline.transformer.config.guidance_embeds
+        settings = read_json(source / "transformer" / "config.json")
+        self.has_cfg = not settings.get("guidance_embeds", False)
         # The pipeline takes 512; a model that learned fewer says so with its tokenizer.
         self.max_tokens = min(512, pipeline.tokenizer_2.model_max_length)
         self._warned = False

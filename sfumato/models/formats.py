@@ -16,11 +16,18 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.mode
 PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt")
 
 
-def find_model(pretrained: str, *, allow_pickle: bool = False, variant: str | None = None) -> Path:
-    """Return the diffusers folder of a path or hub id: a folder here, the local cache, the hub.
+def find_model(
+    pretrained: str,
+    *,
+    allow_pickle: bool = False,
+    variant: str | None = None,
+    setting: str = "model.pretrained",
+) -> Path:
+    """Return the folder of a path or hub id: a folder here, the local cache, the hub.
 
     Args:
         variant: of the weights; without one, half-precision copies are not downloaded.
+        setting: that the path is the value of, for messages.
 
     Raises:
         ValueError: if there is no such folder or hub id, or nothing of it can be read.
@@ -30,23 +37,25 @@ def find_model(pretrained: str, *, allow_pickle: bool = False, variant: str | No
         return path
     if path.exists():
         raise ValueError(
-            f"model.pretrained = {pretrained!r} is a file; give a diffusers folder, the one that "
+            f"{setting} = {pretrained!r} is a file; give a diffusers folder, the one that "
             "holds model_index.json"
         )
     if pretrained.count("/") != 1 or pretrained.startswith((".", "/", "~")):
         raise ValueError(
-            f"model.pretrained = {pretrained!r}: no such folder; give a diffusers folder, or a hub "
+            f"{setting} = {pretrained!r}: no such folder; give a diffusers folder, or a hub "
             "id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
-    return _download(pretrained, allow_pickle, variant)
+    return _download(pretrained, allow_pickle, variant, setting)
 
 
-def _download(hub_id: str, allow_pickle: bool, variant: str | None) -> Path:
+def _download(hub_id: str, allow_pickle: bool, variant: str | None, setting: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
     patterns += ["*/*.bin"] if allow_pickle else []
+    for name in ("model", "diffusion_pytorch_model"):  # of a text encoder's or autoencoder's own id
+        patterns += [f"{name}.safetensors", *([f"*{name}.bin"] if allow_pickle else [])]
     unused = ["safety_checker/*", "*non_ema*", "text_encoders/*", "vae_*"]
     unused += ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"] if variant is None else []
     try:
@@ -57,7 +66,7 @@ def _download(hub_id: str, allow_pickle: bool, variant: str | None) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=unused))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"model.pretrained = {hub_id!r} is no folder here, not in the local cache, and could "
+            f"{setting} = {hub_id!r} is no folder here, not in the local cache, and could "
             f"not be downloaded ({type(error).__name__}); give a folder, or check id and network"
         ) from error
 
@@ -94,11 +103,14 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file} is not JSON ({error}); download the model again") from error
 
 
-def check_components(folder: Path, components: dict[str, str], *, allow_pickle: bool) -> None:
+def check_components(
+    folder: Path, components: dict[str, str], *, allow_pickle: bool, blank: str | None = None
+) -> None:
     """Check that each component's folder holds its settings, and weights that may be loaded.
 
     Args:
         components: component name to the file that configures it.
+        blank: a component that needs no weights.
 
     Raises:
         ValueError: if a component is missing or damaged, or has only pickled weights and these
@@ -122,7 +134,7 @@ def check_components(folder: Path, components: dict[str, str], *, allow_pickle: 
                 f"{part} has no tokenizer.json or vocab.json with merges.txt; download or export "
                 "the model again"
             )
-        if config != "config.json" or any(list(part.glob(p)) for p in WEIGHTS):
+        if config != "config.json" or name == blank or any(list(part.glob(p)) for p in WEIGHTS):
             continue
         pickles = [p.name for pattern in PICKLES for p in part.glob(pattern)]
         if pickles and not allow_pickle:

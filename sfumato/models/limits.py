@@ -27,12 +27,12 @@ def check_side(name: str, pixels: int, limits: Limits) -> None:
         nearest = max(unit, round(pixels / unit) * unit)
         nearest = min(nearest, limits.largest or nearest)
         raise ValueError(
-            f"sampler.{name} = {pixels} must be a multiple of {unit} pixels for this "
+            f"{name} = {pixels} must be a multiple of {unit} pixels for this "
             f"model; the nearest is {nearest}"
         )
     if limits.largest is not None and pixels > limits.largest:
         raise ValueError(
-            f"sampler.{name} = {pixels} is more than the {limits.largest} pixels that this model "
+            f"{name} = {pixels} is more than the {limits.largest} pixels that this model "
             "has positions for"
         )
 

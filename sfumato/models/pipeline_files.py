@@ -20,6 +20,7 @@ from sfumato.models.formats import (
 from sfumato.models.limits import Limits, check_side, check_steps
 from sfumato.models.lora_apply import check_lora_files, merge_files, start_adapters
 from sfumato.models.model import DTYPES, TextToImageModel
+from sfumato.models.network_weights import blank_network, check_whole, start_network
 
 CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 CLIP_ATTENTION = (r".*self_attn\.(q|k|v|out)_proj",)
@@ -69,7 +70,9 @@ class PipelineFiles(TextToImageModel):
             ValueError: if one is missing, or pickled and not allowed; if a part to train is none
                 of the model's; if image size or number of steps are impossible.
         """
-        check_components(folder, cls.components(folder), allow_pickle=config.allow_pickle)
+        blank = cls.network_name if config.network.config is not None else None
+        components = cls.components(folder)
+        check_components(folder, components, allow_pickle=config.allow_pickle, blank=blank)
         check_index(folder, cls.components(folder))
         check_scheduler(folder, cls.schedulers)
         cls.trained_parts(config)
@@ -80,7 +83,7 @@ class PipelineFiles(TextToImageModel):
         check_steps(sampler.num_inference_steps, limits)
         for name, pixels in (("height", sampler.height), ("width", sampler.width)):
             if pixels is not None:
-                check_side(name, pixels, limits)
+                check_side(f"sampler.{name}", pixels, limits)
             elif limits.size is None:
                 raise ValueError(
                     f"model.pretrained = {str(folder)!r} states no size of its images; set "
@@ -104,7 +107,9 @@ class PipelineFiles(TextToImageModel):
         return [cls.network_name if part == "network" else part for part in config.parts]
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, *, with_network: bool = True) -> "PipelineFiles":
+    def load(
+        cls, folder: Path, config: ModelConfig, *, with_network: bool = True
+    ) -> "PipelineFiles":
         """Load a diffusers folder; frozen parts in `config.dtype`, trained ones in float32.
 
         Under full fine-tuning the frozen copy stays in float32 too, as rounding it would count
@@ -120,7 +125,12 @@ class PipelineFiles(TextToImageModel):
         dtype = DTYPES[config.dtype]
         exact = [*cls._upcast(folder), *(trained if config.trainable == "full" else [])]
         dtypes = dict.fromkeys(exact, torch.float32)
+        if with_network and not (cls.network_name in trained and config.trainable == "full"):
+            check_whole(config)
         pipeline = cls.read_pipeline(folder, config, dtype, dtypes, with_network=with_network)
+        if with_network and config.network.from_pretrained is not None:
+            network = pipeline.components[cls.network_name]
+            start_network(network, cls.network_name, config)
         changed = merge_files(pipeline, cls.network_name, config.merge)
         parts: dict[str, Roles] = {}
         for name in (cls.network_name, *cls.encoders):
@@ -179,6 +189,9 @@ class PipelineFiles(TextToImageModel):
         from safetensors import SafetensorError
 
         quiet_loading()
+        given = {} if with_network else {cls.network_name: None}
+        if with_network and config.network.config is not None:
+            given |= blank_network(folder / cls.network_name, cls.network_name)
         try:
             return DiffusionPipeline.from_pretrained(
                 folder,
@@ -188,7 +201,7 @@ class PipelineFiles(TextToImageModel):
                 local_files_only=True,
                 **cls.unused,
                 **dict.fromkeys(cls.optional.difference(cls.components(folder))),
-                **({} if with_network else {cls.network_name: None}),
+                **given,
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(

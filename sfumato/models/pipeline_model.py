@@ -110,7 +110,7 @@ class PipelineModel(PipelineFiles):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         for name, pixels in (("height", height), ("width", width)):
-            check_side(name, pixels, self.limits)
+            check_side(f"sampler.{name}", pixels, self.limits)
         factor = self.limits.factor
         return self.limits.channels, height // factor, width // factor
 

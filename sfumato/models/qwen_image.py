@@ -79,9 +79,9 @@ class QwenImage(PipelineModel):
         self._mean = torch.tensor(latents.latents_mean).view(-1, 1, 1)
         self._std = torch.tensor(latents.latents_std).view(-1, 1, 1)
         # Nothing reads the text that the last block returns: DDP would wait for its gradient.
-        last: Any = pipeline.transformer.transformer_blocks[-1]
-        for idle in (last.attn.to_add_out, last.txt_mlp):
-            idle.requires_grad_(False)
+        for last in pipeline.transformer.transformer_blocks[-1:] if pipeline.transformer else ():
+            last.attn.to_add_out.requires_grad_(False)
+            last.txt_mlp.requires_grad_(False)
         if config.gradient_checkpointing:  # diffusers has none for this autoencoder
             for block in (decoder.mid_block, *decoder.up_blocks):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -6,6 +6,7 @@ from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.models.flux import Flux
 from sfumato.models.formats import find_model, read_model_index
 from sfumato.models.model import TextToImageModel
+from sfumato.models.parts import find_parts
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.qwen_image import QwenImage
 from sfumato.models.stable_diffusion import StableDiffusion
@@ -33,7 +34,7 @@ def find_family(
         ValueError: if the folder is incomplete, of a family that Sfumato does not know or that
             `config.family` does not name, or cannot do what the sampler asks.
     """
-    folder = find_model(config.pretrained, allow_pickle=config.allow_pickle, variant=config.variant)
+    folder = _find_folder(config)
     pipeline = str(read_model_index(folder)["_class_name"])
     names = {family.pipeline_name: name for name, family in FAMILIES.items()}
     if pipeline not in names:
@@ -50,6 +51,29 @@ def find_family(
         )
     FAMILIES[name].check(folder, config, sampler)
     return FAMILIES[name], folder
+
+
+def _find_folder(config: ModelConfig) -> Path:
+    """Return a pretrained folder, or one of parts around a network that begins at random."""
+    if (config.pretrained is None) == (config.network.config is None):
+        raise ValueError(
+            f"model.pretrained = {config.pretrained!r} and model.network.config = "
+            f"{config.network.config!r}; give one of the two: a diffusers folder or hub id, "
+            "or sd1, sd2 or a config.json to build a network at random"
+        )
+    if config.pretrained is None:
+        return find_parts(config)
+    return find_model(config.pretrained, allow_pickle=config.allow_pickle, variant=config.variant)
+
+
+def load_encoders(config: ModelConfig) -> TextToImageModel:
+    """Load text encoders and autoencoder alone: a model that encodes and decodes, frozen.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    family, folder = find_family(config)
+    return family.load(folder, config, with_network=False)
 
 
 def load_model(config: ModelConfig) -> TextToImageModel:

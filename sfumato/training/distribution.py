@@ -1,12 +1,14 @@
-"""One process or many: accelerate for devices and precision, DDP or FSDP2 for the gradient."""
+"""One process or many: accelerate for devices, DDP or FSDP2 for the gradient."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,6 +17,7 @@ from sfumato.models.texts import recording_kept
 from sfumato.training.module import TrainingModule
 
 T = TypeVar("T")
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @final
@@ -22,27 +25,21 @@ class Distribution:
     """Who this process is, and what it does together with the others.
 
     Raises:
-        ValueError: if fp16 is asked for without a CUDA device.
+        ValueError: if the processes do not divide into groups of `shard_size`.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
         from accelerate import Accelerator
 
-        if config.precision == "fp16" and not torch.cuda.is_available():
-            raise ValueError(
-                "training.precision = fp16 needs a CUDA device, and there is none; use bf16 or no"
-            )
-        self._accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), mixed_precision=config.precision
-        )
+        self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.rank = self._accelerator.process_index
         self.world = self._accelerator.num_processes
         self.device = self._accelerator.device
         self.is_main = self._accelerator.is_main_process
-        self._shard = config.strategy == "fsdp" and self.world > 1
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=config.precision == "fp16" and self.device.type == "cuda"
-        )
+        self._shard = config.strategy in {"fsdp", "hsdp"} and self.world > 1
+        self._copy_size = self._processes_of_a_copy(config)
+        self._precision = AUTOCAST.get(config.precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
@@ -53,11 +50,31 @@ class Distribution:
             return
         from torch.distributed.fsdp import fully_shard
 
+        mesh = self._mesh()
         # A root that stayed gathered after a forward would not see what the EMA writes into it.
         parts = module.model.shards()
         with recording_kept(parts):
             for part in parts:
-                fully_shard(part, reshard_after_forward=True)
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+    def _processes_of_a_copy(self, config: TrainingConfig) -> int:
+        """Return how many processes share one copy of the weights, where they are sharded."""
+        if config.strategy != "hsdp" or self.world == 1:
+            return self.world
+        size = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
+        if self.world % size:
+            raise ValueError(
+                f"training.shard_size = {size} does not divide {self.world} processes; choose one "
+                "of its divisors"
+            )
+        return size
+
+    def _mesh(self) -> DeviceMesh:
+        """Return the processes in one row, or under HSDP in a row for each copy."""
+        if self._copy_size == self.world:
+            return init_device_mesh(self.device.type, (self.world,), mesh_dim_names=("shard",))
+        shape = (self.world // self._copy_size, self._copy_size)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def wrap(self, module: TrainingModule) -> nn.Module:
         """Return the module whose backward leaves gradients averaged over all processes."""
@@ -69,9 +86,11 @@ class Distribution:
             gradient_as_bucket_view=True,
         )
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of mixed precision."""
-        return self._accelerator.autocast()
+        return torch.autocast(
+            self.device.type, dtype=self._precision, enabled=self._precision is not None
+        )
 
     @contextmanager
     def accumulating(self, module: nn.Module, *, last: bool) -> Iterator[None]:
@@ -136,15 +155,43 @@ class Distribution:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a parameter's or state's whole value on the CPU; all processes must call it."""
-    value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return value.detach().cpu().clone()
+def whole(tensor: Tensor, *, kept: bool = True) -> Tensor:
+    """Return a copy of a parameter's or state's whole value on the CPU.
+
+    All processes must call it.
+
+    Args:
+        kept: whether this process wants it; else it gets nothing.
+    """
+    value = tensor.detach()
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    if not kept:
+        return torch.empty(0)
+    return value.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole value placed and sharded as `parameter` is."""
-    value = value.to(parameter.device)
+    """Return a whole value placed, sharded and laid out as `parameter` is."""
     if isinstance(parameter, DTensor):
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value
+        placed = value.to(parameter.device)
+        return distribute_tensor(placed, parameter.device_mesh, parameter.placements)
+    # Fused AdamW walks through weights and moments by their places in memory.
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, not copied."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def united(share: Tensor, parameter: Tensor) -> Tensor:
+    """Return the tensor of which each process holds a share, cut as `parameter` is."""
+    if not isinstance(parameter, DTensor):
+        return share
+    return DTensor.from_local(
+        share.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

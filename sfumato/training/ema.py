@@ -1,40 +1,98 @@
 """An exponential moving average of what is trained: what gets validated and exported."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.training.distribution import like, local, united, whole
+
 
 @final
 class Ema:
     """Shadow weights: shadow <- d shadow + (1 - d) weight, d = min(decay, (1 + n) / (10 + n)).
 
+    With `every` N it moves at every N-th update alone, by the product of the N decays: as far as N
+    single moves towards the weights of that moment.
+
     Args:
-        parameters: by name; the shadows start as copies.
+        parameters: by name; the shadows start as copies of this process's share of them.
         decay: None keeps no shadow, and everything here shows the weights themselves.
+        on_cpu: keep the shadows in host memory, where a thread moves them.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float | None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        decay: float | None,
+        *,
+        every: int = 1,
+        on_cpu: bool = False,
+    ) -> None:
         self._parameters = dict(parameters)
         self._decay = decay
+        self._every = every
+        self._host: HostMover | None = None
         self.updates = 0
         self.shadow: dict[str, Tensor] = {}
         if decay is not None:
-            self.shadow = {name: p.detach().clone() for name, p in parameters.items()}
+            self.shadow = {name: w.clone() for name, w in self._weights().items()}
+            if on_cpu:
+                self.shadow = {name: shadow.cpu() for name, shadow in self.shadow.items()}
+                self._host = HostMover(list(self._weights().values()))
+
+    def _weights(self) -> dict[str, Tensor]:
+        # Looked up anew each time: FSDP may put another tensor behind a parameter.
+        return {name: local(parameter.detach()) for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the shadows towards the weights, after an optimiser step."""
         if self._decay is None:
             return
-        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        weights = [parameter.detach() for parameter in self._parameters.values()]
-        shadows = list(self.shadow.values())
-        torch._foreach_lerp_(shadows, weights, 1 - decay)  # pyright: ignore
+        if self.updates % self._every:
+            return
+        steps = range(self.updates - self._every, self.updates)
+        kept = math.prod(min(self._decay, (1 + n) / (10 + n)) for n in steps)
+        shadows, weights = list(self.shadow.values()), list(self._weights().values())
+        if self._host is not None:
+            self._host.move(shadows, weights, 1 - kept)
+        else:
+            torch._foreach_lerp_(shadows, weights, 1 - kept)  # pyright: ignore
+
+    def before_change(self) -> None:
+        """Let a copy of the weights that is under way end before they are changed."""
+        if self._host is not None:
+            self._host.before_change()
+
+    def settle(self) -> None:
+        """Wait until the shadows hold what the last update meant them to."""
+        if self._host is not None:
+            self._host.wait()
+
+    def snapshot(self, *, kept: bool = True) -> dict[str, Tensor]:
+        """Return whole shadows on the CPU, by name; all processes must call it.
+
+        Args:
+            kept: whether this process wants them.
+        """
+        self.settle()
+        return {
+            name: whole(united(shadow, self._parameters[name]), kept=kept)
+            for name, shadow in self.shadow.items()
+        }
+
+    def restore(self, shadows: Mapping[str, Tensor], updates: int) -> None:
+        """Put a snapshot back."""
+        self.settle()
+        self.updates = updates
+        for name, shadow in self.shadow.items():
+            shadow.copy_(local(like(shadows[name], self._parameters[name])))
 
     @contextmanager
     @torch.no_grad()
@@ -43,7 +101,8 @@ class Ema:
         if self._decay is None:
             yield
             return
-        kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self.settle()
+        kept = {name: weight.clone() for name, weight in self._weights().items()}
         self._write(self.shadow)
         try:
             yield
@@ -51,5 +110,54 @@ class Ema:
             self._write(kept)
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.data.copy_(values[name])
+        for name, weight in self._weights().items():
+            weight.copy_(values[name])
+
+
+@final
+class HostMover:
+    """Moves shadows in host memory by a thread, from copies that a stream of its own makes.
+
+    Args:
+        weights: of the shapes, types and device that `move` will be given.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        on_device = bool(weights) and weights[0].is_cuda
+        self._stream = torch.cuda.Stream(weights[0].device) if on_device else None
+        self._copies = [
+            torch.empty_like(weight, device="cpu", pin_memory=on_device) for weight in weights
+        ]
+        self._copied: torch.Event | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ema")
+        self._moving: Future[None] | None = None
+
+    def move(self, shadows: Sequence[Tensor], weights: Sequence[Tensor], share: float) -> None:
+        """Begin to move the shadows by a share of the way to the weights."""
+        self.wait()
+        if self._stream is None:
+            torch._foreach_copy_(self._copies, list(weights))  # pyright: ignore
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(weights[0].device))
+            with torch.cuda.stream(self._stream):
+                for copy, weight in zip(self._copies, weights, strict=True):
+                    copy.copy_(weight, non_blocking=True)
+            self._copied = self._stream.record_event()
+        self._moving = self._pool.submit(self._lerp, list(shadows), share)
+
+    @torch.no_grad()
+    def _lerp(self, shadows: list[Tensor], share: float) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+        torch._foreach_lerp_(shadows, self._copies, share)  # pyright: ignore
+
+    def before_change(self) -> None:
+        """Let the device, but not this process, wait for the copy before weights change."""
+        if self._stream is not None and self._copied is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._copied)
+
+    def wait(self) -> None:
+        """Wait for the thread."""
+        if self._moving is not None:
+            self._moving.result()
+            self._moving = None

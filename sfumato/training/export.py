@@ -15,6 +15,7 @@ from sfumato.diffusion.randomness import Rng
 from sfumato.models.formats import WRITE_ERRORS
 from sfumato.models.generate import generate, image_size
 from sfumato.models.model import DTYPES, TextToImageModel
+from sfumato.models.original_files import unlike_original, write_original
 from sfumato.models.registry import load_model
 from sfumato.training.checkpoint import read_shown_weights
 from sfumato.training.state import load_weights
@@ -39,9 +40,11 @@ def export(
     """Write the averaged weights of a checkpoint for use in other programs.
 
     Writes folder/lora/pytorch_lora_weights.safetensors (under LoRA) and folder/pipeline, a
-    diffusers folder with the adapter merged, its network in `model.dtype`. With `config.verify`,
-    loads both with diffusers alone and compares an image of `prompt`, all in float32: in bfloat16
-    each program rounds in its own places, and guidance makes much of that.
+    diffusers folder with the adapter merged, its network in `model.dtype`; of a Stable Diffusion 1
+    or 2 that was trained in full also folder/original/unet.safetensors, in the names of its
+    original code. With `config.verify`, loads each of them elsewhere and compares an image of
+    `prompt`, all in float32: in bfloat16 each program rounds in its own places, and guidance makes
+    much of that.
 
     Returns:
         One line per export, that says where it is and how it compared.
@@ -50,7 +53,9 @@ def export(
         ExportError: if the disk is full, or an image differs by more than rounding.
         CheckpointError: if the checkpoint is damaged.
     """
-    model = load(replace(config.model, dtype="float32"))
+    # What the network started from is in the checkpoint, and need not be there any more.
+    network = replace(config.model.network, from_pretrained=None)
+    model = load(replace(config.model, dtype="float32", network=network))
     load_weights(model, read_shown_weights(checkpoint))
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -77,7 +82,8 @@ def _write(config: TrainConfig, model: TextToImageModel, folder: Path) -> list[s
     (folder / "pipeline").mkdir(parents=True)
     model.save_pipeline(folder / "pipeline", DTYPES[config.model.dtype])
     if config.model.trainable != "lora":
-        return ["pipeline"]
+        has_original = write_original(folder / "pipeline", folder / "original")
+        return ["pipeline", "original"] if has_original else ["pipeline"]
     (folder / "lora").mkdir()
     model.save_adapter(folder / "lora")
     return ["pipeline", "lora"]
@@ -108,9 +114,23 @@ def _verify(
         noise = Rng([0]).normal(*shape, device=model.device)
         compared = []
         for name in names:
+            if name == "original":
+                compared.append(_compare_original(folder))
+                continue
             found = model.image_elsewhere(folder, name, prompt, noise, sampler).to(expected)
             compared.append(_compare(config, name, expected, found))
     return compared
+
+
+def _compare_original(folder: Path) -> str:
+    """Refuse a file in the original layout that diffusers reads as other weights."""
+    if odd := unlike_original(folder / "pipeline", folder / "original"):
+        raise ExportError(
+            f"the exported original is read otherwise by diffusers: {len(odd)} weights differ, "
+            f"among them {odd[0]}. The checkpoint is unharmed; please report this with the version "
+            "of diffusers, or train with verify=false"
+        )
+    return "diffusers reads it back as the same weights"
 
 
 @contextmanager

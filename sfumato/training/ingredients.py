@@ -10,19 +10,22 @@ from sfumato.config import (
     ModelConfig,
     NoRewardConfig,
     OwnConfig,
+    ShardDataConfig,
     SupervisedConfig,
     TrainConfig,
 )
-from sfumato.data.frame import Sample
 from sfumato.data.images import open_images, validation_samples
 from sfumato.data.prompts import open_prompts, read_prompts
+from sfumato.data.shard_stream import ShardStream
+from sfumato.data.shards import first_captions, open_shards
 from sfumato.data.stream import Stream
 from sfumato.models.limits import Limits
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Objective
-from sfumato.objectives.supervised import Supervised
+from sfumato.objectives.supervised import Row, Supervised
 from sfumato.rewards.build import build_reward
 from sfumato.rewards.reward import Reward
+from sfumato.training.identity import cache_identity
 
 OWN_IS_A_SCRIPTS = (
     "objective = own is brought by a script of one's own, as train(..., own=Own(objective=...)); "
@@ -36,7 +39,7 @@ class Data:
 
     stream: Stream[Any]
     prompts: list[str]  # one per validation image
-    held_out: list[Sample]
+    held_out: Sequence[Row]
 
 
 def open_data(
@@ -55,9 +58,12 @@ def open_data(
     Raises:
         ValueError: if something cannot be read.
     """
-    if own is None and isinstance(config.objective, SupervisedConfig):
+    supervised = isinstance(config.objective, SupervisedConfig)
+    if own is None and supervised and config.data.shards.path is not None:
+        stream: Stream[Any] = prepared_stream(config, config.data.shards, limits)
+    elif own is None and supervised:
         height, width = frame_size(config, limits)
-        stream: Stream[Any] = open_images(
+        stream = open_images(
             config.data.images,
             height=height,
             width=width,
@@ -74,7 +80,37 @@ def open_data(
             shuffle=config.data.shuffle,
             buffer=config.data.buffer,
         )
-    return Data(stream, validation_prompts(config, prompts), held_out_samples(config, limits))
+    held_out = held_out_samples(config, limits)
+    return Data(stream, validation_prompts(config, prompts), held_out)
+
+
+def prepared_stream(
+    config: TrainConfig, shards: ShardDataConfig, limits: Limits | None
+) -> ShardStream:
+    """Open what `sfumato prepare` wrote, at the size of the run; a cache has to be of its model.
+
+    Raises:
+        ValueError: if the folder is incomplete or damaged, or no cache of it fits.
+    """
+    height, width = frame_size(config, limits)
+    identity = None
+    if shards.cached:
+        identity = cache_identity(
+            config.model, height=height, width=width, flip=shards.flip, dtype="float16"
+        )
+    return open_shards(
+        shards, height=height, width=width, seed=config.training.seed, identity=identity
+    )
+
+
+def first_rows(config: TrainConfig, limits: Limits | None, count: int) -> list[Row]:
+    """Return the first rows of a prepared folder, each cropped in the middle; at most all."""
+    plain = replace(
+        config.data.shards, shuffle=False, crop="center", flip=False, captions="first", workers=0
+    )
+    stream = prepared_stream(config, plain, limits)
+    count = min(count, stream.samples)
+    return stream.next(count, 0, count)
 
 
 def frame_size(config: TrainConfig, limits: Limits | None) -> tuple[int, int]:
@@ -103,13 +139,15 @@ def bucket_step(limits: Limits | None, height: int, width: int) -> int:
     return max((s for s in steps if height % s == width % s == 0), default=multiple)
 
 
-def held_out_samples(config: TrainConfig, limits: Limits | None) -> list[Sample]:
+def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Row]:
     """Return what the validation loss is of: held-out images, else the first to train on."""
     count = config.validation.loss_images
     if not isinstance(config.objective, SupervisedConfig) or not count:
         return []
-    height, width = frame_size(config, limits)
     images = validation_images(config)
+    if not images.path and not images.sources:
+        return first_rows(config, limits, count)
+    height, width = frame_size(config, limits)
     own = images is not config.data.images
     return validation_samples(images, count, height=height, width=width, warns=own)
 
@@ -139,6 +177,8 @@ def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None
     elif images.path or images.sources:
         samples = validation_samples(images, count, height=8, width=8, warns=False)
         found = [sample.caption for sample in samples]
+    elif config.data.shards.path:
+        found = first_captions(config.data.shards, count)
     else:
         raise ValueError(
             "nothing says what images are to show; give validation.prompts=FILE in training (a "

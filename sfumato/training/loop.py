@@ -15,12 +15,7 @@ from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import Rng, derive
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.objective import Loss, Objective
-from sfumato.training.checkpoint import (
-    list_checkpoints,
-    read_checkpoint,
-    tidy,
-    write_checkpoint,
-)
+from sfumato.training.checkpoint import list_checkpoints, read_checkpoint, tidy
 from sfumato.training.distribution import Distribution, whole
 from sfumato.training.folder import RunFolder
 from sfumato.training.module import TrainingModule
@@ -29,6 +24,7 @@ from sfumato.training.state import TrainState
 from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import Trackers
 from sfumato.training.validation import Validation
+from sfumato.training.writing import CheckpointWriter
 
 HEADLINE = ("reward", "kl", "mse")  # what the progress bar shows
 
@@ -83,9 +79,10 @@ def fit(
         disable=not distribution.is_main,
         dynamic_ncols=True,
     )
+    writer = CheckpointWriter(folder.checkpoints, training, active=distribution.is_main)
     saved = state.step
     stopped_by = None
-    with watch.listening(), bar:
+    with watch.listening(), bar, writer.closing():
         if state.step == 0:
             started = time.monotonic()
             validate(validation, model, state, folder, trackers, {})
@@ -97,9 +94,7 @@ def fit(
                 break
             started = time.monotonic()
             metrics = take_step(config, wrapped, state, distribution)
-            seconds = time.monotonic() - started
-            metrics["images_per_second"] = training.global_batch_size / seconds
-            metrics["seconds_per_step"] = seconds
+            metrics |= state.meter.rates(time.monotonic() - started)
             bar.set_postfix_str(headline(metrics))
             bar.update()
             best = False
@@ -109,11 +104,13 @@ def fit(
             else:
                 trackers.log(state.step, metrics)
             if best or is_due(state.step, training.checkpoint_every_steps, training.max_steps):
-                save(state, folder, distribution, training.keep_checkpoints)
+                save(state, writer, distribution)
                 saved = state.step
-            watch.took(time.monotonic() - started)
+            watch.took(time.monotonic() - started + writer.seconds)
         if saved != state.step:
-            save(state, folder, distribution, training.keep_checkpoints)
+            save(state, writer, distribution)
+        with distribution.together():
+            writer.wait()
     trackers.close()
     return Outcome(state.step, stopped_by)
 
@@ -125,13 +122,16 @@ def take_step(
     training = config.training
     share = training.global_batch_size // distribution.world
     first = distribution.rank * share
+    started = time.monotonic()
     batch = state.stream.next(training.global_batch_size, first, first + share)
+    waited = time.monotonic() - started
     size = training.micro_batch_size
     losses: list[Loss] = []
     for start in range(0, share, size):
         rows = range(first + start, first + start + size)
         torch.manual_seed(derive(training.seed, state.step, rows.start, "dropout"))
-        with distribution.accumulating(module, last=rows.stop == first + share):
+        last = rows.stop == first + share
+        with distribution.accumulating(module, last=last), state.meter.counting():
             with distribution.autocast():
                 rng = Rng.of_step(training.seed, state.step, rows)
                 loss = module(batch[start : start + size], rng)
@@ -144,13 +144,10 @@ def take_step(
     metrics["grad_norm"] = whole(norm).item()
     refuse_non_finite(metrics, losses, batch, state, distribution)
     metrics["learning_rate"] = learning_rate(config.optimizer, state.step, training.max_steps)
-    for group in state.optimizer.param_groups:
-        group["lr"] = metrics["learning_rate"]
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update()
-    state.step += 1
+    state.move(metrics["learning_rate"])
+    metrics["data_wait"] = waited
+    if state.scaler.is_enabled():
+        metrics["loss_scale"] = state.scaler.get_scale()
     return distribution.mean(metrics) | ratios([loss.partial for loss in losses], distribution)
 
 
@@ -239,19 +236,17 @@ def resume(state: TrainState, folder: RunFolder, distribution: Distribution) -> 
         tidy(folder.checkpoints)
 
 
-def save(
-    state: TrainState, folder: RunFolder, distribution: Distribution, keep: int | None
-) -> None:
-    """Write a checkpoint, and remove the oldest beyond `keep`, but never the best.
+def save(state: TrainState, writer: CheckpointWriter, distribution: Distribution) -> None:
+    """Write a checkpoint, or begin to, once the one before is on disk.
 
     Raises:
-        CheckpointError: if it could not be written; ValueError on the other processes.
+        CheckpointError: if either could not be written; ValueError on the other processes.
     """
+    with distribution.together():
+        writer.wait()
     snapshot = state.snapshot()
     with distribution.together():
-        if distribution.is_main:
-            write_checkpoint(folder.checkpoints, snapshot)
-            tidy(folder.checkpoints, keep, spare=state.best_step)
+        writer.write(snapshot, spare=state.best_step)
 
 
 def is_due(step: int, every: int, last: int) -> bool:

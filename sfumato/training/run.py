@@ -16,6 +16,7 @@ from sfumato.config import ModelConfig, TrainConfig
 from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import derive
 from sfumato.models.model import TextToImageModel
+from sfumato.models.network_weights import check_start
 from sfumato.models.registry import find_family, load_model
 from sfumato.objectives.objective import Objective
 from sfumato.objectives.supervised import Supervised
@@ -26,6 +27,7 @@ from sfumato.training.checkpoint import (
     list_checkpoints,
     step_of,
 )
+from sfumato.training.compiling import arrange
 from sfumato.training.distribution import Distribution
 from sfumato.training.export import export
 from sfumato.training.folder import RunFolder, differences, read_note, replace_text, step_name
@@ -91,6 +93,8 @@ def train(
     own = own or Own()
     limits = None
     if own.load is None:
+        if not list_checkpoints(folder.checkpoints):  # later, the weights are in there
+            check_start(config.model)
         family, place = find_family(config.model, config.sampler)
         limits = family.read_limits(place)
     data = open_data(config, limits, own.stream, own.prompts)
@@ -106,6 +110,7 @@ def train(
         if isinstance(objective, Supervised):
             objective.check(model)
         model.to(distribution.device)
+        arrange(model, config, distribution.world)
         trained = sum(parameter.numel() for parameter in model.trainable().values())
         if distribution.is_main:
             facts = {

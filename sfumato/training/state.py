@@ -14,6 +14,7 @@ from sfumato.training.checkpoint import CheckpointError, Snapshot
 from sfumato.training.distribution import Distribution, like, whole
 from sfumato.training.ema import Ema
 from sfumato.training.optimizer import build_optimizer
+from sfumato.training.throughput import Meter
 
 
 @final
@@ -27,14 +28,43 @@ class TrainState:
         stream: Stream[Any],
         distribution: Distribution,
     ) -> None:
+        training = config.training
         self.parameters = model.trainable()
-        self.ema = Ema(self.parameters, config.training.ema_decay)
+        self.ema = Ema(
+            self.parameters,
+            training.ema_decay,
+            every=training.ema_every_steps,
+            on_cpu=training.ema_on_cpu,
+        )
         self.optimizer = build_optimizer(list(self.parameters.values()), config.optimizer)
         self.scaler = distribution.scaler
+        self.meter = Meter(model, training, distribution)
         self.stream = stream
         self.step = 0
         self.best_step: int | None = None
         self.best_loss = math.inf
+        self._keeps = distribution.is_main
+        # A step that is counted runs uncompiled, so it must not come again after a resume.
+        self._keeps_flops = training.compile != "none"
+
+    def move(self, rate: float) -> bool:
+        """Let the optimiser take its step, at this learning rate, and the average follow.
+
+        Returns:
+            False if a gradient overflowed under fp16: then nothing moves but the loss scale.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.ema.before_change()
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        moved = self.scaler.get_scale() >= scale
+        if moved:
+            self.ema.update()
+        self.step += 1
+        return moved
 
     def improves(self, metrics: Mapping[str, float]) -> bool:
         """Remember this step as the best if its validation loss is the lowest so far; say so."""
@@ -45,22 +75,29 @@ class TrainState:
         return True
 
     def snapshot(self) -> Snapshot:
-        """Return whole tensors of the state; all processes must call it."""
+        """Return whole tensors of the state, copies on the CPU of the main process.
+
+        All processes must call it; those of the others are empty.
+        """
+        kept = self._keeps
         moments: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
-                moments[f"{key}/{name}"] = whole(value)
+                moments[f"{key}/{name}"] = whole(value, kept=kept)
+        state: dict[str, Any] = {
+            "ema_updates": self.ema.updates,
+            "data": self.stream.state(),
+            "scaler": self.scaler.state_dict(),
+            "best": [self.best_step, self.best_loss] if self.best_step else None,
+        }
+        if self._keeps_flops:
+            state["flops"] = self.meter.flops
         return Snapshot(
             step=self.step,
-            weights={name: whole(p) for name, p in self.parameters.items()},
-            ema={name: whole(shadow) for name, shadow in self.ema.shadow.items()},
+            weights={name: whole(p, kept=kept) for name, p in self.parameters.items()},
+            ema=self.ema.snapshot(kept=kept),
             optimizer=moments,
-            state={
-                "ema_updates": self.ema.updates,
-                "data": self.stream.state(),
-                "scaler": self.scaler.state_dict(),
-                "best": [self.best_step, self.best_loss] if self.best_step else None,
-            },
+            state=state,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -78,11 +115,9 @@ class TrainState:
         self.step = snapshot.step
         if snapshot.state["best"]:
             self.best_step, self.best_loss = snapshot.state["best"]
-        self.ema.updates = snapshot.state["ema_updates"]
+        self.ema.restore(snapshot.ema, snapshot.state["ema_updates"])
         for name, parameter in self.parameters.items():
             parameter.data.copy_(like(snapshot.weights[name], parameter))
-            if name in self.ema.shadow:
-                self.ema.shadow[name].copy_(like(snapshot.ema[name], parameter))
         for key, value in snapshot.optimizer.items():
             kind, _, name = key.partition("/")
             parameter = self.parameters[name]
@@ -90,6 +125,8 @@ class TrainState:
             self.optimizer.state[parameter][kind] = placed
         self.stream.restore(snapshot.state["data"])
         self.scaler.load_state_dict(snapshot.state["scaler"])
+        if self._keeps_flops:
+            self.meter.flops = snapshot.state.get("flops")
 
 
 @torch.no_grad()

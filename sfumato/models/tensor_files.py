@@ -1,0 +1,103 @@
+"""Files of named tensors: safetensors, or pickles that are read without running their code."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+
+
+@final
+class Placeholder:
+    """What stands for an object that is none of torch's: it keeps nothing and does nothing."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def read_tensors(file: Path, setting: str, *, allow_pickle: bool) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, on the CPU; those of `state_dict` where there is one.
+
+    Args:
+        setting: key and value that name the file, for messages.
+        allow_pickle: read .pt, .pth, .ckpt and .bin too, of which tensors alone are taken.
+
+    Raises:
+        ValueError: if it is not there, damaged, holds no tensors, or is a pickle and not allowed.
+    """
+    if not file.is_file():
+        raise ValueError(f"{setting}: there is no file {file}")
+    check_suffix(file, setting, allow_pickle=allow_pickle)
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{setting}: {file} is damaged ({error}); get it again") from error
+    tensors = _named_tensors(_unpickle(file, setting))
+    if not tensors:
+        raise ValueError(f"{setting}: {file} holds no named tensors; give a file of weights")
+    return tensors
+
+
+def check_suffix(file: Path, setting: str, *, allow_pickle: bool) -> None:
+    """Refuse a file that is not of weights, by its name, and pickles unless they are allowed.
+
+    Raises:
+        ValueError: saying what to give.
+    """
+    if file.suffix == ".safetensors":
+        return
+    if file.suffix not in PICKLED:
+        raise ValueError(
+            f"{setting}: {file.name} is no file of weights; give a .safetensors, or one of "
+            f"{', '.join(PICKLED)} (a .nemo is a tar: unpack it, and give the .ckpt in it)"
+        )
+    if not allow_pickle:
+        raise ValueError(
+            f"{setting}: {file.name} is a pickle, and loading these can run code; give a "
+            ".safetensors file, or set model.allow_pickle=true (only its tensors are then read)"
+        )
+
+
+def _unpickle(file: Path, setting: str) -> Any:
+    """Read a pickle with torch's own reader, which calls nothing that it does not know."""
+    try:
+        # Lightning and NeMo keep callbacks and settings beside the weights.
+        strangers: list[Any] = []
+        if zipfile.is_zipfile(file):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            strangers = [(Placeholder, name) for name in names]
+        with torch.serialization.safe_globals(strangers):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{setting}: {file} cannot be read ({reason}); it is damaged, or holds more than "
+            "weights: convert it to safetensors where you trust it"
+        ) from error
+
+
+def _named_tensors(content: Any) -> dict[str, Tensor]:
+    for inner in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(inner), Mapping):
+            content = content[inner]
+    if not isinstance(content, Mapping):
+        return {}
+    return {
+        name: tensor
+        for name, tensor in content.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    }

@@ -1,0 +1,190 @@
+"""What is to be made of a cache, and what of it is there already."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sfumato.config import ModelConfig
+from sfumato.config_stages import PrecacheConfig, PrepareConfig
+from sfumato.data.cached import CacheIdentity
+from sfumato.data.frame import Size
+from sfumato.data.prepared import (
+    CACHE,
+    CachedRecord,
+    PreparedError,
+    TarRecord,
+    read_cached_record,
+    read_kept_record,
+    read_tar_record,
+)
+from sfumato.models.limits import check_side
+from sfumato.models.model import DTYPES
+from sfumato.models.registry import find_family
+from sfumato.preparation.encoding import Storage
+from sfumato.preparation.files import digest
+from sfumato.preparation.filter import tar_names
+from sfumato.preparation.index import selection_names
+from sfumato.training.identity import cache_identity
+
+_HALF = 32  # hex digits of each half of `made_of`
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """What is to be made.
+
+    Attributes:
+        folder: that is prepared.
+        selection: whose samples are encoded.
+        names: of all shards, ascending.
+        identity: names the two caches.
+        storage: how samples are encoded and stored.
+    """
+
+    folder: Path
+    selection: str
+    names: tuple[str, ...]
+    identity: CacheIdentity
+    storage: Storage
+
+    @property
+    def caches(self) -> tuple[str, str]:
+        """The folders below cache/, of moments and of text."""
+        return self.identity.moments_folder, self.identity.text_folder
+
+    def place(self, cache: str, file: str) -> Path:
+        return self.folder / CACHE / cache / file
+
+
+def encoding_alone(config: ModelConfig) -> ModelConfig:
+    """Return the settings of a model that encodes alone."""
+    if config.merge or config.lora.start is not None:
+        raise ValueError(
+            "model.merge and model.lora.start change no cache, which is made with the encoders as "
+            "they were published; leave them out"
+        )
+    return replace(config, dtype="float32")
+
+
+def plan_cache(config: PrepareConfig, model: ModelConfig) -> CacheJob:
+    """Check all that can be told before a weight is loaded.
+
+    Raises:
+        ValueError: naming the setting, or the file.
+    """
+    settings, folder = config.precache, Path(config.out)
+    _check(settings)
+    names = tuple(tar_names(folder))
+    selection = settings.selection or config.filter.name
+    there = selection_names(folder)
+    if selection not in there:
+        raise ValueError(
+            f"precache.selection = {selection!r} is none of {folder}, which has "
+            f"{', '.join(there) or 'none'}; run its filter first (stages=[filter] filter.name=...)"
+        )
+    size = _size(settings, model)
+    identity = cache_identity(
+        model,
+        height=size[0],
+        width=size[1],
+        crop=settings.crop,
+        flip=settings.flip,
+        dtype=settings.dtype,
+    )
+    storage = Storage(size, settings.flip, settings.dtype, settings.batch_size, settings.workers)
+    return CacheJob(folder, selection, names, identity, storage)
+
+
+def _check(settings: PrecacheConfig) -> None:
+    if settings.crop != "center":
+        raise ValueError(
+            f"precache.crop = {settings.crop!r} cannot be had, as a cache holds one crop of each "
+            "picture; set precache.crop=center, or train from tars (data.shards.cached=false)"
+        )
+    if settings.dtype not in DTYPES:
+        raise ValueError(
+            f"precache.dtype = {settings.dtype!r} is unknown; choose {', '.join(DTYPES)}"
+        )
+    for name, value, least in (
+        ("batch_size", settings.batch_size, 1),
+        ("workers", settings.workers, 0),
+    ):
+        if value < least:
+            raise ValueError(f"precache.{name} = {value} is too small; give {least} or more")
+
+
+def _size(settings: PrecacheConfig, model: ModelConfig) -> Size:
+    """Return height and width of the pictures: as stated, or else the model's own."""
+    family, place = find_family(model)
+    limits = family.read_limits(place)
+    given = {"height": settings.height, "width": settings.width}
+    for name, pixels in given.items():
+        if pixels is None and limits.size is None:
+            raise ValueError(
+                f"model.pretrained = {model.pretrained!r} states no size of its images; set "
+                f"precache.{name} in pixels, a multiple of {limits.multiple}"
+            )
+        check_side(f"precache.{name}", limits.multiple if pixels is None else pixels, limits)
+    own = limits.size or (0, 0)
+    return settings.height or own[0], settings.width or own[1]
+
+
+def lacking(job: CacheJob, name: str) -> dict[str, tuple[int, ...]]:
+    """Return the caches that lack samples of a shard, with all that it is then to hold."""
+    tar = read_tar_record(job.folder, name)
+    kept = _kept(job, name, tar)
+    lacks = {}
+    for cache in job.caches:
+        there = _there(job, cache, tar)
+        if there is None:
+            lacks[cache] = kept
+            continue
+        wanted = tuple(sorted({*kept, *there.rows}))
+        # Of a sample that was dropped only the hash tells that it was tried.
+        finished = set(kept) <= set(there.rows) or there.made_of == made_of(cache, tar, wanted)
+        file = job.place(cache, f"{name}.safetensors")
+        if not finished or not file.exists() or file.stat().st_size != there.bytes:
+            lacks[cache] = wanted
+    return lacks
+
+
+def _there(job: CacheJob, cache: str, tar: TarRecord) -> CachedRecord | None:
+    """Return what a cache has of a tar, if it is of these bytes."""
+    if not job.place(cache, f"{tar.name}.json").exists():
+        return None
+    record = read_cached_record(job.folder, cache, tar.name)
+    return record if record.made_of[:_HALF] == made_of(cache, tar, ())[:_HALF] else None
+
+
+def made_of(cache: str, tar: TarRecord, samples: Sequence[int]) -> str:
+    """Return a hash in two halves: of tar and cache, and of the samples that are encoded."""
+    return digest([tar.sha256, cache])[:_HALF] + digest(list(samples))[:_HALF]
+
+
+def _kept(job: CacheJob, name: str, tar: TarRecord | None = None) -> tuple[int, ...]:
+    """Return the samples of a shard that are selected, of just this tar where one is given."""
+    record = read_kept_record(job.folder, job.selection, name)
+    if tar is not None and (
+        record.tar not in {"", tar.made_of} or max(record.kept, default=-1) >= len(tar.samples)
+    ):
+        raise PreparedError(
+            f"the selection {job.selection!r} was made of another tar {name}, which was packed "
+            f"again since; run: sfumato prepare out={job.folder} stages=[filter] with "
+            f"filter.name={job.selection} and its bounds"
+        )
+    return record.kept
+
+
+def count_samples(job: CacheJob, name: str) -> tuple[int, Mapping[str, int]]:
+    """Return how many samples of a shard both caches have, and the others by reason."""
+    kept = set(_kept(job, name))
+    records = [read_cached_record(job.folder, cache, name) for cache in job.caches]
+    whole = kept.intersection(*(record.rows for record in records))
+    if whole == kept:
+        return len(whole), {}
+    dropped: Counter[str] = Counter()
+    for record in records:
+        dropped.update(record.dropped)
+    assert len(whole) + dropped.total() == len(kept), f"{name}: each sample is in one bin"
+    return len(whole), dropped

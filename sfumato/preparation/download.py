@@ -1,0 +1,228 @@
+"""Stage download: img2dataset, another program, fetches the images of a table into tars.
+
+table/                 the rows that can be downloaded (url_table.py)
+download/00000.tar     img2dataset's tars, in an order that no two runs share
+download/00000_stats.json    what became of each of a shard's rows; written last
+img2dataset.log        what it said
+"""
+
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato.config_stages import DownloadConfig
+from sfumato.data.prepared import PreparedError
+from sfumato.preparation.bins import tally
+from sfumato.preparation.url_table import TABLE, TableRecord, read_table_record, write_table
+
+DOWNLOAD, LOG = "download", "img2dataset.log"
+_SHARD = re.compile(r"(\d+)_stats\.json")
+# What img2dataset says of a row, and the bin that it falls into.
+_REASONS = (
+    (re.compile(r"HTTP Error (\d+)"), "HTTP {0}"),
+    (re.compile(r"timed out", re.IGNORECASE), "timed out"),
+    (re.compile(r"Image decoding error"), "not an image"),
+    (re.compile(r"X-Robots-Tag"), "disallowed by X-Robots-Tag"),
+    (re.compile(r"Name or service|nodename|name resolution|getaddrinfo"), "unknown host"),
+    (re.compile(r"refused|unreachable|reset by peer|closed connection"), "no connection"),
+    (re.compile(r"SSL|CERTIFICATE", re.IGNORECASE), "SSL error"),
+    (re.compile(r"IncompleteRead"), "cut off"),
+)
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """What img2dataset says of one of its shards: its number, and its rows by reason."""
+
+    number: int
+    rows: int
+    successes: int
+    dropped: Mapping[str, int]
+
+
+def download(config: DownloadConfig, folder: Path) -> dict[str, int]:
+    """Fetch what is not fetched yet, and return each row's bin.
+
+    Raises:
+        ValueError: the table cannot be read, or img2dataset is not there.
+        PreparedError: img2dataset ended before all shards were done.
+    """
+    record = write_table(config, folder)
+    place = folder / DOWNLOAD
+    if _unfinished(record, config.samples_per_shard, place):
+        _run(config, folder)
+        if left := _unfinished(record, config.samples_per_shard, place):
+            raise PreparedError(
+                f"img2dataset ended, but {len(left)} of its shards are not done (the first is "
+                f"{left[0]:05d}): {_last_words(folder / LOG)}. See {folder / LOG}; run the same "
+                "command again to go on"
+            )
+    return download_bins(folder)
+
+
+def download_bins(folder: Path) -> dict[str, int]:
+    """Return the bin of each row of the table, as img2dataset's statistics have it.
+
+    Raises:
+        PreparedError: records are missing, or do not sum up to the rows of the table.
+    """
+    record = read_table_record(folder)
+    stats = read_stats(folder / DOWNLOAD)
+    rows, expected = sum(shard.rows for shard in stats), sum(record.files)
+    if rows != expected:
+        raise PreparedError(
+            f"{folder / DOWNLOAD} has statistics of {rows} rows, but {folder / TABLE} has "
+            f"{expected}; run: sfumato prepare out={folder} stages=[download] with the settings "
+            "of then"
+        )
+    kept = sum(shard.successes for shard in stats)
+    return tally(kept, [record.dropped, *(shard.dropped for shard in stats)])
+
+
+def read_stats(place: Path) -> list[ShardStats]:
+    """Return the statistics of the finished shards, by number.
+
+    Raises:
+        PreparedError: one is damaged.
+    """
+    found = []
+    for file in place.glob("*_stats.json"):
+        stats = _read_stats(file)
+        if stats is None:
+            raise PreparedError(f"{file} is damaged; run the download again, which makes it anew")
+        found.append(stats)
+    return sorted(found, key=lambda shard: shard.number)
+
+
+def _read_stats(file: Path) -> ShardStats | None:
+    match = _SHARD.fullmatch(file.name)
+    try:
+        stats: Any = json.loads(file.read_text(encoding="utf-8"))
+        rows, successes = int(stats["count"]), int(stats["successes"])
+        dropped = Counter[str]()
+        for said, count in stats["status_dict"].items():
+            if said != "success":
+                dropped[_reason(said)] += count
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    if match is None:
+        return None
+    # The messages that it lists are limited in number, and rows that it gave up have none.
+    if lost := rows - successes - dropped.total():
+        dropped["failed for another reason"] += lost
+    return ShardStats(int(match[1]), rows, successes, dropped)
+
+
+def _reason(said: str) -> str:
+    for pattern, reason in _REASONS:
+        if match := pattern.search(said):
+            return reason.format(*match.groups())
+    return "failed for another reason"
+
+
+def _unfinished(record: TableRecord, size: int, place: Path) -> list[int]:
+    """Return the numbers of the shards to fetch; what a kill or a full disk spoiled is removed."""
+    number = sum(math.ceil(rows / size) for rows in record.files)
+    done = set[int]()
+    for file in place.glob("*.json"):
+        stats = _read_stats(file)
+        if stats is not None and (place / f"{stats.number:05d}.tar").is_file():
+            done.add(stats.number)
+        else:
+            file.unlink()  # img2dataset takes it for a finished shard
+    return [shard for shard in range(number) if shard not in done]
+
+
+def _run(config: DownloadConfig, folder: Path) -> None:
+    place = folder / DOWNLOAD
+    command = [*_program(), *_arguments(config, folder)]
+    place.mkdir(parents=True, exist_ok=True)
+    print(f"download: img2dataset writes to {place}; it reports in {folder / LOG}", flush=True)
+    quiet = {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONUNBUFFERED": "1"}
+    with (folder / LOG).open("ab") as log:
+        try:
+            # Held by img2dataset too, whose output it is, even if this process is killed.
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PreparedError(
+                f"an img2dataset that was started before still writes to {place}; wait for it, or "
+                "end it, and run the same command again"
+            ) from None
+        log.truncate(0)
+        result = subprocess.run(
+            command, stdout=log, stderr=log, env={**os.environ, **quiet}, check=False
+        )
+    if result.returncode != 0:
+        raise PreparedError(
+            f"img2dataset failed with code {result.returncode}: {_last_words(folder / LOG)}. See "
+            f"{folder / LOG}; run the same command again to go on"
+        )
+
+
+def _program() -> list[str]:
+    beside = Path(sys.executable).with_name("img2dataset")
+    if found := shutil.which("img2dataset"):
+        return [found]
+    if beside.is_file():
+        return [str(beside)]
+    if importlib.util.find_spec("img2dataset") is not None:
+        return [sys.executable, "-m", "img2dataset.main"]
+    raise ValueError(
+        "download.table needs the program img2dataset, which is not on the PATH; pip install "
+        "img2dataset, in an environment of its own if its pins collide, and put it on the PATH"
+    )
+
+
+def _arguments(config: DownloadConfig, folder: Path) -> list[str]:
+    settings: dict[str, Any] = {
+        "url_list": (folder / TABLE).absolute(),
+        "input_format": "parquet",
+        "url_col": "url",
+        "caption_col": "caption",
+        "output_folder": (folder / DOWNLOAD).absolute(),
+        "output_format": "webdataset",
+        "number_sample_per_shard": config.samples_per_shard,
+        "processes_count": config.processes,
+        "thread_count": config.threads,
+        "timeout": config.timeout,
+        "retries": config.retries,
+        "extract_exif": False,
+        "compute_hash": None,
+        "enable_wandb": False,
+        "incremental_mode": "incremental",
+    }
+    if config.columns:
+        settings["save_additional_columns"] = json.dumps(config.columns)
+    if config.image_size is None:
+        settings["disable_all_reencoding"] = True
+    else:
+        settings |= {
+            "image_size": config.image_size,
+            "resize_mode": "keep_ratio",
+            "resize_only_if_bigger": True,
+            "skip_reencode": True,
+        }
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def _last_words(log: Path) -> str:
+    if not log.exists():
+        return "it said nothing"
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
+        said = file.read().decode(errors="replace")
+    if "No space left on device" in said:
+        return "no space left on the disk"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"

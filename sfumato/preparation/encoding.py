@@ -1,0 +1,231 @@
+"""Samples of one tar to the tensors of one shard: pictures to moments, captions to their states.
+
+moments, mirrored (rows, m, h, w)    offsets (rows + 1)    each state (captions in all, ...)
+"""
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, final
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from sfumato.data.blobs import SpanBlob
+from sfumato.data.decode import Bounds, RefusedImageError, read_rgb
+from sfumato.data.frame import Placement, Size, frame, to_tensor
+from sfumato.data.prepared import Member, PreparedError
+from sfumato.models.model import DTYPES, Conditioning, TextToImageModel
+
+_AHEAD = 2  # batches that are decoded while one is encoded
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How pictures and captions are encoded and stored; what names the cache, and what does not.
+
+    Attributes:
+        size: height and width of the pictures, in pixels.
+        flip: store mirrored pictures too.
+        dtype: of what is stored, by name.
+        batch_size: pictures, or captions, that are encoded together.
+        workers: threads that decode; 0 decodes when asked.
+    """
+
+    size: Size
+    flip: bool
+    dtype: str
+    batch_size: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The tensors of one shard, the samples that they hold, and how many have none, by reason."""
+
+    tensors: Mapping[str, Shaped[Tensor, "_ ..."]]
+    rows: tuple[int, ...]
+    dropped: Mapping[str, int]
+
+
+@final
+class Encoder:
+    """Encode the samples of a tar; the same samples give the same bits, wherever it runs."""
+
+    def __init__(self, model: TextToImageModel, storage: Storage) -> None:
+        self._model = model
+        self._storage = storage
+        self._dtype = DTYPES[storage.dtype]
+        self.empty = self._states([""], ["the empty prompt"]).tensors
+
+    def moments(
+        self, tar: Path, samples: Mapping[int, Member], told: Callable[[int], object]
+    ) -> Shard:
+        """Encode the pictures of some samples of a tar.
+
+        Args:
+            samples: by index, ascending.
+            told: called with the number of pictures after each batch.
+
+        Raises:
+            ValueError: if a picture is not what was packed, or its moments are not finite.
+        """
+        storage = self._storage
+        rows: list[int] = []
+        parts: dict[str, list[Tensor]] = {name: [] for name in self._placements}
+        dropped: Counter[str] = Counter()
+        items = list(samples.items())
+        count = _AHEAD * storage.batch_size
+        made = _ahead(lambda item: self._pictures(tar, item[1]), items, storage.workers, count)
+        with closing(made):
+            for first in range(0, len(items), storage.batch_size):
+                batch = items[first : first + storage.batch_size]
+                found = [(index, member, next(made)) for index, member in batch]
+                good = [(i, member, each) for i, member, each in found if not isinstance(each, str)]
+                dropped.update(each for _, _, each in found if isinstance(each, str))
+                names = [f"{tar}: {member.key}.{member.suffix}" for _, member, _ in good]
+                for place, name in enumerate(parts if good else ()):
+                    images = torch.stack([each[place] for _, _, each in good])
+                    parts[name].append(self._encode(images, names))
+                rows += [index for index, _, _ in good]
+                told(len(batch))
+        tensors = {name: torch.cat(part or [self._none()]) for name, part in parts.items()}
+        return Shard(tensors, tuple(rows), dict(dropped))
+
+    def text(self, tar: Path, samples: Mapping[int, Member]) -> Shard:
+        """Encode all captions of some samples of a tar.
+
+        Raises:
+            ValueError: if a state is not finite.
+        """
+        counts = [len(member.captions) for member in samples.values()]
+        captions = [
+            (text, f"{tar}: {m.key} ({text[:80]!r})")
+            for m in samples.values()
+            for text in m.captions
+        ]
+        parts = [Conditioning(self.empty).rows(0, 0)]
+        size = self._storage.batch_size
+        for first in range(0, len(captions), size):
+            texts, names = zip(*captions[first : first + size], strict=True)
+            parts.append(self._states(texts, names))
+        states = Conditioning.stack(parts[1:] or parts).tensors
+        offsets = torch.tensor([0, *counts]).cumsum(0)
+        return Shard({**states, "offsets": offsets}, tuple(samples), {})
+
+    @property
+    def _placements(self) -> dict[str, Placement]:
+        mirrored = {"mirrored": Placement(mirrored=True)} if self._storage.flip else {}
+        return {"moments": Placement(), **mirrored}
+
+    def _pictures(self, tar: Path, member: Member) -> list[Float[Tensor, "3 H W"]] | str:
+        """Decode and cut one picture, once a placement; or say why it cannot be used.
+
+        Raises:
+            PreparedError: if its bytes are not those that were packed.
+        """
+        blob = SpanBlob(tar, member.offset, member.size)
+        with blob.open() as file:
+            if hashlib.sha256(file.read()).hexdigest() != member.sha256:
+                raise PreparedError(
+                    f"{tar}: {member.key}.{member.suffix} is not the picture that was packed; put "
+                    "the tar back as it was, or remove it with its record and prepare again"
+                )
+        try:
+            picture = read_rgb(blob, Bounds())
+        except RefusedImageError as error:
+            return str(error)
+        return [
+            to_tensor(frame(picture, self._storage.size, placement)[0])
+            for placement in self._placements.values()
+        ]
+
+    def _encode(
+        self, images: Float[Tensor, "b 3 H W"], names: Sequence[str]
+    ) -> Shaped[Tensor, "b m h w"]:
+        with _deterministic():
+            moments = self._model.encode_moments(images.to(self._model.device))
+        return self._stored(moments, names)
+
+    def _none(self) -> Shaped[Tensor, "0 m h w"]:
+        """Return the moments of no picture."""
+        return self._encode(torch.zeros(1, 3, *self._storage.size), ["a grey picture"])[:0]
+
+    def _states(self, prompts: Sequence[str], names: Sequence[str]) -> Conditioning:
+        with _deterministic():
+            states = self._model.encode_prompts(prompts)
+        return Conditioning(
+            {name: self._stored(tensor, names) for name, tensor in states.tensors.items()}
+        )
+
+    def _stored(
+        self, tensor: Shaped[Tensor, "b ..."], names: Sequence[str]
+    ) -> Shaped[Tensor, "b ..."]:
+        """Return a tensor as it is stored, on the CPU; numbers that are no floats as they are.
+
+        Raises:
+            ValueError: naming the first row that is not finite.
+        """
+        if not tensor.is_floating_point():
+            return tensor.cpu()
+        stored = tensor.to(self._dtype).cpu()
+        whole = stored.reshape(len(stored), -1).isfinite().all(1).tolist()
+        if not all(whole):
+            row = whole.index(False)
+            if not tensor[row].isfinite().all():
+                raise ValueError(
+                    f"{names[row]}: the encoder gives values that are not finite; check its "
+                    "weights, or filter out the sample"
+                )
+            raise ValueError(
+                f"{names[row]}: its encoded values reach {tensor[row].abs().max():.3g}, which "
+                f"precache.dtype = {self._storage.dtype} cannot hold; set "
+                "precache.dtype=bfloat16 or float32"
+            )
+        return stored
+
+
+def _ahead(
+    function: Callable[[T], R], items: Sequence[T], workers: int, count: int
+) -> Generator[R, None, None]:
+    """Give what a function makes of each item, in order; threads work at most `count` ahead."""
+    if not workers:
+        yield from map(function, items)
+        return
+    threads = ThreadPoolExecutor(workers)
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            pending.append(threads.submit(function, item))
+            if len(pending) > count:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Leave cuDNN no choice of algorithm, and record nothing for a gradient.
+
+    On the CPU one thread encodes: sums are cut among threads, of which torchrun's processes have
+    fewer than a process alone.
+    """
+    cudnn = torch.backends.cudnn
+    before, threads = (cudnn.deterministic, cudnn.benchmark), torch.get_num_threads()
+    cudnn.deterministic, cudnn.benchmark = True, False
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+        torch.set_num_threads(threads)

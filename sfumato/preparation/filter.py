@@ -1,0 +1,191 @@
+"""Stage filter: which samples of the tars are kept, each of the others for one named reason."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from sfumato.config_stages import FilterConfig
+from sfumato.data.prepared import (
+    SELECTIONS,
+    SHARDS,
+    KeptRecord,
+    Member,
+    PreparedError,
+    TarRecord,
+    read_kept_record,
+    read_tar_record,
+    record_text,
+)
+from sfumato.preparation.bins import tally
+from sfumato.preparation.files import digest, write_text
+
+_MADE_BY = 1  # raised when the same settings shall keep other samples
+
+
+def tar_names(folder: Path) -> list[str]:
+    """Return the names of the packed tars, in order.
+
+    Raises:
+        PreparedError: there is none.
+    """
+    names = sorted(place.stem for place in (folder / SHARDS).glob("[!.]*.json"))
+    if not names:
+        raise PreparedError(
+            f"{folder} holds no packed tars; run: sfumato prepare out={folder} stages=[pack] with "
+            "pack.path=FOLDER or after a download"
+        )
+    return names
+
+
+def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:
+    """Write the selection's records that are not there yet, and return each sample's bin.
+
+    Raises:
+        PreparedError: nothing is packed, or a record is damaged.
+        ValueError: no sample has the score.
+    """
+    settings = {**asdict(config), "name": None, "made by": _MADE_BY}
+    place = folder / SELECTIONS / config.name
+    seen, before = _Seen(), ""
+    names, total = tar_names(folder), 0
+    dropped: list[Mapping[str, int]] = []
+    for name in names:
+        tar = read_tar_record(folder, name)
+        _check_score(config, tar)
+        hashes = _hashes(tar)
+        made_of = digest([settings, tar.made_of, before])
+        record = _known(folder, config.name, name, made_of)
+        if record is None:
+            record = _judge(config, tar, made_of, _repeated(config, hashes, seen))
+            write_text(place / f"{name}.json", record_text(record))
+        if config.duplicates == "drop":
+            # Whether a sample is a duplicate depends on all tars before its own.
+            before = made_of
+            seen.add(hashes[list(record.kept)])
+        total += len(record.kept)
+        dropped.append(record.dropped)
+    _forget_others(place, set(names))
+    return tally(total, dropped)
+
+
+def filter_bins(records: Iterable[KeptRecord]) -> dict[str, int]:
+    """Return the bins of a selection."""
+    found = list(records)
+    return tally(sum(len(r.kept) for r in found), [r.dropped for r in found])
+
+
+def _check_score(config: FilterConfig, tar: TarRecord) -> None:
+    there = {name: None for member in tar.samples for name in member.columns}
+    if config.score is not None and config.score not in there:
+        raise ValueError(
+            f"filter.score={config.score!r} is no column of the packed tars, which have "
+            f"{', '.join(map(repr, there)) or 'none'}; name it in pack.columns and pack again"
+        )
+
+
+def _known(folder: Path, selection: str, name: str, made_of: str) -> KeptRecord | None:
+    try:
+        record = read_kept_record(folder, selection, name)
+    except PreparedError:
+        return None
+    return record if record.made_of == made_of else None
+
+
+def _judge(
+    config: FilterConfig, tar: TarRecord, made_of: str, repeated: Sequence[bool]
+) -> KeptRecord:
+    kept, dropped, here = list[int](), Counter[str](), set[str]()
+    for number, member in enumerate(tar.samples):
+        reason = _reason(config, member)
+        if reason is None and (repeated[number] or member.sha256 in here):
+            reason = "duplicate"
+        if reason is not None:
+            dropped[reason] += 1
+            continue
+        kept.append(number)
+        if config.duplicates == "drop":
+            here.add(member.sha256)
+    return KeptRecord(tar.name, made_of, tuple(kept), dict(sorted(dropped.items())), tar.made_of)
+
+
+def _reason(config: FilterConfig, member: Member) -> str | None:
+    """Return the first bound that a sample breaks."""
+    sides = sorted((member.height, member.width))
+    bounds: list[tuple[str, float, float | None, float | None]] = [
+        ("smaller side", sides[0], config.min_size, None),
+        ("larger side", sides[1], None, config.max_size),
+        ("aspect", sides[1] / sides[0], None, config.max_aspect),
+        ("caption", len(member.captions[0]), config.min_caption, config.max_caption),
+    ]
+    if config.score is not None:
+        score = _number(member.columns.get(config.score))
+        if score is None:
+            return f"no score in {config.score}"
+        bounds.append((config.score, score, config.min_score, config.max_score))
+    for name, value, least, most in bounds:
+        if least is not None and value < least:
+            return f"{name} below {least:g}"
+        if most is not None and value > most:
+            return f"{name} above {most:g}"
+    return None
+
+
+def _number(value: Any) -> float | None:
+    """Return a score; tables of text hold numbers as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+@final
+class _Seen:
+    """The first 8 bytes of many hashes, and no more memory than that.
+
+    Sorted stretches are merged while the last is not half as long as the one before, so that
+    there are few of them, and each hash is moved few times.
+    """
+
+    def __init__(self) -> None:
+        self._sorted: list[np.ndarray] = []
+
+    def add(self, hashes: np.ndarray) -> None:
+        """Remember hashes, uint64."""
+        self._sorted.append(np.sort(hashes))
+        while len(self._sorted) > 1 and 2 * len(self._sorted[-1]) > len(self._sorted[-2]):
+            last = self._sorted.pop()
+            self._sorted[-1] = np.sort(np.concatenate([self._sorted[-1], last]), kind="stable")
+
+    def has(self, hashes: np.ndarray) -> np.ndarray:
+        """Return which of the hashes have been added, as bool."""
+        found = np.zeros(len(hashes), bool)
+        for stretch in self._sorted:
+            place = np.searchsorted(stretch, hashes)
+            inside = place < len(stretch)
+            found[inside] |= stretch[place[inside]] == hashes[inside]
+        return found
+
+
+def _hashes(tar: TarRecord) -> np.ndarray:
+    return np.array([int(member.sha256[:16], 16) for member in tar.samples], np.uint64)
+
+
+def _repeated(config: FilterConfig, hashes: np.ndarray, seen: _Seen) -> list[bool]:
+    if config.duplicates == "keep":
+        return [False] * len(hashes)
+    return seen.has(hashes).tolist()
+
+
+def _forget_others(place: Path, names: set[str]) -> None:
+    """Remove the records of tars that are no more, and what a kill left half-written."""
+    for file in [*place.glob("*.json"), *place.glob(".*.tmp")]:
+        if file.stem not in names:
+            file.unlink()

@@ -1,0 +1,208 @@
+"""Stage pack: rows to uniform tars of N samples; every picture is decoded once, here.
+
+A tar is made of a stretch of the rows: from where the one before it ended to the next good row
+behind its N-th. So it depends on nothing but the rows, and is found again after a kill.
+"""
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from io import BytesIO
+from itertools import count
+from pathlib import Path
+from typing import IO, final
+
+from sfumato.config_stages import DownloadConfig, PackConfig
+from sfumato.data.blobs import Blob
+from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
+from sfumato.data.prepared import SHARDS, PreparedError, TarRecord, read_tar_record, record_text
+from sfumato.preparation.bins import tally
+from sfumato.preparation.files import digest, placed, sha256_of, write_text
+from sfumato.preparation.sources import Container, Row, containers
+from sfumato.preparation.tars import Sample, write_tar
+
+_MADE_BY = 1  # raised when the same rows shall become other tars
+_AHEAD = 4  # pictures in memory for each thread
+_MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"BM", "bmp"))
+
+# A container and a row of it, from 1; 0 is what listing the container left out.
+Place = tuple[int, int]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _BytesBlob(Blob):
+    data: bytes
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        yield BytesIO(self.data)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A row that was looked at, or what was left out of a container by listing it."""
+
+    place: Place
+    sample: Sample | None
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+def pack(config: PackConfig, download: DownloadConfig, folder: Path) -> dict[str, int]:
+    """Write the tars that are not there yet, and return each row's bin.
+
+    Raises:
+        ValueError: the source cannot be read, or has no good picture.
+        PreparedError: the disk is full.
+    """
+    source = containers(config, download.columns, folder)
+    names: set[str] = set()
+    bins: list[Mapping[str, int]] = []
+    start, first = (0, 0), 0
+    with ThreadPoolExecutor(config.workers) as threads:
+        packer = _Packer(config, [*source], folder, threads, download.columns)
+        while start[0] < len(source):
+            name = f"{len(names):06d}"
+            record = packer.known(name, start, first) or packer.make(name, start, first)
+            names.add(name)
+            bins.append(record.dropped)
+            start, first = record.ends, first + len(record.samples)
+    _forget_others(folder / SHARDS, names)
+    return tally(first, bins)
+
+
+@final
+class _Packer:
+    """Make tars one after another; rows are judged ahead of the one that is written."""
+
+    def __init__(
+        self,
+        config: PackConfig,
+        source: Sequence[Container],
+        folder: Path,
+        threads: ThreadPoolExecutor,
+        further: Sequence[str],
+    ) -> None:
+        self._config, self._source, self._folder, self._threads = config, source, folder, threads
+        self._settings = [_MADE_BY, config.samples_per_shard, config.max_pixels,
+                          config.image_column, config.caption_column, config.captions,
+                          config.columns, *further]  # fmt: skip
+        self._judged: Iterator[_Judged] = iter(())
+        self._next: _Judged | None = None  # a good row, which begins the next tar
+        self._end: Place = (len(source), 0)
+
+    def known(self, name: str, start: Place, first: int) -> TarRecord | None:
+        """Return the record of a tar that is there and made of the same."""
+        try:
+            record = read_tar_record(self._folder, name)
+        except PreparedError:
+            return None
+        tar, place = (self._folder / SHARDS / f"{name}.{suffix}" for suffix in ("tar", "json"))
+        written = place.stat().st_mtime_ns
+        there = tar.is_file() and tar.stat().st_size == record.bytes
+        fresh = all(each.newest <= written for each in self._stretch(start, record.ends))
+        same = record.made_of == self._made_of(record, start, first)
+        return record if there and fresh and same else None
+
+    def make(self, name: str, start: Place, first: int) -> TarRecord:
+        """Write a tar, and then its record.
+
+        Raises:
+            ValueError: no row is good.
+        """
+        if self._next is None or self._next.place != start:
+            self._judged, self._next = self._judge(start), None
+        tar, place = (self._folder / SHARDS / f"{name}.{suffix}" for suffix in ("tar", "json"))
+        place.unlink(missing_ok=True)  # it may speak of another tar of this name
+        dropped = Counter[str]()
+        with placed(tar) as beside:
+            members = write_tar(beside, first, self._take(dropped))
+            if not members:
+                said = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
+                raise ValueError(
+                    f"nothing of {self._config.path or 'what was downloaded'} can be packed: "
+                    f"{said or 'there is no picture with a caption'}"
+                )
+            size, sha256 = beside.stat().st_size, sha256_of(beside)
+        ends = self._end if self._next is None else self._next.place
+        bins = dict(sorted(dropped.items()))
+        record = TarRecord(name, size, sha256, "", tuple(members), bins, ends)
+        record = replace(record, made_of=self._made_of(record, start, first))
+        write_text(place, record_text(record))
+        return record
+
+    def _take(self, dropped: Counter[str]) -> Iterator[Sample]:
+        """Yield the next N good rows; count the others, up to the good one behind them."""
+        for taken in count():
+            while True:
+                judged, self._next = self._next or next(self._judged, None), None
+                if judged is None:
+                    return
+                if judged.sample is not None:
+                    break
+                dropped.update(judged.dropped)
+            if taken == self._config.samples_per_shard:
+                self._next = judged
+                return
+            yield judged.sample
+
+    def _judge(self, start: Place) -> Iterator[_Judged]:
+        """Yield all rows from a place on, in order, whichever thread is the first to be done."""
+        under_way: deque[Future[_Judged]] = deque()
+        for number in range(start[0], len(self._source)):
+            listing = self._source[number].read()
+            begin = start[1] if number == start[0] else 0
+            if begin == 0 and listing.dropped:
+                while under_way:
+                    yield under_way.popleft().result()
+                yield _Judged((number, 0), None, listing.dropped)
+            bounds = Bounds(1, self._config.max_pixels)
+            for row in range(max(1, begin), len(listing.rows) + 1):
+                task = partial(_look_at, listing.rows[row - 1], (number, row), bounds)
+                under_way.append(self._threads.submit(task))
+                if len(under_way) > _AHEAD * self._config.workers:
+                    yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+    def _stretch(self, start: Place, ends: Place) -> Sequence[Container]:
+        return self._source[start[0] : ends[0] + 1]
+
+    def _made_of(self, record: TarRecord, start: Place, first: int) -> str:
+        parts = [(each.name, each.identity) for each in self._stretch(start, record.ends)]
+        pictures = [member.sha256 for member in record.samples]
+        # What lay behind the last row of then may be more now.
+        place = [first, start, record.ends, record.ends == self._end]
+        return digest([self._settings, place, parts, pictures, dict(record.dropped)])
+
+
+def _look_at(row: Row, place: Place, bounds: Bounds) -> _Judged:
+    """Decode a picture, for its size and to know that it is whole; keep its bytes."""
+    entry = row.entry
+    try:
+        read_size(entry.blob, bounds)
+        with entry.blob.open() as file:
+            data = file.read()
+        picture = read_rgb(_BytesBlob(data), bounds)
+    except RefusedImageError as error:
+        return _Judged(place, None, {str(error): 1})
+    except OSError:
+        return _Judged(place, None, {"unreadable file": 1})
+    suffix = next(suffix for magic, suffix in _MAGIC if data.startswith(magic))
+    captions = (entry.caption, *row.captions)
+    sha256 = hashlib.sha256(data).hexdigest()
+    columns = dict(row.columns)
+    return _Judged(
+        place, Sample(data, suffix, captions, picture.height, picture.width, sha256, columns)
+    )
+
+
+def _forget_others(shards: Path, names: set[str]) -> None:
+    """Remove the tars of an earlier, longer packing, and what a kill left half-written."""
+    for place in [*shards.glob("*.json"), *shards.glob("*.tar"), *shards.glob(".*.tmp")]:
+        if place.stem not in names:
+            place.unlink()

@@ -1,0 +1,78 @@
+"""Uniform tars: the same samples are the same bytes, whenever and wherever they are written.
+
+KEY.jpg     the picture's own bytes, under the suffix of what they are
+KEY.json    all captions, height, width, sha256 and columns
+KEY.txt     the main caption
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfumato.data.prepared import Member
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture that is good, with all that goes into a tar beside it."""
+
+    data: bytes
+    suffix: str
+    captions: tuple[str, ...]
+    height: int
+    width: int
+    sha256: str
+    columns: dict[str, object]
+
+
+def write_tar(place: Path, first: int, samples: Iterator[Sample]) -> list[Member]:
+    """Write a tar of all the samples, whose keys count on from `first`.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    members: list[Member] = []
+    with tarfile.open(place, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, sample in enumerate(samples, first):
+            key = f"{number:09d}"
+            # Each member begins with one block of header.
+            member = Member(
+                key,
+                sample.suffix,
+                tar.offset + tarfile.BLOCKSIZE,
+                len(sample.data),
+                sample.captions,
+                sample.height,
+                sample.width,
+                sample.sha256,
+                sample.columns,
+            )
+            _add(tar, f"{key}.{sample.suffix}", sample.data)
+            for suffix, text in texts(member).items():
+                _add(tar, f"{key}.{suffix}", text)
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+            members.append(member)
+    return members
+
+
+def texts(member: Member) -> dict[str, bytes]:
+    """Return what lies in a tar beside a picture, by suffix."""
+    content = {
+        "captions": member.captions,
+        "height": member.height,
+        "width": member.width,
+        "sha256": member.sha256,
+        "columns": dict(member.columns),
+    }
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return {"json": text.encode(), "txt": member.captions[0].encode()}
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    info.mode = 0o644
+    tar.addfile(info, io.BytesIO(data))

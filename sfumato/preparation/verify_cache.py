@@ -1,0 +1,106 @@
+"""What is wrong with a cache: its shards against their records, tars and selections."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sfumato.data.cached import EMPTY, MANIFEST, cache_key
+from sfumato.data.prepared import (
+    CACHE,
+    CachedRecord,
+    KeptRecord,
+    PreparedError,
+    TarRecord,
+    read_cached_record,
+    read_record,
+)
+from sfumato.preparation.bins import line
+from sfumato.preparation.files import sha256_of
+from sfumato.preparation.index import cache_bins, is_of
+
+
+def check_cache(
+    folder: Path,
+    cache: str,
+    tars: Mapping[str, TarRecord],
+    kept: Mapping[str, Mapping[str, KeptRecord]],
+) -> tuple[str, list[str]]:
+    """Return a line about a cache, and its faults.
+
+    Args:
+        tars: by name.
+        kept: selection to tar to record.
+    """
+    place = folder / CACHE / cache
+    faults = [*_manifest_faults(place)]
+    records: dict[str, CachedRecord] = {}
+    names = {file.stem for file in place.glob("[!.]*.safetensors") if file.name != EMPTY}
+    names |= {file.stem for file in place.glob("[!.]*.json") if file.name != MANIFEST}
+    for name in sorted(names | tars.keys()):
+        if name not in tars:
+            faults.append(f"{place / name} is of a tar that is not there")
+            continue
+        try:
+            records[name] = read_cached_record(folder, cache, name)
+        except PreparedError as error:
+            faults.append(str(error))
+            continue
+        faults += _shard_faults(place / f"{name}.safetensors", records[name], tars[name])
+    if records.keys() == tars.keys() and not any(
+        _covers(records, selection) for selection in kept.values()
+    ):
+        faults.append(f"{place} lacks samples of every selection; run the stage precache again")
+    return line(cache, cache_bins(list(records.values()))), faults
+
+
+def _manifest_faults(place: Path) -> Iterator[str]:
+    try:
+        content = read_record(place / MANIFEST)
+    except PreparedError as error:
+        yield str(error)
+        return
+    kind = content.pop("kind", None)
+    if place.name != f"{kind}-{cache_key(content)}":
+        yield f"{place / MANIFEST} says what belongs into {kind}-{cache_key(content)}"
+    if kind == "text" and not (place / EMPTY).is_file():
+        yield f"{place / EMPTY} is missing"
+
+
+def _shard_faults(file: Path, record: CachedRecord, tar: TarRecord) -> Iterator[str]:
+    whole, rows = len(tar.samples), len(record.rows)
+    if list(record.rows) != sorted({row for row in record.rows if 0 <= row < whole}):
+        yield f"the record of {file} has rows that are not ascending numbers below {whole}"
+        return
+    if rows + sum(record.dropped.values()) > whole:
+        yield f"the record of {file} has more samples in its bins than the {whole} of the tar"
+    if not is_of(file.parent.name, record, tar):
+        yield f"{file} was made of another tar; run the stage precache again"
+    if not file.is_file():
+        yield f"{file} is missing"
+    elif file.stat().st_size != record.bytes:
+        yield f"{file} has {file.stat().st_size} bytes, and its record says {record.bytes}"
+    elif sha256_of(file) != record.sha256:
+        yield f"{file} differs from the SHA-256 of its record"
+    else:
+        captions = sum(len(tar.samples[row].captions) for row in record.rows)
+        lengths = {"moments": rows, "mirrored": rows, "offsets": rows + 1}
+        for name, found in _lengths(file).items():
+            expected = lengths.get(name, captions)
+            if found != expected:
+                yield f"{file} has {found} rows of {name}, and {expected} belong there"
+
+
+def _lengths(file: Path) -> dict[str, int]:
+    """Return the first axis of each tensor, from the head of a safetensors file."""
+    with file.open("rb") as stream:
+        head: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return {name: info["shape"][0] for name, info in head.items() if name != "__metadata__"}
+
+
+def _covers(records: Mapping[str, CachedRecord], selection: Mapping[str, KeptRecord]) -> bool:
+    """Say whether all that a selection keeps is in the cache, or was dropped by it."""
+    return selection.keys() == records.keys() and all(
+        len({*selection[name].kept}.difference(record.rows)) <= sum(record.dropped.values())
+        for name, record in records.items()
+    )

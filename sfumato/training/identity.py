@@ -1,0 +1,199 @@
+"""What a cache is made with, told from files alone: two hashes that say when it must be made anew.
+
+An autoencoder or text encoder is hashed as it is loaded in float32, the dtype in which it encodes:
+its tensors by name, shape and values, and the settings that change what comes out. So a folder may
+be moved, copied, sharded or cut otherwise, and weights stored in half precision equal their copy in
+float32; but the half-precision variant of float32 weights, having other values, is another encoder.
+Of an autoencoder only what encodes counts: a decoder may be tuned, and a scaling factor changed.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sfumato.config import ModelConfig
+from sfumato.data.cached import CacheIdentity
+from sfumato.models.formats import read_json, read_model_index
+from sfumato.models.lora_files import find_lora
+from sfumato.models.registry import find_family
+
+AUTOENCODER = "vae"
+# Settings that say nothing of what comes out of an encoder: names, notes, and what decodes.
+_NOTES = {"_name_or_path", "name_or_path", "_diffusers_version", "transformers_version"}
+_UNREAD = _NOTES | {
+    *("dtype", "torch_dtype", "special_tokens_map_file"),
+    *("sample_size", "force_upcast", "up_block_types", "use_post_quant_conv"),
+    *("scaling_factor", "shift_factor", "latents_mean", "latents_std"),
+}
+# What older files leave out and newer ones state.
+_DEFAULTS = {"use_quant_conv": True, "mid_block_add_attention": True}
+_DECODES = ("decoder.", "post_quant_conv.")
+_PUBLISHED = "text_model."  # before the names of CLIP's text encoders in some files
+_TEXT_LORA = re.compile(r"text_encoder|text_model|(^|_)te\d?_|(^|\.)clip_[lg]\b|t5xxl")
+
+
+def cache_identity(
+    config: ModelConfig, *, height: int, width: int, flip: bool, dtype: str, crop: str = "center"
+) -> CacheIdentity:
+    """Return what a cache of this model depends on; no network is loaded, the files are read.
+
+    Args:
+        config: of the model; its own `dtype` and network do not matter.
+        height: of the pictures that are encoded, in pixels; `width` likewise.
+        flip: whether mirrored pictures are stored too.
+        dtype: of what is stored.
+        crop: how pictures that are resized to cover the size are cut.
+
+    Raises:
+        ValueError: if the model's files are missing or damaged, or a merged LoRA changes a text
+            encoder.
+    """
+    family, folder = find_family(config)
+    _refuse_text_merges(config)
+    there = family.components(folder)
+    allow = config.allow_pickle
+    encoders = {
+        name: _hash_encoder(folder / name, config.variant, allow_pickle=allow, is_read=_any)
+        for name in family.encoders
+        if name in there
+    }
+    index = read_model_index(folder)
+    zeros = "force_zeros_for_empty_prompt"
+    return CacheIdentity(
+        moments={
+            "autoencoder": _hash_encoder(
+                folder / AUTOENCODER, config.variant, allow_pickle=allow, is_read=_encodes
+            ),
+            "height": height,
+            "width": width,
+            "crop": crop,
+            "resize": "lanczos",
+            "flip": flip,
+            "dtype": dtype,
+        },
+        text={
+            "pipeline": family.pipeline_name,
+            **encoders,
+            **{name: _hash_tokenizer(folder / name) for name in family.tokenizers if name in there},
+            **({zeros: index[zeros]} if zeros in index else {}),
+            "dtype": dtype,
+        },
+    )
+
+
+def _any(name: str) -> bool:
+    return True
+
+
+def _encodes(name: str) -> bool:
+    return not name.startswith(_DECODES)
+
+
+def _hash_encoder(
+    part: Path, variant: str | None, *, allow_pickle: bool, is_read: Callable[[str], bool]
+) -> str:
+    """Return the SHA-256 of an encoder's settings and of its weights in float32, by name.
+
+    Args:
+        is_read: which of its tensors matter, by name.
+
+    Raises:
+        ValueError: if a file is missing or damaged.
+    """
+    digest = hashlib.sha256(_compact(_meaningful(read_json(part / "config.json"))))
+    files = _weight_files(part, variant, allow_pickle=allow_pickle)
+    try:
+        with ExitStack() as stack:
+            read: dict[str, Callable[[], Tensor]] = {}
+            for file in files:
+                read |= _tensors(file, stack)
+            named = {name.removeprefix(_PUBLISHED): get for name, get in read.items()}
+            for name in filter(is_read, sorted(named)):
+                tensor = named[name]()
+                if not tensor.is_floating_point():
+                    continue  # positions, which some versions store and others count
+                digest.update(_compact([name, *tensor.shape]))
+                digest.update(tensor.float().contiguous().numpy().data)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{part} holds weights that cannot be read ({error}); download or export the model "
+            "again"
+        ) from error
+    return digest.hexdigest()
+
+
+def _tensors(file: Path, stack: ExitStack) -> dict[str, Callable[[], Tensor]]:
+    """Return how to read each tensor of a file, so that one at a time lies in memory."""
+    if file.suffix == ".safetensors":
+        opened = stack.enter_context(safe_open(file, "pt"))
+        return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return {name: lambda tensor=tensor: tensor for name, tensor in loaded.items()}
+
+
+def _weight_files(part: Path, variant: str | None, *, allow_pickle: bool) -> list[Path]:
+    """Return the files that loading reads: of the variant where there are any, else the plain."""
+    cut = r"(-\d{5}-of-\d{5})?"
+    marks = [rf"({cut}\.{re.escape(variant)}|\.{re.escape(variant)}{cut})"] if variant else []
+    files = sorted(part.iterdir())
+    for ending in (r"\.safetensors", *([r"\.bin"] if allow_pickle else [])):
+        for mark in (*marks, cut):
+            name = re.compile(rf"(diffusion_pytorch_model|pytorch_model|model){mark}{ending}")
+            if found := [file for file in files if name.fullmatch(file.name)]:
+                return found
+    raise ValueError(
+        f"{part} holds no weights of a known name ({', '.join(f.name for f in files)}); download "
+        "or export the model again"
+    )
+
+
+def _hash_tokenizer(part: Path) -> str:
+    """Return the SHA-256 of a tokenizer's files, by name and content."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in part.iterdir() if file.is_file()):
+        content = file.read_bytes()
+        if file.name == "tokenizer_config.json":
+            content = _compact(_meaningful(read_json(file)))
+        digest.update(_compact([file.name, len(content)]))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _meaningful(settings: Any) -> Any:
+    """Leave out of an object what changes nothing that is encoded."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {
+        key: _meaningful(value)
+        for key, value in settings.items()
+        if key not in _UNREAD and not (key in _DEFAULTS and value == _DEFAULTS[key])
+    }
+
+
+def _compact(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _refuse_text_merges(config: ModelConfig) -> None:
+    """Refuse merged LoRA files that change a text encoder, as no cache is made with these."""
+    for name, merge in config.merge.items():
+        file = find_lora(merge.path, f"model.merge.{name}.path")
+        if text := next(filter(_TEXT_LORA.search, _keys(file)), None):
+            raise ValueError(
+                f"model.merge.{name}.path = {merge.path!r} changes a text encoder (it has {text}), "
+                "and cached states are made without it; train from tars (data.shards.cached=false)"
+                ", or export the merged model and give its folder"
+            )
+
+
+def _keys(file: Path) -> Iterator[str]:
+    with safe_open(file, "pt") as opened:
+        yield from opened.keys()
