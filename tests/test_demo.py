@@ -5,18 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import start
 from safetensors import safe_open
 
-from sfumato.compose import DEMO_MODELS, compose_train
-from sfumato.config import TrainConfig
-from sfumato.demo import base, experiment, rebuild
+from sfumato.cli import run_command
+from sfumato.compose import DEMO_MODELS, compose_command, compose_train
+from sfumato.config import ModelConfig, TrainConfig
+from sfumato.demo import experiment, rebuild
 from sfumato.demo.experiment import read_attributes, write_prompts
 from sfumato.demo.preference import judge, judged_value, vary
 from sfumato.demo.reader import attribute_accuracy, read_image
 from sfumato.demo.world import Scene, parse_caption, partial, random_scene, render
+from sfumato.launch.jobs import read_jobs
 from sfumato.models.formats import read_model_index
 from sfumato.models.generate import generate_in_batches
 from sfumato.models.registry import load_model
+from sfumato.preparation.prepare import prepare
 from sfumato.rewards.clip import ClipReward
 from sfumato.training.loop import Outcome
 
@@ -136,17 +140,47 @@ def test_the_recipe_of_the_demo_composes() -> None:
 
 
 def test_every_stage_of_the_rebuild_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(base, "NUM_SCENES", 64)
-    monkeypatch.setattr(rebuild, "STEPS", dict.fromkeys(rebuild.STEPS, 1))
-    rebuild.rebuild(tmp_path)
+    names = ["autoencoder", "text_image", "reward", "text", "decoder", "base_32", "base_64"]
+    settings, _ = compose_command(
+        "launch",
+        [
+            "recipe=ladder/demo",
+            f"given.out={tmp_path}",
+            "given.pictures=80",
+            *(f"given.steps.{name}=1" for name in names),
+        ],
+    )
+    for job in read_jobs(settings):
+        match job.command:
+            case "demo":
+                rebuild_by_cli(*job.arguments)
+            case "prepare":
+                prepare(job.settings)
+            case "train":
+                assert start([*job.arguments, "validation.num_images=1"]).step == 1
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(rebuild.STAGES)
     model = tmp_path / "model"
     assert {path.name for path in model.iterdir()} == {"base", "reward", "text_image"}
-    assert (model / "base" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    shipped = {str(p.relative_to(DEMO_MODELS)) for p in DEMO_MODELS.rglob("*") if p.is_file()}
+    assert {str(p.relative_to(model)) for p in model.rglob("*") if p.is_file()} >= shipped
+    load_model(ModelConfig(pretrained=str(model / "base")))
     capsys.readouterr()
-    rebuild.rebuild(tmp_path)  # every stage is found done
-    assert capsys.readouterr().out.count("done before") == len(rebuild.STEPS) + 1
+    rebuild_by_cli(f"--rebuild={tmp_path}", "--stage=text")
+    assert capsys.readouterr().out == "text: done before\n"
+
+
+def rebuild_by_cli(*arguments: str) -> None:
+    run_command(["demo", *arguments])
+
+
+def test_an_unknown_stage_of_the_rebuild_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        rebuild_by_cli(f"--rebuild={tmp_path}", "--stage=tex")
+    assert "--stage tex is none; there are tokenizer," in capsys.readouterr().err
 
 
 def test_a_signal_stops_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,25 +120,26 @@ def ladder(place: Path, runs: Path, cached: bool, *more: str) -> list[list[str]]
     return [first, stage(place, runs, "second", 64, cached, start, *more)]
 
 
+@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_ladder_that_is_killed_twice_ends_bitwise_equal(
-    place: Path, tmp_path: Path, cached: bool
+    place: Path, tmp_path: Path, cached: bool, world: int
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for settings in ladder(place, whole, cached):
-        assert start(settings).step == 6
+        in_processes(world, lambda _, settings=settings: start_cli(settings))
     for settings in ladder(place, killed, cached):
         for step in (4, 2):
 
-            def run(settings: list[str] = settings, step: int = step) -> None:
+            def run(_: int, settings: list[str] = settings, step: int = step) -> None:
                 on_call(step, kill, "take_step")
                 start_cli(settings)
 
-            assert in_child(run) == KILLED
-        assert start(settings).step == 6
+            in_processes(world, run, code=KILLED)
+        in_processes(world, lambda _, settings=settings: start_cli(settings))
     for name in ("first", "second"):
         assert_same_state(killed / name, whole / name)
-    assert last_state(whole / "first").step == 6
+        assert last_state(whole / name).step == 6
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -1,0 +1,139 @@
+"""A plan as one page of text: what is counted, what is estimated, and what was assumed."""
+
+from collections.abc import Iterator
+
+from sfumato.planning.memory import USABLE
+from sfumato.planning.plan import Memory, Plan
+
+WIDTH = 34  # of the first column
+DAY = 86_400  # seconds
+
+
+def page(plan: Plan) -> str:
+    """Return the page; lines with ~ are estimates."""
+    parts = (heading, parameters, compute, memory, schedule, storage, remarks)
+    return "\n\n".join("\n".join(part(plan)) for part in parts)
+
+
+def row(name: str, *cells: str) -> str:
+    """Return one line of a table, its numbers right-aligned."""
+    return f"  {name:<{WIDTH}}" + "".join(f"{cell:>14}" for cell in cells)
+
+
+def heading(plan: Plan) -> Iterator[str]:
+    config, (height, width) = plan.config, plan.size
+    yield f"{config.name}: {plan.network}, {height} x {width} pixels"
+    yield (
+        f"on {config.gpus} x {plan.gpu.name}, training.strategy={config.training.strategy}, "
+        f"training.precision={config.training.precision}"
+    )
+
+
+def parameters(plan: Plan) -> Iterator[str]:
+    yield "parameters, M"
+    for name, count in plan.parameters.items():
+        yield row(name, f"{count / 1e6:,.2f}")
+
+
+def compute(plan: Plan) -> Iterator[str]:
+    yield "compute, GFLOP per sample"
+    yield row("network, forward", f"{plan.forward_flops / 1e9:,.1f}")
+    yield row("network, forward and backward", f"{plan.step_flops / 1e9:,.1f}")
+    where = "beforehand" if plan.config.data.shards.cached else "in each step"
+    yield row(f"encoders, forward, {where}", f"{plan.encoding / 1e9:,.1f}")
+    yield row("executed in training", f"{plan.executed / 1e9:,.1f}")
+
+
+def memory(plan: Plan) -> Iterator[str]:
+    first, second = plan.memory
+    yield f"memory of one GPU, GiB, micro-batches of {first.rows}"
+    yield row(
+        "model.gradient_checkpointing", *(str(each.checkpointing).lower() for each in plan.memory)
+    )
+    for name, sizes in _held(first, second).items():
+        yield row(name, *(f"{size / 2**30:,.2f}" for size in sizes))
+    if plan.gpu.memory is not None:
+        usable = USABLE * plan.gpu.memory / 2**30
+        yield row("usable", *[f"{usable:,.2f}"] * 2)
+        yield row("~ largest micro-batch that fits", f"{first.largest:,}", f"{second.largest:,}")
+
+
+def _held(first: Memory, second: Memory) -> dict[str, tuple[int, int]]:
+    """Return the rows of the table of memory, bytes of both columns."""
+    parts = {
+        "weights": "weights",
+        "encoders, frozen": "frozen",
+        "gathered blocks": "gathered",
+        "gradients": "gradients",
+        "AdamW's moments": "optimizer",
+        "moving average": "ema",
+    }
+    table = {name: (vars(first.held)[key], vars(second.held)[key]) for name, key in parts.items()}
+    shown = {name: sizes for name, sizes in table.items() if any(sizes)}
+    merged = "" if first.held.gradients is not None else " and gradients"
+    shown[f"~ activations{merged}"] = (
+        first.held.activations(first.cost),
+        second.held.activations(second.cost),
+    )
+    return shown | {"~ peak": (first.held.peak(first.cost), second.held.peak(second.cost))}
+
+
+def schedule(plan: Plan) -> Iterator[str]:
+    config, training = plan.config, plan.config.training
+    yield "schedule"
+    yield row("optimiser steps", f"{training.max_steps:,}")
+    yield row("samples per step", f"{training.global_batch_size:,}")
+    yield row("  micro-batches per GPU and step", f"{plan.accumulation:,}")
+    yield row("  samples per micro-batch", f"{training.micro_batch_size:,}")
+    yield row("samples seen, M", f"{plan.seen / 1e6:,.1f}")
+    yield row("epochs", f"{plan.seen / plan.samples:,.2f}")
+    if plan.seconds is None:
+        yield "  ~ time: unknown without a peak; give training.peak_tflops, of one device"
+        return
+    rate = plan.seen / plan.seconds
+    yield row("~ images per second", f"{rate:,.0f}")
+    yield row("~ images per second and GPU", f"{rate / config.gpus:,.1f}")
+    yield row("~ seconds per step", f"{plan.seconds / training.max_steps:,.2f}")
+    yield row("~ days", f"{plan.seconds / DAY:,.2f}")
+    yield row("~ GPU hours", f"{plan.seconds / 3600 * config.gpus:,.0f}")
+
+
+def storage(plan: Plan) -> Iterator[str]:
+    yield f"data, {plan.samples / 1e6:,.1f} M samples"
+    yield row("", "KB a sample", "TB in all", "MB/s and GPU")
+    kinds = {
+        "~ pictures and captions, tars": plan.raw,
+        "cached moments": plan.moments,
+        "cached text states": plan.text,
+        "cached in all": plan.cached,
+    }
+    for name, size in kinds.items():
+        yield row(
+            name, f"{size / 1e3:,.2f}", f"{size * plan.samples / 1e12:,.2f}", _feed(plan, size)
+        )
+
+
+def _feed(plan: Plan, size: int) -> str:
+    """Return what one GPU must be fed, in MB/s."""
+    if plan.seconds is None:
+        return "unknown"
+    return f"{size * plan.seen / plan.seconds / plan.config.gpus / 1e6:,.2f}"
+
+
+def remarks(plan: Plan) -> Iterator[str]:
+    config = plan.config
+    yield "Lines with ~ are estimates, the others are counted."
+    yield (
+        f"* Time: {config.utilisation:.0%} of the peak (utilisation={config.utilisation:g}) at all "
+        "times; no pauses for checkpoints, validation or data."
+    )
+    yield (
+        f"* Memory: of a training step in eager mode; {1 - USABLE:.0%} of the GPU is left to CUDA, "
+        "NCCL and the allocator."
+    )
+    yield "* training.compile and validation are not planned."
+    yield f"* Tars: pictures of {config.image_bytes:,} bytes (image_bytes=...)."
+    if config.samples is None:
+        yield "* The data is seen once; samples=N says how much there is."
+    for each in plan.assumed:
+        yield f"* Assumed: {each}."
