@@ -1,0 +1,1 @@
+"""Where it runs: stages one after another, in this machine or on Slurm."""

@@ -1,0 +1,76 @@
+"""Jobs here: one after the other, each in a process of its own."""
+
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sfumato.config_stages import LocalClusterConfig
+from sfumato.launch.children import here, one_line, run_child
+from sfumato.launch.jobs import Job
+from sfumato.launch.record import (
+    LaunchError,
+    LaunchFolder,
+    begin,
+    held,
+    is_complete,
+    is_done,
+    now,
+    what_is_missing,
+    write_job_record,
+)
+
+SAVE_SECONDS = 600  # that torchrun leaves its processes, once told to stop
+PASSED_ON = {number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+
+def run_here(jobs: Sequence[Job], folder: LaunchFolder, cluster: LocalClusterConfig) -> bool:
+    """Run the jobs that are not done yet; return whether all are done in the end.
+
+    Returns:
+        False if one was stopped, by a signal or a limit of its own, before it was complete.
+
+    Raises:
+        LaunchError: if a job fails, or another launch is running here.
+    """
+    with held(folder) as descriptor:
+        for number, job in enumerate(jobs, start=1):
+            title = f"job {number} of {len(jobs)}, {job.name}"
+            if is_done(folder, job):
+                print(f"{title}: done", flush=True)
+                continue
+            print(f"{title}: {one_line(job)}", flush=True)
+            record = begin(folder, job)
+            ended = run_child(
+                here(job, cluster.max_restarts, SAVE_SECONDS), PASSED_ON, held=[descriptor]
+            )
+            why = f"stopped by {ended.asked[0].name}" if ended.asked else "stopped"
+            if is_complete(job, ended.code, bool(ended.asked)):
+                write_job_record(folder, job.name, replace(record, finished=now()))
+                print(f"{title}: done", flush=True)
+                if not ended.asked:
+                    continue
+            elif ended.code == 0 or ended.asked:  # a run's own limit ends it with 0 too
+                why = f"{title} was {why} ({what_is_missing(job) or ended.in_words})"
+            else:
+                raise LaunchError(
+                    f"{title} failed: {ended.in_words}; {_what_is_left(jobs, folder)}"
+                )
+            print(f"{why}; {_what_is_left(jobs, folder)}", flush=True)
+            return all(is_done(folder, job) for job in jobs)
+    return True
+
+
+def _what_is_left(jobs: Sequence[Job], folder: LaunchFolder) -> str:
+    left = [job.name for job in jobs if not is_done(folder, job)]
+    if not left:
+        return "nothing is left to do"
+    return f"left to do: {', '.join(left)}. To go on, run {again()}"
+
+
+def again() -> str:
+    """Return the command that goes on with a launch, where it was typed in a shell."""
+    if sys.argv[0] != "sfumato launch":
+        return "the same again"
+    return f"sfumato launch {shlex.join(sys.argv[1:])}"

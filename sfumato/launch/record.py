@@ -1,0 +1,207 @@
+"""What is known of a launch's jobs: a file for each in runs/NAME/launch/, and the lock.
+
+runs/NAME/launch/JOB.json    JobRecord
+runs/NAME/launch/slurm/JOB/  submitit's folder: scripts, logs
+"""
+
+import fcntl
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sfumato.config import TrainConfig
+from sfumato.data.prepared import INDEX
+from sfumato.launch.jobs import STARTS, Job, makes_index, value_of
+from sfumato.training.checkpoint import fingerprint, list_checkpoints, step_of
+from sfumato.training.folder import RunFolder, read_note, replace_text
+
+
+class LaunchError(ValueError):
+    """A launch that cannot go on; the message says which job, and what to do."""
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What a job was begun with, and whether it was finished.
+
+    Attributes:
+        made_of: of the job's command and settings; see `Job`.
+        after: run folders that it starts from, with the last checkpoint's fingerprint.
+        finished: when, in UTC; None until then.
+        requeues: how often the job put itself back into Slurm's queue.
+    """
+
+    made_of: str
+    after: Mapping[str, str] = field(default_factory=dict)
+    finished: str | None = None
+    requeues: int = 0
+
+
+@dataclass(frozen=True)
+class LaunchFolder:
+    """The places inside runs/NAME/launch."""
+
+    path: Path
+
+    @property
+    def submitted(self) -> Path:
+        return self.path / "submitted.json"
+
+    def slurm(self, job: str) -> Path:
+        return self.path / "slurm" / job
+
+    def record(self, job: str) -> Path:
+        return self.path / f"job-{job}.json"
+
+
+def read_job_record(folder: LaunchFolder, name: str) -> JobRecord | None:
+    """Return a job's record, or None if it never began.
+
+    Raises:
+        LaunchError: if it is damaged.
+    """
+    place = folder.record(name)
+    if not place.exists():
+        return None
+    try:
+        return JobRecord(**read_note(place))
+    except (TypeError, ValueError) as error:
+        raise LaunchError(
+            f"{place} is damaged; remove it, and the job is looked at anew"
+        ) from error
+
+
+def write_job_record(folder: LaunchFolder, name: str, record: JobRecord) -> None:
+    """Write a job's record; a kill leaves the old one or the new one."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    replace_text(folder.record(name), json.dumps(asdict(record), indent=2) + "\n")
+
+
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def starts_from(job: Job) -> dict[str, str]:
+    """Return the run folders that a job starts from, with their last checkpoint's fingerprint."""
+    found = {}
+    for key in STARTS.get(job.command, ()):
+        place = value_of(job.settings, key)
+        checkpoints = list_checkpoints(RunFolder(Path(place)).checkpoints) if place else []
+        if place and checkpoints:
+            found[place] = fingerprint(checkpoints[-1]) or ""
+    return found
+
+
+def what_is_missing(job: Job) -> str | None:
+    """Say what a job has not made yet of that by which it is known to be complete, or None.
+
+    A run is complete with the checkpoint of its last step, and an export that was noted after it.
+    """
+    match job.settings:
+        case TrainConfig() as config:
+            folder = RunFolder(Path(config.runs_dir) / config.name)
+            found = list_checkpoints(folder.checkpoints)
+            step, last = (step_of(found[-1]) if found else 0), config.training.max_steps
+            if step < last:
+                return f"{folder.path} is at step {step} of {last}"
+            note = folder.path / "export.json"
+            if not note.exists() or not folder.export.exists():
+                return f"{folder.path} is not exported"
+            exported = read_note(note)
+            of = exported.get("checkpoint")
+            if of not in [fingerprint(place) for place in found] or (
+                config.export == "last" and of != fingerprint(found[-1])
+            ):
+                return f"{folder.path} is exported from another checkpoint"
+        case _ if makes_index(job):
+            assert job.out
+            if not (job.out / INDEX).exists():
+                return f"{job.out} has no {INDEX}"
+        case _ if job.out is not None and not job.out.exists():
+            return f"{job.out} is not there"
+        case _:
+            pass
+    return None
+
+
+def is_complete(job: Job, code: int, asked: bool) -> bool:
+    """Say whether a job that has ended is complete.
+
+    Args:
+        code: its exit code.
+        asked: whether it was asked to stop. torchrun then ends with 1 even where training had just
+            exported, so that only what a run has made tells.
+    """
+    trusted = code == 0 or (asked and job.command == "train")
+    return trusted and what_is_missing(job) is None
+
+
+def is_done(folder: LaunchFolder, job: Job) -> bool:
+    """Say whether a job was finished as it is now told, and what it made is still there."""
+    record = read_job_record(folder, job.name)
+    return (
+        record is not None
+        and record.finished is not None
+        and record.made_of == job.made_of
+        and record.after == starts_from(job)
+        and what_is_missing(job) is None
+    )
+
+
+def begin(folder: LaunchFolder, job: Job) -> JobRecord:
+    """Note that a job begins, or goes on, and from what.
+
+    Raises:
+        LaunchError: if it would go on from another start than it had.
+    """
+    after, before = starts_from(job), read_job_record(folder, job.name)
+    if before is not None and job.command == "train" and before.after != after:
+        assert job.out
+        if list_checkpoints(RunFolder(job.out).checkpoints):
+            changed = sorted({*before.after.items()} ^ {*after.items()})[0][0]
+            raise LaunchError(
+                f"job {job.name} was begun from another state of {changed} than there is now; "
+                f"remove {job.out} to train it anew, or launch under another name (name=...)"
+            )
+    requeues = before.requeues if before and before.made_of == job.made_of else 0
+    record = JobRecord(job.made_of, after, None, requeues)
+    write_job_record(folder, job.name, record)
+    return record
+
+
+@contextmanager
+def held(folder: LaunchFolder) -> Iterator[int]:
+    """Hold a launch's folder, and give the descriptor that holds it.
+
+    A child that inherits the descriptor holds the folder for as long as it lives.
+
+    Raises:
+        LaunchError: if another launch holds it, or it cannot be made.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        file = (folder.path / ".lock").open("w")
+    except OSError as error:
+        raise LaunchError(
+            f"the folder {folder.path} cannot be made ({error.strerror}); set runs_dir=..."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LaunchError(
+                f"another launch, or a job of one, is running in {folder.path}; wait for it, or "
+                "choose another name (name=...)"
+            ) from error
+        except OSError as error:
+            print(
+                f"{folder.path}: this file system cannot lock ({error.strerror}), so two launches "
+                "in one folder would not be noticed",
+                file=sys.stderr,
+            )
+        yield file.fileno()

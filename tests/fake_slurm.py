@@ -1,0 +1,202 @@
+"""A Slurm of one machine for tests: sbatch, srun, squeue, scancel and scontrol on the PATH.
+
+It does what the launch relies on, as Slurm 22.05 was seen to do it: afterok and
+kill-on-invalid-dep, a warning signal to every process below srun, requeue and restart count, kill
+at the time limit, and "Invalid job id" once no job that is asked for is left.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
+WAITING, ENDED = ("PENDING", "RUNNING"), ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+
+def install(folder: Path) -> dict[str, str]:
+    """Put the programs into folder/bin; return the environment that finds them."""
+    programs = folder / "bin"
+    programs.mkdir(parents=True)
+    for name in PROGRAMS:
+        file = programs / name
+        file.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
+        file.chmod(0o755)
+    return {"FAKE_SLURM": str(folder), "PATH": f"{programs}:{os.environ['PATH']}"}
+
+
+def root() -> Path:
+    return Path(os.environ["FAKE_SLURM"])
+
+
+def read(number: str) -> dict:
+    return json.loads((root() / f"job-{number}.json").read_text())
+
+
+def write(number: str, job: dict) -> None:
+    beside = root() / f".job-{number}.tmp"
+    beside.write_text(json.dumps(job))
+    beside.replace(root() / f"job-{number}.json")
+
+
+def flag(kind: str, number: str) -> Path:
+    return root() / f"{kind}-{number}"
+
+
+def sbatch(script: str) -> None:
+    text = Path(script).read_text()
+    options = {}
+    for line in text.splitlines():
+        if line.startswith("#SBATCH --"):
+            key, _, value = line.removeprefix("#SBATCH --").partition("=")
+            options[key] = value.strip("'")
+    if options.get("partition") == "closed":
+        sys.exit("sbatch: error: Batch job submission failed: Invalid partition name specified")
+    number = str(1 + len(list(root().glob("job-*.json"))))
+    (root() / f"script-{number}.sh").write_text(text)
+    write(number, {"state": "PENDING", "options": options, "restarts": 0})
+    with (root() / f"controller-{number}.log").open("w") as log:
+        subprocess.Popen(
+            [sys.executable, __file__, "control", number],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    print(f"Submitted batch job {number}")
+
+
+def control(number: str) -> None:
+    """Wait for the job before, and run the script until it ends without being requeued."""
+    job = read(number)
+    _, _, before = job["options"].get("dependency", "").partition("afterok:")
+    while before and read(before)["state"] in WAITING and not flag("cancel", number).exists():
+        time.sleep(0.1)
+    cancelled = flag("cancel", number).exists()
+    if cancelled or (before and read(before)["state"] != "COMPLETED"):
+        assert cancelled or job["options"]["kill-on-invalid-dep"] == "yes"
+        write(number, {**job, "state": "CANCELLED"})
+        return
+    while attempt(number, job):
+        flag("requeue", number).unlink()
+        job["restarts"] += 1
+
+
+def attempt(number: str, job: dict) -> bool:
+    """Run the script once; return whether it was requeued."""
+    options = job["options"]
+    nodes = options.get("nodes", "1")
+    environment = {
+        "SLURM_JOB_ID": number,
+        "SLURM_JOB_NUM_NODES": nodes,
+        "SLURM_NTASKS": nodes,
+        "SLURM_JOB_NODELIST": ",".join(["localhost"] * int(nodes)),
+        "SLURM_RESTART_COUNT": str(job["restarts"]),
+    }
+    log = options["error"].replace("%j", number)
+    with Path(log).open("a") as stream:
+        script = subprocess.Popen(
+            ["bash", root() / f"script-{number}.sh"],
+            env={**os.environ, **environment},
+            start_new_session=True,
+            stdout=stream,
+            stderr=stream,
+        )
+    write(number, {**job, "state": "RUNNING"})
+    name, delay = options["signal"].split("@")
+    awaited = root() / f"warn-{options['job-name']}"  # holds a path: warn once it is there
+    limit, warned = None, job["restarts"] > 0
+    while script.poll() is None:
+        time.sleep(0.05)
+        if not warned and awaited.exists() and Path(awaited.read_text()).exists():
+            warned, limit = True, time.monotonic() + float(delay)
+            for process in below(script.pid, tasks=True):
+                process.send_signal(signal.Signals[f"SIG{name}"])
+        over = limit is not None and time.monotonic() > limit
+        ends = {
+            "requeue": flag("requeue", number).exists(),
+            "cancel": flag("cancel", number).exists(),
+        }
+        if over or any(ends.values()):
+            end(script)
+            if not ends["requeue"]:
+                write(number, {**job, "state": "TIMEOUT" if over else "CANCELLED"})
+            return ends["requeue"]
+    if flag("requeue", number).exists():
+        return True
+    write(number, {**job, "state": "FAILED" if script.returncode else "COMPLETED"})
+    return False
+
+
+def below(pid: int, *, tasks: bool) -> list[psutil.Process]:
+    """Return the processes below the batch script; of its tasks alone, or srun too."""
+    found = psutil.Process(pid).children(recursive=True)
+    return [p for p in found if not tasks or "fake_slurm.py" not in " ".join(p.cmdline())]
+
+
+def end(script: subprocess.Popen) -> None:
+    processes = [psutil.Process(script.pid), *below(script.pid, tasks=False)]
+    for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGKILL):
+        for process in processes:
+            if process.is_running():
+                process.send_signal(number)
+        if number == signal.SIGTERM:
+            psutil.wait_procs(processes, timeout=5)
+    script.wait()
+
+
+def srun(*arguments: str) -> None:
+    paths, command = {}, list(arguments)
+    while command[0].startswith("-"):
+        option = command.pop(0)
+        if option in {"--output", "--error"}:
+            paths[option] = command.pop(0)
+    tasks = []
+    for rank in range(int(os.environ["SLURM_NTASKS"])):
+        place = {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank), "SLURM_LOCALID": "0"}
+        streams = [
+            os.open(
+                paths[name].replace("%j", os.environ["SLURM_JOB_ID"]).replace("%t", str(rank)),
+                os.O_CREAT | os.O_WRONLY | os.O_APPEND,
+            )
+            for name in ("--output", "--error")
+        ]
+        environment = {**os.environ, **place}
+        tasks.append(
+            subprocess.Popen(command, env=environment, stdout=streams[0], stderr=streams[1])
+        )
+    sys.exit(max(abs(task.wait()) for task in tasks))
+
+
+def squeue(*arguments: str) -> None:
+    (asked,) = [text.partition("=")[2] for text in arguments if text.startswith("--jobs=")]
+    found = [number for number in asked.split(",") if read(number)["state"] in WAITING]
+    if not found:
+        sys.exit("slurm_load_jobs error: Invalid job id specified")
+    print("\n".join(found))
+
+
+def scancel(*numbers: str) -> None:
+    for number in numbers:
+        flag("cancel", number).touch()
+
+
+def scontrol(action: str, number: str) -> None:
+    assert action == "requeue" and "requeue" in read(number)["options"]
+    flag("requeue", number).touch()
+
+
+if __name__ == "__main__":
+    {
+        "sbatch": sbatch,
+        "control": control,
+        "srun": srun,
+        "squeue": squeue,
+        "scancel": scancel,
+        "scontrol": scontrol,
+    }[sys.argv[1]](*sys.argv[2:])
