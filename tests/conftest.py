@@ -11,7 +11,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["SFUMATO_CACHE"] = tempfile.mkdtemp(prefix="sfumato-cache-")
-atexit.register(shutil.rmtree, os.environ["SFUMATO_CACHE"], ignore_errors=True)
 os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import pytest
@@ -19,6 +18,7 @@ import torch
 from tiny_sd import write_tiny_sd
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["SFUMATO_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -144,6 +144,24 @@ def start_overflowing(rank: int, overrides: Sequence[str]) -> None:
     start(overrides)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_in_half_precision_no_gradient_comes_late(
+    tmp_path: Path, sd_folder: Path, strategy: str
+) -> None:
+    """AdamW's first moment after one step of several micro-batches is a tenth of the gradient.
+
+    The weights are cast first for sampling, without a gradient, and then used again with one.
+    """
+    half = [*SETTINGS, "training.precision=bf16", "training.max_steps=1"]
+    start(command(tmp_path, "whole", *half, model=sd_folder))
+    again = command(tmp_path, "run", *half, f"training.strategy={strategy}", model=sd_folder)
+    in_processes(2, lambda _: start_cli(again))
+    ours, theirs = (state_at(tmp_path / name, 1).optimizer for name in ("run", "whole"))
+    names = [name for name in theirs if name.startswith("exp_avg/")]
+    left, right = flat(ours, names), flat(theirs, names)
+    assert (left - right).norm() <= 0.02 * right.norm()
+
+
 def test_channels_last_over_two_processes(tmp_path: Path, sd_folder: Path) -> None:
     """Whose gradients DDP keeps as views of its buckets."""
     settings = [*SETTINGS, "model.channels_last=true", "training.max_steps=2"]

@@ -149,8 +149,8 @@ def test_compiled_blocks_train_like_the_others(
     """Adapters on for the policy, off for the reference, activations recomputed, and resumed."""
     from torch._dynamo.utils import counters
 
-    short = ["sampler.guidance_scale=1.0", "sampler.num_inference_steps=2", "model.lora.rank=2"]
-    short += ["training.max_steps=2", "validation.num_images=2", "objective.kl_coeff=0.5"]
+    short = ["sampler.guidance_scale=1.0", "sampler.num_inference_steps=1", "model.lora.rank=2"]
+    short += ["training.max_steps=2", "validation.num_images=1", "objective.kl_coeff=0.5"]
     short += ["model.gradient_checkpointing=true", "optimizer.eps=1e-4"]
     short += ["validation.every_steps=0", "training.checkpoint_every_steps=1"]
     compiled = [*short, "training.compile=regional"]

@@ -89,7 +89,12 @@ class Distribution:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of mixed precision."""
         return torch.autocast(
-            self.device.type, dtype=self._precision, enabled=self._precision is not None
+            self.device.type,
+            dtype=self._precision,
+            enabled=self._precision is not None,
+            # A cast kept from an earlier forward has its backward after that of its block, when
+            # FSDP has exchanged the block's gradients: they would be left for the next step.
+            cache_enabled=not self._shard,
         )
 
     @contextmanager
