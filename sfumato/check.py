@@ -79,6 +79,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
             f"{processes} process(es) x micro batches of {training.micro_batch_size}; the nearest "
             f"that does is {nearest}"
         )
+    _check_sharding(config, processes)
     if training.ema_decay is not None and not 0 <= training.ema_decay < 1:
         raise ValueError(
             f"training.ema_decay = {training.ema_decay} must lie in [0, 1), or be null"
@@ -125,6 +126,27 @@ def check_sampler(sampler: SamplerConfig) -> None:
     )
     if sampler.eta < 0 or sampler.eta > 1:
         raise ValueError(f"sampler.eta = {sampler.eta} must lie in [0, 1]; 0 is deterministic")
+
+
+def _check_sharding(config: TrainConfig, processes: int) -> None:
+    training = config.training
+    if training.strategy == "ddp" or processes == 1:
+        return
+    if config.model.channels_last:
+        raise ValueError(
+            f"model.channels_last = true and training.strategy = {training.strategy}: FSDP2 splits "
+            "weights that are contiguous; take one of them out"
+        )
+    if training.compile == "full":
+        raise ValueError(
+            f"training.compile = full and training.strategy = {training.strategy}: a network that "
+            "is compiled as a whole cannot be gathered block by block; use compile=regional"
+        )
+    if training.strategy == "hsdp" and processes % (training.shard_size or 1):
+        raise ValueError(
+            f"training.shard_size = {training.shard_size} does not divide {processes} processes; "
+            "each copy of the network lies on as many"
+        )
 
 
 def _check_shards(config: TrainConfig) -> None:

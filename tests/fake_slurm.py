@@ -5,6 +5,7 @@ kill-on-invalid-dep, a warning signal to every process below srun, requeue and r
 at the time limit, and "Invalid job id" once no job that is asked for is left.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -116,7 +117,7 @@ def attempt(number: str, job: dict) -> bool:
         if not warned and awaited.exists() and Path(awaited.read_text()).exists():
             warned, limit = True, time.monotonic() + float(delay)
             for process in below(script.pid, tasks=True):
-                process.send_signal(signal.Signals[f"SIG{name}"])
+                send(process, signal.Signals[f"SIG{name}"])
         over = limit is not None and time.monotonic() > limit
         ends = {
             "requeue": flag("requeue", number).exists(),
@@ -135,19 +136,40 @@ def attempt(number: str, job: dict) -> bool:
 
 def below(pid: int, *, tasks: bool) -> list[psutil.Process]:
     """Return the processes below the batch script; of its tasks alone, or srun too."""
-    found = psutil.Process(pid).children(recursive=True)
-    return [p for p in found if not tasks or "fake_slurm.py" not in " ".join(p.cmdline())]
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found = psutil.Process(pid).children(recursive=True)
+    return [process for process in found if not tasks or not is_srun(process)]
+
+
+def is_srun(process: psutil.Process) -> bool:
+    try:
+        return "fake_slurm.py" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def end(script: subprocess.Popen) -> None:
-    processes = [psutil.Process(script.pid), *below(script.pid, tasks=False)]
-    for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            if process.is_running():
-                process.send_signal(number)
-        if number == signal.SIGTERM:
-            psutil.wait_procs(processes, timeout=5)
+    """End all that runs below the script, and then itself; whoever starts meanwhile, too."""
+    for number in (signal.SIGCONT, signal.SIGTERM):
+        for process in below(script.pid, tasks=True):
+            send(process, number)
+    psutil.wait_procs(below(script.pid, tasks=True), timeout=5)
+    while found := below(script.pid, tasks=False):
+        for process in found:
+            send(process, signal.SIGSTOP)  # so that it starts nothing more
+        for process in below(script.pid, tasks=False):
+            send(process, signal.SIGKILL)
+        time.sleep(0.02)
+        if script.poll() is not None:
+            break
+    script.kill()
     script.wait()
+
+
+def send(process: psutil.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
 
 
 def srun(*arguments: str) -> None:

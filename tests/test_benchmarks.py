@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
+        ("pretrain_step", ["--model", "demo", "--batch", "1"]),
         ("sft_step", ["--models", "demo", "--checkpointing", "off", "--batch", "1"]),
         (
             "draft_step",

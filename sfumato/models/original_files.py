@@ -21,7 +21,8 @@ def write_original(pipeline: Path, folder: Path) -> bool:
     Returns:
         Whether the original code has such a network; nothing is written otherwise.
     """
-    if read_model_index(pipeline)["_class_name"] not in PIPELINES:
+    index = pipeline / "model_index.json"
+    if not index.is_file() or read_model_index(pipeline)["_class_name"] not in PIPELINES:
         return False
     weights = _read_unet(pipeline)
     try:

@@ -28,15 +28,23 @@ MAY_CHANGE = (
     "training.keep_checkpoints",
     "training.micro_batch_size",
     "training.strategy",
+    "training.shard_size",
+    "training.compile",
+    "training.async_checkpoints",
+    "training.ema_on_cpu",
+    "training.peak_tflops",
     "training.tensorboard",
     "training.wandb_project",
     "model.gradient_checkpointing",
+    "model.channels_last",
     "reward.gradient_checkpointing",
     "verify",
     "export",
     "runs_dir",
     "data.images.workers",
     "data.images.prefetch",
+    "data.shards.workers",
+    "data.shards.prefetch",
 )
 
 
