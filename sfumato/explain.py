@@ -2,12 +2,13 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 
 from sfumato.config import GROUPS
-from sfumato.config_stages import COMMANDS
+from sfumato.config_stages import CLUSTERS, COMMANDS
 
+CHOICES: dict[str, Mapping[str, type]] = {**GROUPS, "cluster": CLUSTERS}
 RECIPES = ("train", "prepare", "launch", "plan")  # the commands that have them
 KINDS = {
     "Integer": "a whole number",
@@ -46,7 +47,7 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """Say that a key is unknown, and which known one is near."""
     group, _, rest = key.partition(".")
-    owners = [name for name, node in GROUPS.get(group, {}).items() if rest in keys_of(node)]
+    owners = [name for name, node in CHOICES.get(group, {}).items() if rest in keys_of(node)]
     if key in known and owners:
         choices = " or ".join(f"{group}={name}" for name in owners)
         return f"{key} is a setting of {choices}, and another {group} was chosen"
@@ -73,7 +74,7 @@ def keys_of(node: type, prefix: str = "") -> list[str]:
     for item in fields(node):
         name = f"{prefix}{item.name}"
         names.append(name)
-        choices = list(GROUPS.get(item.name, {}).values())
+        choices = list(CHOICES.get(item.name, {}).values())
         inner = choices or ([item.type] if is_dataclass(item.type) else [])
         for kind in inner:
             assert isinstance(kind, type)
