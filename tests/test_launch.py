@@ -11,8 +11,9 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
-from runs import assert_same_state, command, in_child, start
+from runs import assert_same_state, command, in_child, metrics, start
 
 from sfumato.compose import compose_command
 from sfumato.config import CONF
@@ -273,6 +274,26 @@ def test_a_launch_is_interrupted_goes_on_and_is_then_done(
     whole = command(tmp_path, "whole", *LONGER, model=sd_folder)
     assert in_child(lambda: start(whole)) == 0
     assert_same_state(tmp_path / "a", tmp_path / "whole")
+
+
+def test_two_processes_of_which_one_dies_begin_again_and_end(
+    tmp_path: Path, sd_folder: Path, jobs: dict[str, str]
+):
+    both = ["cluster.processes=2", "cluster.max_restarts=1", "stages=[train]"]
+    running = start_launch(arguments(tmp_path, jobs, *both))
+    wait_for(tmp_path / "a" / "checkpoints" / "step-000002")
+    workers = [
+        process
+        for process in psutil.Process(running.pid).children(recursive=True)
+        if process.environ().get("RANK") == "1"
+    ]
+    workers[0].kill()
+    out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    assert "job 1 of 1, train: done" in out
+    notes = json.loads((tmp_path / "a" / "run.json").read_text())["starts"]
+    assert len(notes) == 2
+    assert [row["step"] for row in metrics(tmp_path / "a")] == list(range(13))
 
 
 def test_a_job_that_fails_stops_the_launch(tmp_path: Path, sd_folder: Path):

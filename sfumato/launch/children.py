@@ -1,5 +1,6 @@
 """A job's process: its command line, and signals that are passed on to it."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from types import FrameType
 from sfumato.launch.jobs import Job
 
 TORCHRUN = ("-m", "torch.distributed.run")
+# Else processes that torchrun starts anew find the addresses of those before them in its store.
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,11 @@ def run_child(
     before = {number: signal.signal(number, pass_on) for number in passed_on}
     try:
         child = subprocess.Popen(
-            command, start_new_session=True, pass_fds=held, preexec_fn=deafen if ignored else None
+            command,
+            env={**os.environ, **OWN_STORE},
+            start_new_session=True,
+            pass_fds=held,
+            preexec_fn=deafen if ignored else None,
         )
         for number in early:
             sent = passed_on[number]
