@@ -287,7 +287,13 @@ def test_sample_writes_pictures_of_a_run(call: Call, run_folder: Path, tmp_path:
     ("arguments", "expected"),
     [
         (["trian"], ["unknown command 'trian'", "did you mean train?"]),
-        (["qqq"], ["unknown command 'qqq'", "train, sample, evaluate, report, demo"]),
+        (
+            ["qqq"],
+            [
+                "unknown command 'qqq'",
+                "train, sample, evaluate, plan, prepare, launch, report, demo",
+            ],
+        ),
         (["train"], ["missing settings: data.prompts, model.pretrained"]),
         (
             ["train", "recipe=sd15_draft_plos"],
