@@ -14,6 +14,7 @@ from sfumato.config import (
     SamplerConfig,
     SupervisedConfig,
     TrainConfig,
+    TrainingConfig,
     WeightedRewardConfig,
 )
 
@@ -79,11 +80,8 @@ def check_train(config: TrainConfig, processes: int) -> None:
             f"{processes} process(es) x micro batches of {training.micro_batch_size}; the nearest "
             f"that does is {nearest}"
         )
+    _check_average(training)
     _check_sharding(config, processes)
-    if training.ema_decay is not None and not 0 <= training.ema_decay < 1:
-        raise ValueError(
-            f"training.ema_decay = {training.ema_decay} must lie in [0, 1), or be null"
-        )
     if training.max_time is not None:
         from sfumato.training.stop import parse_duration
 
@@ -126,6 +124,21 @@ def check_sampler(sampler: SamplerConfig) -> None:
     )
     if sampler.eta < 0 or sampler.eta > 1:
         raise ValueError(f"sampler.eta = {sampler.eta} must lie in [0, 1]; 0 is deterministic")
+
+
+def _check_average(training: TrainingConfig) -> None:
+    if training.ema_decay is None:
+        return
+    if not 0 <= training.ema_decay < 1:
+        raise ValueError(
+            f"training.ema_decay = {training.ema_decay} must lie in [0, 1), or be null"
+        )
+    if training.ema_every_steps > training.max_steps:
+        raise ValueError(
+            f"training.ema_every_steps = {training.ema_every_steps} is more than "
+            f"training.max_steps = {training.max_steps}, so that the average would never move; "
+            "give fewer, or training.ema_decay=null"
+        )
 
 
 def _check_sharding(config: TrainConfig, processes: int) -> None:

@@ -108,20 +108,24 @@ def to_settings(config: Any, prefix: str = "") -> Any:
 
 
 def _unread(config: DictConfig) -> list[str]:
-    """Return what an objective reads, where nothing says where it is."""
+    """Return what a network's config and an objective need, where nothing says where it is."""
     if OmegaConf.get_type(config) is not TrainConfig or OmegaConf.is_missing(config, "objective"):
         return []
-    data = config.data
+    data, model = config.data, config.model
+    built = model.network.config is not None
+    parts = ("autoencoder", "text_encoder") if built else ()
+    missing = [f"model.{name}" for name in parts if model[name] is None]
     match config.objective.kind:
         case "draft" if data.prompts is None:
-            return ["data.prompts"]
+            missing.append("data.prompts")
         case "supervised" if not (data.images.path or data.images.sources or data.shards.path):
-            return ["data.shards.path" if data.shards.cached else "data.images.path"]
-    return []
+            missing.append("data.shards.path" if data.shards.cached else "data.images.path")
+    return missing
 
 
 def _leave_out_jobs(config: DictConfig) -> None:
     """Empty the jobs that are not in `stages`, and forget what was to be given for them alone."""
+    _refuse_unread(config)
     for name in config.jobs if config.stages else []:
         if name not in config.stages:
             config.jobs[name] = None
@@ -132,6 +136,24 @@ def _leave_out_jobs(config: DictConfig) -> None:
                 del config.given[name]
     if missing := sorted(OmegaConf.missing_keys(config.given)):  # before jobs are looked into
         raise ValueError(f"missing settings: {', '.join(missing)}; give each as KEY=VALUE")
+
+
+def _refuse_unread(config: DictConfig) -> None:
+    """Refuse what is given to nobody: a mistyped name would leave the recipe's own value.
+
+    Raises:
+        ValueError: naming it.
+    """
+    whole = str(OmegaConf.to_container(config, resolve=False))
+    given: Any = OmegaConf.to_container(config.given, resolve=False)
+    names = list(given)
+    for name, inner in given.items():
+        if isinstance(inner, dict) and f"${{given.{name}}}" not in whole:
+            names += [f"{name}.{key}" for key in inner]
+    read = [name for name in names if re.search(rf"\$\{{given\.{re.escape(name)}[.}}]", whole)]
+    for name in names:
+        if name not in read:
+            raise ValueError(unknown_key(f"given.{name}", [f"given.{known}" for known in read]))
 
 
 def _assume_defaults(config: DictConfig) -> None:

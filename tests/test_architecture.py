@@ -33,7 +33,8 @@ ROOMS["training"] = LOWER
 ROOMS["check"] = LOWER | {"training"}
 ROOMS["compose"] = ROOMS["check"] | {"check"}
 ROOMS["evaluation"] = ROOMS["compose"] | {"compose"}
-ROOMS["preparation"] = ROOMS["launch"] = ROOMS["planning"] = ROOMS["compose"] | {"compose"}
+ROOMS["preparation"] = ROOMS["planning"] = ROOMS["compose"] | {"compose"}
+ROOMS["launch"] = ROOMS["preparation"] | {"preparation"}
 ROOMS["demo"] = ROOMS["evaluation"] | {"evaluation", "preparation", "launch"}
 ROOMS["cli"] = ROOMS["demo"] | {"demo", "planning"}
 ROOMS["__main__"] = {"cli"}

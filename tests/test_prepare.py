@@ -32,6 +32,7 @@ from sfumato.data.prepared import (
     record_text,
 )
 from sfumato.preparation.cache_plan import made_of
+from sfumato.preparation.files import lock
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index
 from sfumato.preparation.pack import pack
@@ -492,3 +493,21 @@ def test_the_recipe_of_laion_composes() -> None:
     result = run("recipe=prepare/laion_aesthetic", "out=X", "--cfg", "job")
     assert result.returncode == 0, result.stderr
     assert "table: laion/laion2B-en-aesthetic" in result.stdout
+
+
+def test_two_preparations_of_one_folder_do_not_meet(model: Path, tmp_path: Path) -> None:
+    config = PrepareConfig(out=str(tmp_path / "out"), stages=["index"])
+    with (
+        lock(tmp_path / "out"),
+        pytest.raises(ValueError, match="another sfumato prepare works on"),
+    ):
+        prepare(config)
+
+
+def test_an_index_tells_which_samples_a_selection_keeps(out: Path) -> None:
+    even = write_index(out).kept["all"]
+    assert write_index(out).kept["all"] == even
+    before = kept(out, "all")
+    filter_samples(FilterConfig(min_caption=5), out)
+    assert len(kept(out, "all")) < len(before)
+    assert write_index(out).kept["all"] != even

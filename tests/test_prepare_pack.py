@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from image_files import encode, gradient, png, write_folder, write_tar
 from PIL import Image
+from runs import in_child, kill, on_call
 
-from sfumato.config_stages import DownloadConfig, PackConfig
+from sfumato.config_stages import DownloadConfig, FilterConfig, PackConfig
 from sfumato.data.prepared import PreparedError, TarRecord, read_tar_record
+from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.pack import pack
 
 SIZES = [(8 + i % 5, 9 + i % 3) for i in range(25)]
@@ -392,8 +394,58 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
     with pytest.raises(PreparedError, match=r"No space left on device; nothing half-written.*Free"):
         packed(source, out, samples_per_shard=4)
     left = tree(out)
+    assert left.pop("shards/.unfinished") == b""
     assert left.keys() == {"shards/000000.tar", "shards/000000.json"}
     assert left.items() <= tree(tmp_path / "whole").items()
     filler.unlink()
     packed(source, out, samples_per_shard=4)
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_a_source_in_the_folder_of_tars_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "out" / "shards"
+    source.mkdir(parents=True)
+    file = source / "train-0001.tar"
+    file.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="where the tars of out"):
+        pack(PackConfig(path=str(source)), DownloadConfig(), tmp_path / "out")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(png())
+    (pictures / "a.txt").write_text("a star")
+    for name in ("train-0001.tar", "000000.tar"):
+        file = file.rename(source / name)
+        with pytest.raises(ValueError, match=rf"holds {name}, which sfumato prepare did not"):
+            pack(PackConfig(path=str(pictures)), DownloadConfig(), tmp_path / "out")
+    assert file.read_bytes() == b"mine"
+
+
+def test_a_packing_that_did_not_finish_is_not_filtered(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        (pictures / f"{i}.png").write_bytes(png())
+        (pictures / f"{i}.txt").write_text("a star")
+    config = PackConfig(path=str(pictures), samples_per_shard=1)
+
+    def killed() -> None:
+        on_call(2, kill, "write_text")
+        pack(config, DownloadConfig(), tmp_path / "out")
+
+    assert in_child(killed) == -9
+    with pytest.raises(ValueError, match="was not finished"):
+        filter_samples(FilterConfig(), tmp_path / "out")
+    pack(config, DownloadConfig(), tmp_path / "out")
+    assert filter_samples(FilterConfig(), tmp_path / "out") == {"kept": 3}
+
+
+def test_a_packing_of_nothing_leaves_what_was_packed(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(png())
+    (pictures / "a.txt").write_text("a star")
+    pack(PackConfig(path=str(pictures)), DownloadConfig(), tmp_path / "out")
+    (pictures / "a.txt").write_text(" ")
+    with pytest.raises(ValueError, match="nothing of"):
+        pack(PackConfig(path=str(pictures)), DownloadConfig(), tmp_path / "out")
+    assert filter_samples(FilterConfig(), tmp_path / "out") == {"kept": 1}

@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from sfumato.config import ModelConfig, NetworkConfig, SamplerConfig, TrainConfig
 from sfumato.models.blueprints import blueprint, build_network, network_on_meta
 from sfumato.models.generate import generate
-from sfumato.models.network_weights import check_start
+from sfumato.models.network_weights import check_start, without_start
 from sfumato.models.registry import find_family, load_encoders, load_model
 from sfumato.models.stable_diffusion import StableDiffusion
 from sfumato.training.checkpoint import Snapshot, write_checkpoint
@@ -520,14 +520,15 @@ def test_a_run_of_adapters_starts_no_stage(unet: Path, sd_folder: Path, clip: Pa
         load_model(following)
 
 
-def test_a_start_that_is_gone_is_warned_about(
+def test_a_start_that_is_gone_is_refused_unless_a_checkpoint_has_the_weights(
     unet: Path, sd_folder: Path, clip: Path, tmp_path: Path
 ):
     following = of_parts(unet, sd_folder, clip, start=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match=r"gone' is not there; give a run folder, a diffusers"):
         check_start(following)
-    with pytest.warns(UserWarning, match=r"gone' is not there any more: until a checkpoint is"):
+    with pytest.raises(ValueError, match=r"gone' is not there"):
         load_model(following)
+    load_model(without_start(following))
 
 
 def test_a_pretrained_model_takes_another_network(
@@ -552,8 +553,7 @@ def test_the_export_loads_in_diffusers_in_both_layouts(
 ):
     settings = TrainConfig(model=of_parts(unet, sd_folder, clip, start="/gone/since"))
     settings.sampler = SamplerConfig(num_inference_steps=4)
-    with pytest.warns(UserWarning, match="is not there any more"):
-        model = trained(settings.model)
+    model = trained(without_start(settings.model))
     place = write_run(tmp_path / "run", model, None)
     lines = export(settings, place, tmp_path / "out", CPU, PROMPT)
     assert "diffusers gives the same image" in lines[0]

@@ -9,12 +9,13 @@ index.json                   Index: what training opens, and every sample's bin
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 SHARDS, SELECTIONS, CACHE, INDEX = "shards", "selections", "cache", "index.json"
+UNFINISHED = ".unfinished"  # in shards/, while they are packed
 FORMAT = 1
 
 
@@ -127,12 +128,14 @@ class Index:
         selections: NAME to the number of samples kept of each tar, in the order of `tars`.
         caches: FOLDER of a cache (moments-KEY, text-KEY) to its shards.
         bins: stage to bin to count; in each stage they sum up to what went in.
+        kept: NAME of a selection to the SHA-256 of which samples it keeps.
     """
 
     tars: tuple[IndexedShard, ...]
     selections: Mapping[str, tuple[int, ...]]
     caches: Mapping[str, tuple[IndexedShard, ...]]
     bins: Mapping[str, Mapping[str, int]]
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_index(folder: Path) -> Index:
@@ -157,6 +160,7 @@ def read_index(folder: Path) -> Index:
                 for name, shards in content["caches"].items()
             },
             bins=content["bins"],
+            kept=content.get("kept", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(place, error) from error
@@ -190,7 +194,7 @@ def read_kept_record(folder: Path, selection: str, name: str) -> KeptRecord:
     place = folder / SELECTIONS / selection / f"{name}.json"
     content = read_record(place)
     try:
-        return KeptRecord(kept=tuple(content.pop("kept")), **content)
+        return KeptRecord(kept=_indices(content.pop("kept")), **content)
     except (KeyError, TypeError) as error:
         raise _damaged(place, error) from error
 
@@ -204,7 +208,7 @@ def read_cached_record(folder: Path, cache: str, name: str) -> CachedRecord:
     place = folder / CACHE / cache / f"{name}.json"
     content = read_record(place)
     try:
-        return CachedRecord(rows=tuple(content.pop("rows")), **content)
+        return CachedRecord(rows=_indices(content.pop("rows")), **content)
     except (KeyError, TypeError) as error:
         raise _damaged(place, error) from error
 
@@ -235,6 +239,13 @@ def record_text(record: TarRecord | KeptRecord | CachedRecord | Index) -> str:
     """Return a record as the text of its file: the same record is the same text."""
     content = {"format": FORMAT, **asdict(record)}
     return json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":")) + "\n"
+
+
+def _indices(values: Sequence[object]) -> tuple[int, ...]:
+    indices = tuple(value for value in values if isinstance(value, int))
+    if len(indices) < len(values):
+        raise TypeError("an index is no whole number")
+    return indices
 
 
 def _damaged(place: Path, error: BaseException) -> PreparedError:

@@ -75,7 +75,7 @@ def open_shards(
         ShardOrder(selected.counts, seed=seed, shuffle=config.shuffle, buffer=config.buffer),
         reader,
         Refusals(log),
-        shards=_fingerprint(selected),
+        shards=_fingerprint(selected, index.kept.get(config.selection, "")),
         settings=_order_in_words(config, seed),
         workers=config.workers,
         prefetch=config.prefetch,
@@ -147,9 +147,13 @@ def _keep(config: ShardDataConfig, counts: Sequence[int]) -> int:
     return 2 * (config.buffer + max(counts))
 
 
-def _fingerprint(selected: Selected) -> str:
-    """Return a hash of the samples that are read; raw and cached ones are the same samples."""
-    digest = hashlib.sha256(selected.selection.encode())
+def _fingerprint(selected: Selected, kept: str) -> str:
+    """Return a hash of the samples that are read; raw and cached ones are the same samples.
+
+    Args:
+        kept: a hash of which samples the selection keeps.
+    """
+    digest = hashlib.sha256(f"{selected.selection}\0{kept}".encode())
     for tar, count in zip(selected.tars, selected.counts, strict=True):
         if count:
             digest.update(f"\0{tar.name}/{tar.sha256}/{count}".encode())

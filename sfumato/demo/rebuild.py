@@ -40,7 +40,8 @@ def rebuild(out: Path) -> None:
         ValueError: if a stage fails or is stopped.
     """
     settings, _ = compose_command("launch", ["recipe=ladder/demo", literal("given.out", str(out))])
-    launch(settings)
+    if not launch(settings):
+        raise ValueError("the rebuild was stopped; the same command goes on where it was")
 
 
 def run_stage(out: Path, name: str, count: int) -> None:
@@ -50,7 +51,7 @@ def run_stage(out: Path, name: str, count: int) -> None:
         count: training steps, or pictures.
 
     Raises:
-        ValueError: if there is no such stage.
+        ValueError: if there is no such stage, or it was made with another count.
     """
     if name == SHIP:
         ship(out)
@@ -58,13 +59,21 @@ def run_stage(out: Path, name: str, count: int) -> None:
     if name not in STAGES:
         raise ValueError(f"--stage {name} is none; there are {', '.join([*STAGES, SHIP])}")
     parts = out / "parts"
+    note = parts / f".{name}.count"
     if (parts / name).exists():
+        before = note.read_text() if note.exists() else str(count)
+        if before != str(count):
+            raise ValueError(
+                f"{parts / name} was made with --count={before}, and now it is {count}; remove it "
+                "and what was made of it, or choose another folder"
+            )
         print(f"{name}: done before")
         return
     beside = parts / f".{name}.tmp"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     STAGES[name](beside, parts, count)
+    note.write_text(str(count))
     beside.rename(parts / name)
 
 

@@ -16,6 +16,7 @@ from sfumato.evaluation.evaluate import Evaluation, check_request, evaluate
 from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
+from sfumato.models.network_weights import without_start
 from sfumato.models.registry import find_family, load_model
 from sfumato.training.checkpoint import best_step, list_checkpoints, read_shown_weights, step_of
 from sfumato.training.folder import RunFolder, step_name
@@ -104,6 +105,10 @@ def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
     check_sampler(sampler)
     find_family(settings, sampler)
     weights = read_shown_weights(checkpoint) if checkpoint is not None else None
+    if config.schedule != "draft":
+        settings = replace(settings, reference=True)
+    elif weights is not None:
+        settings = without_start(settings)
     model = load_model(settings)
     if weights is not None:
         load_weights(model, weights)
@@ -136,7 +141,10 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     reward = build_scorer(trained)
     if reward is not None:
         reward = reward.to(device)
-    model = load_model(trained.model)
+    if 0 in steps:
+        model = load_model(replace(trained.model, reference=True))
+    else:
+        model = load_model(without_start(trained.model))
     model.to(device)
     results = evaluate(
         run,

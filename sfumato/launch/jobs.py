@@ -19,6 +19,7 @@ from sfumato.config_stages import (
     PrepareConfig,
     SlurmClusterConfig,
 )
+from sfumato.preparation.settings import check_prepare
 
 COMPOSED = ("prepare", "train", "evaluate", "sample")
 DISTRIBUTED = ("prepare", "train")  # commands that several processes share
@@ -74,7 +75,9 @@ class Job:
         match self.command:
             case "train":
                 return Path(self.settings.runs_dir) / self.settings.name
-            case "prepare" | "sample":
+            case "prepare":
+                return Path(self.settings.out).expanduser()
+            case "sample":
                 return Path(self.settings.out)
             case "demo":
                 options = [text.partition("=") for text in self.arguments]
@@ -180,6 +183,8 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
             raise ValueError(f"{key} = {value} is not there, and no job before makes it")
     if isinstance(settings, TrainConfig):
         check_train(settings, job.processes * job.nodes)
+    elif isinstance(settings, PrepareConfig):
+        check_prepare(settings)
 
 
 def _refuse_shared_runs(job: Job, earlier: Sequence[Job]) -> None:

@@ -5,6 +5,7 @@ runs/NAME/launch/slurm/JOB/  submitit's folder: scripts, logs
 """
 
 import fcntl
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sfumato.config import TrainConfig
-from sfumato.data.prepared import INDEX
+from sfumato.config import ShardDataConfig, TrainConfig
+from sfumato.data.prepared import CACHE, INDEX, read_index
 from sfumato.launch.jobs import STARTS, Job, makes_index, value_of
 from sfumato.training.checkpoint import fingerprint, list_checkpoints, step_of
 from sfumato.training.folder import RunFolder, read_note, replace_text
@@ -87,14 +88,26 @@ def now() -> str:
 
 
 def starts_from(job: Job) -> dict[str, str]:
-    """Return the run folders that a job starts from, with their last checkpoint's fingerprint."""
+    """Return what a job starts from: runs by their last checkpoint, data by its samples."""
     found = {}
+    if job.command == "train" and job.settings.data.shards.path:
+        found |= _samples_of(job.settings.data.shards)
     for key in STARTS.get(job.command, ()):
         place = value_of(job.settings, key)
         checkpoints = list_checkpoints(RunFolder(Path(place)).checkpoints) if place else []
         if place and checkpoints:
             found[place] = fingerprint(checkpoints[-1]) or ""
     return found
+
+
+def _samples_of(shards: ShardDataConfig) -> dict[str, str]:
+    """Return the prepared folder that a job reads, with a hash of the samples that it reads."""
+    folder = Path(str(shards.path)).expanduser()
+    if not (folder / INDEX).exists():
+        return {}
+    index = read_index(folder)
+    read = [index.kept.get(shards.selection), [tar.sha256 for tar in index.tars]]
+    return {str(shards.path): hashlib.sha256(json.dumps(read).encode()).hexdigest()}
 
 
 def what_is_missing(job: Job) -> str | None:
@@ -122,6 +135,9 @@ def what_is_missing(job: Job) -> str | None:
             assert job.out
             if not (job.out / INDEX).exists():
                 return f"{job.out} has no {INDEX}"
+            for cache in read_index(job.out).caches:
+                if not (job.out / CACHE / cache).exists():
+                    return f"{job.out} lost its cache {cache}"
         case _ if job.out is not None and not job.out.exists():
             return f"{job.out} is not there"
         case _:

@@ -1,9 +1,8 @@
 """Where a network's weights come from, alone: a run, a diffusers folder, an original file."""
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +52,14 @@ def check_start(config: ModelConfig) -> None:
             raise ValueError(source.unfinished)
         if source.kind == "file":
             check_suffix(source.place, _said(config.network), allow_pickle=config.allow_pickle)
+
+
+def without_start(config: ModelConfig) -> ModelConfig:
+    """Return settings for a network whose weights all come from a checkpoint of its own run.
+
+    What it started from need not be there any more.
+    """
+    return replace(config, network=replace(config.network, from_pretrained=None))
 
 
 def find_source(config: ModelConfig) -> Source:
@@ -130,22 +137,12 @@ def check_whole(config: ModelConfig) -> None:
 def start_network(network: nn.Module, name: str, config: ModelConfig) -> None:
     """Put the weights that model.network.from_pretrained names into a network.
 
-    A source that is gone is warned about: it was read when the run began, and since then every
-    weight is in the checkpoints. `check_start` refuses to begin without it.
-
     Args:
         name: of the component, such as unet.
 
     Raises:
         ValueError: if it cannot be read, or has not just the network's weights.
     """
-    if not Path(str(config.network.from_pretrained)).expanduser().exists():
-        warnings.warn(
-            f"{_said(config.network)} is not there any more: until a checkpoint is loaded, the "
-            "network is as it was built",
-            stacklevel=2,
-        )
-        return
     weights = read_weights(find_source(config), network, name, config)
     with torch.no_grad():
         for key, tensor in network.state_dict().items():

@@ -6,6 +6,7 @@ down_blocks.0.resnets.0.conv1.weight                        diffusers
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -132,4 +133,11 @@ def find_network(state: Mapping[str, Any], *, ema: bool) -> dict[str, Any]:
     partners = {name: name.replace(".", "") for name in found}
     if averages and all(short in averages for short in partners.values()):
         return {name: averages[short] for name, short in partners.items()}
+    if averages:
+        missing = next(name for name, short in partners.items() if short not in averages)
+        warnings.warn(
+            f"the averages in this file lack {missing}, so its plain weights are taken (say "
+            "model.network.ema=false to mean them)",
+            stacklevel=2,
+        )
     return found

@@ -23,7 +23,7 @@ from sfumato.models.formats import find_model, read_json
 from sfumato.models.original_parts import write_autoencoder, write_open_clip, write_text_encoder
 from sfumato.models.tensor_files import check_suffix, read_tensors
 
-FORMAT = 1  # of the folders; another number makes all of them anew
+FORMAT = 2  # of the folders; another number makes all of them anew
 # What Stable Diffusion 1 and 2 are sampled with; both have these betas.
 SCHEDULER: Mapping[str, Any] = {
     "_class_name": "DDIMScheduler",
@@ -221,8 +221,7 @@ def _key(parts: Parts, config: ModelConfig) -> str:
 
 def _write(parts: Parts, config: ModelConfig, folder: Path) -> None:
     _write_vae(parts.autoencoder, folder / "vae", config)
-    _write_encoder(parts.text_encoder, folder / "text_encoder", config)
-    is_open_clip = parts.text_encoder.place.is_file()
+    is_open_clip = _write_encoder(parts.text_encoder, folder / "text_encoder", config)
     _write_tokenizer(parts.tokenizer, folder / "tokenizer", zero_padded=is_open_clip)
     vae, text = (read_json(folder / name / "config.json") for name in ("vae", "text_encoder"))
     _check_fit(parts, vae, text)
@@ -258,7 +257,8 @@ def _write_vae(part: Part, folder: Path, config: ModelConfig) -> None:
     _link(part.files(), folder)
 
 
-def _write_encoder(part: Part, folder: Path, config: ModelConfig) -> None:
+def _write_encoder(part: Part, folder: Path, config: ModelConfig) -> bool:
+    """Write a text encoder; return whether it is OpenCLIP's, as Stable Diffusion 2 reads it."""
     from transformers import CLIPConfig
 
     allow = config.allow_pickle
@@ -266,11 +266,11 @@ def _write_encoder(part: Part, folder: Path, config: ModelConfig) -> None:
         write_open_clip(
             read_tensors(part.place, part.setting, allow_pickle=allow), folder, part.setting
         )
-        return
+        return True
     kind = _settings(part).get("model_type")
     if kind == "clip_text_model":
         _link(part.files(), folder)
-        return
+        return False
     if kind != "clip":
         raise ValueError(
             f"{part.setting}: {part.place / 'config.json'} is of {kind or 'no model'}; give a CLIP"
@@ -280,11 +280,13 @@ def _write_encoder(part: Part, folder: Path, config: ModelConfig) -> None:
     state = read_tensors(file, part.setting, allow_pickle=allow)
     text: Any = CLIPConfig.from_pretrained(part.place).text_config
     towers = {key: t for key, t in state.items() if key.startswith("text_model.")}
-    if all(vars(text)[name] == value for name, value in VIT_H.items()):
+    is_open_clip = all(vars(text)[name] == value for name, value in VIT_H.items())
+    if is_open_clip:
         text.num_hidden_layers -= 1  # Stable Diffusion 2 reads the layer before the last
         last = f"text_model.encoder.layers.{text.num_hidden_layers}."
         towers = {key: t for key, t in towers.items() if not key.startswith(last)}
     write_text_encoder(text, towers, folder)
+    return is_open_clip
 
 
 def _settings(part: Part) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Files of named tensors: safetensors, or pickles that are read without running their code."""
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,10 +84,12 @@ def _unpickle(file: Path, setting: str) -> Any:
         with torch.serialization.safe_globals(strangers):
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+        found = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        reason = found[1] if found else str(error).partition("\n")[0]
         raise ValueError(
             f"{setting}: {file} cannot be read ({reason}); it is damaged, or holds more than "
-            "weights: convert it to safetensors where you trust it"
+            "weights: where you trust it, torch.save(torch.load(FILE, weights_only=False)"
+            "['state_dict'], NEW) leaves the weights alone"
         ) from error
 
 

@@ -19,12 +19,12 @@ from sfumato.data.prepared import (
     read_tar_record,
 )
 from sfumato.models.limits import check_side
-from sfumato.models.model import DTYPES
 from sfumato.models.registry import find_family
 from sfumato.preparation.encoding import Storage
 from sfumato.preparation.files import digest
 from sfumato.preparation.filter import tar_names
 from sfumato.preparation.index import selection_names
+from sfumato.preparation.settings import check_precache
 from sfumato.training.identity import cache_identity
 
 _HALF = 32  # hex digits of each half of `made_of`
@@ -74,7 +74,7 @@ def plan_cache(config: PrepareConfig, model: ModelConfig) -> CacheJob:
         ValueError: naming the setting, or the file.
     """
     settings, folder = config.precache, Path(config.out)
-    _check(settings)
+    check_precache(settings)
     names = tuple(tar_names(folder))
     selection = settings.selection or config.filter.name
     there = selection_names(folder)
@@ -94,24 +94,6 @@ def plan_cache(config: PrepareConfig, model: ModelConfig) -> CacheJob:
     )
     storage = Storage(size, settings.flip, settings.dtype, settings.batch_size, settings.workers)
     return CacheJob(folder, selection, names, identity, storage)
-
-
-def _check(settings: PrecacheConfig) -> None:
-    if settings.crop != "center":
-        raise ValueError(
-            f"precache.crop = {settings.crop!r} cannot be had, as a cache holds one crop of each "
-            "picture; set precache.crop=center, or train from tars (data.shards.cached=false)"
-        )
-    if settings.dtype not in DTYPES:
-        raise ValueError(
-            f"precache.dtype = {settings.dtype!r} is unknown; choose {', '.join(DTYPES)}"
-        )
-    for name, value, least in (
-        ("batch_size", settings.batch_size, 1),
-        ("workers", settings.workers, 0),
-    ):
-        if value < least:
-            raise ValueError(f"precache.{name} = {value} is too small; give {least} or more")
 
 
 def _size(settings: PrecacheConfig, model: ModelConfig) -> Size:

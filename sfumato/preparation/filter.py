@@ -13,6 +13,7 @@ from sfumato.config_stages import FilterConfig
 from sfumato.data.prepared import (
     SELECTIONS,
     SHARDS,
+    UNFINISHED,
     KeptRecord,
     Member,
     PreparedError,
@@ -31,8 +32,13 @@ def tar_names(folder: Path) -> list[str]:
     """Return the names of the packed tars, in order.
 
     Raises:
-        PreparedError: there is none.
+        PreparedError: there is none, or not all of them.
     """
+    if (folder / SHARDS / UNFINISHED).exists():
+        raise PreparedError(
+            f"packing into {folder} was not finished; run the same sfumato prepare with its stage "
+            "pack, which goes on where it was stopped"
+        )
     names = sorted(place.stem for place in (folder / SHARDS).glob("[!.]*.json"))
     if not names:
         raise PreparedError(
@@ -141,7 +147,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

@@ -1,5 +1,6 @@
 """Stage index: what training opens, counted anew from the records of all that is there."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,7 @@ def build_index(folder: Path) -> Index:
     selections: dict[str, list[int]] = {name: [] for name in selection_names(folder)}
     caches: dict[str, list[IndexedShard]] = {name: [] for name in cache_names(folder)}
     dropped: dict[str, list[Mapping[str, int]]] = defaultdict(list)
+    hashes = {name: hashlib.sha256() for name in selections}
     for name in tar_names(folder):
         # Of each record the counts alone are kept: there may be many, and each has many rows.
         record = read_tar_record(folder, name)
@@ -60,6 +62,7 @@ def build_index(folder: Path) -> Index:
         for selection, counts in selections.items():
             kept = _kept(folder, selection, record)
             counts.append(len(kept.kept))
+            hashes[selection].update(f"{name} {kept.kept}\n".encode())
             dropped[f"filter {selection}"].append(kept.dropped)
         for cache, shards in caches.items():
             for cached in _cached(folder, cache, record):
@@ -71,7 +74,13 @@ def build_index(folder: Path) -> Index:
         bins[f"filter {name}"] = tally(sum(counts), dropped[f"filter {name}"])
     for name, shards in whole.items():
         bins[name] = tally(sum(shard.samples for shard in shards), dropped[name])
-    return Index(tuple(tars), {k: tuple(counts) for k, counts in selections.items()}, whole, bins)
+    return Index(
+        tuple(tars),
+        {name: tuple(counts) for name, counts in selections.items()},
+        whole,
+        bins,
+        {name: digest.hexdigest() for name, digest in hashes.items()},
+    )
 
 
 def selection_names(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ behind its N-th. So it depends on nothing but the rows, and is found again after
 """
 
 import hashlib
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,13 +20,21 @@ from typing import IO, final
 from sfumato.config_stages import DownloadConfig, PackConfig
 from sfumato.data.blobs import Blob
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
-from sfumato.data.prepared import SHARDS, PreparedError, TarRecord, read_tar_record, record_text
+from sfumato.data.prepared import (
+    SHARDS,
+    UNFINISHED,
+    PreparedError,
+    TarRecord,
+    read_tar_record,
+    record_text,
+)
 from sfumato.preparation.bins import tally
 from sfumato.preparation.files import digest, placed, sha256_of, write_text
 from sfumato.preparation.sources import Container, Row, containers
 from sfumato.preparation.tars import Sample, write_tar
 
 _MADE_BY = 1  # raised when the same rows shall become other tars
+_OURS = re.compile(r"\d{6,}\.(tar|json)")
 _AHEAD = 4  # pictures in memory for each thread
 _MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"BM", "bmp"))
 
@@ -60,6 +69,7 @@ def pack(config: PackConfig, download: DownloadConfig, folder: Path) -> dict[str
         PreparedError: the disk is full.
     """
     source = containers(config, download.columns, folder)
+    _refuse_foreign(folder / SHARDS)
     names: set[str] = set()
     bins: list[Mapping[str, int]] = []
     start, first = (0, 0), 0
@@ -72,6 +82,7 @@ def pack(config: PackConfig, download: DownloadConfig, folder: Path) -> dict[str
             bins.append(record.dropped)
             start, first = record.ends, first + len(record.samples)
     _forget_others(folder / SHARDS, names)
+    (folder / SHARDS / UNFINISHED).unlink(missing_ok=True)
     return tally(first, bins)
 
 
@@ -117,7 +128,6 @@ class _Packer:
         if self._next is None or self._next.place != start:
             self._judged, self._next = self._judge(start), None
         tar, place = (self._folder / SHARDS / f"{name}.{suffix}" for suffix in ("tar", "json"))
-        place.unlink(missing_ok=True)  # it may speak of another tar of this name
         dropped = Counter[str]()
         with placed(tar) as beside:
             members = write_tar(beside, first, self._take(dropped))
@@ -128,6 +138,8 @@ class _Packer:
                     f"{said or 'there is no picture with a caption'}"
                 )
             size, sha256 = beside.stat().st_size, sha256_of(beside)
+            (tar.parent / UNFINISHED).touch()
+            place.unlink(missing_ok=True)  # it may speak of another tar of this name
         ends = self._end if self._next is None else self._next.place
         bins = dict(sorted(dropped.items()))
         record = TarRecord(name, size, sha256, "", tuple(members), bins, ends)
@@ -199,6 +211,19 @@ def _look_at(row: Row, place: Place, bounds: Bounds) -> _Judged:
     return _Judged(
         place, Sample(data, suffix, captions, picture.height, picture.width, sha256, columns)
     )
+
+
+def _refuse_foreign(shards: Path) -> None:
+    """Refuse a folder of files that no packing wrote, as they would be replaced or in the way."""
+    places = sorted(shards.glob("[!.]*"))
+    foreign = [place for place in places if not _OURS.fullmatch(place.name)]
+    if not (shards / UNFINISHED).exists():  # a kill may leave a tar without its record
+        foreign += [p for p in places if p.suffix == ".tar" and not p.with_suffix(".json").exists()]
+    if foreign:
+        raise PreparedError(
+            f"{shards} holds {foreign[0].name}, which sfumato prepare did not write; give another "
+            "out, or move it away"
+        )
 
 
 def _forget_others(shards: Path, names: set[str]) -> None:

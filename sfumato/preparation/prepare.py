@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from sfumato.config import TrainingConfig
 from sfumato.config_stages import PrepareConfig
 from sfumato.preparation.bins import line
 from sfumato.preparation.download import download
+from sfumato.preparation.files import lock
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import cache_names, write_index
 from sfumato.preparation.pack import pack
@@ -34,10 +36,15 @@ def prepare(config: PrepareConfig) -> None:
     check_prepare(config)
     folder = Path(config.out).expanduser()
     config = replace(config, out=str(folder))
-    distribution = _distribution(config)
+    distribution, held = _distribution(config), ExitStack()
     try:
         with_first = _first_alone(distribution)
-        with_first(lambda: _before_precaching(config, folder))
+
+        def before() -> None:
+            held.enter_context(lock(folder))
+            _before_precaching(config, folder)
+
+        with_first(before)
         if "precache" in config.stages:
             assert distribution is not None
             from sfumato.preparation.precache import precache
@@ -48,6 +55,7 @@ def prepare(config: PrepareConfig) -> None:
         if "index" in config.stages:
             with_first(lambda: _index(folder))
     finally:
+        held.close()
         if distribution is not None:
             distribution.close()
 

@@ -2,8 +2,9 @@
 
 import re
 
-from sfumato.config_stages import PrepareConfig
+from sfumato.config_stages import PrecacheConfig, PrepareConfig
 from sfumato.data.decode import LARGEST
+from sfumato.models.model import DTYPES
 
 STAGES = ("download", "pack", "filter", "precache", "index")
 
@@ -43,6 +44,7 @@ def check_prepare(config: PrepareConfig) -> None:
         )
     _check_source(config)
     _check_filter(config)
+    check_precache(config.precache)
 
 
 def _check_source(config: PrepareConfig) -> None:
@@ -84,3 +86,22 @@ def _check_filter(config: PrepareConfig) -> None:
             "filter.score names the column that filter.min_score and filter.max_score bound; give "
             "it with one of them, or none of the three"
         )
+
+
+def check_precache(settings: PrecacheConfig) -> None:
+    """Refuse settings of precaching that cannot be with a ValueError that names them."""
+    if settings.crop != "center":
+        raise ValueError(
+            f"precache.crop = {settings.crop!r} cannot be had, as a cache holds one crop of each "
+            "picture; set precache.crop=center, or train from tars (data.shards.cached=false)"
+        )
+    if settings.dtype not in DTYPES:
+        raise ValueError(
+            f"precache.dtype = {settings.dtype!r} is unknown; choose {', '.join(DTYPES)}"
+        )
+    for name, value, least in (
+        ("batch_size", settings.batch_size, 1),
+        ("workers", settings.workers, 0),
+    ):
+        if value < least:
+            raise ValueError(f"precache.{name} = {value} is too small; give {least} or more")

@@ -14,7 +14,7 @@ from sfumato.data.blobs import FileBlob
 from sfumato.data.entries import Columns, Entry, caption_of, choose_column, inside
 from sfumato.data.image_sources import list_source
 from sfumato.data.image_tar import list_tar
-from sfumato.data.prepared import PreparedError
+from sfumato.data.prepared import SHARDS, PreparedError
 from sfumato.data.prompts import find_shards
 from sfumato.data.skips import SkipLog
 from sfumato.data.text_files import is_utf8
@@ -85,6 +85,12 @@ def containers(config: PackConfig, further: Sequence[str], folder: Path) -> list
             "packed there; leave it out, or set out to another folder"
         )
     path = Path(config.path).expanduser()
+    shards = (folder / SHARDS).resolve()
+    if path.resolve() == shards or shards in path.resolve().parents:
+        raise ValueError(
+            f"pack.path={config.path!r} lies in {shards}, where the tars of out = {folder} are "
+            "written; give another out"
+        )
     if _is_tars(path):
         if config.base_path is not None:
             raise ValueError(
@@ -240,13 +246,15 @@ def _row(
 def _plain(value: Any) -> Any:
     """Return a value as JSON holds it; what it cannot hold becomes text, or null."""
     try:
-        json.dumps(value, allow_nan=False).encode()
-        if isinstance(value, str):
-            value.encode()
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
     except TypeError:
         return str(value)
     except ValueError:
-        return value.encode(errors="replace").decode() if isinstance(value, str) else None
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates, however deep
+        return json.loads(text.encode(errors="replace"))
     return value
 
 

@@ -11,6 +11,7 @@ from sfumato.data.prepared import (
     INDEX,
     SELECTIONS,
     SHARDS,
+    UNFINISHED,
     Index,
     KeptRecord,
     PreparedError,
@@ -101,6 +102,8 @@ def _verify_download(found: _Found) -> int | None:
 
 def _verify_tars(found: _Found, rows: int | None) -> None:
     shards, faults, first = found.folder / SHARDS, list[str](), 0
+    if (shards / UNFINISHED).exists():
+        faults.append(f"{shards} was not packed to the end; run the stage pack")
     names = {
         place.stem for pattern in ("[!.]*.tar", "[!.]*.json") for place in shards.glob(pattern)
     }

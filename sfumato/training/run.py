@@ -16,7 +16,7 @@ from sfumato.config import ModelConfig, TrainConfig
 from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import derive
 from sfumato.models.model import TextToImageModel
-from sfumato.models.network_weights import check_start
+from sfumato.models.network_weights import check_start, without_start
 from sfumato.models.registry import find_family, load_model
 from sfumato.objectives.objective import Objective
 from sfumato.objectives.supervised import Supervised
@@ -93,7 +93,7 @@ def train(
     own = own or Own()
     limits = None
     if own.load is None:
-        if not list_checkpoints(folder.checkpoints):  # later, the weights are in there
+        if not list_checkpoints(folder.checkpoints):
             check_start(config.model)
         family, place = find_family(config.model, config.sampler)
         limits = family.read_limits(place)
@@ -106,7 +106,10 @@ def train(
         objective = own.objective or build_objective(config, reward)
         torch.manual_seed(derive(config.training.seed, "adapter"))  # peft draws A from it
         load = own.load or load_model
-        model = load(trained_model(config, objective))
+        wanted = trained_model(config, objective)
+        if list_checkpoints(folder.checkpoints) and not wanted.reference:
+            wanted = without_start(wanted)  # the weights are in the checkpoints
+        model = load(wanted)
         if isinstance(objective, Supervised):
             objective.check(model)
         model.to(distribution.device)
