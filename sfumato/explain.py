@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 
-from sfumato.config import GROUPS
+from sfumato.config import CONF, GROUPS
 from sfumato.config_stages import CLUSTERS, COMMANDS
 
 CHOICES: dict[str, Mapping[str, type]] = {**GROUPS, "cluster": CLUSTERS}
@@ -30,6 +30,11 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
         return unknown_key(match[1], known)
     if match := re.search(r"Could not find '([^'/]+)/([^']+)'", message):
         return _unknown_choice(match[1], match[2], message)
+    if match := re.search(r"Key '([^']+)' not in '(\w+)Config'", message):
+        return (
+            f"the recipe sets {match[1]}, which sfumato {match[2].lower()} does not have: those in "
+            "ladder/ are for launch, those in prepare/ for prepare, the others for train and plan"
+        )
     if match := re.match(r"Error merging override ~(.+)", lines[0]):
         return f"~{match[1]}: a setting cannot be taken out; give another value"
     if match := re.match(r"Error merging override ([^=]+)=(.*)", lines[0]):
@@ -84,9 +89,14 @@ def keys_of(node: type, prefix: str = "") -> list[str]:
 
 def _unknown_choice(group: str, choice: str, message: str) -> str:
     listed = re.findall(r"^\t([^=\n]+)$", message, re.MULTILINE)
+    if group == "recipe":  # Hydra lists those that are in no folder
+        recipes = CONF / "recipe"
+        listed = [str(p.relative_to(recipes).with_suffix("")) for p in recipes.rglob("*.yaml")]
+        inner = choice.rpartition("/")[0]
+        listed = sorted(n for n in listed if n.rpartition("/")[0] == inner) or sorted(listed)
     near = difflib.get_close_matches(choice, listed, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{group} = {choice} is unknown; {hint}There are {', '.join(listed)}"
+    hint = f"did you mean {near[0]}? There" if near else "there"
+    return f"{group} = {choice} is unknown; {hint} are {', '.join(listed)}"
 
 
 def _wrong_value(key: str, value: str, cause: str, known: Sequence[str]) -> str:
