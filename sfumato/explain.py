@@ -10,6 +10,9 @@ from sfumato.config_stages import CLUSTERS, COMMANDS
 
 CHOICES: dict[str, Mapping[str, type]] = {**GROUPS, "cluster": CLUSTERS}
 RECIPES = ("train", "prepare", "launch", "plan")  # the commands that have them
+FOLDERS = (
+    "those in ladder/ are for launch, those in prepare/ for prepare, the others for train and plan"
+)
 KINDS = {
     "Integer": "a whole number",
     "Float": "a number",
@@ -27,14 +30,14 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
     message = str(error)
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unreadable"]
     if match := re.search(r"Could not override '([^']+)'", message):
+        if match[1] in CHOICES and match[1] not in known:
+            return f"the recipe chooses {match[1]}, and this command has none: {FOLDERS}"
         return unknown_key(match[1], known)
     if match := re.search(r"Could not find '([^'/]+)/([^']+)'", message):
         return _unknown_choice(match[1], match[2], message)
     if match := re.search(r"Key '([^']+)' not in '(\w+)Config'", message):
-        return (
-            f"the recipe sets {match[1]}, which sfumato {match[2].lower()} does not have: those in "
-            "ladder/ are for launch, those in prepare/ for prepare, the others for train and plan"
-        )
+        name = match[2].lower()
+        return f"the recipe sets {match[1]}, which sfumato {name} does not have: {FOLDERS}"
     if match := re.match(r"Error merging override ~(.+)", lines[0]):
         return f"~{match[1]}: a setting cannot be taken out; give another value"
     if match := re.match(r"Error merging override ([^=]+)=(.*)", lines[0]):

@@ -1,6 +1,7 @@
 """Settings: recipes, where defaults live, what cannot work together, and the way to a file."""
 
 import copy
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from sfumato.check import check_train
-from sfumato.compose import compose_train, load_settings, quoted, swept_name
+from sfumato.compose import compose_command, compose_train, load_settings, quoted, swept_name
 from sfumato.config import (
     CONF,
     REWARDS,
@@ -459,3 +460,24 @@ def test_supervised_settings_are_checked(key: str, value: str, expected: str):
     given = ["objective=supervised", "model.pretrained=M", "data.images.path=P"]
     with pytest.raises(ValueError, match=expected):
         compose_train([*given, f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "said"),
+    [
+        (
+            "launch",
+            "sd15_sft_full",
+            "the recipe chooses objective, and this command has none: those",
+        ),
+        (
+            "plan",
+            "ladder/demo",
+            "the recipe sets given, which sfumato plan does not have: those in",
+        ),
+        ("launch", "ladder/dmo", "ladder/dmo is unknown; did you mean ladder/demo? There are"),
+    ],
+)
+def test_a_recipe_of_another_command_is_explained(command: str, recipe: str, said: str):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        compose_command(command, [f"recipe={recipe}"])
