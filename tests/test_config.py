@@ -468,12 +468,12 @@ def test_supervised_settings_are_checked(key: str, value: str, expected: str):
         (
             "launch",
             "sd15_sft_full",
-            "the recipe chooses objective, and this command has none: those",
+            "the recipe chooses objective, and this command has none",
         ),
         (
             "plan",
             "ladder/demo",
-            "the recipe sets given, which sfumato plan does not have: those in",
+            "the recipe sets given, which sfumato plan does not have",
         ),
         ("launch", "ladder/dmo", "ladder/dmo is unknown; did you mean ladder/demo? There are"),
     ],
