@@ -449,3 +449,44 @@ def test_a_packing_of_nothing_leaves_what_was_packed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing of"):
         pack(PackConfig(path=str(pictures)), DownloadConfig(), tmp_path / "out")
     assert filter_samples(FilterConfig(), tmp_path / "out") == {"kept": 1}
+
+
+def test_a_kill_while_the_tars_of_a_longer_packing_are_removed_is_mended(tmp_path: Path) -> None:
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    for i in range(4):
+        (pictures / f"{i}.png").write_bytes(png())
+        (pictures / f"{i}.txt").write_text("a star")
+    pack(PackConfig(path=str(pictures), samples_per_shard=1), DownloadConfig(), out)
+    whole = PackConfig(path=str(pictures), samples_per_shard=4)
+
+    def killed() -> None:
+        unlink, left = Path.unlink, [2]
+
+        def dying(place: Path, missing_ok: bool = False) -> None:
+            unlink(place, missing_ok=missing_ok)
+            left[0] -= place.name == "000003.json"
+            if left[0] == 1:
+                kill()
+
+        Path.unlink = dying  # type: ignore[method-assign]
+        pack(whole, DownloadConfig(), out)
+
+    assert in_child(killed) == -9
+    assert (out / "shards" / "000003.tar").exists() and not (
+        out / "shards" / "000003.json"
+    ).exists()
+    pack(whole, DownloadConfig(), out)
+    assert sorted(p.name for p in (out / "shards").iterdir()) == ["000000.json", "000000.tar"]
+
+
+@pytest.mark.parametrize("tags", [["\ud800x"], {"a": "\ud800"}, "\ud800"])
+def test_lone_surrogates_in_a_column_are_replaced(tmp_path: Path, tags: object) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"file_name": "a.png", "text": "a star", "tags": tags}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "out"
+    assert pack(PackConfig(path=str(tmp_path), columns=["tags"]), DownloadConfig(), out) == {
+        "kept": 1
+    }
+    assert "?" in json.dumps(read_tar_record(out, "000000").samples[0].columns["tags"])
