@@ -228,9 +228,6 @@ def _refuse_foreign(shards: Path) -> None:
 
 def _forget_others(shards: Path, names: set[str]) -> None:
     """Remove the tars of an earlier, longer packing, and what a kill left half-written."""
-    places = [*shards.glob("*.json"), *shards.glob("*.tar"), *shards.glob(".*.tmp")]
-    others = [place for place in places if place.stem not in names]
-    if others:
-        (shards / UNFINISHED).touch()  # a kill may leave a tar without its record
-    for place in others:
-        place.unlink()
+    for place in [*shards.glob("*.json"), *shards.glob("*.tar"), *shards.glob(".*.tmp")]:
+        if place.stem not in names:
+            place.unlink()
