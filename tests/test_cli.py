@@ -378,7 +378,7 @@ def test_a_wrong_setting_is_explained_before_weights_are_read(
         ("data.prompts={}/columns.csv", ["no column 'prompt'", "columns there are 'id', 'legend'"]),
         ("data.prompts={}/rows.jsonl", ["no column 'prompt'", "columns there are 'id', 'legend'"]),
         ("model.pretrained={}/good.txt", ["good.txt' is a file; give a diffusers folder"]),
-        ("runs_dir={}/good.txt", ["run folder", "good.txt/run cannot be made", "runs_dir=..."]),
+        ("runs_dir={}/good.txt", ["good.txt/run cannot be made", "runs_dir=..."]),
     ],
 )
 def test_a_wrong_file_is_explained_before_weights_are_read(

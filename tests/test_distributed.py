@@ -33,7 +33,7 @@ from sfumato.training import run
 from sfumato.training.checkpoint import Snapshot, read_checkpoint
 from sfumato.training.export import ExportError
 from sfumato.training.folder import RunFolder
-from sfumato.training.run import lock
+from sfumato.training.run import hold
 
 SAME = 1e-5
 SCALE = 20  # of the reward
@@ -224,7 +224,7 @@ def test_both_processes_hear_that_the_folder_is_held(
 ) -> None:
     use_toy(monkeypatch)
     overrides = command(tmp_path, "run")
-    with lock(RunFolder(tmp_path / "run")):
+    with hold(RunFolder(tmp_path / "run")):
         in_processes(2, lambda _: start_cli(overrides), code=2)
     message = capfd.readouterr().err
     assert f"sfumato: another process is training in {tmp_path / 'run'}" in message

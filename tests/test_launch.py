@@ -24,7 +24,7 @@ from sfumato.launch.record import (
     LaunchError,
     LaunchFolder,
     begin,
-    held,
+    hold,
     is_complete,
     is_done,
     read_job_record,
@@ -358,9 +358,9 @@ def test_a_stage_is_not_continued_from_another_start(tmp_path: Path, sd_folder: 
 def test_two_launches_do_not_share_a_folder(tmp_path: Path):
     folder = LaunchFolder(tmp_path)
     refused = pytest.raises(LaunchError, match="another launch, or a job of one, is running")
-    with held(folder), refused, held(folder):
+    with hold(folder), refused, hold(folder):
         pass
-    with held(folder):
+    with hold(folder):
         pass
 
 
@@ -369,9 +369,9 @@ def test_a_job_holds_the_folder_when_its_launch_was_killed(tmp_path: Path):
     code = f"import pathlib, time; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)"
 
     def act() -> None:
-        with held(folder) as descriptor:
+        with hold(folder) as held:
             run_child([sys.executable, "-c", f"import os; print(os.getpid(), flush=True); {code}"],
-                      {}, held=[descriptor])  # fmt: skip
+                      {}, held=[held.fileno()])  # fmt: skip
 
     child = os.fork()
     if not child:
@@ -381,11 +381,11 @@ def test_a_job_holds_the_folder_when_its_launch_was_killed(tmp_path: Path):
     wait_for(tmp_path / "up")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with pytest.raises(LaunchError, match="or a job of one, is running"), held(folder):
+    with pytest.raises(LaunchError, match="or a job of one, is running"), hold(folder):
         pass
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     time.sleep(0.2)
-    with held(folder):
+    with hold(folder):
         pass
 
 

@@ -32,7 +32,7 @@ from sfumato.training.checkpoint import find_fault, list_checkpoints
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import MAY_CHANGE, RunFolder, differences, new_folder, replace_text
 from sfumato.training.loop import TrainingError, headline, refuse_non_finite
-from sfumato.training.run import lock
+from sfumato.training.run import hold
 from sfumato.training.state import TrainState
 from sfumato.training.tracking import read_metrics
 
@@ -180,7 +180,7 @@ def test_two_processes_cannot_hold_one_folder(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     again = command(tmp_path, "run", "training.max_steps=1")
-    with lock(RunFolder(tmp_path / "run")):
+    with hold(RunFolder(tmp_path / "run")):
         assert in_child(lambda: start_cli(again)) == 2
     assert f"another process is training in {tmp_path / 'run'}" in capfd.readouterr().err
     assert not (tmp_path / "run" / "config.yaml").exists()

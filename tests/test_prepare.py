@@ -32,11 +32,10 @@ from sfumato.data.prepared import (
     record_text,
 )
 from sfumato.preparation.cache_plan import made_of
-from sfumato.preparation.files import lock
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index
 from sfumato.preparation.pack import pack
-from sfumato.preparation.prepare import prepare
+from sfumato.preparation.prepare import hold, prepare
 from sfumato.preparation.verify import verify
 
 SIZES = [(64, 64), (64, 128), (128, 128), (32, 96), (96, 64), (128, 64), (64, 65)]
@@ -498,7 +497,7 @@ def test_the_recipe_of_laion_composes() -> None:
 def test_two_preparations_of_one_folder_do_not_meet(model: Path, tmp_path: Path) -> None:
     config = PrepareConfig(out=str(tmp_path / "out"), stages=["index"])
     with (
-        lock(tmp_path / "out"),
+        hold(tmp_path / "out"),
         pytest.raises(ValueError, match="another sfumato prepare works on"),
     ):
         prepare(config)

@@ -13,7 +13,7 @@ from sfumato.launch.record import (
     LaunchError,
     LaunchFolder,
     begin,
-    held,
+    hold,
     is_complete,
     is_done,
     now,
@@ -34,7 +34,7 @@ def run_here(jobs: Sequence[Job], folder: LaunchFolder, cluster: LocalClusterCon
     Raises:
         LaunchError: if a job fails, or another launch is running here.
     """
-    with held(folder) as descriptor:
+    with hold(folder) as held:
         for number, job in enumerate(jobs, start=1):
             title = f"job {number} of {len(jobs)}, {job.name}"
             if is_done(folder, job):
@@ -43,7 +43,7 @@ def run_here(jobs: Sequence[Job], folder: LaunchFolder, cluster: LocalClusterCon
             print(f"{title}: {one_line(job)}", flush=True)
             record = begin(folder, job)
             ended = run_child(
-                here(job, cluster.max_restarts, SAVE_SECONDS), PASSED_ON, held=[descriptor]
+                here(job, cluster.max_restarts, SAVE_SECONDS), PASSED_ON, held=[held.fileno()]
             )
             why = f"stopped by {ended.asked[0].name}" if ended.asked else "stopped"
             if is_complete(job, ended.code, bool(ended.asked)):

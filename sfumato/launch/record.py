@@ -4,19 +4,18 @@ runs/NAME/launch/JOB.json    JobRecord
 runs/NAME/launch/slurm/JOB/  submitit's folder: scripts, logs
 """
 
-import fcntl
 import hashlib
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 from sfumato.config import ShardDataConfig, TrainConfig
 from sfumato.data.prepared import CACHE, INDEX, read_index
 from sfumato.launch.jobs import STARTS, Job, makes_index, value_of
+from sfumato.locking import lock
 from sfumato.training.checkpoint import fingerprint, list_checkpoints, step_of
 from sfumato.training.folder import RunFolder, read_note, replace_text
 
@@ -190,34 +189,16 @@ def begin(folder: LaunchFolder, job: Job) -> JobRecord:
     return record
 
 
-@contextmanager
-def held(folder: LaunchFolder) -> Iterator[int]:
-    """Hold a launch's folder, and give the descriptor that holds it.
-
-    A child that inherits the descriptor holds the folder for as long as it lives.
+def hold(folder: LaunchFolder) -> IO[str]:
+    """Hold a launch's folder, until what is returned and all that inherited it are closed.
 
     Raises:
         LaunchError: if another launch holds it, or it cannot be made.
     """
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        file = (folder.path / ".lock").open("w")
-    except OSError as error:
-        raise LaunchError(
-            f"the folder {folder.path} cannot be made ({error.strerror}); set runs_dir=..."
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LaunchError(
-                f"another launch, or a job of one, is running in {folder.path}; wait for it, or "
-                "choose another name (name=...)"
-            ) from error
-        except OSError as error:
-            print(
-                f"{folder.path}: this file system cannot lock ({error.strerror}), so two launches "
-                "in one folder would not be noticed",
-                file=sys.stderr,
-            )
-        yield file.fileno()
+    busy = f"another launch, or a job of one, is running in {folder.path}; wait for it, or choose "
+    return lock(
+        folder.path,
+        busy=busy + "another name (name=...)",
+        unmade="set runs_dir=...",
+        failure=LaunchError,
+    )

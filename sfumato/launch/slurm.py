@@ -18,7 +18,7 @@ from sfumato.launch.jobs import Job
 from sfumato.launch.record import (
     LaunchError,
     LaunchFolder,
-    held,
+    hold,
     is_done,
     now,
     read_job_record,
@@ -42,7 +42,7 @@ def submit(jobs: Sequence[Job], folder: LaunchFolder, cluster: SlurmClusterConfi
                 f"cluster=slurm needs Slurm, and {program} is not on the PATH; run this on a login "
                 "node, look at it with --dry-run, or use cluster=local"
             )
-    with held(folder):
+    with hold(folder):
         if queued := _still_queued(folder):
             raise LaunchError(
                 f"jobs of an earlier launch in {folder.path} are still queued or running "

@@ -1,15 +1,13 @@
 """Files that take their place whole: written beside it, synced, and renamed into it."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sfumato.data.prepared import PreparedError
 
@@ -40,32 +38,6 @@ def placed(place: Path) -> Iterator[Path]:
         ) from error
     finally:
         beside.unlink(missing_ok=True)
-
-
-def lock(folder: Path) -> IO[str]:
-    """Hold a folder for this process alone, until what is returned is closed.
-
-    Raises:
-        PreparedError: if another process holds it, or it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise PreparedError(
-            f"the folder out = {folder} cannot be written ({error.strerror}); give another one"
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise PreparedError(
-            f"another sfumato prepare works on {folder}; wait for it, or give another out"
-        ) from error
-    except OSError as error:
-        said = f"{folder}: this file system cannot lock ({error.strerror}), so two processes in one"
-        print(f"{said} folder would not be noticed", file=sys.stderr)
-    return file
 
 
 def write_text(place: Path, text: str) -> None:

@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from sfumato.config import TrainingConfig
 from sfumato.config_stages import PrepareConfig
+from sfumato.data.prepared import PreparedError
+from sfumato.locking import lock
 from sfumato.preparation.bins import line
 from sfumato.preparation.download import download
-from sfumato.preparation.files import lock
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import cache_names, write_index
 from sfumato.preparation.pack import pack
@@ -41,7 +42,7 @@ def prepare(config: PrepareConfig) -> None:
         with_first = _first_alone(distribution)
 
         def before() -> None:
-            held.enter_context(lock(folder))
+            held.enter_context(hold(folder))
             _before_precaching(config, folder)
 
         with_first(before)
@@ -58,6 +59,16 @@ def prepare(config: PrepareConfig) -> None:
         held.close()
         if distribution is not None:
             distribution.close()
+
+
+def hold(folder: Path) -> IO[str]:
+    """Hold a folder of prepared data, until what is returned is closed.
+
+    Raises:
+        PreparedError: if another process holds it, or it cannot be made.
+    """
+    busy = f"another sfumato prepare works on {folder}; wait for it, or give another out"
+    return lock(folder, busy=busy, unmade="give another out", failure=PreparedError)
 
 
 def _before_precaching(config: PrepareConfig, folder: Path) -> None:

@@ -1,13 +1,12 @@
 """A whole training run: check, load, train, export."""
 
-import fcntl
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -15,6 +14,7 @@ import yaml
 from sfumato.config import ModelConfig, TrainConfig
 from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import derive
+from sfumato.locking import lock
 from sfumato.models.model import TextToImageModel
 from sfumato.models.network_weights import check_start, without_start
 from sfumato.models.registry import find_family, load_model
@@ -259,35 +259,15 @@ def exclusive(folder: RunFolder, distribution: Distribution) -> Iterator[None]:
     with ExitStack() as held:
         with distribution.together():
             if distribution.is_main:
-                held.enter_context(lock(folder))
+                held.enter_context(hold(folder))
         yield
 
 
-@contextmanager
-def lock(folder: RunFolder) -> Iterator[None]:
-    """Make the run folder and lock it, until the context or the process ends.
+def hold(folder: RunFolder) -> IO[str]:
+    """Make the run folder and hold it, until what is returned is closed.
 
     Raises:
         ValueError: if another process holds it, or it cannot be made.
     """
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        file = (folder.path / ".lock").open("w")
-    except OSError as error:
-        raise ValueError(
-            f"the run folder {folder.path} cannot be made ({error.strerror}); set runs_dir=..."
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is training in {folder.path}; choose another name (name=...)"
-            ) from error
-        except OSError as error:
-            print(
-                f"{folder.path}: this file system cannot lock ({error.strerror}), so two runs in "
-                "one folder would not be noticed",
-                file=sys.stderr,
-            )
-        yield
+    busy = f"another process is training in {folder.path}; choose another name (name=...)"
+    return lock(folder.path, busy=busy, unmade="set runs_dir=...")
