@@ -263,6 +263,7 @@ BAD = [
     ("training.precision", "fp8", "training.precision = 'fp8'; choose one of no, bf16, fp16"),
     ("training.strategy", "zero3", "training.strategy = 'zero3'; choose one of ddp, fsdp"),
     ("training.ema_decay", 1.0, r"training.ema_decay = 1.0 must lie in \[0, 1\), or be null"),
+    ("training.ema_every_steps", 10**6, r"ema_every_steps = 1000000 is more than .*never move"),
     ("training.max_time", "1h", r"training.max_time = '1h' is no duration; write \[DD:\]HH:MM:SS"),
     ("validation.num_images", 0, "validation.num_images = 0 must be above 0"),
 ]

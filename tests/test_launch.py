@@ -15,8 +15,9 @@ import psutil
 import pytest
 from runs import assert_same_state, command, in_child, metrics, start
 
-from sfumato.compose import compose_command
+from sfumato.compose import DEMO_IMAGES, compose_command
 from sfumato.config import CONF
+from sfumato.data.prepared import INDEX
 from sfumato.launch.children import here, on_nodes, run_child
 from sfumato.launch.jobs import Job, read_jobs
 from sfumato.launch.launch import launch
@@ -31,6 +32,7 @@ from sfumato.launch.record import (
     what_is_missing,
     write_job_record,
 )
+from sfumato.preparation.prepare import prepare
 
 LONGER = ("training.max_steps=12", "validation.every_steps=0")
 LADDERS = sorted(path.stem for path in (CONF / "recipe" / "ladder").glob("*.yaml"))
@@ -92,6 +94,27 @@ def test_all_jobs_are_composed_before_the_first_starts(tmp_path: Path, jobs: dic
     wrong = {**jobs, "third": stage("train", "recipe=demo_finetune", "optimizer.lr=-1")}
     with pytest.raises(ValueError, match=r"job third: optimizer.lr = -1.0 must be above 0"):
         read(tmp_path, wrong)
+
+
+def test_what_is_given_to_no_job_is_refused(tmp_path: Path, jobs: dict[str, str]):
+    jobs = {**jobs, "third": stage("train", "recipe=demo_finetune", "name=${given.called}")}
+    with pytest.raises(ValueError, match=r"unknown key given\.caled: did you mean given\.called"):
+        read(tmp_path, jobs, "given.called=a", "given.caled=b")
+    third = stage("train", "recipe=demo_finetune", "training.max_steps=${given.steps.short}")
+    with pytest.raises(ValueError, match=r"unknown key given\.steps\.shrt: did you mean"):
+        read(tmp_path, {"third": third}, "given.steps={short: 1, shrt: 2}")
+
+
+def test_a_home_in_out_is_the_folder_that_prepare_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pictures = f"pack.path={DEMO_IMAGES / 'moons_held_out'}"
+    (job,) = read(tmp_path, {"p": stage("prepare", "out=~/data", "stages=[pack,index]", pictures)})
+    assert job.out == tmp_path / "data"
+    assert in_child(lambda: prepare(job.settings)) == 0
+    assert (job.out / INDEX).exists()
+    assert what_is_missing(job) is None
 
 
 def test_unknown_stages_name_the_known_ones(tmp_path: Path, jobs: dict[str, str]):
@@ -353,6 +376,27 @@ def test_a_stage_is_not_continued_from_another_start(tmp_path: Path, sd_folder: 
     longer = read(tmp_path, {"train": training(tmp_path, sd_folder, "training.max_steps=4")})[0]
     assert in_child(lambda: start(longer.arguments)) == 0
     assert not is_done(folder, look)  # of a run that has changed since
+
+
+def test_a_run_on_other_data_than_are_there_now_is_not_done(tmp_path: Path, sd_folder: Path):
+    def prepared(*filters: str) -> None:
+        packed = f"pack.path={DEMO_IMAGES / 'moons_held_out'}"
+        settings = [f"out={tmp_path / 'data'}", "stages=[pack,filter,index]", packed, *filters]
+        prepare(compose_command("prepare", settings)[0])
+
+    prepared()
+    folder = LaunchFolder(tmp_path / "launch")
+    reads = [
+        *("objective=supervised", f"data.shards.path={tmp_path / 'data'}", "name=a"),
+        *(f"model.pretrained={sd_folder}", f"runs_dir={tmp_path}", "training.max_steps=1"),
+    ]
+    (job,) = read(tmp_path, {"train": stage("train", *reads)})
+    before = begin(folder, job).after
+    assert list(before) == [str(tmp_path / "data")]
+    prepared()
+    assert begin(folder, job).after == before
+    prepared("filter.max_caption=28")
+    assert begin(folder, job).after != before
 
 
 def test_two_launches_do_not_share_a_folder(tmp_path: Path):

@@ -212,6 +212,17 @@ def test_averaged_weights_are_taken_where_they_are_asked_for(tmp_path: Path):
         assert torch.equal(average.state_dict()[name], 2 * tensor)
 
 
+def test_averages_of_some_tensors_are_not_taken_and_this_is_said(tmp_path: Path):
+    network, file = small("sd1"), tmp_path / "model.safetensors"
+    partial = averaged(ldm(network))
+    del partial[next(iter(partial))]
+    save_file({**ldm(network), **partial}, file)
+    with pytest.warns(UserWarning, match="the averages in this file lack .*plain weights"):
+        found = started("sd1", settings(file, ema=True))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
+
+
 class Callback:
     """Something that Lightning would have pickled beside the weights."""
 

@@ -100,6 +100,26 @@ def test_a_bound_keeps_what_it_says(
     assert bins == {"kept": len(expected), reason: 21 - len(expected)}
 
 
+def test_a_score_beyond_any_float_is_none(tmp_path: Path) -> None:
+    tar = tmp_path / "huge.tar"
+    for_each = [10**400, 1, -(10**400)]
+    write_tar(
+        tar,
+        [
+            entry
+            for i, score in enumerate(for_each)
+            for entry in (
+                (f"{i}.png", png(8, 8, i)),
+                (f"{i}.txt", b"huge"),
+                (f"{i}.json", json.dumps({"score": score}).encode()),
+            )
+        ],
+    )
+    pack(PackConfig(str(tar), columns=["score"]), DownloadConfig(), tmp_path / "out")
+    bins = filter_samples(FilterConfig(score="score", min_score=0.0), tmp_path / "out")
+    assert bins == {"kept": 1, "no score in score": 2}
+
+
 def test_scores_may_be_numbers_or_text_or_missing(out: Path) -> None:
     bins = filter_samples(FilterConfig("good", score="score", min_score=0.3, max_score=1.2), out)
     assert kept(out, "good") == [3, 4, *range(6, 13)]

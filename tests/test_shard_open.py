@@ -22,7 +22,7 @@ from sfumato.config import ShardDataConfig
 from sfumato.data import shard_checks
 from sfumato.data.cached import EMPTY, MANIFEST, CachedSample, CacheIdentity, central_crop
 from sfumato.data.frame import Placement, frame
-from sfumato.data.prepared import CACHE, INDEX, SHARDS, PreparedError
+from sfumato.data.prepared import CACHE, INDEX, SELECTIONS, SHARDS, PreparedError
 from sfumato.data.shard_stream import ShardStream
 from sfumato.data.shards import first_captions, open_shards
 
@@ -93,6 +93,21 @@ def test_an_empty_selection_is_refused(folder: Path) -> None:
     config.selection = "none"
     with pytest.raises(PreparedError, match=r"the selection 'none' .* keeps no sample"):
         open_small(config)
+
+
+@pytest.mark.parametrize("kind", ["kept", "rows"])
+def test_a_record_whose_indices_are_no_numbers_is_named(folder: Path, kind: str) -> None:
+    write_cache(folder, toy_identity())
+    place = (
+        folder / SELECTIONS / "all" / "00000.json"
+        if kind == "kept"
+        else next((folder / CACHE).glob("*/00000.json"))
+    )
+    content = json.loads(place.read_text())
+    content[kind][0] = "0"
+    place.write_text(json.dumps(content))
+    with pytest.raises(PreparedError, match=r"00000\.json.*damaged"):
+        open_small(cached(folder))
 
 
 def test_an_index_of_two_minds_is_refused(folder: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,11 @@ from sfumato.config import ShardDataConfig
 from sfumato.data.cached import CachedSample
 from sfumato.data.frame import Sample
 from sfumato.data.images import open_images
-from sfumato.data.prepared import CACHE, SHARDS
+from sfumato.data.prepared import CACHE, SELECTIONS, SHARDS, read_kept_record, record_text
 from sfumato.data.shard_stream import ShardStream
 from sfumato.data.shards import open_shards
 from sfumato.data.skips import SkipReport
+from sfumato.preparation.index import write_index
 
 COUNT = 22  # samples, four a shard
 Row = Sample | CachedSample
@@ -272,6 +274,21 @@ def test_resume_with_other_samples_or_another_order_is_refused(folder: Path, cac
     for epoch, position in ((-1, 0), (0, -1), (0, COUNT)):
         with pytest.raises(ValueError, match=f"position={position} is no place in epochs of 22"):
             open_small(config).restore(state | {"epoch": epoch, "position": position})
+
+
+def test_resume_with_a_selection_that_was_filtered_anew_is_refused(folder: Path) -> None:
+    """It keeps as many samples of each tar as before, but others."""
+    config = settings(folder)
+    config.selection = "odd"
+    write_index(folder)
+    state = open_small(config).state()
+    open_small(config).restore(state)
+    record = read_kept_record(folder, "odd", "00000")
+    other = replace(record, kept=tuple(i - 1 for i in record.kept))
+    (folder / SELECTIONS / "odd" / "00000.json").write_text(record_text(other))
+    write_index(folder)
+    with pytest.raises(ValueError, match=r"other samples.*data\.shards\.selection"):
+        open_small(config).restore(state)
 
 
 def test_resume_where_the_folder_was_moved(folder: Path) -> None:
