@@ -220,6 +220,7 @@ def test_csv_rows_that_would_be_mangled_are_counted(tmp_path: Path) -> None:
         ("t.xlsx", b"", "suffix '.xlsx'.*.csv, .json, .jsonl, .parquet or .tar"),
         ("t.txt", b"a fox", "suffix '.txt'"),
         ("t.csv", b"", "no image that can be used: nothing was skipped"),
+        ("t.csv", "image,text\na.png,x\n".encode("utf-16"), "t.csv line 1 is not UTF-8; save"),
         ("t.jsonl", b"", "no image that can be used"),
     ],
 )

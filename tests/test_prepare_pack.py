@@ -339,6 +339,13 @@ def test_further_captions_and_columns_come_from_tables(tmp_path: Path, suffix: s
         parquet.write_table(pyarrow.Table.from_pylist(rows), table)
     settings: dict[str, Any] = {"captions": ["more"], "columns": ["score"]}
     assert packed(tmp_path / "images", tmp_path / "out", **settings) == {"kept": 3}
+    if suffix == "jsonl":  # a column need not be in every object
+        lines = [json.dumps({k: v for k, v in row.items() if row is not rows[0] or k != "score"})
+                 for row in rows]  # fmt: skip
+        table.write_text("\n".join(lines))
+        assert packed(tmp_path / "images", tmp_path / "some", **settings) == {"kept": 3}
+        found = [m.columns["score"] for m in records(tmp_path / "some")[0].samples]
+        assert found == [None, 0.5, 1]
     members = records(tmp_path / "out")[0].samples
     assert [m.captions for m in members] == [(f"t{i}", f"m{i}") for i in range(3)]
     assert [float(m.columns["score"]) for m in members] == [0, 0.5, 1]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sfumato.config import ModelConfig, NetworkConfig, SamplerConfig, TrainConfig
+from sfumato.models import parts
 from sfumato.models.blueprints import blueprint, build_network, network_on_meta
 from sfumato.models.generate import generate
 from sfumato.models.network_weights import check_start, without_start
@@ -432,6 +433,23 @@ def test_an_open_clip_gives_the_states_that_stable_diffusion_2_reads(
     torch.testing.assert_close(found, theirs.penultimate(padded), atol=1e-5, rtol=0)
 
 
+def test_a_folder_of_open_clip_is_read_as_stable_diffusion_2_reads_it(
+    unet: Path, sd_folder: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """transformers' own folder of ViT-H: the layer before the last, and zeros to fill up."""
+    from transformers import CLIPModel
+
+    theirs: Any = CLIPModel.from_pretrained(clip).text_model.eval()
+    size = {name: vars(theirs.config)[name] for name in parts.VIT_H}
+    monkeypatch.setattr(parts, "VIT_H", size)
+    found = load_encoders(of_parts(unet, sd_folder, clip)).encode_prompts([PROMPT])
+    tokens = CLIPTokenizer.from_pretrained(clip)(PROMPT).input_ids
+    padded = torch.tensor([[*tokens, *[0] * (77 - len(tokens))]])
+    states = theirs(padded, output_hidden_states=True).hidden_states
+    expected = theirs.final_layer_norm(states[-2])
+    torch.testing.assert_close(found.tensors["states"], expected, atol=1e-5, rtol=0)
+
+
 def test_a_file_that_is_no_open_clip_is_named(unet: Path, sd_folder: Path, clip: Path):
     save_file({"visual.conv1.weight": torch.zeros(2)}, clip / "other.safetensors")
     with pytest.raises(ValueError, match=r"is no OpenCLIP model: it has no transformer.resblocks"):
@@ -580,7 +598,8 @@ def test_the_export_loads_in_diffusers_in_both_layouts(
     torch.testing.assert_close(image(), expected, atol=1e-4, rtol=0)
 
     # And both start the next stage here.
-    for start in (file, tmp_path / "out" / "pipeline", tmp_path / "out" / "pipeline" / "unet"):
+    pipeline = tmp_path / "out" / "pipeline"
+    for start in (file, file.parent, pipeline, pipeline / "unet"):
         following = of_parts(unet, sd_folder, clip, start=str(start))
         check_start(following)
         assert same(weights(load_model(following)), weights(model))

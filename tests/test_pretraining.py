@@ -1,6 +1,8 @@
 """The road of pretraining: pictures to tars to cache, and two stages from the one to the other."""
 
 import json
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +21,12 @@ from runs import (
     start_cli,
 )
 
+from sfumato.cli import main
 from sfumato.compose import DEMO_IMAGES, DEMO_MODELS, compose_command
+from sfumato.evaluation.results import read_evaluations
 from sfumato.objectives.supervised import Supervised
 from sfumato.preparation.prepare import prepare
+from sfumato.training.folder import RunFolder
 
 KILLED = -9
 UNET = {
@@ -196,6 +201,15 @@ def test_cached_and_uncached_training_have_the_same_loss(place: Path, tmp_path: 
                 assert abs(one[key] - other[key]) < 1e-4
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_from_a_cache(place: Path, tmp_path: Path, precision: str) -> None:
+    for name in ("no", precision):
+        few = (f"training.precision={name}", "training.max_steps=2")
+        start(stage(place, tmp_path, name, 32, True, *few))
+    whole, half = (metrics(tmp_path / name)[-1]["mse"] for name in ("no", precision))
+    assert half == pytest.approx(whole, rel=1e-2)
+
+
 def test_a_stage_refuses_a_stage_before_it_that_did_not_finish(place: Path, tmp_path: Path) -> None:
     first, second = ladder(place, tmp_path, True)
 
@@ -211,3 +225,30 @@ def test_a_stage_refuses_a_stage_before_it_that_did_not_finish(place: Path, tmp_
 def test_a_cache_of_another_size_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"height \(.*32 there, 48 here\)"):
         start(stage(place, tmp_path, "x", 48, True))
+
+
+def test_a_run_needs_its_predecessor_only_to_begin(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no frozen copy, and is resumed, evaluated and sampled from by its own checkpoints."""
+    first, second = ladder(place, tmp_path, True, "training.max_steps=2")
+    for settings in (first, second):
+        assert in_child(lambda settings=settings: start_cli(settings)) == 0
+    run = tmp_path / "second"
+
+    def command(*given: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["sfumato", *given])
+        return in_child(main)
+
+    evaluated = [f"run={run}", "num_images=2"]
+    assert command("evaluate", *evaluated, "steps=[0,2]") == 0
+    shutil.rmtree(tmp_path / "first")
+    assert command("evaluate", *evaluated, "steps=[2]") == 0
+    out = tmp_path / "pictures"
+    assert command("sample", f"run={run}", "prompt=a moon", "num_images=1", f"out={out}") == 0
+    assert len(list(out.glob("*.png"))) == 1
+    longer = stage(place, tmp_path, "second", 64, True, "training.max_steps=4")
+    start_at = f"model.network.from_pretrained={tmp_path / 'first'}"
+    assert in_child(lambda: start_cli([*longer, start_at])) == 0
+    assert last_state(run).step == 4
+    assert [found.step for found in read_evaluations(RunFolder(run))] == [0, 2]

@@ -288,6 +288,19 @@ def test_what_is_in_both_halves_and_in_the_selection_is_read(
     assert numbers(open_small(config), 3) == [0, 4, 6]
 
 
+def test_a_whole_cache_comes_before_a_partial_one_of_this_very_identity(folder: Path) -> None:
+    config = cached(folder)
+    write_cache(folder, toy_identity(dtype="float16"))
+    state = open_small(config).state()
+    write_cache(folder, toy_identity(), selection="even")
+    stream = open_small(config)
+    assert stream.samples == COUNT and not stream.skipped.skips
+    stream.restore(state)
+    config.selection = "even"  # both hold all of it
+    (row,) = open_small(config).next(1, 0, 1)
+    assert isinstance(row, CachedSample) and row.moments.dtype == torch.float32
+
+
 def test_a_cache_of_another_selection_lends_what_both_have(folder: Path) -> None:
     write_cache(folder, toy_identity(), selection="even")
     assert numbers(open_small(cached(folder)), 5) == [0, 2, 4, 6, 8]

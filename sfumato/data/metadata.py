@@ -11,7 +11,7 @@ from sfumato.data.arrow import parquet_rows
 from sfumato.data.blobs import FileBlob
 from sfumato.data.entries import Columns, Entry, caption_of, choose_column, inside
 from sfumato.data.skips import SkipLog, Tally
-from sfumato.data.text_files import csv_rows, open_text, parse_json
+from sfumato.data.text_files import csv_rows, is_utf8, open_text, parse_json
 
 METADATA_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
@@ -73,6 +73,8 @@ def _read_csv(path: Path, tally: Tally) -> _Table:
     with open_text(path, newline="") as file:
         lines = list(csv_rows(file, tally))
     header = next((row for _, row in lines if row), [])
+    if not is_utf8("".join(header)):
+        raise ValueError(f"{path} line 1 is not UTF-8; save the table as UTF-8")
     return _Table(header, _csv_fields(header, lines, tally))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from sfumato.data.cache_reader import CachePair
 from sfumato.data.cached import MANIFEST, CacheIdentity, cache_key
 from sfumato.data.prepared import CACHE, Index, PreparedError, read_record
+from sfumato.data.shard_readers import Selected
 
 # How tensors are stored, not what they are of: any will do, the most exact first.
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -14,34 +15,39 @@ _STORED = {"dtype", "flip"}
 _MISSING = object()
 
 
-def find_caches(folder: Path, index: Index, identity: CacheIdentity, *, flip: bool) -> CachePair:
+def find_caches(
+    selected: Selected, index: Index, identity: CacheIdentity, *, flip: bool
+) -> CachePair:
     """Return the folders of moments and of states that fit.
 
-    A cache of just this identity comes first; else its dtype may be another, and it may hold
-    mirrored moments that nobody asks for.
+    Their dtype may be another, and there may be mirrored moments that nobody asks for. The one
+    that has most of the selection comes first; of equals, that of just this identity.
 
     Raises:
         PreparedError: there is none; it says which fields differ from those of each cache there.
     """
     return CachePair(
-        _find(folder, index, "moments", identity.moments_folder, identity.moments, flip=flip),
-        _find(folder, index, "text", identity.text_folder, identity.text, flip=False),
+        _find(selected, index, "moments", identity.moments, flip=flip),
+        _find(selected, index, "text", identity.text, flip=False),
     )
 
 
 def _find(
-    folder: Path, index: Index, kind: str, exact: str, wanted: Mapping[str, Any], *, flip: bool
+    selected: Selected, index: Index, kind: str, wanted: Mapping[str, Any], *, flip: bool
 ) -> str:
+    folder, exact = selected.folder, f"{kind}-{cache_key(wanted)}"
     manifests = dict(_manifests(folder, index, kind))
     fitting = [
         name
         for name, found in manifests.items()
         if not _differing(wanted, found) and (found.get("flip", False) or not flip)
     ]
-    if exact in fitting:
-        return exact
     if fitting:
-        return min(fitting, key=lambda name: (_rank(manifests[name]), name))
+
+        def order(name: str) -> tuple[int, bool, int, str]:
+            return (-_held(selected, index, name), name != exact, _rank(manifests[name]), name)
+
+        return min(fitting, key=order)
     said = [
         f"{name} differs in {_say(wanted, found, flip=flip)}" for name, found in manifests.items()
     ]
@@ -83,6 +89,13 @@ def _say(wanted: Mapping[str, Any], found: Mapping[str, Any], *, flip: bool) -> 
     if flip and not found.get("flip", False):
         said.append("flip (no mirrored moments there, data.shards.flip=true here)")
     return ", ".join(said)
+
+
+def _held(selected: Selected, index: Index, cache: str) -> int:
+    """Return how many samples of the selection a cache may hold, by the numbers of its shards."""
+    stored = {shard.name: shard.samples for shard in index.caches[cache]}
+    pairs = zip(selected.tars, selected.counts, strict=True)
+    return sum(min(stored.get(tar.name, 0), count) for tar, count in pairs)
 
 
 def _rank(found: Mapping[str, Any]) -> int:

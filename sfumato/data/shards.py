@@ -63,7 +63,7 @@ def open_shards(
     reader: ShardReader
     if config.cached:
         assert identity is not None, "whoever reads a cache says of what model"
-        caches = find_caches(folder, index, identity, flip=config.flip)
+        caches = find_caches(selected, index, identity, flip=config.flip)
         check_cached(selected, index, caches)
         selected = replace(selected, counts=count_cached(selected, index, caches, log))
         empty = _read_empty(folder / CACHE / caches.text / EMPTY)

@@ -19,6 +19,7 @@ from sfumato.models.original import (
     nemo_to_original,
     original_names,
 )
+from sfumato.models.original_files import FILE
 from sfumato.models.tensor_files import check_suffix, read_tensors
 
 LISTED = 10
@@ -81,6 +82,8 @@ def find_source(config: ModelConfig) -> Source:
     for place in (path, *(path / name for name in NETWORKS)):
         if (place / "config.json").is_file() and list(place.glob(f"{DIFFUSERS_FILE}*")):
             return Source("diffusers", place)
+    if (path / FILE).is_file():
+        return Source("file", path / FILE)
     raise ValueError(
         f"{said} holds no network; give a run folder or one of its checkpoints, a diffusers folder "
         "or its unet/, or a file of weights"

@@ -146,7 +146,9 @@ def latents_of(
     """Return the latents of samples, encoded now or beforehand; no noise takes the mean."""
     cached = [row.moments for row in batch if isinstance(row, CachedSample)]
     if cached:
-        return model.draw_latents(torch.stack(cached).to(model.device).float(), noise)
+        with torch.autocast("cpu", enabled=False):  # bf16's refuses to stack float16
+            moments = torch.stack(cached).to(model.device).float()
+        return model.draw_latents(moments, noise)
     images = [row.image for row in batch if isinstance(row, Sample)]
     return model.encode_images(torch.stack(images).to(model.device), noise)
 
@@ -164,7 +166,8 @@ def conditioning_of(
         for row, drop in zip(batch, dropped, strict=True)
         if isinstance(row, CachedSample)
     ]
-    cond = Conditioning.stack(rows)
+    with torch.autocast("cpu", enabled=False):
+        cond = Conditioning.stack(rows)
     there = {name: tensor.to(model.device) for name, tensor in cond.tensors.items()}
     return Conditioning(there).framed(framing)
 

@@ -206,7 +206,8 @@ def _list_whole(config: PackConfig, path: Path) -> Listing:
     if table.suffix.lower() not in SUFFIXES or not table.is_file():
         raise ValueError(
             "pack.captions and pack.columns are read from tars and from tables "
-            f"({', '.join(SUFFIXES)}); {config.path!r} is none, so leave them out"
+            f"({', '.join(SUFFIXES)}); {str(table)!r} is none: write it as one, or leave "
+            "them out"
         )
     return Listing(list(_table_rows(table, config, log)), _counts(log))
 

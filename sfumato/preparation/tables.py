@@ -44,7 +44,7 @@ def table_files(table: str) -> list[Path]:
 
 
 def column_names(file: Path) -> list[str]:
-    """Return the columns of a table; of .jsonl those of its first object.
+    """Return the columns of a table; of .jsonl those of all its objects.
 
     Raises:
         ValueError: it cannot be read, or is not UTF-8 in its first line.
@@ -58,7 +58,8 @@ def column_names(file: Path) -> list[str]:
             names = next((row for _, row in rows if row), [])
         else:
             records = (parse_json(line) for line in stream if line.strip())
-            names = next((list(record) for record in records if isinstance(record, dict)), [])
+            objects = (record for record in records if isinstance(record, dict))
+            names = list(dict.fromkeys(name for each in objects for name in each))
         stream.seek(0)
         if not is_utf8("".join(names) or stream.readline()):
             raise ValueError(f"{file} line 1 is not UTF-8; save the table as UTF-8")
