@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -29,6 +31,7 @@ from sfumato.launch.record import (
     is_complete,
     is_done,
     read_job_record,
+    starts_from,
     what_is_missing,
     write_job_record,
 )
@@ -319,6 +322,47 @@ def test_two_processes_of_which_one_dies_begin_again_and_end(
     assert [row["step"] for row in metrics(tmp_path / "a")] == list(range(13))
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_saves_unless_it_is_ignored(
+    tmp_path: Path, jobs: dict[str, str], nohup: bool
+):
+    rarely = jobs["train"].replace('"]', '", "training.checkpoint_every_steps=1000"]')
+    given = arguments(tmp_path, {"train": rarely})
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        running = start_launch(given)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for(tmp_path / "a" / "metrics.jsonl")
+    while len(metrics(tmp_path / "a")) < 3:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGHUP)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    steps = [int(place.name[5:]) for place in (tmp_path / "a" / "checkpoints").glob("step-*")]
+    if nohup:
+        assert "job 1 of 1, train: done" in out and steps == [12]
+    else:
+        assert "train was stopped by SIGHUP" in out
+        assert len(steps) == 1 and 3 <= steps[0] < 12
+
+
+def test_a_job_goes_on_when_its_launch_is_killed_and_holds_the_folder(
+    tmp_path: Path, jobs: dict[str, str]
+):
+    long = jobs["train"].replace('"]', '", "training.max_steps=100000"]')
+    given = arguments(tmp_path, {"train": long})
+    running = start_launch(given)
+    wait_for(tmp_path / "a" / "checkpoints" / "step-000002")
+    (child,) = psutil.Process(running.pid).children()
+    running.kill()
+    running.wait()
+    _, err = start_launch(given).communicate(timeout=120)
+    assert "another launch, or a job of one, is running" in err
+    child.terminate()
+    running.communicate(timeout=120)
+
+
 def test_a_job_that_fails_stops_the_launch(tmp_path: Path, sd_folder: Path):
     jobs = {
         "look": stage("evaluate", f"run={tmp_path}"),
@@ -370,12 +414,62 @@ def test_a_stage_is_not_continued_from_another_start(tmp_path: Path, sd_folder: 
     record = begin(folder, look)
     write_job_record(folder, "look", replace(record, finished="now"))
     assert is_done(folder, look)
-    write_job_record(folder, "train", replace(record, after={"runs/elsewhere": "0"}))
+    after = {**starts_from(first), "runs/elsewhere": "0"}
+    write_job_record(folder, "train", replace(record, after=after))
     with pytest.raises(LaunchError, match="begun from another state of runs/elsewhere"):
         begin(folder, first)
     longer = read(tmp_path, {"train": training(tmp_path, sd_folder, "training.max_steps=4")})[0]
     assert in_child(lambda: start(longer.arguments)) == 0
     assert not is_done(folder, look)  # of a run that has changed since
+
+
+def test_what_a_job_starts_from_is_noted_however_it_is_named(
+    tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder, place = LaunchFolder(tmp_path / "launch"), tmp_path / "a"
+    first = read(tmp_path, {"train": training(tmp_path, sd_folder, "training.max_steps=1")})[0]
+    assert in_child(lambda: start(first.arguments)) == 0
+    own = tmp_path / "own"
+    shutil.copytree(sd_folder, own)
+    starts = {
+        "lora": f"model.lora.start={place / 'export' / 'lora'}",
+        "home": "model.network.from_pretrained=~/a",
+        "step": f"model.network.from_pretrained={place / 'checkpoints' / 'step-000001'}",
+        "base": f"model.pretrained={place / 'export'}",
+        "files": f"model.pretrained={own}",
+        "hub": "model.pretrained=some/model",
+    }
+    jobs = {
+        name: training(tmp_path, sd_folder, given, f"name={name}") for name, given in starts.items()
+    }
+
+    def noted(name: str) -> dict[str, str]:
+        return dict(begin(folder, read(tmp_path / name, {name: jobs[name]})[0]).after)
+
+    before = {name: noted(name) for name in starts}
+    assert before["hub"].keys() == set()
+    longer = read(tmp_path, {"train": training(tmp_path, sd_folder, "training.max_steps=2")})[0]
+    assert in_child(lambda: start(longer.arguments)) == 0
+    os.utime(own / "unet" / "config.json", ns=(0, 0))
+    after = {name: noted(name) for name in starts}
+    changed = {name for name in starts if before[name] != after[name]}
+    assert changed == {"lora", "home", "base", "files"}  # a checkpoint by name stays what it is
+
+
+def test_prepare_looks_again_where_its_pictures_changed(tmp_path: Path):
+    pictures, folder = tmp_path / "pictures", LaunchFolder(tmp_path / "launch")
+    shutil.copytree(DEMO_IMAGES / "moons_held_out", pictures)
+    for given in (f"{pictures}", f"{tmp_path}/picture[s]"):
+        settings = [f"out={tmp_path / 'data'}", "stages=[pack,index]", f"pack.path={given}"]
+        (job,) = read(tmp_path, {"p": stage("prepare", *settings)})
+        record = begin(folder, job)
+        if given == str(pictures):
+            prepare(job.settings)
+        write_job_record(folder, "p", replace(record, finished="now"))
+        assert is_done(folder, job)
+        (pictures / f"{len(given)}.txt").write_text("more")
+        assert not is_done(folder, job)
 
 
 def test_a_run_on_other_data_than_are_there_now_is_not_done(tmp_path: Path, sd_folder: Path):
@@ -392,7 +486,7 @@ def test_a_run_on_other_data_than_are_there_now_is_not_done(tmp_path: Path, sd_f
     ]
     (job,) = read(tmp_path, {"train": stage("train", *reads)})
     before = begin(folder, job).after
-    assert list(before) == [str(tmp_path / "data")]
+    assert set(before) == {str(tmp_path / "data"), str(sd_folder)}
     prepared()
     assert begin(folder, job).after == before
     prepared("filter.max_caption=28")
@@ -459,6 +553,20 @@ def test_a_signal_is_passed_on_once_and_ignored_ones_do_not_end_the_child(tmp_pa
     wait_for(tmp_path / "up")
     os.kill(child, signal.SIGUSR2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_signal_before_there_is_a_child_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    popen = subprocess.Popen
+
+    def late(*given: Any, **more: Any) -> subprocess.Popen[bytes]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return popen(*given, **more)
+
+    monkeypatch.setattr(subprocess, "Popen", late)
+    ended = run_child(["sleep", "60"], {signal.SIGUSR1: signal.SIGTERM})
+    assert (ended.code, ended.asked) == (-signal.SIGTERM, (signal.SIGUSR1,))
 
 
 def test_a_damaged_record_is_named(tmp_path: Path):

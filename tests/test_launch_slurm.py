@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fake_slurm
 import pytest
@@ -15,6 +16,7 @@ from test_launch import arguments, read, stage, training
 
 from sfumato.compose import compose_command
 from sfumato.config_stages import SlurmClusterConfig
+from sfumato.launch import slurm as slurm_module
 from sfumato.launch.launch import launch
 from sfumato.launch.record import JobRecord, LaunchError, LaunchFolder, write_job_record
 from sfumato.launch.worker import Worker
@@ -165,6 +167,49 @@ def test_a_refused_job_leaves_nothing_in_the_queue(
 ):
     with pytest.raises(LaunchError, match=r"Slurm refused job train: .*Invalid partition name"):
         submit(tmp_path, jobs, "cluster.partition=closed")
+    assert states(slurm) == {}
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "local"])
+def test_jobs_in_the_queue_refuse_another_launch(
+    tmp_path: Path, slurm: Path, jobs: dict[str, str], cluster: str
+):
+    submit(tmp_path, jobs)
+    fake_slurm.write("1", {"state": "PENDING"})
+    again = [f"cluster={cluster}", *(SLURM[1:] if cluster == "slurm" else ())]
+    settings, _ = compose_command("launch", arguments(tmp_path, jobs, *again))
+    with pytest.raises(LaunchError, match=r"still queued or running \(train: 1.*scancel 1"):
+        launch(settings)
+
+
+def test_a_launch_that_was_killed_while_it_submitted_is_not_repeated_blindly(
+    tmp_path: Path, slurm: Path, jobs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    settings, _ = compose_command("launch", arguments(tmp_path, jobs, *SLURM))
+    send = slurm_module._send
+
+    def killed(*given: Any) -> str:
+        send(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slurm_module, "_send", killed)
+        with pytest.raises(KeyboardInterrupt):
+            launch(settings)
+    assert list(states(slurm)) == ["1"]
+    with pytest.raises(LaunchError, match=r"killed while it submitted job train; .*squeue --me"):
+        launch(settings)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"jobs": ["1"]}', '{"jobs": {"train": 1}}'])
+def test_a_damaged_note_of_what_was_submitted_is_named(
+    tmp_path: Path, slurm: Path, jobs: dict[str, str], content: str
+):
+    folder = tmp_path / "ladder" / "launch"
+    folder.mkdir(parents=True)
+    (folder / "submitted.json").write_text(content)
+    with pytest.raises(LaunchError, match=r"submitted\.json is damaged"):
+        submit(tmp_path, jobs)
     assert states(slurm) == {}
 
 

@@ -302,6 +302,26 @@ def test_a_damaged_note_is_named(tmp_path: Path, note: str, content: str) -> Non
         start(again)
 
 
+def test_starts_that_are_no_list_are_named(tmp_path: Path) -> None:
+    RunFolder(tmp_path).path.joinpath("run.json").write_text('{"starts": 5}')
+    with pytest.raises(ValueError, match=r"run\.json is damaged; remove it"):
+        RunFolder(tmp_path).describe("sfumato train", {})
+
+
+def test_lines_that_are_no_metrics_are_left_out(tmp_path: Path) -> None:
+    """As a full disk or a file system's repair may leave them."""
+    lines = [
+        b'{"step": 0, "loss": 1.0}',
+        b'{"loss": 3}',
+        b"[1]",
+        b"\xff\xfe",
+        b'{"step": 1}',
+        b'{"st',
+    ]
+    RunFolder(tmp_path).metrics.write_bytes(b"\n".join(lines))
+    assert [row["step"] for row in read_metrics(RunFolder(tmp_path))] == [0, 1]
+
+
 def test_an_overflow_is_an_error_once_the_scaler_can_fall_no_further() -> None:
     state, alone = object.__new__(TrainState), object.__new__(Distribution)
     state.step, alone.world = 3, 1

@@ -220,6 +220,15 @@ def test_the_page_shows_numbers_with_their_units(sd_folder: Path):
     ):
         assert unit in page
     assert "Lines with ~ are estimates" in page
+    two = shown(
+        *SMALL, *FULL, f"model.pretrained={sd_folder}", "gpu=a100", "gpus=2", "utilisation=1e-8"
+    )
+    hours, days = (
+        float(next(line for line in two.splitlines() if name in line).split()[-1].replace(",", ""))
+        for name in ("GPU hours", "days")
+    )
+    assert hours == pytest.approx(days * 24 * 2, rel=0.01)
+    assert days > 1
     assert max(map(len, page.splitlines())) < 140
 
 

@@ -23,6 +23,7 @@ from sfumato.preparation.settings import check_prepare
 
 COMPOSED = ("prepare", "train", "evaluate", "sample")
 DISTRIBUTED = ("prepare", "train")  # commands that several processes share
+WEIGHTS = ("model.lora.start", "model.network.from_pretrained")
 MODEL_FILES = ("model.pretrained", "model.autoencoder", "model.text_encoder", "model.tokenizer")
 # Settings that name files to read; those that may also name something on the hub.
 FILES = {
@@ -32,8 +33,7 @@ FILES = {
         "data.shards.path",
         "validation.prompts",
         "validation.images.path",
-        "model.lora.start",
-        "model.network.from_pretrained",
+        *WEIGHTS,
         *MODEL_FILES,
     ),
     "prepare": ("pack.path", "download.table", *MODEL_FILES),
@@ -43,7 +43,8 @@ FILES = {
 OR_HUB = ("download.table", "model.network.from_pretrained", *MODEL_FILES)
 # What starts from another job's result; with it, that the result has stayed the same is checked.
 STARTS = {
-    "train": ("model.lora.start", "model.network.from_pretrained"),
+    "train": (*WEIGHTS, *MODEL_FILES),
+    "prepare": ("pack.path", "download.table", *MODEL_FILES),
     "evaluate": ("run",),
     "sample": ("run",),
 }
@@ -177,7 +178,7 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
     for key in FILES.get(job.command, ()):
         value = value_of(settings, key)
         if value is not None and any(is_below(value, out) for out in promised):
-            if key in STARTS["train"]:  # cannot be looked at yet
+            if key in WEIGHTS:  # cannot be looked at yet
                 _set(settings, key, None)
         elif value is not None and not _found(value, key in OR_HUB):
             raise ValueError(f"{key} = {value} is not there, and no job before makes it")

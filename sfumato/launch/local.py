@@ -20,9 +20,17 @@ from sfumato.launch.record import (
     what_is_missing,
     write_job_record,
 )
+from sfumato.launch.slurm import refuse_queued
 
 SAVE_SECONDS = 600  # that torchrun leaves its processes, once told to stop
-PASSED_ON = {number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+
+def passed_on() -> dict[signal.Signals, signal.Signals]:
+    """Return what a job is sent when a signal comes: it saves, also when its terminal is closed."""
+    found = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        found[signal.SIGHUP] = signal.SIGTERM
+    return found
 
 
 def run_here(jobs: Sequence[Job], folder: LaunchFolder, cluster: LocalClusterConfig) -> bool:
@@ -35,6 +43,7 @@ def run_here(jobs: Sequence[Job], folder: LaunchFolder, cluster: LocalClusterCon
         LaunchError: if a job fails, or another launch is running here.
     """
     with hold(folder) as held:
+        refuse_queued(folder)
         for number, job in enumerate(jobs, start=1):
             title = f"job {number} of {len(jobs)}, {job.name}"
             if is_done(folder, job):
@@ -43,7 +52,7 @@ def run_here(jobs: Sequence[Job], folder: LaunchFolder, cluster: LocalClusterCon
             print(f"{title}: {one_line(job)}", flush=True)
             record = begin(folder, job)
             ended = run_child(
-                here(job, cluster.max_restarts, SAVE_SECONDS), PASSED_ON, held=[held.fileno()]
+                here(job, cluster.max_restarts, SAVE_SECONDS), passed_on(), held=[held.fileno()]
             )
             why = f"stopped by {ended.asked[0].name}" if ended.asked else "stopped"
             if is_complete(job, ended.code, bool(ended.asked)):

@@ -4,13 +4,17 @@ runs/NAME/launch/JOB.json    JobRecord
 runs/NAME/launch/slurm/JOB/  submitit's folder: scripts, logs
 """
 
+import glob
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
+
+from braceexpand import braceexpand
 
 from sfumato.config import ShardDataConfig, TrainConfig
 from sfumato.data.prepared import CACHE, INDEX, read_index
@@ -30,7 +34,7 @@ class JobRecord:
 
     Attributes:
         made_of: of the job's command and settings; see `Job`.
-        after: run folders that it starts from, with the last checkpoint's fingerprint.
+        after: what it starts from; see `starts_from`.
         finished: when, in UTC; None until then.
         requeues: how often the job put itself back into Slurm's queue.
     """
@@ -87,16 +91,49 @@ def now() -> str:
 
 
 def starts_from(job: Job) -> dict[str, str]:
-    """Return what a job starts from: runs by their last checkpoint, data by its samples."""
+    """Return what a job starts from, where it is there.
+
+    Runs are known by their last checkpoint, what is prepared by its samples, and other files by
+    their sizes and times.
+    """
     found = {}
     if job.command == "train" and job.settings.data.shards.path:
         found |= _samples_of(job.settings.data.shards)
     for key in STARTS.get(job.command, ()):
         place = value_of(job.settings, key)
-        checkpoints = list_checkpoints(RunFolder(Path(place)).checkpoints) if place else []
-        if place and checkpoints:
-            found[place] = fingerprint(checkpoints[-1]) or ""
+        if place is not None and (state := _state_of(place)) is not None:
+            found[place] = state
     return found
+
+
+def _state_of(place: str) -> str | None:
+    """Return what tells the files of a path, or of a pattern, from others of the same names."""
+    path = Path(place).expanduser().absolute()
+    for folder in (path, *path.parents):
+        if checkpoints := list_checkpoints(RunFolder(folder).checkpoints):
+            of = (each for each in checkpoints if path.is_relative_to(each))
+            return fingerprint(next(of, checkpoints[-1])) or ""
+    tops = [path] if path.exists() else _matches(str(path))
+    digest = hashlib.sha256()
+    for file in sorted(file for top in tops for file in _files(top)):
+        about = file.stat()
+        digest.update(f"{file}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+    return digest.hexdigest() if tops else None
+
+
+def _matches(pattern: str) -> list[Path]:
+    try:
+        names = list(braceexpand(pattern, escape=False))
+    except ValueError:  # whoever reads it says so
+        return []
+    return [Path(found) for name in names for found in glob.glob(name, recursive=True)]  # noqa: PTH207
+
+
+def _files(top: Path) -> Iterator[Path]:
+    if not top.is_dir():
+        yield top
+    for folder, _, names in os.walk(top, followlinks=True):
+        yield from (Path(folder, name) for name in names)
 
 
 def _samples_of(shards: ShardDataConfig) -> dict[str, str]:

@@ -43,12 +43,7 @@ def submit(jobs: Sequence[Job], folder: LaunchFolder, cluster: SlurmClusterConfi
                 "node, look at it with --dry-run, or use cluster=local"
             )
     with hold(folder):
-        if queued := _still_queued(folder):
-            raise LaunchError(
-                f"jobs of an earlier launch in {folder.path} are still queued or running "
-                f"({', '.join(f'{name}: {number}' for name, number in queued.items())}); wait for "
-                f"them, or end them with: scancel {' '.join(queued.values())}"
-            )
+        refuse_queued(folder)
         first = next((i for i, job in enumerate(jobs) if not is_done(folder, job)), len(jobs))
         for job in jobs[:first]:
             print(f"{job.name}: done")
@@ -56,13 +51,14 @@ def submit(jobs: Sequence[Job], folder: LaunchFolder, cluster: SlurmClusterConfi
         for number in range(first, len(jobs)):
             job, before = jobs[number], jobs[number - 1] if number else None
             dependency = f"afterok:{sent[before.name]}" if before and number > first else None
+            _note(folder, sent, sending=job.name)
             try:
                 sent[job.name] = _send(job, before, folder, cluster, dependency)
             except LaunchError:
                 _cancel(sent)
+                _note(folder, sent)
                 raise
-            note = {"time": now(), "jobs": sent}
-            replace_text(folder.submitted, json.dumps(note, indent=2) + "\n")
+            _note(folder, sent)
             after = f", after {before.name}" if dependency and before else ""
             print(f"{job.name}: submitted as job {sent[job.name]}{after}", flush=True)
     if sent:
@@ -186,11 +182,44 @@ def _absolute(folder: LaunchFolder) -> LaunchFolder:
     return LaunchFolder(Path(folder.path).absolute())
 
 
-def _still_queued(folder: LaunchFolder) -> dict[str, str]:
-    """Return the jobs of an earlier launch that Slurm has not ended yet, by name."""
+def _note(folder: LaunchFolder, sent: Mapping[str, str], sending: str | None = None) -> None:
+    """Note what Slurm has, and which job it is given now: a kill may leave it there unnoted."""
+    note = {"time": now(), "jobs": sent, "sending": sending}
+    replace_text(folder.submitted, json.dumps(note, indent=2) + "\n")
+
+
+def refuse_queued(folder: LaunchFolder) -> None:
+    """Refuse a launch while Slurm has jobs of an earlier one in the same folder.
+
+    Raises:
+        LaunchError: naming them.
+    """
     if not folder.submitted.exists():
+        return
+    note = read_note(folder.submitted)
+    sent, sending = note.get("jobs"), note.get("sending")
+    if not isinstance(sent, dict) or not all(isinstance(number, str) for number in sent.values()):
+        raise LaunchError(
+            f"{folder.submitted} is damaged; look for jobs of this launch with squeue --me, and "
+            "remove it"
+        )
+    if sending is not None:
+        raise LaunchError(
+            f"a launch in {folder.path} was killed while it submitted job {sending}; look for it "
+            f"with squeue --me, end it with scancel, and remove {folder.submitted}"
+        )
+    if queued := _still_queued(sent):
+        raise LaunchError(
+            f"jobs of an earlier launch in {folder.path} are still queued or running "
+            f"({', '.join(f'{name}: {number}' for name, number in queued.items())}); wait for "
+            f"them, or end them with: scancel {' '.join(queued.values())}"
+        )
+
+
+def _still_queued(sent: Mapping[str, str]) -> dict[str, str]:
+    """Return the jobs that Slurm has not ended yet, by name."""
+    if not sent or shutil.which("squeue") is None:
         return {}
-    sent: Mapping[str, str] = read_note(folder.submitted)["jobs"]
     asked = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(sent.values())}"]
     answer = subprocess.run(asked, capture_output=True, text=True, check=False)
     if answer.returncode and "Invalid job id" not in answer.stderr:  # Slurm forgets ended jobs

@@ -84,6 +84,8 @@ class RunFolder:
         """Append to run.json what ran, with which versions, on what."""
         file = self.path / "run.json"
         starts = read_note(file).get("starts", []) if file.exists() else []
+        if not isinstance(starts, list):
+            raise ValueError(f"{file} is damaged; remove it and run the same command again")
         starts.append(
             {
                 "command": command,

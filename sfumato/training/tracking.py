@@ -108,13 +108,15 @@ class Trackers:
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, int | float]]:
-    """Return the rows of metrics.jsonl; a last line cut short by a kill is left out."""
+    """Return the rows of metrics.jsonl; what is none, as a last line cut short, is left out."""
     rows = []
-    for line in folder.metrics.read_text(encoding="utf-8").splitlines():
+    for line in folder.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
