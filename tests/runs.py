@@ -1,5 +1,6 @@
 """Small training runs for tests: of a toy model, here, in a process to be killed, or in two."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -108,6 +109,7 @@ def fork(action: Callable[[], object]) -> int:
     if child:
         return child
     signal.alarm(CHILD_SECONDS)
+    faulthandler.enable(sys.__stderr__)  # the parent's writes where no report shows it
     code = 1
     try:
         # The first thread to ask mends torch's pool after a fork; loaders of weights would race.
