@@ -247,7 +247,7 @@ def test_several_processes_run_under_torchrun(tmp_path: Path):
     (job,) = read(tmp_path, jobs)
     line = shlex.join(here(job, 3, 77))
     assert line.endswith(
-        "-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=3 "
+        "-m sfumato.launch.torchrun --standalone --nproc-per-node=2 --max-restarts=3 "
         "--shutdown-timeout=77 -m sfumato train recipe=demo_finetune training.global_batch_size=32"
     )
     line = shlex.join(on_nodes(replace(job, nodes=2), "n1", "20007", "7-0", False, 0, 60))
@@ -284,7 +284,7 @@ def test_a_launch_is_interrupted_goes_on_and_is_then_done(
     out, err = running.communicate(timeout=120)
     assert running.returncode == 0, err
     assert "job 1 of 2, train was stopped by SIGINT (" in out
-    assert "of 12); left to do: train, look. To go on, run sfumato launch" in out
+    assert "of 12); left to do: train, look. To go on, run the same command again" in out
     assert not (tmp_path / "a" / "evaluation").exists()
     first = json.loads((tmp_path / "a" / "run.json").read_text())["starts"]
 
@@ -361,6 +361,29 @@ def test_a_job_goes_on_when_its_launch_is_killed_and_holds_the_folder(
     assert "another launch, or a job of one, is running" in err
     child.terminate()
     running.communicate(timeout=120)
+
+
+def test_two_processes_are_interrupted_without_a_traceback(tmp_path: Path, jobs: dict[str, str]):
+    long = jobs["train"].replace('"]', '", "training.max_steps=100000"]')
+    running = start_launch(arguments(tmp_path, {"train": long}, "cluster.processes=2"))
+    wait_for(tmp_path / "a" / "checkpoints" / "step-000002")
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    assert "train was stopped by SIGINT" in out and "Traceback" not in err
+    last = max(row["step"] for row in metrics(tmp_path / "a"))
+    assert (tmp_path / "a" / "checkpoints" / f"step-{last:06d}").exists()
+
+
+def test_a_mistake_in_two_processes_is_a_line_of_each(tmp_path: Path, sd_folder: Path):
+    nowhere = training(tmp_path, sd_folder, f"model.pretrained={tmp_path}")
+    done = start_launch(
+        arguments(tmp_path, {"a": nowhere}, "cluster.processes=2", "cluster.max_restarts=0")
+    )
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 2
+    assert "has no model_index.json" in err and "Traceback" not in err
+    assert "job 1 of 1, a failed: it ended with exit code 2;" in err
 
 
 def test_a_job_that_fails_stops_the_launch(tmp_path: Path, sd_folder: Path):

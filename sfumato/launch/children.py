@@ -11,7 +11,7 @@ from types import FrameType
 
 from sfumato.launch.jobs import Job
 
-TORCHRUN = ("-m", "torch.distributed.run")
+TORCHRUN = ("-m", "sfumato.launch.torchrun")
 # Else processes that torchrun starts anew find the addresses of those before them in its store.
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 

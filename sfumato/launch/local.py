@@ -1,8 +1,6 @@
 """Jobs here: one after the other, each in a process of its own."""
 
-import shlex
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -75,11 +73,4 @@ def _what_is_left(jobs: Sequence[Job], folder: LaunchFolder) -> str:
     left = [job.name for job in jobs if not is_done(folder, job)]
     if not left:
         return "nothing is left to do"
-    return f"left to do: {', '.join(left)}. To go on, run {again()}"
-
-
-def again() -> str:
-    """Return the command that goes on with a launch, where it was typed in a shell."""
-    if sys.argv[0] != "sfumato launch":
-        return "the same again"
-    return f"sfumato launch {shlex.join(sys.argv[1:])}"
+    return f"left to do: {', '.join(left)}. To go on, run the same command again"
