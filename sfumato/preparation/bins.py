@@ -3,8 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from sfumato.data.prepared import TarRecord
-
 KEPT = "kept"
 
 
@@ -15,12 +13,6 @@ def tally(kept: int, dropped: Iterable[Mapping[str, int]]) -> dict[str, int]:
         total.update(reasons)
     assert KEPT not in total, "a reason to drop is not named kept"
     return {KEPT: kept, **{reason: total[reason] for reason in sorted(total) if total[reason]}}
-
-
-def pack_bins(records: Iterable[TarRecord]) -> dict[str, int]:
-    """Return the bins of packing."""
-    found = list(records)
-    return tally(sum(len(r.samples) for r in found), [r.dropped for r in found])
 
 
 def line(stage: str, bins: Mapping[str, int]) -> str:

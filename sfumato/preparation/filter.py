@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
@@ -77,12 +77,6 @@ def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:
         dropped.append(record.dropped)
     _forget_others(place, set(names))
     return tally(total, dropped)
-
-
-def filter_bins(records: Iterable[KeptRecord]) -> dict[str, int]:
-    """Return the bins of a selection."""
-    found = list(records)
-    return tally(sum(len(r.kept) for r in found), [r.dropped for r in found])
 
 
 def _check_score(config: FilterConfig, tar: TarRecord) -> None:

@@ -102,11 +102,6 @@ def is_of(cache: str, cached: CachedRecord, tar: TarRecord) -> bool:
     return cached.made_of[:half] == made_of(cache, tar, ())[:half]
 
 
-def cache_bins(shards: list[CachedRecord]) -> dict[str, int]:
-    """Return the bins of a cache."""
-    return tally(sum(len(r.rows) for r in shards), [r.dropped for r in shards])
-
-
 def _kept(folder: Path, selection: str, tar: TarRecord) -> KeptRecord:
     place = folder / SELECTIONS / selection
     again = (

@@ -2,7 +2,7 @@
 
 import hashlib
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -20,10 +20,9 @@ from sfumato.data.prepared import (
     read_kept_record,
     read_tar_record,
 )
-from sfumato.preparation.bins import line, pack_bins
+from sfumato.preparation.bins import line, tally
 from sfumato.preparation.download import DOWNLOAD, download_bins, read_stats
 from sfumato.preparation.files import sha256_of
-from sfumato.preparation.filter import filter_bins
 from sfumato.preparation.index import build_index, cache_names, selection_names
 from sfumato.preparation.tars import texts
 from sfumato.preparation.verify_cache import check_cache
@@ -33,11 +32,11 @@ _DAMAGE = (tarfile.TarError, ValueError, OverflowError, EOFError, OSError)
 
 @dataclass
 class _Found:
-    """What has been verified of a folder, and every fault."""
+    """What has been verified of a folder: names alone, as their records may be very many."""
 
     folder: Path
-    tars: dict[str, TarRecord] = field(default_factory=dict)
-    kept: dict[str, dict[str, KeptRecord]] = field(default_factory=dict)
+    tars: set[str] = field(default_factory=set)
+    selections: list[str] = field(default_factory=list)
     faults: int = 0
 
     def tell(self, said: str, faults: Sequence[str]) -> None:
@@ -63,7 +62,7 @@ def verify(folder: Path) -> None:
     for name in selection_names(folder):
         _verify_selection(found, name)
     for name in cache_names(folder):
-        said, faults = check_cache(folder, name, found.tars, found.kept)
+        said, faults = check_cache(folder, name, found.tars, found.selections)
         found.tell(said, faults)
     _verify_index(found)
     if found.faults:
@@ -104,6 +103,7 @@ def _verify_tars(found: _Found, rows: int | None) -> None:
     shards, faults, first = found.folder / SHARDS, list[str](), 0
     if (shards / UNFINISHED).exists():
         faults.append(f"{shards} was not packed to the end; run the stage pack")
+    dropped: list[Mapping[str, int]] = []
     names = {
         place.stem for pattern in ("[!.]*.tar", "[!.]*.json") for place in shards.glob(pattern)
     }
@@ -113,10 +113,11 @@ def _verify_tars(found: _Found, rows: int | None) -> None:
         except PreparedError as error:
             faults.append(str(error))
             continue
-        found.tars[name] = record
+        found.tars.add(name)
+        dropped.append(record.dropped)
         faults += _tar_faults(shards / f"{name}.tar", record, first)
         first += len(record.samples)
-    bins = pack_bins(found.tars.values())
+    bins = tally(first, dropped)
     if rows is not None and not faults and rows != sum(bins.values()):
         faults.append(
             f"{sum(bins.values())} rows were packed or dropped, and {rows} were downloaded; run "
@@ -171,10 +172,11 @@ def _member_faults(tar: Path, record: TarRecord) -> Iterator[str]:
 
 
 def _verify_selection(found: _Found, selection: str) -> None:
-    faults, kept = list[str](), found.kept.setdefault(selection, {})
+    faults, kept, dropped = list[str](), 0, list[Mapping[str, int]]()
+    found.selections.append(selection)
     place = found.folder / SELECTIONS / selection
     names = {file.stem for file in place.glob("[!.]*.json")}
-    for name in sorted(names | found.tars.keys()):
+    for name in sorted(names | found.tars):
         if name not in found.tars:
             faults.append(f"{place / name}.json is of a tar that is not there")
             continue
@@ -183,9 +185,11 @@ def _verify_selection(found: _Found, selection: str) -> None:
         except PreparedError as error:
             faults.append(str(error))
             continue
-        kept[name] = record
-        faults += _kept_faults(f"{place / name}.json", record, found.tars[name])
-    found.tell(line(f"filter {selection}", filter_bins(kept.values())), faults)
+        kept += len(record.kept)
+        dropped.append(record.dropped)
+        tar = read_tar_record(found.folder, name)
+        faults += _kept_faults(f"{place / name}.json", record, tar)
+    found.tell(line(f"filter {selection}", tally(kept, dropped)), faults)
 
 
 def _kept_faults(place: str, record: KeptRecord, tar: TarRecord) -> Iterator[str]:
@@ -232,7 +236,7 @@ def _vanished(found: _Found, index: Index) -> Iterator[str]:
         if tar.name not in found.tars:
             yield f"the tar {tar.name} that the index lists has no record any more"
     for name in index.selections:
-        if name not in found.kept:
+        if name not in found.selections:
             yield f"the selection {name} that the index lists is not there any more"
     there = cache_names(found.folder)
     for name in index.caches:

@@ -1,7 +1,7 @@
 """What is wrong with a cache: its shards against their records, tars and selections."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -9,49 +9,48 @@ from sfumato.data.cached import EMPTY, MANIFEST, cache_key
 from sfumato.data.prepared import (
     CACHE,
     CachedRecord,
-    KeptRecord,
     PreparedError,
     TarRecord,
     read_cached_record,
+    read_kept_record,
     read_record,
+    read_tar_record,
 )
-from sfumato.preparation.bins import line
+from sfumato.preparation.bins import line, tally
 from sfumato.preparation.files import sha256_of
-from sfumato.preparation.index import cache_bins, is_of
+from sfumato.preparation.index import is_of
 
 
 def check_cache(
-    folder: Path,
-    cache: str,
-    tars: Mapping[str, TarRecord],
-    kept: Mapping[str, Mapping[str, KeptRecord]],
+    folder: Path, cache: str, tars: Set[str], selections: Sequence[str]
 ) -> tuple[str, list[str]]:
     """Return a line about a cache, and its faults.
 
     Args:
-        tars: by name.
-        kept: selection to tar to record.
+        tars: the names of those whose records can be read.
     """
     place = folder / CACHE / cache
     faults = [*_manifest_faults(place)]
-    records: dict[str, CachedRecord] = {}
+    held, dropped, covered = list[int](), list[Mapping[str, int]](), set(selections)
     names = {file.stem for file in place.glob("[!.]*.safetensors") if file.name != EMPTY}
     names |= {file.stem for file in place.glob("[!.]*.json") if file.name != MANIFEST}
-    for name in sorted(names | tars.keys()):
+    for name in sorted(names | tars):
         if name not in tars:
             faults.append(f"{place / name} is of a tar that is not there")
             continue
         try:
-            records[name] = read_cached_record(folder, cache, name)
+            record = read_cached_record(folder, cache, name)
         except PreparedError as error:
             faults.append(str(error))
             continue
-        faults += _shard_faults(place / f"{name}.safetensors", records[name], tars[name])
-    if records.keys() == tars.keys() and not any(
-        _covers(records, selection) for selection in kept.values()
-    ):
+        tar = read_tar_record(folder, name)
+        faults += _shard_faults(place / f"{name}.safetensors", record, tar)
+        held.append(len(record.rows))
+        dropped.append(record.dropped)
+        covered = {each for each in covered if _covers(record, folder, each)}
+    if len(held) == len(tars) and not covered:
         faults.append(f"{place} lacks samples of every selection; run the stage precache again")
-    return line(cache, cache_bins(list(records.values()))), faults
+    return line(cache, tally(sum(held), dropped)), faults
 
 
 def _manifest_faults(place: Path) -> Iterator[str]:
@@ -98,9 +97,10 @@ def _lengths(file: Path) -> dict[str, int]:
     return {name: info["shape"][0] for name, info in head.items() if name != "__metadata__"}
 
 
-def _covers(records: Mapping[str, CachedRecord], selection: Mapping[str, KeptRecord]) -> bool:
-    """Say whether all that a selection keeps is in the cache, or was dropped by it."""
-    return selection.keys() == records.keys() and all(
-        len({*selection[name].kept}.difference(record.rows)) <= sum(record.dropped.values())
-        for name, record in records.items()
-    )
+def _covers(record: CachedRecord, folder: Path, selection: str) -> bool:
+    """Say whether all that a selection keeps of a tar is in its shard, or was dropped by it."""
+    try:
+        kept = read_kept_record(folder, selection, record.name).kept
+    except PreparedError:
+        return False
+    return len({*kept}.difference(record.rows)) <= sum(record.dropped.values())
