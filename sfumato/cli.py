@@ -188,7 +188,7 @@ def dispatch(command: str, config: Any) -> None:
 
         launch_stages(settings)
     elif command == "plan":
-        from sfumato.planning.plan import plan
+        from sfumato.planning.page import plan
 
         plan(settings)
     else:

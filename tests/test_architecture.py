@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "config_stages": set(),
     "images": set(),
     "explain": set(),
+    "locking": set(),
     "diffusion": set(),
     "models": {"diffusion"},
     "rewards": {"diffusion"},
@@ -44,7 +45,7 @@ CONTRACTS = {"models": {"models.model", "models.generate"}, "rewards": {"rewards
 
 TENSOR_ROOMS = (
     *("models", "rewards", "objectives", "training", "evaluation", "demo", "images", "planning"),
-    *("preparation.encoding", "preparation.precache"),
+    *("preparation.encoding", "preparation.precache", "launch.torchrun"),
 )
 SETTINGS = "settings are composed in compose.py, for the command line alone"
 FILES = (

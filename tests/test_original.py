@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file, save_file
+from tiny_sd import reference_pipeline
 from torch import Tensor, nn
 
 from sfumato.config import ModelConfig, NetworkConfig
@@ -356,3 +358,31 @@ def test_a_diffusers_folder_gives_its_network(tmp_path: Path, sd_folder: Path):
     network = UNet2DConditionModel.from_config(theirs.config)
     start_network(network, "unet", settings(sharded))
     assert all(torch.equal(tensor, saved[key]) for key, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("size", ["100KB", "10GB"])
+def test_a_variant_of_a_diffusers_folder_gives_its_network(
+    tmp_path: Path, sd_folder: Path, size: str
+) -> None:
+    theirs: Any = reference_pipeline(sd_folder).unet
+    theirs.save_pretrained(tmp_path / "unet")
+    theirs.conv_in.bias.data += 1
+    theirs.save_pretrained(tmp_path / "unet", max_shard_size=size, variant="fp16")
+    network: Any = UNet2DConditionModel.from_config(theirs.config)
+    config = replace(settings(tmp_path / "unet"), variant="fp16")
+    start_network(network, "unet", config)
+    assert torch.equal(network.conv_in.bias, theirs.conv_in.bias)
+
+
+def test_averages_of_a_diffusers_folder_are_left_where_they_are_not_asked_for(
+    tmp_path: Path, sd_folder: Path
+) -> None:
+    theirs: Any = reference_pipeline(sd_folder).unet
+    bias = theirs.conv_in.bias.detach().clone()
+    theirs.save_pretrained(tmp_path / "unet")
+    theirs.conv_in.bias.data += 1
+    theirs.save_pretrained(tmp_path / "unet", variant="non_ema")
+    for ema, more in ((True, 0), (False, 1)):
+        network: Any = UNet2DConditionModel.from_config(theirs.config)
+        start_network(network, "unet", settings(tmp_path / "unet", ema=ema))
+        assert torch.equal(network.conv_in.bias, bias + more)

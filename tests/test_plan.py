@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.compose import compose_command
-from sfumato.config import CONF, ModelConfig, OptimizerConfig
+from sfumato.config import CONF, ModelConfig, OptimizerConfig, TrainingConfig
 from sfumato.models.registry import load_model
-from sfumato.planning.plan import Plan, make_plan, plan
+from sfumato.planning import memory
+from sfumato.planning.blueprint import read_blueprint
+from sfumato.planning.memory import bytes_of, shards
+from sfumato.planning.page import plan
+from sfumato.planning.plan import Plan, make_plan
 from sfumato.training.ema import Ema
 from sfumato.training.optimizer import build_optimizer
 
@@ -276,3 +281,21 @@ def test_what_cannot_be_planned_is_refused(sd_folder: Path, settings: list[str],
 def test_what_has_no_default_must_still_be_given():
     with pytest.raises(ValueError, match=r"missing settings: model\.pretrained"):
         planned(*SMALL)
+
+
+def test_the_two_largest_blocks_are_whole_and_what_lies_outside_is_one(sd_folder: Path) -> None:
+    given = ["objective=supervised", "model.trainable=full", f"model.pretrained={sd_folder}"]
+    config: Any = compose_command("plan", [*given, "training.strategy=fsdp"])[0]
+    whole = read_blueprint(config)
+    sizes = sorted(bytes_of(block) for block in whole.blocks)
+    outside = bytes_of(whole.network) - sum(sizes)
+    assert outside < sizes[-2]
+    gathered = memory.held(whole, config.training, 16, 1, "float32").gathered
+    assert gathered == sizes[-1] + sizes[-2]
+    few = replace(whole, blocks=whole.blocks[:1])
+    assert memory.held(few, config.training, 16, 1, "float32").gathered == bytes_of(whole.network)
+
+
+@pytest.mark.parametrize(("gpus", "copies"), [(4, 4), (8, 8), (64, 8)])
+def test_hsdp_shares_among_the_gpus_of_a_machine(gpus: int, copies: int) -> None:
+    assert shards(TrainingConfig(strategy="hsdp"), gpus) == copies

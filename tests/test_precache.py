@@ -30,7 +30,13 @@ from sfumato.config import LoraConfig, MergeConfig, ModelConfig, ShardDataConfig
 from sfumato.config_stages import PackConfig, PrecacheConfig, PrepareConfig
 from sfumato.data.cached import CachedSample
 from sfumato.data.frame import Sample
-from sfumato.data.prepared import CachedRecord, PreparedError, read_cached_record
+from sfumato.data.prepared import (
+    CachedRecord,
+    PreparedError,
+    read_cached_record,
+    read_kept_record,
+    record_text,
+)
 from sfumato.data.shards import open_shards
 from sfumato.models.registry import load_encoders, load_model
 from sfumato.preparation import precache as precaching
@@ -657,3 +663,18 @@ def test_a_model_with_merged_changes_is_refused(tmp_path: Path, sd_folder: Path)
     for model in (merged, started):
         with pytest.raises(ValueError, match=r"model.merge and model.lora.start change no cache"):
             run(replace(config, model=model))
+
+
+def test_a_selection_beyond_its_tar_is_refused_before_anything_is_encoded(
+    tmp_path: Path, sd_folder: Path
+) -> None:
+    data = write_prepared(tmp_path / "data", pictures(8))
+    place = data / "selections/all/00001.json"
+    record = read_kept_record(data, "all", "00001")
+    assert record.tar == "test" or record.tar == ""
+    place.write_text(record_text(replace(record, kept=(*record.kept, 4), tar="")))
+    with pytest.raises(PreparedError, match="'all' was made of another tar 00001"):
+        run(settings(data, sd_folder))
+    place.write_text(record_text(replace(record, tar="other")))
+    with pytest.raises(PreparedError, match="'all' was made of another tar 00001"):
+        run(settings(data, sd_folder))

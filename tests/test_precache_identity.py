@@ -271,3 +271,39 @@ def test_a_merged_file_that_changes_the_text_encoder_is_refused(
             continue
         with pytest.raises(ValueError, match=rf"model.merge.{name}.path = .* changes a text enc"):
             cache_identity(merged, **sizes)
+
+
+@pytest.mark.parametrize("layer", ["clip_l.encoder.layers.0.fc1", "lora.clip_g.x", "t5xxl.block.0"])
+def test_a_merged_file_of_other_names_of_text_encoders_is_refused(
+    tmp_path: Path, sd_folder: Path, layer: str
+) -> None:
+    file = tmp_path / "merged.safetensors"
+    save_file({f"{layer}.lora_A.weight": torch.zeros(2, 4)}, file)
+    config = ModelConfig(str(sd_folder), merge={"m": MergeConfig(str(file))})
+    with pytest.raises(ValueError, match="changes a text encoder"):
+        cache_identity(config, height=32, width=32, flip=False, dtype="float16")
+
+
+def test_the_text_half_tells_the_pipeline_and_where_its_numbers_come_from(sd_folder: Path) -> None:
+    """What is hashed: a key that goes missing would give two caches one name."""
+    found = cache_identity(
+        ModelConfig(str(sd_folder)), height=32, width=32, flip=False, dtype="float16"
+    )
+    assert found.text.keys() == {"pipeline", "text_encoder", "tokenizer", "dtype"}
+    assert found.text["pipeline"] == "StableDiffusionPipeline"
+    sizes = {"height", "width", "crop", "resize", "flip", "dtype"}
+    assert found.moments.keys() == {"autoencoder", *sizes}
+
+
+def test_settings_that_older_files_leave_out_are_those_of_newer_ones(
+    sd_folder: Path, tmp_path: Path
+) -> None:
+    sizes: dict[str, Any] = {"height": 32, "width": 32, "flip": False, "dtype": "float16"}
+    model = Path(shutil.copytree(sd_folder, tmp_path / "model"))
+    file = model / "vae/config.json"
+    content = json.loads(file.read_text())
+    for name in ("use_quant_conv", "mid_block_add_attention"):
+        assert content.pop(name) is True
+    file.write_text(json.dumps(content))
+    expected = cache_identity(ModelConfig(str(sd_folder)), **sizes)
+    assert cache_identity(ModelConfig(str(model)), **sizes) == expected

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from sfumato.data.prepared import (
     read_tar_record,
     record_text,
 )
-from sfumato.preparation.cache_plan import made_of
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index
+from sfumato.preparation.listing import made_of
 from sfumato.preparation.pack import pack
 from sfumato.preparation.prepare import hold, prepare
 from sfumato.preparation.verify import verify
@@ -530,3 +531,84 @@ def test_an_index_tells_which_samples_a_selection_keeps(out: Path) -> None:
     filter_samples(FilterConfig(min_caption=5), out)
     assert len(kept(out, "all")) < len(before)
     assert write_index(out).kept["all"] != even
+
+
+def tar_of(place: Path, *looks: tuple[int, str, tuple[int, int]]) -> Path:
+    """Write a tar of pictures by number, caption and size; the same number is the same picture."""
+    members: list[tuple[str, bytes]] = []
+    for i, (number, caption, size) in enumerate(looks):
+        members += [(f"{i}.png", png(*size, number)), (f"{i}.txt", caption.encode())]
+    return write_tar(place, members)
+
+
+def test_duplicates_in_one_tar_are_dropped(tmp_path: Path) -> None:
+    size = (16, 16)
+    looks = [(1, "a", size), (1, "long", size), (2, "long", size), (1, "long", size)]
+    source = tar_of(tmp_path / "a.tar", *looks)
+    pack(PackConfig(str(source)), DownloadConfig(), tmp_path / "out")
+    config = FilterConfig("once", duplicates="drop", min_caption=2)
+    bins = filter_samples(config, tmp_path / "out")
+    assert bins == {"kept": 2, "caption below 2": 1, "duplicate": 1}
+    assert kept(tmp_path / "out", "once") == [1, 2]
+
+
+def test_a_tar_that_changed_is_looked_at_in_all_that_come_after(tmp_path: Path) -> None:
+    """Its pictures may have been the first of duplicates that lie behind it."""
+    size, source, out = (16, 16), tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for name, numbers in (("a", (1, 2)), ("b", (1, 3)), ("c", (1, 4))):
+        tar_of(source / f"{name}.tar", *((n, "x", size) for n in numbers))
+    config = PackConfig(f"{source}/*.tar", samples_per_shard=2)
+    once = FilterConfig("once", duplicates="drop")
+    pack(config, DownloadConfig(), out)
+    filter_samples(once, out)
+    last = out / "shards/000002.json"
+    before = last.read_bytes()
+    tar_of(source / "a.tar", (5, "x", size), (2, "x", size))
+    pack(config, DownloadConfig(), out)
+    assert last.read_bytes() == before, "it is the first tar that changed"
+    filter_samples(once, out)
+    found = [read_kept_record(out, "once", f"{i:06d}").kept for i in range(3)]
+    assert found == [(0, 1), (0, 1), (1,)]
+
+
+def test_a_sample_is_dropped_for_the_first_bound_that_it_breaks(tmp_path: Path) -> None:
+    source = tar_of(tmp_path / "a.tar", (1, "", (16, 96)), (1, "x", (16, 96)), (2, "x", (48, 48)))
+    pack(PackConfig(str(source)), DownloadConfig(), tmp_path / "out")
+    bounds: dict[str, Any] = {"min_size": 32, "max_size": 64, "max_aspect": 2.0, "min_caption": 9}
+    reasons = ["smaller side below 32", "larger side above 64", "aspect above 2", "caption below 9"]
+    for reason in reasons:
+        settings = FilterConfig("s", duplicates="drop", **bounds)
+        dropped = filter_samples(settings, tmp_path / "out")
+        assert reason in dropped and not {*dropped} & {*reasons[: reasons.index(reason)]}
+        bounds.pop(next(iter(bounds)))
+
+
+def test_records_of_tars_that_are_no_more_are_removed(out: Path) -> None:
+    for name in ("000009.json", ".000001.json.123.tmp"):
+        (out / "selections/all" / name).write_text("{}")
+    filter_samples(FilterConfig(), out)
+    assert sorted(p.name for p in (out / "selections/all").iterdir()) == [
+        f"{i:06d}.json" for i in range(3)
+    ]
+
+
+def test_the_index_tells_selections_of_equal_counts_apart(out: Path) -> None:
+    before = write_index(out)
+    place = out / "selections/all/000001.json"
+    record = read_kept_record(out, "all", "000001")
+    found = set()
+    for rows in ((0, 1, 2), (0, 1, 3)):
+        place.write_text(record_text(replace(record, kept=rows, dropped={"x": 5})))
+        index = write_index(out)
+        assert index.selections["all"][1] == 3
+        found.add(index.kept["all"])
+    assert len(found | {before.kept["all"]}) == 3
+
+
+def test_a_selection_that_does_not_sum_up_is_refused(out: Path) -> None:
+    record = read_kept_record(out, "all", "000001")
+    place = out / "selections/all/000001.json"
+    place.write_text(record_text(replace(record, kept=record.kept[1:])))
+    with pytest.raises(PreparedError, match="keeps 7 samples of 000001 and drops 0, which is not"):
+        write_index(out)

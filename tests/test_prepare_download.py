@@ -391,3 +391,15 @@ def test_the_real_program_is_driven_and_read(
         with (out / "shards" / "000000.tar").open("rb") as tar:
             tar.seek(member.offset)
             assert tar.read(member.size) == encode(Image.fromarray(gradient(40, 50, 0)), "JPEG")
+
+
+def test_what_was_downloaded_is_packed_whole_without_naming_its_columns_again(
+    tmp_path: Path, fake: Path
+) -> None:
+    config, out = config_of(table(tmp_path, ROWS), columns=["score"]), tmp_path / "out"
+    download(config, out)
+    pack(PackConfig(samples_per_shard=4), config, out)
+    before = read_tar_record(out, "000000")
+    assert before.samples[0].columns.keys() == {"score"}
+    pack(PackConfig(samples_per_shard=4), DownloadConfig(), out)
+    assert read_tar_record(out, "000000") == before

@@ -23,7 +23,7 @@ from sfumato.config import ModelConfig, NetworkConfig, SamplerConfig, TrainConfi
 from sfumato.models import parts
 from sfumato.models.blueprints import blueprint, build_network, network_on_meta
 from sfumato.models.generate import generate
-from sfumato.models.network_weights import check_start, without_start
+from sfumato.models.network_weights import check_start, find_source, without_start
 from sfumato.models.registry import find_family, load_encoders, load_model
 from sfumato.models.stable_diffusion import StableDiffusion
 from sfumato.training.checkpoint import Snapshot, write_checkpoint
@@ -619,3 +619,29 @@ def test_an_original_that_diffusers_reads_otherwise_is_caught(
     with pytest.raises(ExportError, match=r"1 weights differ, among them conv_out.bias"):
         export(settings, place, tmp_path / "out", CPU, PROMPT)
     assert not (tmp_path / "out").exists()
+
+
+def test_networks_are_described_as_the_published_ones() -> None:
+    """Heads, norms and time embedding have no parameters: counting these does not find them."""
+    first, second = (blueprint(name) for name in ("sd1", "sd2"))
+    assert first["attention_head_dim"] == 8
+    heads = zip(second["block_out_channels"], second["attention_head_dim"], strict=True)
+    assert [width // n for width, n in heads] == [64] * 4
+    for settings in (first, second):
+        assert (settings["flip_sin_to_cos"], settings["freq_shift"]) == (True, 0)
+        assert (settings["norm_num_groups"], settings["norm_eps"]) == (32, 1e-5)
+        assert (settings["act_fn"], settings["mid_block_scale_factor"]) == ("silu", 1)
+        assert (settings["downsample_padding"], settings["center_input_sample"]) == (1, False)
+
+
+def test_a_stage_starts_from_the_newest_checkpoint_of_a_run(
+    sd_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for step in (9, 10, 6):
+        (run / f"checkpoints/step-{step}").mkdir(parents=True)
+    for steps, unfinished in ((10, False), (12, True)):
+        (run / "config.yaml").write_text(f"training: {{max_steps: {steps}}}")
+        found = find_source(ModelConfig(network=NetworkConfig(from_pretrained=str(run))))
+        assert found.place == run / "checkpoints/step-10"
+        assert (found.unfinished is not None) == unfinished

@@ -411,3 +411,26 @@ def test_records_that_changed_since_the_index_are_an_error(folder: Path, cached:
     place.unlink()
     with pytest.raises(ValueError, match=r"00002\.json is missing"):
         stream.next(COUNT, 0, COUNT)
+
+
+def test_each_broken_row_has_a_replacement_of_its_own(folder: Path) -> None:
+    break_pictures(folder, BROKEN)
+    stream = open_small(settings(folder))
+    replaced: list[list[int]] = []
+    for _ in range(4):
+        seen = Counter(numbers(stream.next(COUNT, 0, COUNT)))
+        assert seen.total() == COUNT and len(seen) == COUNT - len(BROKEN)
+        replaced.append(sorted((seen - Counter(list(seen))).elements()))
+    assert all(len(set(each)) > 1 for each in replaced), "in one epoch"
+    assert len({tuple(each) for each in replaced}) == 4, "and from epoch to epoch"
+
+
+def test_states_that_end_early_are_left_out(folder: Path) -> None:
+    stream = open_small(settings(folder, cached=True))
+    text = shard_files(folder / CACHE / toy_identity(flip=True).text_folder)[1]
+    states = load_file(text)
+    short = {name: t if name == "offsets" else t[:-1] for name, t in states.items()}
+    save_file(short, text)
+    rows = [row for _ in range(4) for row in stream.next(11, 0, 11)]
+    assert set(numbers(rows)) == set(range(COUNT)) - {4, 5, 6, 7}
+    assert skips(stream.skipped) == {"cache shard that does not fit its record": 4}

@@ -18,7 +18,7 @@ from sfumato.config import ModelConfig, TrainConfig, TrainingConfig
 from sfumato.training.checkpoint import Snapshot
 from sfumato.training.compiling import arrange, lay_channels_last, repeated_blocks
 from sfumato.training.distribution import Distribution, like
-from sfumato.training.flops import FlopCounter
+from sfumato.training.flops import FlopCounter, attention_flops
 from sfumato.training.optimizer import build_optimizer
 from sfumato.training.throughput import Meter, peak_by_name
 
@@ -285,3 +285,8 @@ def test_every_step_tells_its_throughput(tmp_path: Path, sd_folder: Path) -> Non
         assert row["images_per_second"] == pytest.approx(4 / row["seconds_per_step"])
         assert row["mfu"] == pytest.approx(row["tflops_per_second"] / 0.5)
         assert 1e-6 < row["tflops_per_second"] < 1
+
+
+def test_attention_is_counted_by_the_shapes_of_queries_keys_and_values() -> None:
+    query, key, value = torch.empty(2, 3, 5, 8), torch.empty(2, 3, 7, 8), torch.empty(2, 3, 7, 4)
+    assert attention_flops(query, key, value) == 2 * (2 * 3) * (5 * 8 * 7 + 5 * 7 * 4)

@@ -76,7 +76,7 @@ def find_shards(path: str) -> tuple[Path, ...]:
     elif _is_directory(whole):
         shards = _glob(f"{glob.escape(str(whole))}/*.tar")
     else:
-        shards = tuple(dict.fromkeys(_expand(str(whole))))
+        shards = tuple(dict.fromkeys(expand_pattern(str(whole))))
     if not shards:
         raise ValueError(
             f"no file matches {path!r}; give a file, a directory with .tar files in it, or a "
@@ -91,8 +91,12 @@ def find_shards(path: str) -> tuple[Path, ...]:
     return shards
 
 
-def _expand(pattern: str) -> Iterator[Path]:
-    """Yield the files of a brace pattern whose alternatives may be globs."""
+def expand_pattern(pattern: str) -> Iterator[Path]:
+    """Yield the files of a brace pattern whose alternatives may be globs.
+
+    Raises:
+        ValueError: its braces are not balanced, or a file that it names is missing.
+    """
     try:
         names = tuple(braceexpand(pattern, escape=False))
     except ValueError:

@@ -1,10 +1,9 @@
 """What is known of a launch's jobs: a file for each in runs/NAME/launch/, and the lock.
 
-runs/NAME/launch/JOB.json    JobRecord
+runs/NAME/launch/job-JOB.json  JobRecord
 runs/NAME/launch/slurm/JOB/  submitit's folder: scripts, logs
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -14,10 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-from braceexpand import braceexpand
-
 from sfumato.config import ShardDataConfig, TrainConfig
 from sfumato.data.prepared import CACHE, INDEX, read_index
+from sfumato.data.prompts import expand_pattern
 from sfumato.launch.jobs import STARTS, Job, makes_index, value_of
 from sfumato.locking import lock
 from sfumato.training.checkpoint import fingerprint, list_checkpoints, step_of
@@ -123,10 +121,9 @@ def _state_of(place: str) -> str | None:
 
 def _matches(pattern: str) -> list[Path]:
     try:
-        names = list(braceexpand(pattern, escape=False))
+        return list(expand_pattern(pattern))
     except ValueError:  # whoever reads it says so
         return []
-    return [Path(found) for name in names for found in glob.glob(name, recursive=True)]  # noqa: PTH207
 
 
 def _files(top: Path) -> Iterator[Path]:

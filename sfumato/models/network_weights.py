@@ -285,10 +285,11 @@ def _read_diffusers(place: Path, config: ModelConfig, said: str) -> dict[str, Te
     if config.variant is not None:
         names = [f"{DIFFUSERS_FILE}.{config.variant}", *names]
     for name in names:
+        base, dot, variant = name.partition(".")  # which an index has before its last ending
         for suffix in ("safetensors", "bin"):
             if (place / f"{name}.{suffix}").is_file():
                 return read_tensors(place / f"{name}.{suffix}", said, allow_pickle=allow)
-            index = place / f"{name}.{suffix}.index.json"
+            index = place / f"{base}.{suffix}.index{dot}{variant}.json"
             if index.is_file():
                 shards = sorted({*read_json(index)["weight_map"].values()})
                 parts = [read_tensors(place / shard, said, allow_pickle=allow) for shard in shards]

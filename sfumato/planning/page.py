@@ -2,11 +2,21 @@
 
 from collections.abc import Iterator
 
-from sfumato.planning.memory import USABLE
-from sfumato.planning.plan import Memory, Plan
+from sfumato.config_stages import PlanConfig
+from sfumato.planning.memory import LARGEST, USABLE
+from sfumato.planning.plan import Memory, Plan, make_plan
 
 WIDTH = 34  # of the first column
 DAY = 86_400  # seconds
+
+
+def plan(config: PlanConfig) -> None:
+    """Print what a recipe costs.
+
+    Raises:
+        ValueError: if the settings cannot work, or cannot be planned.
+    """
+    print(page(make_plan(config)), flush=True)
 
 
 def page(plan: Plan) -> str:
@@ -55,7 +65,7 @@ def memory(plan: Plan) -> Iterator[str]:
     if plan.gpu.memory is not None:
         usable = USABLE * plan.gpu.memory / 2**30
         yield row("usable", *[f"{usable:,.2f}"] * 2)
-        yield row("~ largest micro-batch that fits", f"{first.largest:,}", f"{second.largest:,}")
+        yield row("~ largest micro-batch that fits", _rows(first), _rows(second))
 
 
 def _held(first: Memory, second: Memory) -> dict[str, tuple[int, int]]:
@@ -137,3 +147,7 @@ def remarks(plan: Plan) -> Iterator[str]:
         yield "* The data is seen once; samples=N says how much there is."
     for each in plan.assumed:
         yield f"* Assumed: {each}."
+
+
+def _rows(memory: Memory) -> str:
+    return f"{memory.largest:,}" + (" or more" if memory.largest == LARGEST else "")

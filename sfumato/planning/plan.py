@@ -86,17 +86,6 @@ class Plan:
         return self.moments + self.text
 
 
-def plan(config: PlanConfig) -> None:
-    """Print what a recipe costs.
-
-    Raises:
-        ValueError: if the settings cannot work, or cannot be planned.
-    """
-    from sfumato.planning.page import page
-
-    print(page(make_plan(config)), flush=True)
-
-
 def make_plan(config: PlanConfig) -> Plan:
     """Count what a recipe costs, on networks without memory.
 

@@ -1,7 +1,7 @@
 """What is to be made of a cache, and what of it is there already."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,13 +21,9 @@ from sfumato.data.prepared import (
 from sfumato.models.limits import check_side
 from sfumato.models.registry import find_family
 from sfumato.preparation.encoding import Storage
-from sfumato.preparation.files import digest
-from sfumato.preparation.filter import tar_names
-from sfumato.preparation.index import selection_names
+from sfumato.preparation.listing import is_of, made_of, selection_names, tar_names
 from sfumato.preparation.settings import check_precache
 from sfumato.training.identity import cache_identity
-
-_HALF = 32  # hex digits of each half of `made_of`
 
 
 @dataclass(frozen=True)
@@ -136,12 +132,7 @@ def _there(job: CacheJob, cache: str, tar: TarRecord) -> CachedRecord | None:
     if not job.place(cache, f"{tar.name}.json").exists():
         return None
     record = read_cached_record(job.folder, cache, tar.name)
-    return record if record.made_of[:_HALF] == made_of(cache, tar, ())[:_HALF] else None
-
-
-def made_of(cache: str, tar: TarRecord, samples: Sequence[int]) -> str:
-    """Return a hash in two halves: of tar and cache, and of the samples that are encoded."""
-    return digest([tar.sha256, cache])[:_HALF] + digest(list(samples))[:_HALF]
+    return record if is_of(cache, record, tar) else None
 
 
 def _kept(job: CacheJob, name: str, tar: TarRecord | None = None) -> tuple[int, ...]:

@@ -12,8 +12,6 @@ import numpy as np
 from sfumato.config_stages import FilterConfig
 from sfumato.data.prepared import (
     SELECTIONS,
-    SHARDS,
-    UNFINISHED,
     KeptRecord,
     Member,
     PreparedError,
@@ -24,28 +22,9 @@ from sfumato.data.prepared import (
 )
 from sfumato.preparation.bins import tally
 from sfumato.preparation.files import digest, write_text
+from sfumato.preparation.listing import tar_names
 
 _MADE_BY = 1  # raised when the same settings shall keep other samples
-
-
-def tar_names(folder: Path) -> list[str]:
-    """Return the names of the packed tars, in order.
-
-    Raises:
-        PreparedError: there is none, or not all of them.
-    """
-    if (folder / SHARDS / UNFINISHED).exists():
-        raise PreparedError(
-            f"packing into {folder} was not finished; run the same sfumato prepare with its stage "
-            "pack, which goes on where it was stopped"
-        )
-    names = sorted(place.stem for place in (folder / SHARDS).glob("[!.]*.json"))
-    if not names:
-        raise PreparedError(
-            f"{folder} holds no packed tars; run: sfumato prepare out={folder} stages=[pack] with "
-            "pack.path=FOLDER or after a download"
-        )
-    return names
 
 
 def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:

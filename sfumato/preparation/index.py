@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sfumato.data.cached import MANIFEST
 from sfumato.data.prepared import (
     CACHE,
     INDEX,
@@ -25,7 +24,7 @@ from sfumato.data.prepared import (
 from sfumato.preparation.bins import tally
 from sfumato.preparation.download import DOWNLOAD, download_bins
 from sfumato.preparation.files import write_text
-from sfumato.preparation.filter import tar_names
+from sfumato.preparation.listing import cache_names, is_of, selection_names, tar_names
 
 
 def write_index(folder: Path) -> Index:
@@ -81,25 +80,6 @@ def build_index(folder: Path) -> Index:
         bins,
         {name: digest.hexdigest() for name, digest in hashes.items()},
     )
-
-
-def selection_names(folder: Path) -> list[str]:
-    """Return the names of the selections, sorted."""
-    return sorted(place.name for place in (folder / SELECTIONS).glob("[!.]*") if place.is_dir())
-
-
-def cache_names(folder: Path) -> list[str]:
-    """Return the folders of the caches that say what they are, sorted."""
-    return sorted(place.parent.name for place in (folder / CACHE).glob(f"[!.]*/{MANIFEST}"))
-
-
-def is_of(cache: str, cached: CachedRecord, tar: TarRecord) -> bool:
-    """Say whether a shard of a cache was made of this very tar."""
-    from sfumato.preparation.cache_plan import made_of
-
-    # The second half of the hash is of the samples, which may be more than any selection's.
-    half = len(cached.made_of) // 2
-    return cached.made_of[:half] == made_of(cache, tar, ())[:half]
 
 
 def _kept(folder: Path, selection: str, tar: TarRecord) -> KeptRecord:

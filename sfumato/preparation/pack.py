@@ -32,6 +32,7 @@ from sfumato.preparation.bins import tally
 from sfumato.preparation.files import digest, placed, sha256_of, write_text
 from sfumato.preparation.sources import Container, Row, containers
 from sfumato.preparation.tars import Sample, write_tar
+from sfumato.preparation.url_table import further_columns
 
 _MADE_BY = 1  # raised when the same rows shall become other tars
 _OURS = re.compile(r"\d{6,}\.(tar|json)")
@@ -68,13 +69,15 @@ def pack(config: PackConfig, download: DownloadConfig, folder: Path) -> dict[str
         ValueError: the source cannot be read, or has no good picture.
         PreparedError: the disk is full.
     """
-    source = containers(config, download.columns, folder)
+    # A download is packed as it was made, whether or not its settings are given again.
+    further = download.columns or ([] if config.path else further_columns(folder))
+    source = containers(config, further, folder)
     _refuse_foreign(folder / SHARDS)
     names: set[str] = set()
     bins: list[Mapping[str, int]] = []
     start, first = (0, 0), 0
     with ThreadPoolExecutor(config.workers) as threads:
-        packer = _Packer(config, [*source], folder, threads, download.columns)
+        packer = _Packer(config, [*source], folder, threads, further)
         while start[0] < len(source):
             name = f"{len(names):06d}"
             record = packer.known(name, start, first) or packer.make(name, start, first)

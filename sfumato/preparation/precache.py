@@ -34,11 +34,11 @@ from sfumato.preparation.cache_plan import (
     count_samples,
     encoding_alone,
     lacking,
-    made_of,
     plan_cache,
 )
 from sfumato.preparation.encoding import Encoder
 from sfumato.preparation.files import placed, sha256_of, write_text
+from sfumato.preparation.listing import made_of
 from sfumato.training.distribution import Distribution
 
 

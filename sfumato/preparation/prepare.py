@@ -16,7 +16,8 @@ from sfumato.locking import lock
 from sfumato.preparation.bins import line
 from sfumato.preparation.download import download
 from sfumato.preparation.filter import filter_samples
-from sfumato.preparation.index import cache_names, write_index
+from sfumato.preparation.index import write_index
+from sfumato.preparation.listing import cache_names
 from sfumato.preparation.pack import pack
 from sfumato.preparation.settings import check_prepare
 

@@ -120,6 +120,16 @@ def read_table_record(folder: Path) -> TableRecord:
         raise PreparedError(f"{place} is damaged ({error}); remove it and prepare again") from error
 
 
+def further_columns(folder: Path) -> list[str]:
+    """Return what the table of a prepared folder has beside URLs and captions; none without one."""
+    file = folder / TABLE / "000000.parquet"
+    if not file.exists():
+        return []
+    from pyarrow import parquet
+
+    return parquet.read_schema(file).names[2:]
+
+
 def _usable(file: Path, config: DownloadConfig, log: SkipLog) -> Iterator[dict[str, Any]]:
     tally = log.begin(file)
     wanted = [config.url_column, config.caption_column, *config.columns]

@@ -23,7 +23,8 @@ from sfumato.data.prepared import (
 from sfumato.preparation.bins import line, tally
 from sfumato.preparation.download import DOWNLOAD, download_bins, read_stats
 from sfumato.preparation.files import sha256_of
-from sfumato.preparation.index import build_index, cache_names, selection_names
+from sfumato.preparation.index import build_index
+from sfumato.preparation.listing import cache_names, selection_names
 from sfumato.preparation.tars import texts
 from sfumato.preparation.verify_cache import check_cache
 

@@ -18,7 +18,7 @@ from sfumato.data.prepared import (
 )
 from sfumato.preparation.bins import line, tally
 from sfumato.preparation.files import sha256_of
-from sfumato.preparation.index import is_of
+from sfumato.preparation.listing import is_of
 
 
 def check_cache(

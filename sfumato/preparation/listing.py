@@ -1,0 +1,58 @@
+"""What lies in a prepared folder: tars, selections and caches, and of which tar a shard is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sfumato.data.cached import MANIFEST
+from sfumato.data.prepared import (
+    CACHE,
+    SELECTIONS,
+    SHARDS,
+    UNFINISHED,
+    CachedRecord,
+    PreparedError,
+    TarRecord,
+)
+from sfumato.preparation.files import digest
+
+HALF = 32  # hex digits of each half of `made_of`
+
+
+def tar_names(folder: Path) -> list[str]:
+    """Return the names of the packed tars, in order.
+
+    Raises:
+        PreparedError: there is none, or not all of them.
+    """
+    if (folder / SHARDS / UNFINISHED).exists():
+        raise PreparedError(
+            f"packing into {folder} was not finished; run the same sfumato prepare with its stage "
+            "pack, which goes on where it was stopped"
+        )
+    names = sorted(place.stem for place in (folder / SHARDS).glob("[!.]*.json"))
+    if not names:
+        raise PreparedError(
+            f"{folder} holds no packed tars; run: sfumato prepare out={folder} stages=[pack] with "
+            "pack.path=FOLDER or after a download"
+        )
+    return names
+
+
+def selection_names(folder: Path) -> list[str]:
+    """Return the names of the selections, sorted."""
+    return sorted(place.name for place in (folder / SELECTIONS).glob("[!.]*") if place.is_dir())
+
+
+def cache_names(folder: Path) -> list[str]:
+    """Return the folders of the caches that say what they are, sorted."""
+    return sorted(place.parent.name for place in (folder / CACHE).glob(f"[!.]*/{MANIFEST}"))
+
+
+def made_of(cache: str, tar: TarRecord, samples: Sequence[int]) -> str:
+    """Return a hash in two halves: of tar and cache, and of the samples that are encoded."""
+    return digest([tar.sha256, cache])[:HALF] + digest(list(samples))[:HALF]
+
+
+def is_of(cache: str, cached: CachedRecord, tar: TarRecord) -> bool:
+    """Say whether a shard of a cache was made of this very tar, whichever samples of it."""
+    return cached.made_of[:HALF] == made_of(cache, tar, ())[:HALF]
