@@ -483,7 +483,7 @@ def test_what_a_job_starts_from_is_noted_however_it_is_named(
 def test_prepare_looks_again_where_its_pictures_changed(tmp_path: Path):
     pictures, folder = tmp_path / "pictures", LaunchFolder(tmp_path / "launch")
     shutil.copytree(DEMO_IMAGES / "moons_held_out", pictures)
-    for given in (f"{pictures}", f"{tmp_path}/picture[s]"):
+    for given, more in ((f"{pictures}", "more.txt"), (f"{pictures}/*.tar", "more.tar")):
         settings = [f"out={tmp_path / 'data'}", "stages=[pack,index]", f"pack.path={given}"]
         (job,) = read(tmp_path, {"p": stage("prepare", *settings)})
         record = begin(folder, job)
@@ -491,7 +491,7 @@ def test_prepare_looks_again_where_its_pictures_changed(tmp_path: Path):
             prepare(job.settings)
         write_job_record(folder, "p", replace(record, finished="now"))
         assert is_done(folder, job)
-        (pictures / f"{len(given)}.txt").write_text("more")
+        (pictures / more).write_text("more")
         assert not is_done(folder, job)
 
 
