@@ -455,6 +455,8 @@ def test_what_a_job_starts_from_is_noted_however_it_is_named(
     assert in_child(lambda: start(first.arguments)) == 0
     own = tmp_path / "own"
     shutil.copytree(sd_folder, own)
+    (own / "unet").rename(tmp_path / "unet")
+    (own / "unet").symlink_to(tmp_path / "unet")
     starts = {
         "lora": f"model.lora.start={place / 'export' / 'lora'}",
         "home": "model.network.from_pretrained=~/a",
