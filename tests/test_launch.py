@@ -518,6 +518,13 @@ def test_a_run_on_other_data_than_are_there_now_is_not_done(tmp_path: Path, sd_f
     assert begin(folder, job).after != before
 
 
+def test_requeues_are_counted_of_one_and_the_same_job(tmp_path: Path, jobs: dict[str, str]):
+    folder, (job, _) = LaunchFolder(tmp_path / "launch"), read(tmp_path, jobs)
+    write_job_record(folder, "train", replace(begin(folder, job), requeues=3))
+    assert begin(folder, job).requeues == 3
+    assert begin(folder, replace(job, made_of="other settings")).requeues == 0
+
+
 def test_two_launches_do_not_share_a_folder(tmp_path: Path):
     folder = LaunchFolder(tmp_path)
     refused = pytest.raises(LaunchError, match="another launch, or a job of one, is running")
