@@ -116,8 +116,12 @@ def test_a_home_in_out_is_the_folder_that_prepare_writes(
     (job,) = read(tmp_path, {"p": stage("prepare", "out=~/data", "stages=[pack,index]", pictures)})
     assert job.out == tmp_path / "data"
     assert in_child(lambda: prepare(job.settings)) == 0
-    assert (job.out / INDEX).exists()
+    assert job.out is not None and (job.out / INDEX).exists()
     assert what_is_missing(job) is None
+    index = json.loads((job.out / INDEX).read_text())
+    index["caches"]["moments-0"] = []
+    (job.out / INDEX).write_text(json.dumps(index))
+    assert what_is_missing(job) == f"{job.out} lost its cache moments-0"
 
 
 def test_unknown_stages_name_the_known_ones(tmp_path: Path, jobs: dict[str, str]):
@@ -425,6 +429,8 @@ def test_a_run_is_complete_with_its_last_step_and_its_export(tmp_path: Path, sd_
     assert what_is_missing(four) is None
     (tmp_path / "a" / "export.json").write_text(note)
     assert "is exported from another checkpoint" in str(what_is_missing(four))
+    best = replace(four, settings=replace(four.settings, export="best"))
+    assert what_is_missing(best) is None  # any that is kept may have been the best
     (tmp_path / "a" / "export.json").unlink()
     assert what_is_missing(four) == f"{tmp_path / 'a'} is not exported"
 
