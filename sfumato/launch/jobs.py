@@ -41,10 +41,10 @@ FILES = {
     "sample": ("run", "prompts"),
 }
 OR_HUB = ("download.table", "model.network.from_pretrained", *MODEL_FILES)
-# What starts from another job's result; with it, that the result has stayed the same is checked.
+# What a job starts from, often another job's result; that it has stayed the same is checked.
 STARTS = {
     "train": (*WEIGHTS, *MODEL_FILES),
-    "prepare": ("pack.path", "download.table", *MODEL_FILES),
+    "prepare": FILES["prepare"],
     "evaluate": ("run",),
     "sample": ("run",),
 }

@@ -1,7 +1,7 @@
 """What is known of a launch's jobs: a file for each in runs/NAME/launch/, and the lock.
 
 runs/NAME/launch/job-JOB.json  JobRecord
-runs/NAME/launch/slurm/JOB/  submitit's folder: scripts, logs
+runs/NAME/launch/slurm/JOB/    submitit's folder: scripts, logs
 """
 
 import hashlib
