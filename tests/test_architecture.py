@@ -16,13 +16,13 @@ PACKAGE = Path(sfumato.__file__).parent
 MAX_FILE, MAX_FUNCTION = 400, 80
 
 # What each room may import of Sfumato, beside itself and the leaves.
-LEAVES = {"config", "config_stages", "images"}
+LEAVES = {"config", "config_stages", "files", "images"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "config_stages": set(),
+    "files": set(),
     "images": set(),
     "explain": set(),
-    "locking": set(),
     "diffusion": set(),
     "models": {"diffusion"},
     "rewards": {"diffusion"},
@@ -64,12 +64,12 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),
     "huggingface_hub": (
-        ("models", "rewards", "preparation.tables"),
+        ("files", "models", "rewards", "preparation.tables"),
         "downloads belong in the rims",
     ),
     "safetensors": (
         (
-            *("models", "rewards", "training.checkpoint", "training.identity", "demo"),
+            *("files", "models", "rewards", "training.checkpoint", "training.identity", "demo"),
             *("data.shards", "data.cache_reader", "preparation.precache"),
         ),
         FILES,

@@ -16,8 +16,8 @@ from typing import IO
 from sfumato.config import ShardDataConfig, TrainConfig
 from sfumato.data.prepared import CACHE, INDEX, read_index
 from sfumato.data.prompts import expand_pattern
+from sfumato.files import lock
 from sfumato.launch.jobs import STARTS, Job, makes_index, value_of
-from sfumato.locking import lock
 from sfumato.training.checkpoint import fingerprint, list_checkpoints, step_of
 from sfumato.training.folder import RunFolder, read_note, replace_text
 

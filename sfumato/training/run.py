@@ -14,7 +14,7 @@ import yaml
 from sfumato.config import ModelConfig, TrainConfig
 from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import derive
-from sfumato.locking import lock
+from sfumato.files import lock
 from sfumato.models.model import TextToImageModel
 from sfumato.models.network_weights import check_start, without_start
 from sfumato.models.registry import find_family, load_model

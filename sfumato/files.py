@@ -1,0 +1,251 @@
+"""Files and folders: written whole, read or refused, hashed, locked, fetched from the hub.
+
+Nothing appears under its own name before it is complete: it is written beside its place, synced to
+the disk and renamed. A kill or a full disk leaves what was there before.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+
+WRITE_ERRORS = (OSError, SafetensorError)  # what a full disk raises, among others
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def new_file(path: Path, *, failure: type[ValueError] = ValueError) -> Iterator[Path]:
+    """Give a path to write to; the file then replaces `path`. The mode is the umask's.
+
+    Raises:
+        failure: the file cannot be written; `path` is as it was.
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        mode = beside.stat().st_mode
+        yield beside
+        beside.chmod(mode)  # safetensors makes files that only their owner can read
+        _sync(beside)
+        beside.replace(path)
+        _sync(path.parent)
+    except WRITE_ERRORS as error:
+        raise failure(unwritten(path, error)) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, failure: type[ValueError] = ValueError) -> None:
+    """Write a text file whole, or not at all; raises as `new_file`."""
+    with new_file(path, failure=failure) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(path: Path, *, failure: type[ValueError] = ValueError) -> Iterator[Path]:
+    """Give an empty folder to fill; it then replaces `path`. Files get the umask's mode.
+
+    Raises:
+        failure: something cannot be written; `path` is as it was.
+    """
+    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        clear_unfinished(path)
+        beside.mkdir(parents=True)
+        yield beside
+        mode = beside.stat().st_mode & 0o666
+        for file in (file for file in beside.rglob("*") if file.is_file()):
+            file.chmod(mode)
+            _sync(file)
+        _exchange(beside, path)
+        _sync(path.parent)
+    except WRITE_ERRORS as error:
+        raise failure(unwritten(path, error)) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def clear_unfinished(path: Path) -> None:
+    """Remove what a killed `new_folder` left beside `path`; bring back what it had put aside."""
+    for stale in sorted(path.parent.glob(f".{path.name}.tmp-*")):
+        if stale.name.endswith("-old") and not path.exists():
+            stale.rename(path)
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; a kill leaves no half of it under its own name."""
+    hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def unwritten(path: Path, error: BaseException) -> str:
+    """Return the message for a file or folder that could not be written."""
+    # safetensors' own error has no errno.
+    code = error.errno if isinstance(error, OSError) else None
+    full = code in _FULL or os.strerror(errno.ENOSPC) in str(error)
+    reason = "no space is left on the disk" if full else str(error)
+    advice = "Free some space" if full else "Correct the cause"
+    return (
+        f"{path} could not be written: {reason}; nothing half-written is left. {advice} and run "
+        "the same command again"
+    )
+
+
+def read_object(
+    path: Path, advice: str, *, failure: type[ValueError] = ValueError
+) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Args:
+        advice: what to do about a bad file, such as "download the model again".
+
+    Raises:
+        failure: the file is missing, unreadable, or holds something else; naming it.
+    """
+    content = read_json(path, advice, failure=failure)
+    if not isinstance(content, dict):
+        raise failure(f"{path} holds a JSON {type(content).__name__}, not an object; {advice}")
+    return content
+
+
+def read_json(path: Path, advice: str, *, failure: type[ValueError] = ValueError) -> Any:
+    """Return the JSON value in a file; see `read_object`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise failure(f"{path} is missing; {advice}") from error
+    except OSError as error:
+        raise failure(f"{path} cannot be read ({error.strerror}); {advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise failure(f"{path} is damaged: it is not JSON ({error}); {advice}") from error
+
+
+def parse_object(text: str | bytes) -> dict[str, Any] | None:
+    """Return the JSON object in a text, or None where it holds something else."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(content: Any) -> str:
+    """Return the SHA-256 of a JSON value, in hex: equal values, equal digests."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def lock(
+    folder: Path, *, busy: str, unmade: str, failure: type[ValueError] = ValueError
+) -> IO[str]:
+    """Make a folder and hold it for this process, until the returned file is closed.
+
+    A child that inherits the descriptor holds the folder for as long as the child lives. A file
+    system that cannot lock gets a warning on stderr, and nothing is held.
+
+    Args:
+        busy: the message if another process holds the folder.
+        unmade: the advice if the folder cannot be made.
+
+    Raises:
+        failure: another process holds the folder, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise failure(f"the folder {folder} cannot be made ({error.strerror}); {unmade}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise failure(busy) from error
+    except OSError as error:
+        print(
+            f"{folder}: this file system cannot lock ({error.strerror}), so two processes in one "
+            "folder would not be noticed",
+            file=sys.stderr,
+        )
+    return file
+
+
+def fetch(
+    name: str,
+    setting: str,
+    patterns: Sequence[str],
+    *,
+    unwanted: Sequence[str] = (),
+    kind: str = "model",
+    complete: Callable[[Path], bool] = Path.is_dir,
+) -> Path:
+    """Return the folder of a Hugging Face hub id: from the local cache, else downloaded.
+
+    Args:
+        name: the hub id.
+        setting: whose value it is, for messages.
+        patterns: of the files that are needed; `unwanted` of those not to download.
+        kind: model or dataset.
+        complete: whether a folder of the cache has all that is needed.
+
+    Raises:
+        ValueError: neither the cache nor the hub has it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = {"repo_type": kind, "allow_patterns": list(patterns)}
+    try:
+        try:
+            cached = Path(snapshot_download(name, local_files_only=True, **wanted))
+            if complete(cached):
+                return cached
+        except LocalEntryNotFoundError:
+            pass
+        return Path(snapshot_download(name, ignore_patterns=list(unwanted), **wanted))
+    except (OSError, ValueError) as error:  # the hub's own errors are of both kinds
+        raise ValueError(
+            f"{setting} = {name!r} is no folder here and not in the hub's local cache, and it "
+            f"could not be downloaded ({type(error).__name__}); give a folder, or check the id "
+            "and the network"
+        ) from error
+
+
+def _exchange(beside: Path, path: Path) -> None:
+    """Let a folder take the place of another; if it cannot, the other stays."""
+    old = path.with_name(f"{beside.name}-old")
+    if path.exists():
+        path.rename(old)
+    try:
+        beside.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
