@@ -11,9 +11,9 @@ from typing import IO, TYPE_CHECKING
 
 from sfumato.config import TrainingConfig
 from sfumato.config_stages import PrepareConfig
+from sfumato.data.left_out import line
 from sfumato.data.prepared import PreparedError
 from sfumato.files import lock
-from sfumato.preparation.bins import line
 from sfumato.preparation.download import download
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index
