@@ -33,8 +33,9 @@ LOWER = set(ROOMS)
 ROOMS["training"] = LOWER
 ROOMS["check"] = LOWER | {"training"}
 ROOMS["compose"] = ROOMS["check"] | {"check"}
-ROOMS["evaluation"] = ROOMS["compose"] | {"compose"}
-ROOMS["preparation"] = ROOMS["planning"] = ROOMS["compose"] | {"compose"}
+ROOMS["preparation"] = ROOMS["compose"] | {"compose"}
+ROOMS["run"] = LOWER | {"training", "preparation"}
+ROOMS["evaluation"] = ROOMS["planning"] = ROOMS["compose"] | {"compose", "run"}
 ROOMS["launch"] = ROOMS["preparation"] | {"preparation"}
 ROOMS["demo"] = ROOMS["evaluation"] | {"evaluation", "preparation", "launch"}
 ROOMS["cli"] = ROOMS["demo"] | {"demo", "planning"}
@@ -44,8 +45,14 @@ ROOMS["__main__"] = {"cli"}
 CONTRACTS = {"models": {"models.model", "models.generate"}, "rewards": {"rewards.reward"}}
 
 TENSOR_ROOMS = (
-    *("models", "rewards", "objectives", "training", "evaluation", "demo", "images", "planning"),
-    *("preparation.encoding", "preparation.precache", "launch.torchrun"),
+    *("models", "rewards", "objectives", "training", "run", "evaluation", "demo", "images"),
+    *(
+        "planning",
+        "preparation.encoder_hash",
+        "preparation.encoding",
+        "preparation.precache",
+        "launch.torchrun",
+    ),
 )
 SETTINGS = "settings are composed in compose.py, for the command line alone"
 FILES = (
@@ -69,8 +76,9 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "safetensors": (
         (
-            *("files", "models", "rewards", "training.checkpoint", "training.identity", "demo"),
+            *("files", "models", "rewards", "training.checkpoint", "demo"),
             *("data.shards", "data.cache_reader", "preparation.precache"),
+            "preparation.encoder_hash",
         ),
         FILES,
     ),
@@ -78,7 +86,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "hydra": (("compose", "cli"), SETTINGS),
     "omegaconf": (("compose", "cli"), SETTINGS),
     "yaml": (
-        ("compose", "cli", "training.run", "evaluation.records", "models.network_weights"),
+        ("compose", "cli", "run.run", "evaluation.records", "models.network_weights"),
         SETTINGS,
     ),
     "submitit": (("launch",), "Slurm belongs in launch/"),
