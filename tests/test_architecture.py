@@ -33,9 +33,10 @@ LOWER = set(ROOMS)
 ROOMS["training"] = LOWER
 ROOMS["check"] = LOWER | {"training"}
 ROOMS["compose"] = ROOMS["check"] | {"check"}
-ROOMS["evaluation"] = ROOMS["compose"] | {"compose"}
+ROOMS["preparation"] = ROOMS["compose"] | {"compose"}
+ROOMS["run"] = LOWER | {"training", "preparation"}
+ROOMS["evaluation"] = ROOMS["planning"] = ROOMS["compose"] | {"compose", "run"}
 ROOMS["report"] = ROOMS["evaluation"] | {"evaluation"}
-ROOMS["preparation"] = ROOMS["planning"] = ROOMS["compose"] | {"compose"}
 ROOMS["launch"] = ROOMS["preparation"] | {"preparation"}
 ROOMS["demo"] = ROOMS["report"] | {"report", "preparation", "launch"}
 ROOMS["cli"] = ROOMS["demo"] | {"demo", "planning"}
@@ -45,8 +46,14 @@ ROOMS["__main__"] = {"cli"}
 CONTRACTS = {"models": {"models.model", "models.generate"}, "rewards": {"rewards.reward"}}
 
 TENSOR_ROOMS = (
-    *("models", "rewards", "objectives", "training", "evaluation", "demo", "images", "planning"),
-    *("preparation.encoding", "preparation.precache", "launch.torchrun"),
+    *("models", "rewards", "objectives", "training", "run", "evaluation", "demo", "images"),
+    *(
+        "planning",
+        "preparation.encoder_hash",
+        "preparation.encoding",
+        "preparation.precache",
+        "launch.torchrun",
+    ),
 )
 SETTINGS = "settings are composed in compose.py, for the command line alone"
 FILES = (
@@ -70,8 +77,9 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "safetensors": (
         (
-            *("files", "models", "rewards", "training.checkpoint", "training.identity", "demo"),
+            *("files", "models", "rewards", "training.checkpoint", "demo"),
             *("data.shards", "data.cache_reader", "preparation.precache"),
+            "preparation.encoder_hash",
         ),
         FILES,
     ),
@@ -79,7 +87,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "hydra": (("compose", "cli"), SETTINGS),
     "omegaconf": (("compose", "cli"), SETTINGS),
     "yaml": (
-        ("compose", "cli", "training.run", "report.records", "models.network_weights"),
+        ("compose", "cli", "run.run", "report.records", "models.network_weights"),
         SETTINGS,
     ),
     "submitit": (("launch",), "Slurm belongs in launch/"),
