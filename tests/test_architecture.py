@@ -16,12 +16,13 @@ PACKAGE = Path(sfumato.__file__).parent
 MAX_FILE, MAX_FUNCTION = 400, 80
 
 # What each room may import of Sfumato, beside itself and the leaves.
-LEAVES = {"config", "config_stages", "files", "images"}
+LEAVES = {"config", "config_stages", "files", "images", "records"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "config_stages": set(),
     "files": set(),
     "images": set(),
+    "records": set(),
     "explain": set(),
     "diffusion": set(),
     "models": {"diffusion"},
@@ -100,6 +101,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
         ("training", "evaluation", "demo", "preparation.precache"),
         "progress bars belong to the loops",
     ),
+    "msgspec": (("records",), "records are decoded in records.py"),
     "braceexpand": (("data",), "file patterns belong in data/"),
     "numpy": (("images", "data", "evaluation", "demo", "preparation.filter"), "use torch"),
     "PIL": (("images", "data", "rewards", "report", "demo"), "pictures belong in images.py"),
