@@ -16,7 +16,7 @@ from sfumato.evaluation.evaluate import Evaluation, check_request, evaluate
 from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
-from sfumato.models.network_weights import without_start
+from sfumato.models.origins import without_start
 from sfumato.models.registry import find_family, load_model
 from sfumato.training.checkpoint import best_step, list_checkpoints, read_shown_weights, step_of
 from sfumato.training.folder import RunFolder, step_name
