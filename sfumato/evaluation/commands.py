@@ -16,7 +16,7 @@ from sfumato.evaluation.evaluate import Evaluation, check_request, evaluate
 from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
-from sfumato.models.network_weights import without_start
+from sfumato.models.origins import without_start
 from sfumato.models.registry import find_family, load_model
 from sfumato.run.build import build_scorer
 from sfumato.run.open_data import validation_prompts
