@@ -6,9 +6,15 @@ from pathlib import Path
 
 import torch
 
-from sfumato.check import check_sampler
 from sfumato.compose import load_settings
-from sfumato.config import EvaluateConfig, ModelConfig, SampleConfig, SamplerConfig, TrainConfig
+from sfumato.config import (
+    EvaluateConfig,
+    ModelConfig,
+    SampleConfig,
+    SamplerConfig,
+    TrainConfig,
+    check_values,
+)
 from sfumato.data.prompts import read_prompts
 from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
@@ -63,8 +69,7 @@ def sample_images(config: SampleConfig) -> None:
         raise ValueError(f"step={config.step} is of a run, and pretrained has none; leave it out")
     if (config.prompt is None) == (config.prompts is None):
         raise ValueError('give prompt="..." or prompts=FILE, one of the two')
-    if config.num_images < 1 or config.batch_size < 1:
-        raise ValueError("num_images and batch_size must be 1 or more")
+    check_values(config)
     annealed_weights(config.schedule, 1)
     texts = (
         [config.prompt]
@@ -102,7 +107,7 @@ def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
         checkpoint = find_checkpoint(run, config.step)
     given = {name: value for name, value in vars(config.sampler).items() if value is not None}
     sampler = replace(sampler, **given)
-    check_sampler(sampler)
+    check_values(sampler, "sampler.")
     find_family(settings, sampler)
     weights = read_shown_weights(checkpoint) if checkpoint is not None else None
     if config.schedule != "draft":
