@@ -16,10 +16,9 @@ PACKAGE = Path(sfumato.__file__).parent
 MAX_FILE, MAX_FUNCTION = 400, 80
 
 # What each room may import of Sfumato, beside itself and the leaves.
-LEAVES = {"config", "config_stages", "files", "images", "records"}
+LEAVES = {"config", "files", "images", "records"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
-    "config_stages": set(),
     "files": set(),
     "images": set(),
     "records": set(),
