@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from image_files import config_of, png, skip_counts, write_folder, write_tar
 
-from sfumato.config import ImageSourceConfig
-from sfumato.config_stages import DownloadConfig, PackConfig
+from sfumato.config import DownloadConfig, ImageSourceConfig, PackConfig
 from sfumato.data.entries import Columns
 from sfumato.data.images import open_images, validation_samples
 from sfumato.data.left_out import SkipLog

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, final
 
-from sfumato.config_stages import PackConfig
+from sfumato.config import PackConfig
 from sfumato.data.entries import Columns, Entry, FileBlob, is_utf8
 from sfumato.data.left_out import SkipLog
 from sfumato.data.prepared import SHARDS, PreparedError

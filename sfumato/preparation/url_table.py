@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from sfumato.config_stages import DownloadConfig
+from sfumato.config import DownloadConfig
 from sfumato.data.entries import captions_of
 from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.paths import find_files, is_file, is_folder
