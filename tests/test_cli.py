@@ -19,7 +19,7 @@ from tiny_clip import write_tiny_clip
 from sfumato.cli import main
 from sfumato.compose import compose_train
 from sfumato.config import CONF, TrainConfig
-from sfumato.training import run as training_run
+from sfumato.run import run as training_run
 from sfumato.training.distribution import Distribution
 from sfumato.training.loop import Outcome
 

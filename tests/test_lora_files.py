@@ -33,8 +33,8 @@ from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import load_model
 from sfumato.models.stable_diffusion import UNET_LINEAR
 from sfumato.models.stable_diffusion_xl import published_names
+from sfumato.run.export import export
 from sfumato.training.checkpoint import Snapshot, list_checkpoints, write_checkpoint
-from sfumato.training.export import export
 
 PROMPT = "a red star"
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"

@@ -26,8 +26,8 @@ from sfumato.models.origins.network_weights import check_start, find_source, wit
 from sfumato.models.origins.unets import blueprint, build_network, network_on_meta
 from sfumato.models.registry import find_family, load_encoders, load_model
 from sfumato.models.stable_diffusion import StableDiffusion
+from sfumato.run.export import ExportError, export
 from sfumato.training.checkpoint import Snapshot, write_checkpoint
-from sfumato.training.export import ExportError, export
 
 PROMPT, CPU = "a red star", torch.device("cpu")
 

@@ -17,7 +17,7 @@ from sfumato.models.registry import find_family
 from sfumato.models.stable_diffusion import StableDiffusion
 from sfumato.planning.encoders import Encoders, assumed_encoders, read_encoders
 from sfumato.planning.inputs import Shape, conditioning_shapes
-from sfumato.training.ingredients import frame_size
+from sfumato.run.open_data import frame_size
 
 LATENT_CHANNELS, FACTOR = 4, 8  # of Stable Diffusion's autoencoder
 
