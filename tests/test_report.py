@@ -466,6 +466,11 @@ def test_a_run_of_the_same_seed_is_the_baseline(tmp_path: Path) -> None:
     assert [one.baseline for one in compare(records, records[0].base)] == ["d1"]
 
 
+def test_runs_of_equal_diversity_are_called_so(tmp_path: Path) -> None:
+    runs = [write_draft(tmp_path / f"kl{kl}", kl, {0: BASE, **DRAFT}) for kl in (0, 1)]
+    assert "At equal reward, kl1 is as diverse as kl0 on average" in report(runs, tmp_path).html
+
+
 def test_runs_without_a_common_reward_are_not_compared(tmp_path: Path) -> None:
     draft = write_draft(tmp_path / "draft", 0.0, {0: BASE, **DRAFT})
     plus = write_draft(tmp_path / "plus", 9.0, {0: BASE, 20: (18.0, 0.3)})

@@ -124,12 +124,14 @@ def _conclusion(one: Comparison) -> str:
             "their diversity cannot be compared at equal reward."
         )
     gap, first = one.result.mean_difference, one.result.baseline_diversity[0]
-    word = "more" if gap > 0 else "less"
     span = f"{number(one.result.levels[0])} to {number(one.result.levels[-1])}"
-    return (
-        f"At equal reward, {one.other} is {word} diverse than {one.baseline}: by "
-        f"{number(abs(gap), first)} on average over rewards from {span}."
-    )
+    difference = number(abs(gap), first)
+    if not float(difference):
+        relation = f"as diverse as {one.baseline}"
+    else:
+        word = "more" if gap > 0 else "less"
+        relation = f"{word} diverse than {one.baseline}: by {difference}"
+    return f"At equal reward, {one.other} is {relation} on average over rewards from {span}."
 
 
 def _gaps(records: Sequence[RunRecord], base: Evaluation | None) -> list[str]:
@@ -175,7 +177,7 @@ def _run_gaps(record: RunRecord) -> list[str]:
     return gaps
 
 
-def _about_panels(records: Sequence[RunRecord], base: Evaluation | None) -> str:
+def _about_panels(records: Sequence[RunRecord], base: Evaluation | None) -> list[str]:
     """Explain the curves."""
     parts = []
     if base is not None:
@@ -187,7 +189,7 @@ def _about_panels(records: Sequence[RunRecord], base: Evaluation | None) -> str:
         parts.append(ABOUT_LOSSES)
     if any(loss_by_t(record) is not None for record in records):
         parts.append(ABOUT_BY_T)
-    return " ".join(parts)
+    return parts
 
 
 def _method(records: Sequence[RunRecord]) -> str:
