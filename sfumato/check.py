@@ -138,7 +138,7 @@ def _check_lora(lora: LoraConfig) -> None:
 
 def _check_lora_files(config: TrainConfig) -> None:
     """Refuse a missing start, unless the run has checkpoints, which contain it."""
-    from sfumato.models.lora_files import find_lora
+    from sfumato.models.lora import find_lora
     from sfumato.training.checkpoint import list_checkpoints
     from sfumato.training.folder import RunFolder
 

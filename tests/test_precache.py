@@ -48,10 +48,10 @@ from sfumato.data.prepared import (
 from sfumato.data.shards import open_shards
 from sfumato.models.registry import load_encoders, load_model
 from sfumato.preparation import precache as precaching
+from sfumato.preparation.encoder_hash import cache_identity
 from sfumato.preparation.precache import precache
 from sfumato.preparation.prepare import prepare
 from sfumato.training.distribution import Distribution
-from sfumato.training.identity import cache_identity
 
 WORDS = ("ring", "star", "dot")
 

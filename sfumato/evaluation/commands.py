@@ -22,11 +22,12 @@ from sfumato.evaluation.evaluate import Evaluation, check_request, evaluate
 from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
-from sfumato.models.network_weights import without_start
+from sfumato.models.origins import without_start
 from sfumato.models.registry import find_family, load_model
+from sfumato.run.build import build_scorer
+from sfumato.run.open_data import validation_prompts
 from sfumato.training.checkpoint import best_step, list_checkpoints, read_shown_weights, step_of
 from sfumato.training.folder import RunFolder, step_name
-from sfumato.training.ingredients import build_scorer, validation_prompts
 from sfumato.training.state import load_weights
 
 

@@ -19,10 +19,10 @@ from sfumato.data.prepared import (
 )
 from sfumato.models.limits import check_side
 from sfumato.models.registry import find_family
+from sfumato.preparation.encoder_hash import cache_identity
 from sfumato.preparation.encoding import Storage
 from sfumato.preparation.listing import is_of, made_of, selection_names, tar_names
 from sfumato.preparation.settings import check_precache
-from sfumato.training.identity import cache_identity
 
 
 @dataclass(frozen=True)
