@@ -19,6 +19,7 @@ MAX_FILE, MAX_FUNCTION = 400, 80
 LEAVES = {"config", "files", "images", "records"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
+    "config_stages": set(),
     "files": set(),
     "images": set(),
     "records": set(),
