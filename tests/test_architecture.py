@@ -59,7 +59,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "diffusers": (("models", "demo", "planning.encoders"), "networks belong in models/"),
     "peft": (("models",), "adapters belong in models/adapters.py"),
     "transformers": (
-        ("models", "rewards", "demo", "planning.encoders"),
+        ("models", "rewards", "demo", "planning.encoders", "training.distribution"),
         "text encoders and CLIP belong in the rims",
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),
