@@ -19,7 +19,6 @@ MAX_FILE, MAX_FUNCTION = 400, 80
 LEAVES = {"config", "files", "images", "records"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
-    "config_stages": set(),
     "files": set(),
     "images": set(),
     "records": set(),
@@ -71,7 +70,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "diffusers": (("models", "demo", "planning.encoders"), "networks belong in models/"),
     "peft": (("models",), "adapters belong in models/adapters.py"),
     "transformers": (
-        ("models", "rewards", "demo", "planning.encoders"),
+        ("models", "rewards", "demo", "planning.encoders", "training.distribution"),
         "text encoders and CLIP belong in the rims",
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),

@@ -179,7 +179,7 @@ def test_compiling_keeps_the_names_of_weights(sd_folder: Path) -> None:
         arrange(model, TrainConfig(training=TrainingConfig(compile=how)), world=1)
         assert list(model.trained.state_dict()) == names
         compiled = [m for m in model.network.modules() if m._compiled_call_impl is not None]
-        blocks = list(repeated_blocks(model.network))
+        blocks = repeated_blocks(model.network, model.repeated)
         assert len(blocks) > 5
         assert compiled == (blocks if how == "regional" else [model.network])
 

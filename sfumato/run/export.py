@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato.config import ModelConfig, TrainConfig
 from sfumato.diffusion.randomness import Rng
-from sfumato.models.formats import WRITE_ERRORS
+from sfumato.files import WRITE_ERRORS
 from sfumato.models.generate import generate, image_size
 from sfumato.models.model import DTYPES, TextToImageModel
 from sfumato.models.origins import unlike_original, write_original

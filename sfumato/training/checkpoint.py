@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.models.formats import WRITE_ERRORS
+from sfumato.files import WRITE_ERRORS
 from sfumato.training.folder import step_name
 
 TENSORS = ("weights", "ema", "optimizer")
