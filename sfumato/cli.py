@@ -229,7 +229,7 @@ def report(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--title", default="Sfumato report")
     options = parser.parse_args(arguments)
-    from sfumato.evaluation.report import write_report
+    from sfumato.report.report import write_report
     from sfumato.training.folder import RunFolder
 
     with mistakes_explained():

@@ -36,8 +36,9 @@ ROOMS["compose"] = ROOMS["check"] | {"check"}
 ROOMS["preparation"] = ROOMS["compose"] | {"compose"}
 ROOMS["run"] = LOWER | {"training", "preparation"}
 ROOMS["evaluation"] = ROOMS["planning"] = ROOMS["compose"] | {"compose", "run"}
+ROOMS["report"] = ROOMS["evaluation"] | {"evaluation"}
 ROOMS["launch"] = ROOMS["preparation"] | {"preparation"}
-ROOMS["demo"] = ROOMS["evaluation"] | {"evaluation", "preparation", "launch"}
+ROOMS["demo"] = ROOMS["report"] | {"report", "preparation", "launch"}
 ROOMS["cli"] = ROOMS["demo"] | {"demo", "planning"}
 ROOMS["__main__"] = {"cli"}
 
@@ -86,22 +87,22 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "hydra": (("compose", "cli"), SETTINGS),
     "omegaconf": (("compose", "cli"), SETTINGS),
     "yaml": (
-        ("compose", "cli", "run.run", "evaluation.records", "models.network_weights"),
+        ("compose", "cli", "run.run", "report.records", "models.network_weights"),
         SETTINGS,
     ),
     "submitit": (("launch",), "Slurm belongs in launch/"),
     "wandb": (("training.tracking",), "trackers belong in training/tracking.py"),
     "lpips": (("evaluation.diversity",), "image features belong in evaluation/diversity.py"),
-    "matplotlib": (("evaluation",), "plots belong in evaluation/"),
-    "jinja2": (("evaluation",), "pages belong in evaluation/"),
-    "markupsafe": (("evaluation",), "pages belong in evaluation/"),
+    "matplotlib": (("report",), "plots belong in report/"),
+    "jinja2": (("report",), "pages belong in report/"),
+    "markupsafe": (("report",), "pages belong in report/"),
     "tqdm": (
         ("training", "evaluation", "demo", "preparation.precache"),
         "progress bars belong to the loops",
     ),
     "braceexpand": (("data",), "file patterns belong in data/"),
     "numpy": (("images", "data", "evaluation", "demo", "preparation.filter"), "use torch"),
-    "PIL": (("images", "data", "rewards", "evaluation", "demo"), "pictures belong in images.py"),
+    "PIL": (("images", "data", "rewards", "report", "demo"), "pictures belong in images.py"),
     "pyarrow": (
         ("data.arrow", "preparation.tables", "preparation.url_table"),
         "Arrow's files belong in data/arrow.py, tables of URLs in preparation/",

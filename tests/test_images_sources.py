@@ -27,7 +27,7 @@ def listed(path: Path | str, **settings: str) -> list[tuple[str, str]]:
     """Return place and caption of what a path lists."""
     columns = Columns(settings.get("image"), settings.get("caption"))
     entries = list_source(str(path), settings.get("base"), columns, SkipLog())
-    return [(entry.place, entry.caption) for entry in entries]
+    return [(entry.place, entry.captions[0]) for entry in entries]
 
 
 def counts(path: Path | str, **settings: str) -> dict[str, int]:

@@ -208,7 +208,7 @@ def _look_at(row: Row, place: Place, bounds: Bounds) -> _Judged:
     except OSError:
         return _Judged(place, None, {"unreadable file": 1})
     suffix = next(suffix for magic, suffix in _MAGIC if data.startswith(magic))
-    captions = (entry.caption, *row.captions)
+    captions = (*entry.captions, *row.captions)
     sha256 = hashlib.sha256(data).hexdigest()
     columns = dict(row.columns)
     return _Judged(
