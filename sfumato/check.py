@@ -17,6 +17,7 @@ from sfumato.config import (
     TrainingConfig,
     WeightedRewardConfig,
 )
+from sfumato.training.sharding import check_sharding
 
 CHOICES = {
     "model.trainable": ("lora", "full"),
@@ -81,7 +82,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
             f"that does is {nearest}"
         )
     _check_average(training)
-    _check_sharding(config, processes)
+    check_sharding(config, processes)
     if training.max_time is not None:
         from sfumato.training.stop import parse_duration
 
@@ -138,27 +139,6 @@ def _check_average(training: TrainingConfig) -> None:
             f"training.ema_every_steps = {training.ema_every_steps} is more than "
             f"training.max_steps = {training.max_steps}, so that the average would never move; "
             "give fewer, or training.ema_decay=null"
-        )
-
-
-def _check_sharding(config: TrainConfig, processes: int) -> None:
-    training = config.training
-    if training.strategy == "ddp" or processes == 1:
-        return
-    if config.model.channels_last:
-        raise ValueError(
-            f"model.channels_last = true and training.strategy = {training.strategy}: FSDP2 splits "
-            "weights that are contiguous; take one of them out"
-        )
-    if training.compile == "full":
-        raise ValueError(
-            f"training.compile = full and training.strategy = {training.strategy}: a network that "
-            "is compiled as a whole cannot be gathered block by block; use compile=regional"
-        )
-    if training.strategy == "hsdp" and processes % (training.shard_size or 1):
-        raise ValueError(
-            f"training.shard_size = {training.shard_size} does not divide {processes} processes; "
-            "each copy of the network lies on as many"
         )
 
 

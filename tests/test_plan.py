@@ -268,7 +268,7 @@ def test_the_command_prints_a_page(sd_folder: Path):
         (["gpus=3"], "training.global_batch_size = 4 does not divide into 3 process"),
         (
             ["gpus=4", "training.strategy=hsdp", "training.shard_size=3"],
-            "training.shard_size = 3 does not divide 4 processes",
+            "training.shard_size=3 does not divide 4 processes",
         ),
         (["model.pretrained=null"], "model.pretrained and model.network.config are both null"),
     ],

@@ -23,6 +23,7 @@ from sfumato.evaluation.results import (
     read_evaluations,
     read_summary,
 )
+from sfumato.files import new_folder
 from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
@@ -32,7 +33,7 @@ from sfumato.training.checkpoint import (
     list_checkpoints,
     read_shown_weights,
 )
-from sfumato.training.folder import RunFolder, new_folder, step_name
+from sfumato.training.folder import RunFolder, step_name
 from sfumato.training.state import load_weights
 
 AUTOCAST = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

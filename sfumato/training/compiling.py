@@ -9,6 +9,7 @@ from torch import nn
 from sfumato.config import TrainConfig
 from sfumato.models.model import TextToImageModel
 from sfumato.models.pipeline_model import PipelineModel
+from sfumato.training.sharding import check_sharding
 
 # Classes of diffusers that a network has many of, each compiled once for all of one shape.
 REPEATED = frozenset(
@@ -33,23 +34,13 @@ def arrange(model: TextToImageModel, config: TrainConfig, world: int) -> None:
     Raises:
         ValueError: if that cannot be done to this model or in this strategy.
     """
-    training, shards = config.training, config.training.strategy != "ddp" and world > 1
+    check_sharding(config, world)
     if config.model.channels_last:
-        if shards:
-            raise ValueError(
-                f"model.channels_last = true needs training.strategy = ddp, as "
-                f"{training.strategy} shards weights that lie in the usual order; leave one out"
-            )
         for network in (*predictors(model), *autoencoders(model)):
             lay_channels_last(network)
-    match training.compile:
+    match config.training.compile:
         case "regional":
             compile_networks(model, "regional")
-        case "full" if shards:
-            raise ValueError(
-                f"training.compile = full needs training.strategy = ddp, as {training.strategy} "
-                "gathers weights between the blocks; use training.compile=regional"
-            )
         case "full":
             compile_networks(model, "full")
         case _:
