@@ -18,7 +18,7 @@ from sfumato.config import (
 from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import derive
 from sfumato.models.model import TextToImageModel
-from sfumato.models.network_weights import without_start
+from sfumato.models.origins import without_start
 from sfumato.models.registry import load_model
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Objective

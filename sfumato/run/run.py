@@ -11,7 +11,7 @@ from sfumato.config import TrainConfig
 from sfumato.data.stream import Stream
 from sfumato.files import lock, write_text
 from sfumato.models.limits import Limits
-from sfumato.models.network_weights import check_start
+from sfumato.models.origins import check_start
 from sfumato.models.registry import find_family
 from sfumato.run.build import Own, build_job, check_own
 from sfumato.run.export import export_run
