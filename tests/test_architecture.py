@@ -75,7 +75,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),
     "huggingface_hub": (
-        ("files", "models", "rewards", "preparation.tables"),
+        ("files", "models", "rewards"),
         "downloads belong in the rims",
     ),
     "safetensors": (
@@ -108,9 +108,10 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "numpy": (("images", "data", "evaluation", "demo", "preparation.filter"), "use torch"),
     "PIL": (("images", "data", "rewards", "report", "demo"), "pictures belong in images.py"),
     "pyarrow": (
-        ("data.arrow", "preparation.tables", "preparation.url_table"),
-        "Arrow's files belong in data/arrow.py, tables of URLs in preparation/",
+        ("data.tables", "preparation.url_table"),
+        "tables are read in data/tables.py, tables of URLs written in preparation/url_table.py",
     ),
+    "datasets": (("data.saved_dataset",), "saved datasets are read in data/saved_dataset.py"),
 }
 HEAVY = {
     "diffusers",
@@ -119,6 +120,7 @@ HEAVY = {
     "accelerate",
     "huggingface_hub",
     "pyarrow",
+    "datasets",
     "submitit",
 }
 
