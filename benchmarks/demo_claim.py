@@ -11,8 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from sfumato.demo.experiment import run_demo
-from sfumato.evaluation.comparison import compare
-from sfumato.evaluation.records import read_runs
+from sfumato.report.comparison import compare
+from sfumato.report.records import read_runs
 from sfumato.training.folder import RunFolder
 
 

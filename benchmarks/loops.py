@@ -58,12 +58,12 @@ class Ours:
         self, config: TrainConfig, stream: Stream[Any], draw: Callable[[Any, Any], Any]
     ) -> None:
         from sfumato.models.registry import load_model
-        from sfumato.training.distribution import Distribution
-        from sfumato.training.ingredients import (
+        from sfumato.run.build import (
             build_objective,
             build_scorer,
             trained_model,
         )
+        from sfumato.training.distribution import Distribution
         from sfumato.training.module import TrainingModule
         from sfumato.training.state import TrainState
 

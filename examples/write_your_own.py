@@ -27,8 +27,8 @@ from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.adapters import CopyRoles
 from sfumato.models.model import Conditioning, Framing, Role, TextToImageModel
 from sfumato.objectives.objective import Loss, Objective
+from sfumato.run.run import Own, train
 from sfumato.training.distribution import Distribution
-from sfumato.training.run import Own, train
 
 SIDE, WORD = 16, 64  # pixels that the model draws, numbers that a word is to it
 COLORS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0)}

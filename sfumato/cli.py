@@ -165,8 +165,8 @@ def dispatch(command: str, config: Any) -> None:
         overrides = HydraConfig.get().overrides.task
         plain["name"] = settings.name = swept_name(settings.name, sys.argv[1:], overrides)
         check_train(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        from sfumato.run.run import train
         from sfumato.training.distribution import Distribution
-        from sfumato.training.run import train
 
         distribution = Distribution(settings.training)
         try:
@@ -229,7 +229,7 @@ def report(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--title", default="Sfumato report")
     options = parser.parse_args(arguments)
-    from sfumato.evaluation.report import write_report
+    from sfumato.report.report import write_report
     from sfumato.training.folder import RunFolder
 
     with mistakes_explained():

@@ -17,7 +17,7 @@ from accelerate.state import PartialState
 
 from sfumato.cli import main
 from sfumato.compose import compose_train
-from sfumato.training import run
+from sfumato.run import run
 from sfumato.training.checkpoint import Snapshot, list_checkpoints, read_checkpoint
 from sfumato.training.distribution import Distribution
 from sfumato.training.loop import Outcome

@@ -16,12 +16,12 @@ PACKAGE = Path(sfumato.__file__).parent
 MAX_FILE, MAX_FUNCTION = 400, 80
 
 # What each room may import of Sfumato, beside itself and the leaves.
-LEAVES = {"config", "config_stages", "files", "images"}
+LEAVES = {"config", "files", "images", "records"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
-    "config_stages": set(),
     "files": set(),
     "images": set(),
+    "records": set(),
     "explain": set(),
     "diffusion": set(),
     "models": {"diffusion"},
@@ -33,19 +33,33 @@ LOWER = set(ROOMS)
 ROOMS["training"] = LOWER
 ROOMS["check"] = LOWER | {"training"}
 ROOMS["compose"] = ROOMS["check"] | {"check"}
-ROOMS["evaluation"] = ROOMS["compose"] | {"compose"}
-ROOMS["preparation"] = ROOMS["planning"] = ROOMS["compose"] | {"compose"}
+ROOMS["preparation"] = ROOMS["compose"] | {"compose"}
+ROOMS["run"] = LOWER | {"training", "preparation"}
+ROOMS["evaluation"] = ROOMS["planning"] = ROOMS["compose"] | {"compose", "run"}
+ROOMS["report"] = ROOMS["evaluation"] | {"evaluation"}
 ROOMS["launch"] = ROOMS["preparation"] | {"preparation"}
-ROOMS["demo"] = ROOMS["evaluation"] | {"evaluation", "preparation", "launch"}
+ROOMS["demo"] = ROOMS["report"] | {"report", "preparation", "launch"}
 ROOMS["cli"] = ROOMS["demo"] | {"demo", "planning"}
 ROOMS["__main__"] = {"cli"}
 
 # Objectives know models and rewards through their contracts, not one family.
 CONTRACTS = {"models": {"models.model", "models.generate"}, "rewards": {"rewards.reward"}}
 
+# Packages that the rest of the house imports as a whole, never a module of theirs.
+DOORS = ("models.lora", "models.origins")
+
+# Wings: others import from the package, never from a module inside.
+DOORS = ("models.lora", "models.origins")
+
 TENSOR_ROOMS = (
-    *("models", "rewards", "objectives", "training", "evaluation", "demo", "images", "planning"),
-    *("preparation.encoding", "preparation.precache", "launch.torchrun"),
+    *("models", "rewards", "objectives", "training", "run", "evaluation", "demo", "images"),
+    *(
+        "planning",
+        "preparation.encoder_hash",
+        "preparation.encoding",
+        "preparation.precache",
+        "launch.torchrun",
+    ),
 )
 SETTINGS = "settings are composed in compose.py, for the command line alone"
 FILES = (
@@ -69,8 +83,9 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "safetensors": (
         (
-            *("files", "models", "rewards", "training.checkpoint", "training.identity", "demo"),
+            *("files", "models", "rewards", "training.checkpoint", "demo"),
             *("data.shards", "data.cache_reader", "preparation.precache"),
+            "preparation.encoder_hash",
         ),
         FILES,
     ),
@@ -78,22 +93,23 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "hydra": (("compose", "cli"), SETTINGS),
     "omegaconf": (("compose", "cli"), SETTINGS),
     "yaml": (
-        ("compose", "cli", "training.run", "evaluation.records", "models.network_weights"),
+        ("compose", "cli", "run.run", "report.records", "models.origins.network_weights"),
         SETTINGS,
     ),
     "submitit": (("launch",), "Slurm belongs in launch/"),
     "wandb": (("training.tracking",), "trackers belong in training/tracking.py"),
     "lpips": (("evaluation.diversity",), "image features belong in evaluation/diversity.py"),
-    "matplotlib": (("evaluation",), "plots belong in evaluation/"),
-    "jinja2": (("evaluation",), "pages belong in evaluation/"),
-    "markupsafe": (("evaluation",), "pages belong in evaluation/"),
+    "matplotlib": (("report",), "plots belong in report/"),
+    "jinja2": (("report",), "pages belong in report/"),
+    "markupsafe": (("report",), "pages belong in report/"),
     "tqdm": (
         ("training", "evaluation", "demo", "preparation.precache"),
         "progress bars belong to the loops",
     ),
+    "msgspec": (("records",), "records are decoded in records.py"),
     "braceexpand": (("data",), "file patterns belong in data/"),
     "numpy": (("images", "data", "evaluation", "demo", "preparation.filter"), "use torch"),
-    "PIL": (("images", "data", "rewards", "evaluation", "demo"), "pictures belong in images.py"),
+    "PIL": (("images", "data", "rewards", "report", "demo"), "pictures belong in images.py"),
     "pyarrow": (
         ("data.arrow", "preparation.tables", "preparation.url_table"),
         "Arrow's files belong in data/arrow.py, tables of URLs in preparation/",
@@ -182,6 +198,18 @@ def complain_of_rooms(found: Import) -> str | None:
     return None
 
 
+def complain_of_doors(found: Import) -> str | None:
+    """Say what is wrong with an import past a wing's door, or None."""
+    for wing in DOORS:
+        _, wing_is_target, name = found.target.partition(f"sfumato.{wing}.")
+        if not wing_is_target or inside(found.module, (wing,)):
+            continue
+        is_module = (PACKAGE / wing.replace(".", "/") / f"{name}.py").is_file()
+        if is_module or "." in name:
+            return f"{found.where} imports {wing}.{name}; import from sfumato.{wing}, its door"
+    return None
+
+
 def complain_of_packages(found: Import) -> str | None:
     """Say what is wrong with an import of a third party's, or None."""
     package = found.target.partition(".")[0]
@@ -205,6 +233,7 @@ def complaints(root: Path) -> list[str]:
     for found in found_imports(root):
         own = found.target.partition(".")[0] == "sfumato"
         said.append(complain_of_rooms(found) if own else complain_of_packages(found))
+        said.append(complain_of_doors(found))
     return [complaint for complaint in said if complaint is not None]
 
 
@@ -312,6 +341,16 @@ def test_the_command_line_answers_without_loading_networks(code: str):
         ),
         ("data/a.py", "import pandas", "imports pandas; do without, or add it to pyproject.toml"),
         ("attic/a.py", "from sfumato.models import x", "attic is no room"),
+        (
+            "models/flux.py",
+            "from sfumato.models.lora.kohya import by_block",
+            "models/flux.py:1 imports models.lora.kohya.by_block; import from sfumato.models.lora",
+        ),
+        (
+            "training/export.py",
+            "from sfumato.models.origins import original",
+            "imports models.origins.original; import from sfumato.models.origins, its door",
+        ),
     ],
 )
 def test_a_wrong_import_is_named(tmp_path: Path, file: str, text: str, expected: str):

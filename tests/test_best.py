@@ -13,12 +13,12 @@ from families import write_pictures
 from runs import in_processes, start
 
 from sfumato.compose import compose_train
-from sfumato.evaluation.commands import find_checkpoint
+from sfumato.evaluation.evaluate import find_checkpoint
 from sfumato.objectives.supervised import Supervised
+from sfumato.run.run import best_in_words
 from sfumato.training import loop
 from sfumato.training.checkpoint import best_step, list_checkpoints, step_of
 from sfumato.training.folder import RunFolder
-from sfumato.training.run import best_in_words
 from sfumato.training.state import TrainState
 
 

@@ -22,8 +22,8 @@ from sfumato.demo.reader import read_image
 from sfumato.demo.tokenizer import TEXT_LENGTH
 from sfumato.demo.world import SHAPES, parse_caption, random_scene, render
 from sfumato.images import load_images
+from sfumato.run.run import train
 from sfumato.training.distribution import Distribution
-from sfumato.training.run import train
 
 KILOBYTE = 2**10
 FOLDERS = {"moons": NUM_TRAIN, "moons_held_out": NUM_HELD_OUT, "shapes": NUM_OLD}

@@ -29,11 +29,11 @@ from sfumato.diffusion.randomness import Rng
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Loss
-from sfumato.training import run
+from sfumato.run import run
+from sfumato.run.export import ExportError
+from sfumato.run.run import hold
 from sfumato.training.checkpoint import Snapshot, read_checkpoint
-from sfumato.training.export import ExportError
 from sfumato.training.folder import RunFolder
-from sfumato.training.run import hold
 
 SAME = 1e-5
 SCALE = 20  # of the reward

@@ -19,8 +19,8 @@ from sfumato.models.generate import generate
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import load_model
 from sfumato.models.stable_diffusion import StableDiffusion
+from sfumato.run.export import ExportError, export
 from sfumato.training.checkpoint import Snapshot, write_checkpoint
-from sfumato.training.export import ExportError, export
 
 PROMPT, CPU = "a red star", torch.device("cpu")
 SAMPLER = SamplerConfig(num_inference_steps=4)

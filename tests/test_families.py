@@ -28,9 +28,9 @@ from sfumato.models.registry import FAMILIES, find_family, load_model
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.supervised import Supervised
 from sfumato.rewards.build import build_reward
+from sfumato.run.run import Own, train
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
-from sfumato.training.run import Own, train
 from sfumato.training.tracking import read_metrics
 
 NAMES = list(WRITERS)

@@ -27,7 +27,7 @@ def listed(path: Path | str, **settings: str) -> list[tuple[str, str]]:
     """Return place and caption of what a path lists."""
     columns = Columns(settings.get("image"), settings.get("caption"))
     entries = list_source(str(path), settings.get("base"), columns, SkipLog())
-    return [(entry.place, entry.caption) for entry in entries]
+    return [(entry.place, entry.captions[0]) for entry in entries]
 
 
 def counts(path: Path | str, **settings: str) -> dict[str, int]:
@@ -510,18 +510,18 @@ def change_source(**settings: Any) -> Change:
     ("changed", "message"),
     [
         (change(sources={}), "data.images.path is missing"),
-        (change(crop="middle"), "data.images.crop='middle'.*center or random"),
+        (change(crop="middle"), "data.images.crop='middle'.*center, random"),
         (change(min_size=0), "data.images.min_size=0"),
         (change(workers=-1), "data.images.workers=-1"),
         (change(prefetch=-1), "data.images.prefetch=-1"),
-        (change(max_pixels=10**9), "data.images.max_pixels=1000000000 is out of range"),
+        (change(max_pixels=10**9), "data.images.max_pixels=1000000000 is too large"),
         (change(max_pixels=63), "no image that can be used: skipped more than max_pixels=63"),
         (change(min_size=9), "no image that can be used: skipped shorter side below min_size=9"),
         (change_source(path=None), "data.images.sources.s0.path is missing"),
         (change_source(repeats=0), "data.images.sources.s0.repeats=0"),
         (change_source(weight=1.0), "data.images.sources.s1 has no weight, but others have"),
-        (change_source(weight=-1.0), "data.images.sources.s0.weight=-1.0 is no share"),
-        (change_source(weight=float("nan")), "weight=nan is no share"),
+        (change_source(weight=-1.0), "data.images.sources.s0.weight=-1.0 is too small"),
+        (change_source(weight=float("nan")), "weight=nan must be finite"),
         (change_source(weight=1.0, repeats=2), "repeats=2 beside a weight"),
         (change_source(base_path="absent"), "base_path='absent' is no folder"),
         (change_source(base_path="."), "base_path='.' was given, but .* holds images and no table"),

@@ -151,7 +151,7 @@ class CountedBlob(Blob):
 def test_a_process_decodes_its_own_rows_only(tmp_path: Path, workers: int, ahead: int) -> None:
     write_folder(tmp_path, [(16, 16)] * 8)
     blobs = [CountedBlob(tmp_path / f"{i:03d}.png") for i in range(8)]
-    entries = [Entry(tmp_path, str(i), f"{i}", blob) for i, blob in enumerate(blobs)]
+    entries = [Entry(tmp_path, str(i), (f"{i}",), blob) for i, blob in enumerate(blobs)]
     pool = Pool("all", (16, 16), tuple(range(8)), 8.0)
     loading = Loading(False, False, Bounds(), workers, ahead)
     stream = ImageStream(entries, [pool], Refusals(SkipLog()), loading, seed=0, shuffle=False)

@@ -27,12 +27,13 @@ from safetensors.torch import load_file
 from toy import PromptReward, ToyModel, use_toy
 
 from sfumato.objectives.objective import Loss
-from sfumato.training import ingredients, loop, run
+from sfumato.run import build, run
+from sfumato.run.run import hold
+from sfumato.training import loop
 from sfumato.training.checkpoint import find_fault, list_checkpoints
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import MAY_CHANGE, RunFolder, differences, new_folder, replace_text
 from sfumato.training.loop import TrainingError, headline, refuse_non_finite
-from sfumato.training.run import hold
 from sfumato.training.state import TrainState
 from sfumato.training.tracking import read_metrics
 
@@ -113,7 +114,7 @@ def test_a_non_finite_step_stops_the_run(
         models.append(ToyModel(config))
         return models[-1]
 
-    monkeypatch.setattr(ingredients, "build_reward", lambda config: reward)
+    monkeypatch.setattr(build, "build_reward", lambda config: reward)
     monkeypatch.setattr(run, "load_model", load)
     monkeypatch.setattr(loop, "take_step", third_is_bad)
     again = command(tmp_path, "run", "training.checkpoint_every_steps=1")

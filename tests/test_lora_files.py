@@ -28,14 +28,14 @@ from sfumato.models.adapters import LoraRoles
 from sfumato.models.flux import Flux
 from sfumato.models.formats import read_pipeline
 from sfumato.models.generate import generate, image_size
-from sfumato.models.kohya import kohya_state
-from sfumato.models.lora_files import read_lora
+from sfumato.models.lora.kohya import kohya_state
+from sfumato.models.lora.read import read_lora
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import load_model
 from sfumato.models.stable_diffusion import UNET_LINEAR
 from sfumato.models.stable_diffusion_xl import published_names
+from sfumato.run.export import export
 from sfumato.training.checkpoint import Snapshot, list_checkpoints, write_checkpoint
-from sfumato.training.export import export
 
 PROMPT = "a red star"
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"

@@ -15,7 +15,7 @@ from torch import Tensor
 from sfumato.config import LoraConfig, MergeConfig, ModelConfig
 from sfumato.data.cached import CacheIdentity
 from sfumato.models.registry import load_encoders
-from sfumato.training.identity import cache_identity
+from sfumato.preparation.encoder_hash import cache_identity
 
 VAE, CLIP = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 

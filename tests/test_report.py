@@ -15,10 +15,10 @@ import torch
 import yaml
 from PIL import Image
 
-from sfumato.evaluation.curves import running_mean
-from sfumato.evaluation.report import write_report
-from sfumato.evaluation.tables import number
 from sfumato.images import save_image
+from sfumato.report.figures import running_mean
+from sfumato.report.report import write_report
+from sfumato.report.tables import number
 from sfumato.training.folder import RunFolder
 
 LABEL = "mean pairwise pixel distance (RMS at 16 x 16)"

@@ -18,14 +18,14 @@ from tiny_sd import write_tiny_sd
 from sfumato.compose import compose_train
 from sfumato.config import EvaluateConfig
 from sfumato.evaluation.commands import evaluate_run
-from sfumato.evaluation.losses import Measured, ValidationLoss, loss_by_t, validation_loss
-from sfumato.evaluation.panels import training_panels
-from sfumato.evaluation.records import RunRecord, read_runs
 from sfumato.images import save_image
+from sfumato.report.losses import Measured, ValidationLoss, loss_by_t, validation_loss
+from sfumato.report.panels import training_panels
+from sfumato.report.records import RunRecord, read_runs
+from sfumato.run.run import train
 from sfumato.training.checkpoint import best_step
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
-from sfumato.training.run import train
 
 CAPTIONS = ["a <moon>", "月" * 200]
 LOSSES = {0: 0.25, 10: 0.24, 20: 0.2, 30: 0.225}

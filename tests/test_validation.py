@@ -22,7 +22,7 @@ from toy import PromptReward, ToyModel, factor, use_toy
 
 from sfumato.compose import compose_train, load_settings
 from sfumato.models.generate import generate
-from sfumato.training import ingredients
+from sfumato.run import build, open_data
 from sfumato.training.checkpoint import list_checkpoints, read_checkpoint
 from sfumato.training.state import load_weights
 
@@ -40,7 +40,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
         use_toy(patch)
-        patch.setattr(ingredients, "build_reward", lambda config: PromptReward())
+        patch.setattr(build, "build_reward", lambda config: PromptReward())
         more = ["training.ema_decay=0.5", "training.tensorboard=true", "model.lora.dropout=0.5"]
         start(command(folder, "run", *more))
     yield folder / "run"
@@ -180,6 +180,6 @@ def test_validation_prompts_have_a_column_of_their_own(tmp_path: Path) -> None:
     given = ["recipe=demo_draft_plus", f"data.prompts={train}", "data.column=legend"]
     given += ["validation.num_images=3"]
     config, _ = compose_train(given)
-    assert ingredients.validation_prompts(config) == ["a star"] * 3
+    assert open_data.validation_prompts(config) == ["a star"] * 3
     config, _ = compose_train([*given, f"validation.prompts={check}", "validation.column=words"])
-    assert ingredients.validation_prompts(config) == ["a ring", "a cross", "a ring"]
+    assert open_data.validation_prompts(config) == ["a ring", "a cross", "a ring"]

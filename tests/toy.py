@@ -20,7 +20,7 @@ from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.limits import Limits
 from sfumato.models.model import Conditioning, Framing, Role, TextToImageModel
 from sfumato.rewards.reward import Reward, Score
-from sfumato.training import export, run
+from sfumato.run import export, run
 
 
 class ToyNetwork(nn.Module):

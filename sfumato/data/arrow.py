@@ -164,7 +164,7 @@ def _rows(
             continue
         text = caption_of(caption, place, tally)
         if text is not None:
-            yield Entry(folder, place, text, blob)
+            yield Entry(folder, place, (text,), blob)
 
 
 def _parts(images: Any, name: str, folder: Path) -> tuple[Any, Any]:

@@ -112,7 +112,7 @@ class CacheReader(ShardReader):
         member = self._tables.get(shard).members[row]
         caption = self._choices.caption_of(member, seed)
         picture = SpanBlob(self._selected.tar(shard), member.offset, member.size)
-        entry = Entry(self._paths(shard)[0], member.key, member.captions[caption], picture)
+        entry = Entry(self._paths(shard)[0], member.key, (member.captions[caption],), picture)
         return entry, partial(self._read, entry, shard, row, caption, seed)
 
     def _read(self, entry: Entry, shard: int, row: int, caption: int, seed: int) -> CachedSample:
@@ -130,7 +130,7 @@ class CacheReader(ShardReader):
             moments=moments[int(table.rows.moments[row])].clone(),
             text={name: files.text.get_slice(name)[one].clone() for name in files.names},
             empty=self._empty,
-            caption=entry.caption,
+            caption=entry.captions[0],
             size=self._choices.size,
             original=original,
             crop=central_crop(original, self._choices.size),

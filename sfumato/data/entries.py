@@ -33,18 +33,18 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A picture with a caption.
+    """A picture with its captions.
 
     Attributes:
         container: the folder, metadata file, tar or dataset that lists it.
         place: which of it, the same wherever the container lies.
-        caption: stripped of surrounding white space, not blank.
+        captions: at least one, the main one first; none is blank or has white space around it.
         blob: the bytes of the picture.
     """
 
     container: Path
     place: str
-    caption: str
+    captions: tuple[str, ...]
     blob: Blob
 
     @property

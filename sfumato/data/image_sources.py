@@ -130,4 +130,4 @@ def _with_caption(folder: Path, place: Path, tally: Tally) -> Iterator[Entry]:
         text = None
     caption = caption_of(text, str(place), tally)
     if caption is not None:
-        yield Entry(folder, place.as_posix(), caption, FileBlob(folder / place))
+        yield Entry(folder, place.as_posix(), (caption,), FileBlob(folder / place))

@@ -40,7 +40,7 @@ def make_sample(entry: Entry, size: Size, placement: Placement, bounds: Bounds) 
     picture = read_rgb(entry.blob, bounds)
     array, crop = frame(picture, size, placement)
     original = (picture.height, picture.width)
-    return Sample(to_tensor(array), entry.caption, original, crop, entry.name)
+    return Sample(to_tensor(array), entry.captions[0], original, crop, entry.name)
 
 
 @final

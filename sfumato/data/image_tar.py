@@ -71,7 +71,7 @@ def _entries(
         caption = caption_of(text, group.key, tally)
         if caption is not None:
             found = True
-            yield Entry(path, f"{group.key}.{image}", caption, group.members[image])
+            yield Entry(path, f"{group.key}.{image}", (caption,), group.members[image])
     if there and not found:
         choose_column(columns.captions, list(there), path, "captions")
 

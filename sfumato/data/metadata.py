@@ -54,7 +54,7 @@ def list_metadata(path: Path, base: Path, columns: Columns, log: SkipLog) -> Ite
         file = inside(base, name, where)
         text = caption_of(row.get(caption), place, tally)
         if text is not None:
-            yield Entry(path, os.path.relpath(file, base), text, FileBlob(file))
+            yield Entry(path, os.path.relpath(file, base), (text,), FileBlob(file))
 
 
 def _read(path: Path, columns: Columns, tally: Tally) -> _Table:

@@ -126,7 +126,7 @@ class TarReader(ShardReader):
         entry = Entry(
             tar,
             f"{member.key}.{member.suffix}",
-            member.captions[self._choices.caption_of(member, seed)],
+            (member.captions[self._choices.caption_of(member, seed)],),
             SpanBlob(tar, member.offset, member.size),
         )
         choices = self._choices

@@ -14,13 +14,13 @@ from sfumato.config import TrainConfig
 from sfumato.demo.reader import attribute_accuracy
 from sfumato.demo.world import SHAPES, parse_caption, partial, random_scene
 from sfumato.evaluation.evaluate import evaluate
-from sfumato.evaluation.report import write_report
 from sfumato.models.registry import load_model
+from sfumato.report.report import write_report
 from sfumato.rewards.build import build_reward
+from sfumato.run.run import train
 from sfumato.training.checkpoint import list_checkpoints, step_of
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
-from sfumato.training.run import train
 
 KL_COEFFS = (0.0, 10.0, 40.0)
 NUM_PROMPTS = 240  # to train on

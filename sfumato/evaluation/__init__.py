@@ -1,1 +1,1 @@
-"""What is measured, and the report: functions of run folders."""
+"""Scores and diversity of images, and the commands that make and measure them."""

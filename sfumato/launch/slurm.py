@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.config_stages import SlurmClusterConfig
+from sfumato.config import SlurmClusterConfig
 from sfumato.launch.children import on_nodes
 from sfumato.launch.jobs import Job
 from sfumato.launch.record import (

@@ -18,8 +18,8 @@ from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
 from sfumato.models.adapters import Roles
 from sfumato.models.autoencoder_kl import downsampling
 from sfumato.models.formats import read_json
-from sfumato.models.kohya import KohyaLayout, by_block
 from sfumato.models.limits import Limits
+from sfumato.models.lora import KohyaLayout, by_block
 from sfumato.models.model import Conditioning
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import flow_times

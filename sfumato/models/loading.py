@@ -19,9 +19,9 @@ from sfumato.models.formats import (
     read_pipeline,
 )
 from sfumato.models.limits import check_side, check_steps
-from sfumato.models.lora_apply import check_lora_files, merge_files, start_adapters
+from sfumato.models.lora import check_lora_files, merge_files, start_adapters
 from sfumato.models.model import DTYPES
-from sfumato.models.network_weights import blank_network, check_whole, start_network
+from sfumato.models.origins import blank_network, check_whole, start_network
 from sfumato.models.pipeline_model import PipelineModel
 
 

@@ -26,9 +26,8 @@ from sfumato.models.formats import (
     read_pipeline,
     save_encoder,
 )
-from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_side, check_steps
-from sfumato.models.lora_apply import fuse_elsewhere, save_adapters
+from sfumato.models.lora import KohyaLayout, fuse_elsewhere, save_adapters
 from sfumato.models.model import Conditioning, Framing, Role, TextToImageModel
 
 CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}

@@ -12,8 +12,8 @@ from sfumato.diffusion.process import PredictionType, Time, VariancePreserving
 from sfumato.models.adapters import Roles
 from sfumato.models.autoencoder_kl import downsampling, latent_size
 from sfumato.models.formats import read_json
-from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits
+from sfumato.models.lora import KohyaLayout
 from sfumato.models.model import Conditioning
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import ddim_of, table_index, table_times

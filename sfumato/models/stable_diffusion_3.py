@@ -11,8 +11,8 @@ from torch import Tensor
 from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
 from sfumato.models.autoencoder_kl import downsampling, latent_size
 from sfumato.models.formats import read_json
-from sfumato.models.kohya import KohyaLayout, by_block
 from sfumato.models.limits import Limits
+from sfumato.models.lora import KohyaLayout, by_block
 from sfumato.models.model import Conditioning
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import flow_times

@@ -8,16 +8,16 @@ from torch import nn
 
 from sfumato.config import ModelConfig, TrainConfig
 from sfumato.models.adapters import LoraRoles
-from sfumato.models.blueprints import network_on_meta
 from sfumato.models.flux import Flux
 from sfumato.models.limits import Limits
 from sfumato.models.model import DTYPES
+from sfumato.models.origins import network_on_meta
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import find_family
 from sfumato.models.stable_diffusion import StableDiffusion
 from sfumato.planning.encoders import Encoders, assumed_encoders, read_encoders
 from sfumato.planning.inputs import Shape, conditioning_shapes
-from sfumato.training.ingredients import frame_size
+from sfumato.run.open_data import frame_size
 
 LATENT_CHANNELS, FACTOR = 4, 8  # of Stable Diffusion's autoencoder
 

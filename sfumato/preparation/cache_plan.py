@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sfumato.config import ModelConfig
-from sfumato.config_stages import PrecacheConfig, PrepareConfig
+from sfumato.config import ModelConfig, PrecacheConfig, PrepareConfig
 from sfumato.data.cached import CacheIdentity
 from sfumato.data.frame import Size
 from sfumato.data.prepared import (
@@ -20,10 +19,10 @@ from sfumato.data.prepared import (
 )
 from sfumato.models.limits import check_side
 from sfumato.models.registry import find_family
+from sfumato.preparation.encoder_hash import cache_identity
 from sfumato.preparation.encoding import Storage
 from sfumato.preparation.listing import is_of, made_of, selection_names, tar_names
 from sfumato.preparation.settings import check_precache
-from sfumato.training.identity import cache_identity
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, final
 
-from sfumato.config_stages import DownloadConfig, PackConfig
+from sfumato.config import DownloadConfig, PackConfig
 from sfumato.data.blobs import Blob
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
 from sfumato.data.prepared import (
@@ -208,7 +208,7 @@ def _look_at(row: Row, place: Place, bounds: Bounds) -> _Judged:
     except OSError:
         return _Judged(place, None, {"unreadable file": 1})
     suffix = next(suffix for magic, suffix in _MAGIC if data.startswith(magic))
-    captions = (entry.caption, *row.captions)
+    captions = (*entry.captions, *row.captions)
     sha256 = hashlib.sha256(data).hexdigest()
     columns = dict(row.columns)
     return _Judged(

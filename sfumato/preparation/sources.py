@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, final
 
-from sfumato.config_stages import PackConfig
+from sfumato.config import PackConfig
 from sfumato.data.blobs import FileBlob
 from sfumato.data.entries import Columns, Entry, caption_of, choose_column, inside
 from sfumato.data.image_sources import list_source
@@ -102,7 +102,7 @@ def containers(config: PackConfig, further: Sequence[str], folder: Path) -> list
     listing = _list_whole(config, path)
     files = [_stamp(row.entry) for row in listing.rows]
     content = [
-        [row.entry.place, row.entry.caption, row.captions, row.columns, size]
+        [row.entry.place, row.entry.captions[0], row.captions, row.columns, size]
         for row, (size, _) in zip(listing.rows, files, strict=True)
     ]
     newest = max([time for _, time in files], default=0)
@@ -227,7 +227,7 @@ def _table_rows(table: Path, config: PackConfig, log: SkipLog) -> Iterator[Row]:
         file = inside(base, name, f"{table} {place}")
         text = caption_of(row[caption], place, tally)
         if text is not None:
-            entry = Entry(table, os.path.relpath(file, base), text, FileBlob(file))
+            entry = Entry(table, os.path.relpath(file, base), (text,), FileBlob(file))
             yield _row(entry, row, config.captions, config.columns)
 
 
@@ -240,7 +240,7 @@ def _row(
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text.strip() and is_utf8(text):
                 texts[text.strip()] = None
-    texts.pop(entry.caption, None)
+    texts.pop(entry.captions[0], None)
     return Row(entry, tuple(texts), {name: _plain(row.get(name)) for name in columns})
 
 

@@ -16,10 +16,13 @@ from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import derive
 from sfumato.files import lock
 from sfumato.models.model import TextToImageModel
-from sfumato.models.network_weights import check_start, without_start
+from sfumato.models.origins import check_start, without_start
 from sfumato.models.registry import find_family, load_model
 from sfumato.objectives.objective import Objective
 from sfumato.objectives.supervised import Supervised
+from sfumato.run.build import build_objective, build_scorer, trained_model
+from sfumato.run.export import export
+from sfumato.run.open_data import open_data
 from sfumato.training.checkpoint import (
     best_step,
     find_fault,
@@ -29,14 +32,7 @@ from sfumato.training.checkpoint import (
 )
 from sfumato.training.compiling import arrange
 from sfumato.training.distribution import Distribution
-from sfumato.training.export import export
 from sfumato.training.folder import RunFolder, differences, read_note, replace_text, step_name
-from sfumato.training.ingredients import (
-    build_objective,
-    build_scorer,
-    open_data,
-    trained_model,
-)
 from sfumato.training.loop import Outcome, fit
 from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import check_trackers, read_metrics

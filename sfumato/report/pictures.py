@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from sfumato.evaluation.records import RunRecord, ShownImage, read_scores
-from sfumato.evaluation.tables import Cell, number
+from sfumato.report.records import RunRecord, ShownImage, read_scores
+from sfumato.report.tables import Cell, number
 from sfumato.training.checkpoint import step_of
 
 GRID_PROMPTS = 4

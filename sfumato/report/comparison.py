@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sfumato.evaluation.records import RunRecord
 from sfumato.evaluation.results import EqualReward, Evaluation, at_equal_reward
+from sfumato.report.records import RunRecord
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import sfumato
-from sfumato.evaluation.comparison import compare, steps_at_equal_reward
-from sfumato.evaluation.curves import COLORS, SYMBOLS, draw_panel
-from sfumato.evaluation.losses import validation_loss
-from sfumato.evaluation.panels import tradeoff, training_panels
-from sfumato.evaluation.pictures import Grid, before_and_after, image_grids, validation_grid
-from sfumato.evaluation.records import RunRecord, read_runs
-from sfumato.evaluation.tables import (
+from sfumato.report.comparison import compare, steps_at_equal_reward
+from sfumato.report.figures import COLORS, SYMBOLS, draw_panel
+from sfumato.report.losses import validation_loss
+from sfumato.report.panels import tradeoff, training_panels
+from sfumato.report.pictures import Grid, before_and_after, image_grids, validation_grid
+from sfumato.report.records import RunRecord, read_runs
+from sfumato.report.sentences import about_panels, gaps, method, outcome
+from sfumato.report.tables import (
     Table,
     difference_table,
     equal_reward_table,
     origin_table,
     summary_table,
 )
-from sfumato.evaluation.words import about_panels, gaps, method, outcome
 from sfumato.training.folder import RunFolder
 
 TEMPLATE = Path(__file__).with_name("report.html")

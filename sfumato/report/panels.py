@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from sfumato.evaluation.comparison import from_base
-from sfumato.evaluation.curves import Line, Panel, draw_tradeoff, running_mean
-from sfumato.evaluation.losses import loss_by_t, validation_loss
-from sfumato.evaluation.records import RunRecord
 from sfumato.evaluation.results import Evaluation
-from sfumato.evaluation.tables import held_out_names
+from sfumato.report.comparison import from_base
+from sfumato.report.figures import Line, Panel, draw_tradeoff, running_mean
+from sfumato.report.losses import loss_by_t, validation_loss
+from sfumato.report.records import RunRecord
+from sfumato.report.tables import held_out_names
 
 SMOOTH_ABOVE = 200  # logged steps; beyond it training curves show running means
 LOSS_WINDOWS = 20  # of the running mean, in the longest run: losses are noisier than rewards

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.evaluation.comparison import Comparison
-from sfumato.evaluation.losses import has_held_out, loss_by_t, unlike, validation_loss
-from sfumato.evaluation.records import RunRecord
 from sfumato.evaluation.results import Evaluation
-from sfumato.evaluation.tables import change, held_out_names, loss_number, number
+from sfumato.report.comparison import Comparison
+from sfumato.report.losses import has_held_out, loss_by_t, unlike, validation_loss
+from sfumato.report.records import RunRecord
+from sfumato.report.tables import change, held_out_names, loss_number, number
 
 ABOUT_TRAINING = (
     "Training rewards are those of the batches, with other prompts and noise at every step. KL is "

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.evaluation.records import RunRecord
+from sfumato.report.records import RunRecord
 
 BY_T = "mse_by_t/"  # and the bin: mse_by_t/0.0-0.1
 SHARE = 10  # of training: its first and its last tenth

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sfumato.evaluation.losses import validation_loss
-from sfumato.evaluation.records import RunRecord, differing
 from sfumato.evaluation.results import EqualReward, Evaluation
+from sfumato.report.losses import validation_loss
+from sfumato.report.records import RunRecord, differing
 
 MINUS, PLUS_MINUS, NONE = "−", "±", "–"
 HELD_OUT = "held-out score "  # keeps a score's column apart from others of the same name
