@@ -19,6 +19,7 @@ MAX_FILE, MAX_FUNCTION = 400, 80
 LEAVES = {"config", "files", "images", "records"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
+    "config_stages": set(),
     "files": set(),
     "images": set(),
     "records": set(),
@@ -44,9 +45,6 @@ ROOMS["__main__"] = {"cli"}
 
 # Objectives know models and rewards through their contracts, not one family.
 CONTRACTS = {"models": {"models.model", "models.generate"}, "rewards": {"rewards.reward"}}
-
-# Packages that the rest of the house imports as a whole, never a module of theirs.
-DOORS = ("models.lora", "models.origins")
 
 # Wings: others import from the package, never from a module inside.
 DOORS = ("models.lora", "models.origins")
