@@ -26,6 +26,7 @@ from sfumato.config import LoraConfig, MergeConfig, ModelConfig, SamplerConfig, 
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.adapters import LoraRoles
 from sfumato.models.flux import Flux
+from sfumato.models.formats import read_pipeline
 from sfumato.models.generate import generate, image_size
 from sfumato.models.lora.kohya import kohya_state
 from sfumato.models.lora.read import read_lora
@@ -441,7 +442,9 @@ def test_settings_in_the_metadata_are_read_as_diffusers_reads_them(
     model = load(settings(folders["sd"]))
     found = read_lora(model.pipeline, "unet", str(tmp_path), "model.merge.a.path")
     torch.testing.assert_close(found.layers[f"unet.{layer}"].delta, scale * up @ down)
-    theirs = model.read_pipeline(folders["sd"], model.config, torch.float32)
+    theirs = read_pipeline(
+        folders["sd"], model.config, {"default": torch.float32}, model.left_out(folders["sd"])
+    )
     theirs.load_lora_weights(tmp_path)
     adapter = theirs.unet.get_submodule(layer)
     assert adapter.scaling[adapter.active_adapters[0]] == scale
@@ -636,7 +639,9 @@ def test_ranks_and_shapes_have_to_be_those_of_the_file(folders: dict[str, Path],
         read_into(folders["sd"], place, rank=8)
     pair = (normal(4, 65), normal(64, 4), 4.0)
     path = kohya_file(tmp_path / "lora.safetensors", **{f"{SPELT_LAYER}_attn1_to_q": pair})
-    with pytest.raises(ValueError, match=r"attn1\.to_q is 64 x 65 in the file, .* 64 x 64 in the model"):
+    with pytest.raises(
+        ValueError, match=r"attn1\.to_q is 64 x 65 in the file, .* 64 x 64 in the model"
+    ):
         read_into(folders["sd"], path)
 
 
