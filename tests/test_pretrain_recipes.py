@@ -4,8 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from sfumato.compose import compose_train, register, to_settings
-from sfumato.config import CONF, TrainConfig
-from sfumato.config_stages import PrepareConfig
+from sfumato.config import CONF, PrepareConfig, TrainConfig
 from sfumato.models.origins.network_weights import check_start
 
 TABLE: dict[str, tuple[str, int, int, int, float, int, str]] = {

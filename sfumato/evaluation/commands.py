@@ -6,9 +6,15 @@ from pathlib import Path
 
 import torch
 
-from sfumato.check import check_sampler
 from sfumato.compose import load_settings
-from sfumato.config import EvaluateConfig, ModelConfig, SampleConfig, SamplerConfig, TrainConfig
+from sfumato.config import (
+    EvaluateConfig,
+    ModelConfig,
+    SampleConfig,
+    SamplerConfig,
+    TrainConfig,
+    check_values,
+)
 from sfumato.data.prompts import read_prompts
 from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
@@ -42,10 +48,8 @@ def sample_images(config: SampleConfig) -> None:
     if config.run is None and config.step is not None:
         raise ValueError(f"step={config.step} needs run=FOLDER; leave it out with pretrained")
     if (config.prompt is None) == (config.prompts is None):
-        raise ValueError('give either prompt="..." or prompts=FILE')
-    for name, value in (("num_images", config.num_images), ("batch_size", config.batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} = {value} must be 1 or more")
+        raise ValueError('give prompt="..." or prompts=FILE, one of the two')
+    check_values(config)
     annealed_weights(config.schedule, 1)
     texts = (
         [config.prompt]
@@ -83,7 +87,7 @@ def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
         checkpoint = find_checkpoint(run, config.step)
     changes = {name: value for name, value in vars(config.sampler).items() if value is not None}
     sampler = replace(sampler, **changes)
-    check_sampler(sampler)
+    check_values(sampler, "sampler.")
     find_family(settings, sampler)
     weights = read_shown_weights(checkpoint) if checkpoint is not None else None
     if config.schedule != "draft":
