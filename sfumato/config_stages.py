@@ -103,7 +103,7 @@ class LocalClusterConfig(ClusterConfig):
 
 @dataclass
 class SlurmClusterConfig(ClusterConfig):
-    """Slurm, through submitit: each job after the one before it, requeued at its time limit."""
+    """Slurm: each job after the one before it, requeued at its time limit."""
 
     kind: str = "slurm"
     nodes: int = 1
