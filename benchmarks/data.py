@@ -21,8 +21,7 @@ from image_data import H200_NEED, QUALITY, SHAPES, random_picture, timed
 from measure import machine
 from safetensors.torch import save_file
 
-from sfumato.config import ShardDataConfig
-from sfumato.config_stages import FilterConfig, PackConfig, PrepareConfig
+from sfumato.config import FilterConfig, PackConfig, PrepareConfig, ShardDataConfig
 from sfumato.data.cached import EMPTY, MANIFEST, CacheIdentity
 from sfumato.data.prepared import CACHE, FORMAT, SHARDS, CachedRecord, read_tar_record, record_text
 from sfumato.data.shard_stream import ShardStream

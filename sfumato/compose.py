@@ -18,16 +18,21 @@ from yaml import YAMLError, safe_load
 
 from sfumato.check import check_train
 from sfumato.config import (
+    CLUSTERS,
+    COMMANDS,
     CONF,
     GROUPS,
     REWARDS,
     ImageSourceConfig,
+    JobConfig,
+    LaunchConfig,
     MergeConfig,
+    PlanConfig,
     TrainConfig,
     WeightedPartConfig,
     WeightedRewardConfig,
+    check_values,
 )
-from sfumato.config_stages import CLUSTERS, COMMANDS, JobConfig, LaunchConfig, PlanConfig
 from sfumato.explain import explain, first_line, keys_of, known_keys, unknown_key
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
@@ -84,7 +89,6 @@ def to_settings(config: Any, prefix: str = "") -> Any:
         settings: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ValueError(f"{prefix}{error.full_key}: {first_line(str(error))}") from error
-    _refuse_non_finite(settings, prefix)
     if isinstance(settings, LaunchConfig):
         settings.jobs = {
             name: None if given is None else _resolve(f"jobs.{name}", given, JobConfig)
@@ -104,6 +108,7 @@ def to_settings(config: Any, prefix: str = "") -> Any:
             }
         for name, given in settings.model.merge.items():
             settings.model.merge[name] = _resolve(f"model.merge.{name}", given, MergeConfig)
+    check_values(settings, prefix)
     return settings
 
 
@@ -177,15 +182,6 @@ def _added_keys(config: DictConfig, prefix: str = "") -> list[str]:
         if OmegaConf.is_dict(config[key]):
             found += _added_keys(config[key], f"{prefix}{key}.")
     return found
-
-
-def _refuse_non_finite(settings: Any, prefix: str) -> None:
-    for name, value in vars(settings).items():
-        if is_dataclass(value):
-            _refuse_non_finite(value, f"{prefix}{name}.")
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{prefix}{name} = {value} must be finite")
 
 
 def compose_train(overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]]:

@@ -13,7 +13,7 @@ from families import write_pictures
 from runs import in_processes, start
 
 from sfumato.compose import compose_train
-from sfumato.evaluation.commands import find_checkpoint
+from sfumato.evaluation.evaluate import find_checkpoint
 from sfumato.objectives.supervised import Supervised
 from sfumato.run.run import best_in_words
 from sfumato.training import loop

@@ -27,8 +27,8 @@ from sfumato.diffusion.randomness import Rng
 from sfumato.models.adapters import LoraRoles
 from sfumato.models.flux import Flux
 from sfumato.models.generate import generate, image_size
-from sfumato.models.kohya import kohya_state
-from sfumato.models.lora_files import read_lora
+from sfumato.models.lora.kohya import kohya_state
+from sfumato.models.lora.read import read_lora
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import load_model
 from sfumato.models.stable_diffusion import UNET_LINEAR

@@ -15,9 +15,9 @@ from tiny_sd import reference_pipeline
 from torch import Tensor, nn
 
 from sfumato.config import ModelConfig, NetworkConfig
-from sfumato.models.blueprints import STABLE_DIFFUSION_1, STABLE_DIFFUSION_2, network_on_meta
-from sfumato.models.network_weights import check_start, start_network
-from sfumato.models.original import PREFIX, original_names
+from sfumato.models.origins.network_weights import check_start, start_network
+from sfumato.models.origins.original import PREFIX, original_names
+from sfumato.models.origins.unets import STABLE_DIFFUSION_1, STABLE_DIFFUSION_2, network_on_meta
 
 State = dict[str, Tensor]
 BLUEPRINTS = {"sd1": STABLE_DIFFUSION_1, "sd2": STABLE_DIFFUSION_2}

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sfumato.config import ModelConfig, NetworkConfig, SamplerConfig, TrainConfig
-from sfumato.models import parts
-from sfumato.models.blueprints import blueprint, build_network, network_on_meta
 from sfumato.models.generate import generate
-from sfumato.models.network_weights import check_start, find_source, without_start
+from sfumato.models.origins import assembly
+from sfumato.models.origins.network_weights import check_start, find_source, without_start
+from sfumato.models.origins.unets import blueprint, build_network, network_on_meta
 from sfumato.models.registry import find_family, load_encoders, load_model
 from sfumato.models.stable_diffusion import StableDiffusion
 from sfumato.run.export import ExportError, export
@@ -245,7 +245,7 @@ def test_a_killed_process_leaves_no_folder_behind_its_name(
     config = of_parts(unet, sd_folder, clip)
 
     def die() -> None:
-        monkeypatch.setattr("sfumato.models.parts._take_place", lambda *_: os._exit(9))
+        monkeypatch.setattr("sfumato.models.origins.assembly._take_place", lambda *_: os._exit(9))
         find_family(config)
 
     assert in_child(die) == 9
@@ -440,8 +440,8 @@ def test_a_folder_of_open_clip_is_read_as_stable_diffusion_2_reads_it(
     from transformers import CLIPModel
 
     theirs: Any = CLIPModel.from_pretrained(clip).text_model.eval()
-    size = {name: vars(theirs.config)[name] for name in parts.VIT_H}
-    monkeypatch.setattr(parts, "VIT_H", size)
+    size = {name: vars(theirs.config)[name] for name in assembly.VIT_H}
+    monkeypatch.setattr(assembly, "VIT_H", size)
     found = load_encoders(of_parts(unet, sd_folder, clip)).encode_prompts([PROMPT])
     tokens = CLIPTokenizer.from_pretrained(clip)(PROMPT).input_ids
     padded = torch.tensor([[*tokens, *[0] * (77 - len(tokens))]])
@@ -615,7 +615,7 @@ def test_an_original_that_diffusers_reads_otherwise_is_caught(
         key = "model.diffusion_model.out.2.bias"
         save_file({**tensors, key: tensors[key] + 1}, file, metadata)
 
-    monkeypatch.setattr("sfumato.models.original_files.save_file", damaged)
+    monkeypatch.setattr("sfumato.models.origins.original.save_file", damaged)
     with pytest.raises(ExportError, match=r"1 weights differ, among them conv_out.bias"):
         export(settings, place, tmp_path / "out", CPU, PROMPT)
     assert not (tmp_path / "out").exists()

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from sfumato.config import ImageDataConfig, ImageSourceConfig
+from sfumato.config import ImageDataConfig, ImageSourceConfig, check_values
 from sfumato.data.buckets import assign, bucket_sizes, check_size
-from sfumato.data.decode import LARGEST, Bounds, RefusedImageError, read_size
+from sfumato.data.decode import Bounds, RefusedImageError, read_size
 from sfumato.data.entries import Columns, Entry, Refusals
 from sfumato.data.frame import Placement, Sample, Size
 from sfumato.data.image_pools import SourceSamples, build_pools
@@ -98,20 +98,7 @@ def check_config(config: ImageDataConfig) -> None:
     sources = named_sources(config)
     if not sources:
         raise ValueError("data.images.path is missing; name a folder, a table, tars or a dataset")
-    if config.crop not in {"center", "random"}:
-        raise ValueError(f"data.images.crop={config.crop!r} is unknown; choose center or random")
-    for name, value, least in (
-        ("min_size", config.min_size, 1),
-        ("workers", config.workers, 0),
-        ("prefetch", config.prefetch, 0),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"data.images.{name}={value} is too small; give {least} or more")
-    if not 1 <= config.max_pixels <= LARGEST:
-        raise ValueError(
-            f"data.images.max_pixels={config.max_pixels} is out of range; give 1 to {LARGEST}, "
-            "above which Pillow refuses pictures as decompression bombs"
-        )
+    check_values(config, "data.images.")
     for name, source in sources.items():
         _check_source(name, source, weights=_has_weights(config))
 
@@ -137,14 +124,10 @@ def named_sources(config: ImageDataConfig) -> dict[str, ImageSourceConfig]:
 def _check_source(key: str, source: ImageSourceConfig, *, weights: bool) -> None:
     if source.path is None:
         raise ValueError(f"{key}.path is missing; name a folder, a file or a pattern")
-    if source.repeats < 1:
-        raise ValueError(f"{key}.repeats={source.repeats} is too small; give 1 or more")
     if not weights:
         return
     if source.weight is None:
         raise ValueError(f"{key} has no weight, but others have; give all of them one, or none")
-    if not 0 < source.weight < float("inf"):
-        raise ValueError(f"{key}.weight={source.weight} is no share; give a positive number")
     if source.repeats != 1:
         raise ValueError(
             f"{key} has repeats={source.repeats} beside a weight, which alone says how often it "

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfumato.config import ShardDataConfig
+from sfumato.config import ShardDataConfig, check_values
 from sfumato.data.buckets import check_size
 from sfumato.data.cache_reader import CacheReader
 from sfumato.data.cached import EMPTY, CacheIdentity
@@ -108,21 +108,7 @@ def check_shard_config(config: ShardDataConfig) -> None:
         raise ValueError(
             "data.shards.path is missing; name the folder that sfumato prepare wrote (its out)"
         )
-    for name, value, known in (
-        ("crop", config.crop, ("center", "random")),
-        ("captions", config.captions, ("first", "random")),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"data.shards.{name}={value!r} is unknown; choose {' or '.join(known)}"
-            )
-    for name, value, least in (
-        ("buffer", config.buffer, 1),
-        ("workers", config.workers, 0),
-        ("prefetch", config.prefetch, 0),
-    ):
-        if value < least:
-            raise ValueError(f"data.shards.{name}={value} is too small; give {least} or more")
+    check_values(config, "data.shards.")
     if config.cached and config.crop == "random":
         raise ValueError(
             "data.shards.crop=random cannot be had from a cache, whose pictures were cropped in "

@@ -11,17 +11,16 @@ from typing import Any
 
 from sfumato.check import check_train
 from sfumato.compose import compose_command
-from sfumato.config import TrainConfig
-from sfumato.config_stages import (
+from sfumato.config import (
     JobConfig,
     LaunchConfig,
     LocalClusterConfig,
     PrepareConfig,
     SlurmClusterConfig,
+    TrainConfig,
 )
 from sfumato.preparation.settings import check_prepare
 
-COMPOSED = ("prepare", "train", "evaluate", "sample")
 DISTRIBUTED = ("prepare", "train")  # commands that can run in several processes
 WEIGHTS = ("model.lora.start", "model.network.from_pretrained")
 MODEL_FILES = ("model.pretrained", "model.autoencoder", "model.text_encoder", "model.tokenizer")
@@ -147,9 +146,6 @@ def _advice(name: str, jobs: Mapping[str, Any]) -> str:
 def _read_job(name: str, config: JobConfig, launch: LaunchConfig) -> Job:
     if Path(name).name != name or name in {"", ".."}:
         raise ValueError("the name becomes a file's name; give one without slashes")
-    if config.command not in (*COMPOSED, "demo"):
-        known = ", ".join((*COMPOSED, "demo"))
-        raise ValueError(f"command = {config.command!r}; choose one of {known}")
     if config.recipe and config.command == "demo":
         raise ValueError(f"recipe = {config.recipe}, but `sfumato demo` has no recipes")
     recipe = [f"recipe={config.recipe}"] if config.recipe else []
@@ -159,24 +155,23 @@ def _read_job(name: str, config: JobConfig, launch: LaunchConfig) -> Job:
 
 def _size(config: JobConfig, launch: LaunchConfig) -> tuple[int, int]:
     """Return the processes on each machine, and the machines, of a job."""
-    distributed = config.command in DISTRIBUTED
     match launch.cluster:
+        case _ if config.command not in DISTRIBUTED:
+            processes, nodes = 1, 1
         case LocalClusterConfig() as local:
-            default = {"processes": local.processes, "nodes": 1}
+            processes, nodes = local.processes, 1
         case SlurmClusterConfig() as slurm:
-            default = {"processes": max(1, slurm.gpus_per_node), "nodes": slurm.nodes}
+            processes, nodes = max(1, slurm.gpus_per_node), slurm.nodes
         case other:
             raise AssertionError(other)
-    size = {}
-    for key, stated in (("processes", config.processes), ("nodes", config.nodes)):
-        size[key] = stated if stated is not None else default[key] if distributed else 1
-        if size[key] < 1:
-            raise ValueError(f"{key} = {size[key]} must be 1 or more")
-        if size[key] > 1 and not distributed:
-            raise ValueError(f"{key} = {size[key]}, but {config.command} runs in one process")
-    if size["nodes"] > 1 and isinstance(launch.cluster, LocalClusterConfig):
-        raise ValueError(f"nodes = {size['nodes']}, but cluster=local is one; use cluster=slurm")
-    return size["processes"], size["nodes"]
+    processes, nodes = config.processes or processes, config.nodes or nodes
+    if processes * nodes > 1 and config.command not in DISTRIBUTED:
+        raise ValueError(
+            f"processes = {processes} and nodes = {nodes}, but {config.command} runs in one process"
+        )
+    if nodes > 1 and isinstance(launch.cluster, LocalClusterConfig):
+        raise ValueError(f"nodes = {nodes}, but cluster=local is one; use cluster=slurm")
+    return processes, nodes
 
 
 def _check(job: Job, promised: Sequence[Path]) -> None:

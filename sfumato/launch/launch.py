@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sfumato.config_stages import LaunchConfig, LocalClusterConfig, SlurmClusterConfig
+from sfumato.config import LaunchConfig, LocalClusterConfig, SlurmClusterConfig
 from sfumato.launch.jobs import read_jobs
 from sfumato.launch.local import run_here, show_here
 from sfumato.launch.record import LaunchFolder

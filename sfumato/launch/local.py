@@ -4,7 +4,7 @@ import shlex
 import signal
 from collections.abc import Sequence
 
-from sfumato.config_stages import LocalClusterConfig
+from sfumato.config import LocalClusterConfig
 from sfumato.launch.children import Ended, command_line, one_line, run_child
 from sfumato.launch.jobs import Job
 from sfumato.launch.record import LaunchFolder, begin, finish, hold, is_done

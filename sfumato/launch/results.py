@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from sfumato.config import TrainConfig
-from sfumato.config_stages import PrepareConfig
+from sfumato.config import PrepareConfig, TrainConfig
 from sfumato.data.prepared import CACHE, INDEX, read_index
 from sfumato.files import read_object
 from sfumato.launch.jobs import Job

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sfumato.config_stages import SlurmClusterConfig
+from sfumato.config import SlurmClusterConfig
 from sfumato.files import write_text
 from sfumato.launch.children import command_line, rendezvous
 from sfumato.launch.jobs import Job
@@ -122,12 +122,6 @@ def _first_open(jobs: Sequence[Job], folder: LaunchFolder) -> int:
 
 
 def _check(cluster: SlurmClusterConfig) -> None:
-    for name in ("nodes", "cpus_per_task", "signal_seconds"):
-        if vars(cluster)[name] < 1:
-            raise ValueError(f"cluster.{name} = {vars(cluster)[name]} must be 1 or more")
-    for name in ("gpus_per_node", "max_requeues", "max_restarts"):
-        if vars(cluster)[name] < 0:
-            raise ValueError(f"cluster.{name} = {vars(cluster)[name]} must be 0 or more")
     if cluster.signal_seconds >= _seconds(cluster.time):
         raise ValueError(
             f"cluster.signal_seconds = {cluster.signal_seconds} must be below cluster.time = "

@@ -20,8 +20,8 @@ from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
 from sfumato.models.adapters import Roles
 from sfumato.models.autoencoder_kl import decode_kl, downsampling, latents_kl, moments_kl
 from sfumato.models.formats import read_json
-from sfumato.models.kohya import KohyaLayout, by_block
 from sfumato.models.limits import Limits
+from sfumato.models.lora import KohyaLayout, by_block
 from sfumato.models.model import Conditioning
 from sfumato.models.pipeline_files import CLIP_ATTENTION
 from sfumato.models.pipeline_model import PipelineModel

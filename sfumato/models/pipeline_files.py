@@ -18,9 +18,9 @@ from sfumato.models.formats import (
     read_model_index,
 )
 from sfumato.models.limits import Limits, check_side, check_steps
-from sfumato.models.lora_apply import check_lora_files, merge_files, start_adapters
+from sfumato.models.lora import check_lora_files, merge_files, start_adapters
 from sfumato.models.model import DTYPES, TextToImageModel
-from sfumato.models.network_weights import blank_network, check_whole, start_network
+from sfumato.models.origins import blank_network, check_whole, start_network
 
 CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 CLIP_ATTENTION = (r".*self_attn\.(q|k|v|out)_proj",)

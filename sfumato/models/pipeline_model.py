@@ -17,9 +17,8 @@ from sfumato.diffusion.process import Prediction, Time
 from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.adapters import Roles
 from sfumato.models.formats import copy_frozen, save_encoder
-from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import check_side
-from sfumato.models.lora_apply import fuse_elsewhere, save_adapters
+from sfumato.models.lora import KohyaLayout, fuse_elsewhere, save_adapters
 from sfumato.models.model import Conditioning, Framing, Role
 from sfumato.models.pipeline_files import PipelineFiles
 

@@ -18,8 +18,8 @@ from sfumato.models.adapters import Roles
 from sfumato.models.autoencoder_kl import moments_kl, posterior
 from sfumato.models.flux import LATENT_SIDE, pack, rows_of, unpack
 from sfumato.models.formats import read_json
-from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_steps
+from sfumato.models.lora import KohyaLayout
 from sfumato.models.model import Conditioning
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.schedules import dynamic_mu, flow_times

@@ -6,7 +6,7 @@ from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.models.flux import Flux
 from sfumato.models.formats import find_model, read_model_index
 from sfumato.models.model import TextToImageModel
-from sfumato.models.parts import find_parts
+from sfumato.models.origins import assemble_pipeline
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.qwen_image import QwenImage
 from sfumato.models.stable_diffusion import StableDiffusion
@@ -62,7 +62,7 @@ def _find_folder(config: ModelConfig) -> Path:
             "or sd1, sd2 or a config.json to build a network at random"
         )
     if config.pretrained is None:
-        return find_parts(config)
+        return assemble_pipeline(config)
     return find_model(config.pretrained, allow_pickle=config.allow_pickle, variant=config.variant)
 
 

@@ -20,8 +20,8 @@ from sfumato.models.autoencoder_kl import (
     moments_kl,
 )
 from sfumato.models.formats import read_json
-from sfumato.models.kohya import KohyaLayout
 from sfumato.models.limits import Limits, check_steps
+from sfumato.models.lora import KohyaLayout
 from sfumato.models.model import Conditioning
 from sfumato.models.pipeline_files import CLIP_ATTENTION
 from sfumato.models.pipeline_model import PipelineModel

@@ -8,10 +8,10 @@ from torch import nn
 
 from sfumato.config import ModelConfig, TrainConfig
 from sfumato.models.adapters import LoraRoles
-from sfumato.models.blueprints import network_on_meta
 from sfumato.models.flux import Flux
 from sfumato.models.limits import Limits
 from sfumato.models.model import DTYPES
+from sfumato.models.origins import network_on_meta
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import find_family
 from sfumato.models.stable_diffusion import StableDiffusion

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sfumato.config import ModelConfig
-from sfumato.config_stages import PrecacheConfig, PrepareConfig
+from sfumato.config import ModelConfig, PrecacheConfig, PrepareConfig
 from sfumato.data.cached import CacheIdentity
 from sfumato.data.frame import Size
 from sfumato.data.prepared import (

@@ -62,7 +62,7 @@ class Walk:
 
     def __init__(self, folder: Path, refuse: Refuse, report: Report) -> None:
         self._folder, self._refuse, self._report = folder, refuse, report
-        self.tars = Part()
+        self.tars, self._samples = Part(), 0
         self.selections = {name: Part() for name in selection_names(folder)}
         self.caches = {name: Part(covered={*self.selections}) for name in cache_names(folder)}
         self._read("pack", lambda: tar_names(folder))
@@ -113,7 +113,8 @@ class Walk:
         path = self._folder / SHARDS / f"{tar.name}.tar"
         if fault := faults.wrong_size(path, tar.bytes):
             self._refuse("pack", fault)
-        self._report("pack", faults.of_tar(path, tar, sum(self.tars.kept)))
+        self._report("pack", faults.of_tar(path, tar, self._samples))
+        self._samples += len(tar.samples)
         self.tars.shards.append(IndexedShard(tar.name, len(tar.samples), tar.bytes, tar.sha256))
         self.tars.kept.append(len(tar.samples))
         self.tars.dropped.update(tar.dropped)
@@ -173,7 +174,10 @@ class Walk:
         part.dropped.update(record.dropped)
         lost = sum(record.dropped.values())
         for selection, kept in selections.items():
-            if kept is None or len({*kept.kept}.difference(record.rows)) > lost:
+            # Most often the two are equal, which is quick to see.
+            if kept is None or (
+                kept.kept != record.rows and len({*kept.kept}.difference(record.rows)) > lost
+            ):
                 part.covered.discard(selection)
 
 

@@ -15,7 +15,7 @@ from sfumato.diffusion.randomness import Rng
 from sfumato.models.formats import WRITE_ERRORS
 from sfumato.models.generate import generate, image_size
 from sfumato.models.model import DTYPES, TextToImageModel
-from sfumato.models.original_files import unlike_original, write_original
+from sfumato.models.origins import unlike_original, write_original
 from sfumato.models.registry import load_model
 from sfumato.training.checkpoint import read_shown_weights
 from sfumato.training.state import load_weights

@@ -16,7 +16,7 @@ from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import derive
 from sfumato.files import lock
 from sfumato.models.model import TextToImageModel
-from sfumato.models.network_weights import check_start, without_start
+from sfumato.models.origins import check_start, without_start
 from sfumato.models.registry import find_family, load_model
 from sfumato.objectives.objective import Objective
 from sfumato.objectives.supervised import Supervised

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 
 from sfumato.config import ModelConfig
 from sfumato.models.autoencoder_kl import downsampling
-from sfumato.models.blueprints import blueprint
 from sfumato.models.formats import find_model, read_json
-from sfumato.models.original_parts import write_autoencoder, write_open_clip, write_text_encoder
-from sfumato.models.tensor_files import check_suffix, read_tensors
+from sfumato.models.origins.conversion import write_autoencoder, write_open_clip, write_text_encoder
+from sfumato.models.origins.tensor_files import check_suffix, read_tensors
+from sfumato.models.origins.unets import blueprint
 
 FORMAT = 2  # of the folders; another number makes all of them anew
 # What Stable Diffusion 1 and 2 are sampled with; both have these betas.
@@ -95,7 +95,7 @@ class Parts:
     scheduler: Mapping[str, Any]
 
 
-def find_parts(config: ModelConfig) -> Path:
+def assemble_pipeline(config: ModelConfig) -> Path:
     """Return a diffusers folder of the parts that the settings name, made where it is not yet.
 
     Raises:

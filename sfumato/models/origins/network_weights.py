@@ -11,16 +11,16 @@ import yaml
 from torch import Tensor, nn
 
 from sfumato.config import ModelConfig, NetworkConfig
-from sfumato.models.blueprints import build_network
 from sfumato.models.formats import PICKLES, WEIGHTS, read_json
-from sfumato.models.original import (
+from sfumato.models.origins.original import (
+    FILE,
     TRANSFORMER_ENGINE,
     find_network,
     nemo_to_original,
     original_names,
 )
-from sfumato.models.original_files import FILE
-from sfumato.models.tensor_files import check_suffix, read_tensors
+from sfumato.models.origins.tensor_files import check_suffix, read_tensors
+from sfumato.models.origins.unets import build_network
 
 LISTED = 10
 NETWORKS = ("unet", "transformer")  # folders of the network in a diffusers folder

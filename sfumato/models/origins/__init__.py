@@ -1,0 +1,27 @@
+"""Door of the networks from elsewhere: components, random U-Nets, LDM, NeMo and OpenCLIP files.
+
+Other rooms import from this package only, never from its modules.
+"""
+
+from sfumato.models.origins.assembly import assemble_pipeline
+from sfumato.models.origins.network_weights import (
+    blank_network,
+    check_start,
+    check_whole,
+    start_network,
+    without_start,
+)
+from sfumato.models.origins.original import unlike_original, write_original
+from sfumato.models.origins.unets import network_on_meta
+
+__all__ = [
+    "assemble_pipeline",
+    "blank_network",
+    "check_start",
+    "check_whole",
+    "network_on_meta",
+    "start_network",
+    "unlike_original",
+    "without_start",
+    "write_original",
+]
