@@ -45,9 +45,6 @@ ROOMS["__main__"] = {"cli"}
 # Objectives know models and rewards through their contracts, not one family.
 CONTRACTS = {"models": {"models.model", "models.generate"}, "rewards": {"rewards.reward"}}
 
-# Packages that the rest of the house imports as a whole, never a module of theirs.
-DOORS = ("models.lora", "models.origins")
-
 # Wings: others import from the package, never from a module inside.
 DOORS = ("models.lora", "models.origins")
 
@@ -73,7 +70,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "diffusers": (("models", "demo", "planning.encoders"), "networks belong in models/"),
     "peft": (("models",), "adapters belong in models/adapters.py"),
     "transformers": (
-        ("models", "rewards", "demo", "planning.encoders"),
+        ("models", "rewards", "demo", "planning.encoders", "training.distribution"),
         "text encoders and CLIP belong in the rims",
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),

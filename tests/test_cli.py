@@ -502,7 +502,7 @@ def test_other_settings_in_a_run_folder_are_named(call: Call, run_folder: Path):
         (["sample", "prompt=a", "sampler.eta=2"], ["sampler.eta=2.0", "give 1 or less"]),
         (
             ["sample", "prompt=a", "sampler.guidance_scale=nan"],
-            ["sampler.guidance_scale=nan must be"],
+            ["sampler.guidance_scale=nan"],
         ),
         (["sample", "prompt=a", "num_images=0"], ["num_images=0", "give 1 or more"]),
         (["sample", "prompts=nofile.txt"], ["no such file: nofile.txt"]),

@@ -305,7 +305,7 @@ def test_a_damaged_summary_is_named_and_made_again(
     place = run.evaluation(0)
     place.mkdir(parents=True)
     (place / "summary.json").write_text('{"step": 0}')
-    with pytest.raises(ValueError, match=r"summary.json is damaged: diversity = None"):
+    with pytest.raises(ValueError, match=r"summary.json is damaged: .*diversity"):
         read_evaluations(run)
     (found,) = evaluate(run, model, config, ColorReward("red"), [0], PROMPTS, **STUDY)
     assert read_evaluations(run) == [found]

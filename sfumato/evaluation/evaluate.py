@@ -180,8 +180,8 @@ def _is_current(run: RunFolder, step: int, settings: Mapping[str, Any]) -> bool:
     except ValueError:
         return False
     checkpoint = run.checkpoints / step_name(step)
-    same = not checkpoint.is_dir() or summary.get("checkpoint") == fingerprint(checkpoint)
-    return same and summary["settings"] == settings
+    same = not checkpoint.is_dir() or summary.checkpoint == fingerprint(checkpoint)
+    return same and summary.settings == settings
 
 
 def _write_step(

@@ -6,13 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfumato.files import read_object
+from sfumato.records import read_record
 from sfumato.training.folder import RunFolder
 
 SUMMARY = "summary.json"
 SCORES = "scores.jsonl"
-_KINDS = {"step": int, "diversity": dict, "held_out": dict, "settings": dict}
-_REWARD_KINDS = {"reward": int | float, "reward_error": int | float}
 
 
 @dataclass(frozen=True)
@@ -50,46 +48,60 @@ class EqualReward:
     mean_difference: float
 
 
+@dataclass(frozen=True)
+class Diversity:
+    """Diversity in summary.json."""
+
+    label: str
+    mean: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json of one evaluated step."""
+
+    step: int
+    diversity: Diversity
+    held_out: dict[str, float]
+    settings: dict[str, Any]
+    reward: float | None = None
+    reward_error: float | None = None
+    checkpoint: str | None = None
+
+
 def read_evaluations(run: RunFolder) -> list[Evaluation]:
     """Return the evaluations in a run folder, in the order of steps.
 
     Raises:
         ValueError: if a summary cannot be read.
     """
+    folders = sorted((run.path / "evaluation").glob("step-*"))
     return [
         Evaluation(
-            step=summary["step"],
-            reward=summary.get("reward"),
-            reward_error=summary.get("reward_error"),
-            diversity=summary["diversity"]["mean"],
-            diversity_label=summary["diversity"]["label"],
-            held_out=summary["held_out"],
-            settings=summary["settings"],
+            one.step,
+            one.reward,
+            one.reward_error,
+            one.diversity.mean,
+            one.diversity.label,
+            one.held_out,
+            one.settings,
         )
-        for summary in map(read_summary, sorted((run.path / "evaluation").glob("step-*")))
+        for one in map(read_summary, folders)
     ]
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Return summary.json of one evaluated step.
+def read_summary(folder: Path) -> Summary:
+    """Return the summary of one evaluated step.
 
     Raises:
         ValueError: if the file is missing or damaged.
     """
     path, advice = folder / SUMMARY, f"remove {folder} and evaluate again"
-    summary = read_object(path, advice)
-    kinds: dict[str, Any] = dict(_KINDS)
-    settings = summary.get("settings")
-    # Summaries of older versions have a reward, and no reward among their settings.
-    if isinstance(settings, dict) and settings.get("reward", "of an older version") is not None:
-        kinds |= _REWARD_KINDS
-    diversity = {"label": str, "mean": int | float}
-    parts = [(summary, kinds, ""), (summary.get("diversity"), diversity, "diversity.")]
-    for part, expected, prefix in parts:
-        for key, kind in expected.items():
-            value = part.get(key) if isinstance(part, dict) else None
-            if not isinstance(value, kind):
-                raise ValueError(f"{path} is damaged: {prefix}{key} = {value!r}; {advice}")
+    summary = read_record(path, Summary, advice)
+    # Older versions wrote no reward settings, but always a reward.
+    has_reward = summary.settings.get("reward", "of an older version") is not None
+    if has_reward and (summary.reward is None or summary.reward_error is None):
+        raise ValueError(f"{path} is damaged: reward or reward_error is missing; {advice}")
     return summary
 
 
