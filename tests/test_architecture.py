@@ -121,11 +121,10 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
         ("compose", "cli", "run.run", "report.records", "models.origins.network_weights"),
         SETTINGS,
     ),
-    "submitit": (("launch",), "Slurm belongs in launch/"),
     "wandb": (("training.tracking",), "trackers belong in training/tracking.py"),
     "lpips": (("evaluation.diversity",), "image features belong in evaluation/diversity.py"),
     "matplotlib": (("report",), "plots belong in report/"),
-    "jinja2": (("report",), "pages belong in report/"),
+    "jinja2": (("report", "launch"), "pages belong in report/, the sbatch script in launch/"),
     "markupsafe": (("report",), "pages belong in report/"),
     "tqdm": (
         ("training", "evaluation", "demo", "preparation.precache"),
@@ -149,7 +148,6 @@ HEAVY = {
     "huggingface_hub",
     "pyarrow",
     "datasets",
-    "submitit",
 }
 
 
