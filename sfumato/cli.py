@@ -87,16 +87,22 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
     """Compose the settings of a command and run it; `--cfg`, `--help` and `-m` are Hydra's."""
     import hydra
 
-    from sfumato.compose import COMPOSITION_ERRORS, is_sweep, quoted, register
+    from sfumato.catalog import known_keys
+    from sfumato.compose import COMPOSITION_ERRORS, is_sweep, register
     from sfumato.config import CONF
-    from sfumato.explain import explain, known_keys
+    from sfumato.explain import explain
+    from sfumato.overrides import rewritten
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and not as Hydra prints them
     quiet_libraries()
     settings = [text for text in arguments if "=" in text and not text.startswith("-")]
     others = [text for text in arguments if text not in settings]
-    sys.argv = [f"sfumato {command}", *others, *quoted(settings, sweep=is_sweep(others))]
+    sys.argv = [
+        f"sfumato {command}",
+        *others,
+        *rewritten(command, settings, sweep=is_sweep(others)),
+    ]
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(
         lambda config: run_composed(command, config)
     )

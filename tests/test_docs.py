@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +17,8 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfumato.compose import compose_train, quoted, register
+from sfumato.catalog import find_slot, known_keys
+from sfumato.compose import compose_train, register
 from sfumato.config import (
     CONF,
     GROUPS,
@@ -27,15 +27,13 @@ from sfumato.config import (
     ModelConfig,
     OwnConfig,
     SamplerConfig,
-    TrainConfig,
-    rule_of,
 )
 from sfumato.diffusion.randomness import Rng
-from sfumato.explain import known_keys
 from sfumato.models import registry
 from sfumato.models.registry import find_family
 from sfumato.models.stable_diffusion import StableDiffusion
 from sfumato.objectives.draft import Draft
+from sfumato.overrides import rewritten
 from sfumato.rewards.build import build_reward
 from sfumato.training.folder import RunFolder
 from sfumato.training.tracking import read_metrics
@@ -126,11 +124,11 @@ def test_commands_compose(words: list[str], monkeypatch: pytest.MonkeyPatch, own
         assert isinstance(objective, OwnConfig)
         own.MyObjective(**objective.settings)
     elif words[start + 1] == "train":
-        assert compose_train(quoted(overrides, sweep=False))
+        assert compose_train(overrides)
     else:
         register()
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            assert compose(words[start + 1], quoted(overrides, sweep=False))
+            assert compose(words[start + 1], rewritten(words[start + 1], overrides))
 
 
 # --- What the tables say
@@ -143,16 +141,6 @@ def rows(page: str) -> list[list[str]]:
     return [row for row in cells if row[1] != "Sfumato"]
 
 
-def choices_of(key: str) -> tuple[str, ...]:
-    """Return what a setting of `sfumato train` may be; empty where it is free."""
-    group, _, name = key.rpartition(".")
-    nodes = [*GROUPS.get(group, {}).values()] or [
-        item.type for item in fields(TrainConfig) if item.name == group
-    ]
-    rules = [rule_of(item) for node in nodes for item in fields(node) if item.name == name]
-    return rules[0].choices if rules else ()
-
-
 def is_setting(text: str) -> bool:
     """Say whether `sfumato train` takes this as KEY or KEY=VALUE."""
     key, _, value = text.partition("=")
@@ -160,7 +148,7 @@ def is_setting(text: str) -> bool:
         return (CONF / "recipe" / f"{value}.yaml").exists()
     if key in GROUPS:
         return not value or value in GROUPS[key]
-    if value and (choices := choices_of(key)):
+    if value and (choices := find_slot("train", key).rule.choices):
         return value in choices
     free = ("model.merge.", "data.images.sources.", "reward.parts.", "objective.settings.")
     return key in known_keys("train") or key.startswith(free)

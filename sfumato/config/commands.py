@@ -181,8 +181,8 @@ class JobConfig:
 
     command: str = setting(MISSING, Rule(choices=JOB_COMMANDS))
     recipe: str | None = None
-    settings: list[str] = field(default_factory=list)  # KEY=VALUE, as on the command line
-    also: list[str] = field(default_factory=list)  # KEY=VALUE to add to a recipe's settings
+    settings: list[str] = setting([], Rule(interpolated=True))  # KEY=VALUE, as on the command line
+    also: list[str] = setting([], Rule(interpolated=True))  # more KEY=VALUE, for a recipe's job
     processes: int | None = count(None)  # per machine; null: the cluster's for prepare and train
     nodes: int | None = count(None)  # Slurm machines; null: the cluster's for prepare and train
 
