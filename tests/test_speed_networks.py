@@ -19,9 +19,8 @@ from sfumato.config import ModelConfig, TrainConfig, TrainingConfig
 from sfumato.training.checkpoint import Snapshot
 from sfumato.training.compiling import arrange, lay_channels_last, repeated_blocks
 from sfumato.training.distribution import Distribution, like
-from sfumato.training.flops import FlopCounter, attention_flops
+from sfumato.training.flops import FlopCounter, Meter, attention_flops, peak_by_name
 from sfumato.training.optimizer import build_optimizer
-from sfumato.training.throughput import Meter, peak_by_name
 
 FULL = (
     "model.trainable=full",
@@ -109,8 +108,8 @@ def compose_optimizer() -> Any:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("model.channels_last=true", "model.channels_last = true needs training.strategy = ddp"),
-        ("training.compile=full", "training.compile = full needs training.strategy = ddp"),
+        ("model.channels_last=true", r"model.channels_last=true.* training.strategy=fsdp"),
+        ("training.compile=full", r"training.compile=full.* training.strategy=fsdp"),
     ],
 )
 def test_what_sharding_cannot_do_is_refused(sd_folder: Path, setting: str, said: str) -> None:

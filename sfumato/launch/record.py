@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import IO
 
 from sfumato.config import ShardDataConfig, TrainConfig
+from sfumato.data.paths import expand_pattern
 from sfumato.data.prepared import CACHE, INDEX, read_index
-from sfumato.data.prompts import expand_pattern
-from sfumato.files import lock
+from sfumato.files import lock, read_object, write_text
 from sfumato.launch.jobs import STARTS, Job, makes_index, value_of
 from sfumato.training.checkpoint import fingerprint, list_checkpoints, step_of
-from sfumato.training.folder import RunFolder, read_note, replace_text
+from sfumato.training.folder import RunFolder
 
 
 class LaunchError(ValueError):
@@ -70,7 +70,7 @@ def read_job_record(folder: LaunchFolder, name: str) -> JobRecord | None:
     if not place.exists():
         return None
     try:
-        return JobRecord(**read_note(place))
+        return JobRecord(**read_object(place, "remove it and run the same command again"))
     except (TypeError, ValueError) as error:
         raise LaunchError(
             f"{place} is damaged; remove it, and the job is looked at anew"
@@ -80,7 +80,7 @@ def read_job_record(folder: LaunchFolder, name: str) -> JobRecord | None:
 def write_job_record(folder: LaunchFolder, name: str, record: JobRecord) -> None:
     """Write a job's record; a kill leaves the old one or the new one."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    replace_text(folder.record(name), json.dumps(asdict(record), indent=2) + "\n")
+    write_text(folder.record(name), json.dumps(asdict(record), indent=2) + "\n")
 
 
 def now() -> str:
@@ -121,7 +121,7 @@ def _state_of(place: str) -> str | None:
 
 def _matches(pattern: str) -> list[Path]:
     try:
-        return list(expand_pattern(pattern))
+        return list(expand_pattern(pattern, "the path"))
     except ValueError:  # whoever reads it says so
         return []
 
@@ -158,7 +158,7 @@ def what_is_missing(job: Job) -> str | None:
             note = folder.path / "export.json"
             if not note.exists() or not folder.export.exists():
                 return f"{folder.path} is not exported"
-            exported = read_note(note)
+            exported = read_object(note, "remove it and run the same command again")
             of = exported.get("checkpoint")
             if of not in [fingerprint(place) for place in found] or (
                 config.export == "last" and of != fingerprint(found[-1])

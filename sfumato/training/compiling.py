@@ -7,6 +7,7 @@ from torch import nn
 
 from sfumato.config import TrainConfig
 from sfumato.models.model import TextToImageModel
+from sfumato.training.sharding import check_sharding
 
 # Widths and image sizes, times training or not, gradients or not, adapters on or off.
 VARIANTS = 128
@@ -20,23 +21,13 @@ def arrange(model: TextToImageModel, config: TrainConfig, world: int) -> None:
     Raises:
         ValueError: if the model or the strategy does not allow it.
     """
-    training, shards = config.training, config.training.strategy != "ddp" and world > 1
+    check_sharding(config, world)
     if config.model.channels_last:
-        if shards:
-            raise ValueError(
-                f"model.channels_last = true needs training.strategy = ddp, as "
-                f"{training.strategy} shards only contiguous weights; set model.channels_last=false"
-            )
         for network in model.networks().values():
             lay_channels_last(network)
-    match training.compile:
+    match config.training.compile:
         case "regional":
             compile_networks(model, "regional")
-        case "full" if shards:
-            raise ValueError(
-                f"training.compile = full needs training.strategy = ddp, as {training.strategy} "
-                "gathers weights between the blocks; use training.compile=regional"
-            )
         case "full":
             compile_networks(model, "full")
         case _:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.config import TrainingConfig
 from sfumato.training.module import TrainingModule
+from sfumato.training.sharding import copy_size
 
 T = TypeVar("T")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,8 +36,9 @@ class Distribution:
         self.world = self._accelerator.num_processes
         self.device = self._accelerator.device
         self.is_main = self._accelerator.is_main_process
-        self._shard = config.strategy in {"fsdp", "hsdp"} and self.world > 1
-        self._copy_size = self._processes_of_a_copy(config)
+        self._shard = config.strategy != "ddp" and self.world > 1
+        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
+        self._copy_size = copy_size(config, self.world, per_machine)
         self._precision = AUTOCAST.get(config.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         if self.device.type == "cuda":
@@ -55,18 +57,6 @@ class Distribution:
         with recording_kept(parts):
             for part in parts:
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
-
-    def _processes_of_a_copy(self, config: TrainingConfig) -> int:
-        """Return how many processes share one copy of the weights, where they are sharded."""
-        if config.strategy != "hsdp" or self.world == 1:
-            return self.world
-        size = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
-        if self.world % size:
-            raise ValueError(
-                f"training.shard_size = {size} does not divide {self.world} processes; choose one "
-                "of its divisors"
-            )
-        return size
 
     def _mesh(self) -> DeviceMesh:
         """Return the processes in one row, or under HSDP in a row for each copy."""
