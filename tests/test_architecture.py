@@ -97,10 +97,10 @@ FILES = (
 PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "torch": (("diffusion", "data", *TENSOR_ROOMS, "cli"), "tensors belong behind the rims"),
     "jaxtyping": (("diffusion", "data", *TENSOR_ROOMS), "tensors belong behind the rims"),
-    "diffusers": (("models", "demo", "planning.encoders"), "networks belong in models/"),
+    "diffusers": (("models", "demo"), "networks belong in models/"),
     "peft": (("models",), "adapters belong in models/adapters.py"),
     "transformers": (
-        ("models", "rewards", "demo", "planning.encoders", "training.distribution"),
+        ("models", "rewards", "demo", "planning.described", "training.distribution"),
         "text encoders and CLIP belong in the rims",
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),
