@@ -1,10 +1,10 @@
-"""What a cache is made with, told from files alone: two hashes that say when it must be made anew.
+"""Hashes of autoencoder and text encoders, which name the caches of their outputs.
 
-An autoencoder or text encoder is hashed as it is loaded in float32, the dtype in which it encodes:
-its tensors by name, shape and values, and the settings that change what comes out. So a folder may
-be moved, copied, sharded or cut otherwise, and weights stored in half precision equal their copy in
-float32; but the half-precision variant of float32 weights, having other values, is another encoder.
-Of an autoencoder only what encodes counts: a decoder may be tuned, and a scaling factor changed.
+Only files are read. The hash covers the tensors in float32, the dtype in which encoders run, by
+name, shape and value, and the settings that change the output. A folder may be moved, copied or
+sharded in another way. Weights in half precision equal their copy in float32; the half-precision
+variant of float32 weights has other values and is another encoder. Of an autoencoder only the
+encoding half counts: a decoder may be tuned, and a scaling factor changed.
 """
 
 import hashlib
