@@ -162,7 +162,7 @@ def test_files_must_be_there_unless_an_earlier_job_makes_them(tmp_path: Path, jo
         ),
         (
             stage("train", "recipe=demo_finetune", processes=0),
-            "jobs.x.processes=0 is too small; give 1 or more",
+            "jobs.x.processes=0 is too small",
         ),
         (stage("train", "recipe=demo_finetune", nodes=2), "nodes = 2, and cluster=local is one"),
         (stage("train", "recipe=demo_finetune", processes=3), "does not divide into 3 process"),

@@ -60,6 +60,9 @@ class ToyModel(TextToImageModel):
     def to(self, device: torch.device) -> None:
         self.network.to(device)
 
+    def networks(self) -> dict[str, nn.Module]:
+        return {"policy": self.network, "reference": self.reference}
+
     def image_size(self) -> tuple[int, int]:
         return 4, 4
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO
 
 from sfumato.config import ShardDataConfig, TrainConfig
+from sfumato.data.paths import expand_pattern
 from sfumato.data.prepared import CACHE, INDEX, read_index
-from sfumato.data.prompts import expand_pattern
 from sfumato.files import lock, read_object, write_text
 from sfumato.launch.jobs import STARTS, Job, makes_index, value_of
 from sfumato.training.checkpoint import fingerprint, list_checkpoints, step_of
@@ -121,7 +121,7 @@ def _state_of(place: str) -> str | None:
 
 def _matches(pattern: str) -> list[Path]:
     try:
-        return list(expand_pattern(pattern))
+        return list(expand_pattern(pattern, "the path"))
     except ValueError:  # whoever reads it says so
         return []
 

@@ -10,6 +10,7 @@ from typing import Any, final
 import numpy as np
 
 from sfumato.config import FilterConfig
+from sfumato.data.left_out import tally
 from sfumato.data.prepared import (
     SELECTIONS,
     KeptRecord,
@@ -20,7 +21,6 @@ from sfumato.data.prepared import (
     read_tar_record,
     record_text,
 )
-from sfumato.preparation.bins import tally
 from sfumato.preparation.files import digest, write_text
 from sfumato.preparation.listing import tar_names
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from sfumato.data.left_out import tally
 from sfumato.data.prepared import (
     CACHE,
     INDEX,
@@ -21,7 +22,6 @@ from sfumato.data.prepared import (
     read_tar_record,
     record_text,
 )
-from sfumato.preparation.bins import tally
 from sfumato.preparation.download import DOWNLOAD, download_bins
 from sfumato.preparation.files import write_text
 from sfumato.preparation.listing import cache_names, is_of, selection_names, tar_names

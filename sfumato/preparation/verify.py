@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
+from sfumato.data.left_out import line, tally
 from sfumato.data.prepared import (
     INDEX,
     SELECTIONS,
@@ -20,7 +21,6 @@ from sfumato.data.prepared import (
     read_kept_record,
     read_tar_record,
 )
-from sfumato.preparation.bins import line, tally
 from sfumato.preparation.download import DOWNLOAD, download_bins, read_stats
 from sfumato.preparation.files import sha256_of
 from sfumato.preparation.index import build_index

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.data.cached import EMPTY, MANIFEST, cache_key
+from sfumato.data.left_out import line, tally
 from sfumato.data.prepared import (
     CACHE,
     CachedRecord,
@@ -16,7 +17,6 @@ from sfumato.data.prepared import (
     read_record,
     read_tar_record,
 )
-from sfumato.preparation.bins import line, tally
 from sfumato.preparation.files import sha256_of
 from sfumato.preparation.listing import is_of
 

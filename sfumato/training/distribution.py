@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.config import TrainingConfig
-from sfumato.models.texts import recording_kept
 from sfumato.training.module import TrainingModule
 from sfumato.training.sharding import copy_size
 
@@ -148,6 +147,24 @@ class Distribution:
 
         self._accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def recording_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let text encoders still return their hidden states after `fully_shard`.
+
+    transformers 5 looks up what a model can record by its class, which `fully_shard` replaces.
+    """
+    try:
+        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as REGISTRY
+    except ImportError:  # another version, without this table
+        yield
+        return
+    known: list[tuple[Any, Any]] = [(module, REGISTRY.get(module)) for module in modules]  # type: ignore[arg-type]
+    yield
+    for module, recorded in known:
+        if recorded:
+            REGISTRY[module] = recorded
 
 
 def whole(tensor: Tensor, *, kept: bool = True) -> Tensor:
