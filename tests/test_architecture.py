@@ -73,7 +73,6 @@ CROSSINGS: dict[str, tuple[str, ...]] = {
     # A folder may be put together from parts; its network may start from another file.
     "models.registry": ("models.origins",),
     "models.loading": ("models.origins",),
-    "models.pipeline_files": ("models.origins",),
     # Settings of a prepared folder, and files that settings name, are checked before all else.
     "check": ("data.shards", "models.lora"),
 }

@@ -345,7 +345,7 @@ def test_a_mistyped_command_is_explained(call: Call, arguments: list[str], expec
         ("optimizer.lr=inf", ["optimizer.lr=inf must be finite"]),
         ("objective.truncation_steps=3", ["objective.truncation_steps=3", "give 2"]),
         ("training.global_batch_size=3", ["training.global_batch_size=3", "nearest", "is 4"]),
-        ("training.max_time=soon", ["training.max_time = 'soon'", "[DD:]HH:MM:SS"]),
+        ("training.max_time=soon", ["training.max_time='soon'", "[DD:]HH:MM:SS"]),
         ("name=a/b", ["name='a/b'", "runs_dir=..."]),
         ("reward=jpeg", ["reward=jpeg is not differentiable", "reward=color"]),
         ("max_steps", ["'max_steps' is no setting; write KEY=VALUE"]),
