@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "catalog": set(),
     "explain": {"catalog"},
     "overrides": {"catalog"},
+    "help": {"catalog", "explain"},
     "diffusion": set(),
     "models": {"diffusion"},
     "rewards": {"diffusion"},
