@@ -98,6 +98,7 @@ def recipe_heads() -> dict[str, str]:
 def markdown() -> str:
     """Return docs/settings.md."""
     lines = ["# Settings", "", "Made from `sfumato/config/` by `python -m sfumato.help`.", ""]
+    lines += ["```", NOTES, "```", ""]
     seen: dict[type, str] = {}
     for command, owner in COMMANDS.items():
         settings = settings_of(command)

@@ -478,7 +478,7 @@ def test_a_wrong_reward_model_is_explained_before_the_model_is_read(
     refuse: Call, broken_model: Path, broken_clip: Path
 ):
     nowhere = refuse("reward=clip", "reward.pretrained=nofolder")
-    assert_mistake(nowhere, "nofolder is no folder here")
+    assert_mistake(nowhere, "reward.pretrained = 'nofolder' is no folder here")
     other = refuse("reward=clip", f"reward.pretrained={broken_model}")
     assert_mistake(other, f"{broken_model} has no config.json", "CLIPModel")
     damaged = refuse("reward=clip", f"reward.pretrained={broken_clip}")
