@@ -270,7 +270,7 @@ def test_the_command_prints_a_page(sd_folder: Path):
             ["gpus=4", "training.strategy=hsdp", "training.shard_size=3"],
             "training.shard_size=3 does not divide 4 processes",
         ),
-        (["model.pretrained=null"], "model.pretrained and model.network.config are both null"),
+        (["model.pretrained=null"], "model.pretrained = None and model.network.config = None"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(sd_folder: Path, settings: list[str], said: str):

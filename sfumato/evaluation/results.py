@@ -1,12 +1,12 @@
-"""What evaluation found: read back from run folders, and two runs compared at equal reward."""
+"""Results of evaluations, read from run folders, and the diversity of two runs at equal reward."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sfumato.records import read_record
 from sfumato.training.folder import RunFolder
 
 SUMMARY = "summary.json"
@@ -15,13 +15,15 @@ SCORES = "scores.jsonl"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one checkpoint scored; step 0 is the base model.
+    """Scores of one checkpoint; step 0 is the base model.
 
     Attributes:
-        reward: mean over images; None where nothing scored them.
-        reward_error: standard error of `reward` over noise, the prompts held fixed.
-        diversity: mean over prompts of what `diversity_label` names.
+        reward: mean over images; None without a reward.
+        reward_error: standard error of `reward` over noise, with the prompts held fixed.
+        diversity: mean over prompts of the distance that `diversity_label` names.
         held_out: mean of each score that was not trained on.
+        settings: the settings that the numbers depend on.
+        checkpoint: fingerprint of the checkpoint; None for the base model.
     """
 
     step: int
@@ -30,11 +32,13 @@ class Evaluation:
     diversity: float
     diversity_label: str
     held_out: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    checkpoint: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class EqualReward:
-    """The diversity of two runs where their training curves pass the same rewards.
+    """Diversity of two runs at the reward levels that both of their curves pass.
 
     Attributes:
         mean_difference: mean over `levels` of other minus baseline.
@@ -46,48 +50,56 @@ class EqualReward:
     mean_difference: float
 
 
+@dataclass(frozen=True)
+class _Diversity:
+    label: str
+    mean: float
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """summary.json of one evaluated step."""
+
+    step: int
+    diversity: _Diversity
+    held_out: dict[str, float]
+    settings: dict[str, Any]
+    reward: float | None = None
+    reward_error: float | None = None
+    checkpoint: str | None = None
+
+
 def read_evaluations(run: RunFolder) -> list[Evaluation]:
-    """Return what was evaluated in a run folder, in the order of steps.
+    """Return the evaluations in a run folder, in the order of steps.
 
     Raises:
         ValueError: if a summary cannot be read.
     """
-    found = []
-    for place in sorted((run.path / "evaluation").glob("step-*")):
-        summary = read_summary(place)
-        diversity = summary["diversity"]
-        found.append(
-            Evaluation(
-                step=summary["step"],
-                reward=summary.get("reward"),
-                reward_error=summary.get("reward_error"),
-                diversity=diversity["mean"],
-                diversity_label=diversity["label"],
-                held_out=summary["held_out"],
-            )
-        )
-    return found
+    return list(map(read_evaluation, sorted((run.path / "evaluation").glob("step-*"))))
 
 
-def read_summary(place: Path) -> dict[str, Any]:
-    """Return summary.json of one evaluated step.
+def read_evaluation(folder: Path) -> Evaluation:
+    """Return the evaluation of one step.
 
     Raises:
-        ValueError: if it is missing, not JSON, or lacks a key.
+        ValueError: if summary.json is missing or damaged.
     """
-    file = place / SUMMARY
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        wanted = {"step", "diversity", "held_out", "settings"}
-        if summary.get("settings", {}).get("reward", "of an older version") is not None:
-            wanted |= {"reward", "reward_error"}
-        if missing := wanted - summary.keys():
-            raise ValueError(f"{', '.join(sorted(missing))} missing")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}); remove {place} and evaluate again"
-        ) from error
-    return summary
+    path, advice = folder / SUMMARY, f"remove {folder} and evaluate again"
+    one = read_record(path, _Summary, advice)
+    # Older versions wrote no reward settings, but always a reward.
+    has_reward = one.settings.get("reward", "of an older version") is not None
+    if has_reward and (one.reward is None or one.reward_error is None):
+        raise ValueError(f"{path} is damaged: reward or reward_error is missing; {advice}")
+    return Evaluation(
+        one.step,
+        one.reward,
+        one.reward_error,
+        one.diversity.mean,
+        one.diversity.label,
+        one.held_out,
+        one.settings,
+        one.checkpoint,
+    )
 
 
 def at_equal_reward(
@@ -95,16 +107,16 @@ def at_equal_reward(
 ) -> EqualReward | None:
     """Compare the diversity of two runs at rewards that both of them reach.
 
-    The levels are evenly spaced: from above the reward that both curves start from (the higher of
-    the two starts) up to the highest that both reach. At a level, a curve is read where it gets
-    there first in the order of steps, linearly in reward between two evaluated steps; what a curve
-    does after that, falling back included, is left out, and so are steps that nothing scored.
+    The levels are evenly spaced between two rewards: the higher of the two starts (excluded) and
+    the highest reward that both curves reach (included). At each level a curve is read where it
+    first reaches that level in the order of steps, by linear interpolation in reward between two
+    evaluated steps. Later points of the curve do not count, nor do steps without a reward.
 
     Returns:
         None if there is no such level.
 
     Raises:
-        ValueError: if the two measured diversity differently.
+        ValueError: if the two runs measured diversity differently.
     """
     labels = {evaluation.diversity_label for evaluation in (*baseline, *other)}
     if len(labels) > 1:
@@ -115,8 +127,8 @@ def at_equal_reward(
     curves = [_points(baseline), _points(other)]
     if not all(curves):
         return None
-    low = max(curve[0].reward for curve in curves)
-    high = min(max(point.reward for point in curve) for curve in curves)
+    low = max(curve[0][0] for curve in curves)
+    high = min(max(reward for reward, _ in curve) for curve in curves)
     if high <= low:
         return None
     inner = (low + (high - low) * k / num_levels for k in range(1, num_levels))
@@ -126,21 +138,15 @@ def at_equal_reward(
     return EqualReward(levels, first, second, sum(differences) / len(differences))
 
 
-@dataclass(frozen=True)
-class _Point:
-    reward: float
-    diversity: float
-
-
-def _points(curve: Sequence[Evaluation]) -> list[_Point]:
+def _points(curve: Sequence[Evaluation]) -> list[tuple[float, float]]:
+    """Return reward and diversity in the order of steps."""
     ordered = sorted(curve, key=lambda one: one.step)
-    return [_Point(one.reward, one.diversity) for one in ordered if one.reward is not None]
+    return [(one.reward, one.diversity) for one in ordered if one.reward is not None]
 
 
-def _diversity_at(curve: Sequence[_Point], level: float) -> float:
-    """Return the diversity where a curve that starts below a level reaches it first."""
-    for before, after in itertools.pairwise(curve):
-        if after.reward >= level:
-            share = (level - before.reward) / (after.reward - before.reward)
-            return before.diversity + share * (after.diversity - before.diversity)
+def _diversity_at(curve: Sequence[tuple[float, float]], level: float) -> float:
+    """Return the diversity where a curve that starts below a level first reaches it."""
+    for (low, before), (high, after) in itertools.pairwise(curve):
+        if high >= level:
+            return before + (level - low) / (high - low) * (after - before)
     raise AssertionError(f"the curve does not reach {level}")
