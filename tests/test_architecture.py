@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "catalog": set(),
     "explain": {"catalog"},
     "overrides": {"catalog"},
+    "help": {"catalog", "explain"},
     "diffusion": set(),
     "models": {"diffusion"},
     "rewards": {"diffusion"},

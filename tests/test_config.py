@@ -29,6 +29,7 @@ from sfumato.config import (
     WeightedPartConfig,
 )
 from sfumato.explain import unknown_key
+from sfumato.help import recipe_heads
 from sfumato.overrides import rewritten
 from sfumato.rewards.build import build_reward
 
@@ -68,8 +69,14 @@ def settings() -> TrainConfig:
 # Recipes
 
 
-def test_there_are_recipes_for_both_stable_diffusions():
-    assert {"sd15_draft_plus", "sd15_draft", "sd21_draft_plus"} <= set(RECIPES)
+def test_the_first_line_of_a_recipe_is_one_short_sentence():
+    heads = recipe_heads()
+    assert set(RECIPES) < set(heads)
+    for path in (CONF / "recipe").rglob("*.yaml"):
+        assert path.read_text().startswith("# @package _global_\n# ")
+    for name, head in heads.items():
+        assert re.fullmatch(r"[A-Z].{10,80}\.", head), name
+    assert len(set(heads.values())) == len(heads)
 
 
 def missing_keys(recipe: str) -> list[str]:
@@ -84,8 +91,7 @@ def missing_keys(recipe: str) -> list[str]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_composes_once_its_missing_keys_are_given(recipe: str):
     text = (CONF / "recipe" / f"{recipe}.yaml").read_text()
-    assert text.startswith("# @package _global_\n# Reproduces: ")
-    assert "# Hardware: " in text
+    assert "# Reproduces: " in text and "# Hardware: " in text
     missing = missing_keys(recipe)
     give = text.partition("\ndefaults:")[0].partition("# Give: ")[2]
     assert all(name in give for name in missing), f"the head of {recipe} says: give {give}"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,15 +21,18 @@ from torch import Tensor
 from sfumato.catalog import find_slot, known_keys
 from sfumato.compose import compose_train, register
 from sfumato.config import (
+    COMMANDS,
     CONF,
     GROUPS,
     ColorRewardConfig,
     DraftConfig,
+    LoraConfig,
     ModelConfig,
     OwnConfig,
     SamplerConfig,
 )
 from sfumato.diffusion.randomness import Rng
+from sfumato.help import command_page, markdown, settings_of
 from sfumato.models import registry
 from sfumato.models.registry import find_family
 from sfumato.models.stable_diffusion import StableDiffusion
@@ -188,6 +192,33 @@ def test_settings_that_the_text_names_are_known(page: str) -> None:
     files = (".yaml", ".py", ".md")
     keys = [key for key in keys if not key.endswith(files)]
     assert [key for key in keys if not is_setting(key)] == []
+
+
+# --- The page of settings
+
+
+def test_the_page_of_settings_is_current() -> None:
+    assert PAGES["docs/settings.md"] == markdown(), "run python -m sfumato.help > docs/settings.md"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_of_settings_is_complete(command: str) -> None:
+    """Every key that composes has a setting with its type, default, choices, bounds, comment."""
+    settings = {each.key: each for each in settings_of(command)}
+    owners = {key.rpartition(".")[0] for key in known_keys(command)}
+    keys = {key for key in known_keys(command) if key not in owners or key in GROUPS}
+    assert {key for key in keys if not key.endswith("kind")} <= set(settings)
+    assert all(each.kind and each.default for each in settings.values())
+
+
+def test_a_setting_is_explained() -> None:
+    page = command_page("train", "training.ema_decay")
+    assert "number or null" in page and "0.9999" in page and "0 or more, less than 1" in page
+    assert "(1 + n) / (10 + n)" in page
+    assert "one of fp16" not in command_page("train", "training.precision")
+    assert "one of no, bf16, fp16" in command_page("train", "training.precision")
+    below = command_page("train", "model.lora").splitlines()
+    assert len(below) == len(fields(LoraConfig))
 
 
 # --- The example
