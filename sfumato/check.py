@@ -16,6 +16,7 @@ from sfumato.config import (
     WeightedRewardConfig,
     check_values,
 )
+from sfumato.training.sharding import check_sharding
 
 
 def check_train(config: TrainConfig, processes: int) -> None:
@@ -34,7 +35,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
         raise ValueError("model.parts=[] trains nothing; give network, or a text encoder's name")
     _check_batch(config.training, processes)
     _check_loop(config.training)
-    _check_sharding(config, processes)
+    check_sharding(config, processes)
     _check_shards(config)
     _check_lora(config.model.lora)
     _check_lora_files(config)
@@ -72,28 +73,6 @@ def _check_loop(training: TrainingConfig) -> None:
             f"training.ema_every_steps={training.ema_every_steps} is more than "
             f"training.max_steps={training.max_steps}, so that the average would never move; "
             "give fewer, or training.ema_decay=null"
-        )
-
-
-def _check_sharding(config: TrainConfig, processes: int) -> None:
-    training = config.training
-    if training.strategy == "ddp" or processes == 1:
-        return
-    if config.model.channels_last:
-        raise ValueError(
-            f"model.channels_last=true does not work with training.strategy={training.strategy}, "
-            "which shards contiguous weights only; set model.channels_last=false, or "
-            "training.strategy=ddp"
-        )
-    if training.compile == "full":
-        raise ValueError(
-            f"training.compile=full does not work with training.strategy={training.strategy}, "
-            "which gathers the network block by block; set training.compile=regional"
-        )
-    if training.strategy == "hsdp" and processes % (training.shard_size or 1):
-        raise ValueError(
-            f"training.shard_size={training.shard_size} does not divide {processes} processes; "
-            "give a divisor: the number of processes that hold one copy of the network"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run is made of: data, objective, reward and what is validated, from the settings."""
+"""Data of a run: rows to train on, prompts of validation images, held-out samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +6,6 @@ from typing import Any
 
 from sfumato.config import (
     ImageDataConfig,
-    OwnConfig,
     ShardDataConfig,
     SupervisedConfig,
     TrainConfig,
@@ -19,12 +18,11 @@ from sfumato.data.stream import Stream
 from sfumato.models.limits import Limits
 from sfumato.objectives.supervised import Row
 from sfumato.preparation.encoder_hash import cache_identity
-from sfumato.run.build import OWN_IS_A_SCRIPTS
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is read: the rows of training, and what validation shows and measures."""
+    """Rows of training, and what validation shows and measures."""
 
     stream: Stream[Any]
     prompts: list[str]  # one per validation image
@@ -34,49 +32,42 @@ class Data:
 def open_data(
     config: TrainConfig,
     limits: Limits | None,
-    own: Stream[Any] | None = None,
+    stream: Stream[Any] | None = None,
     prompts: Sequence[str] | None = None,
 ) -> Data:
     """Open all that a run reads.
 
     Args:
-        limits: of the model; None where nothing is known of it.
-        own: the rows to train on, in place of those that the settings name.
-        prompts: of the validation images, likewise.
+        limits: of the model; None if a script brings the model.
+        stream: a script's own rows, in place of those that the settings name.
+        prompts: a script's own prompts of validation images.
 
     Raises:
         ValueError: if something cannot be read.
     """
-    supervised = isinstance(config.objective, SupervisedConfig)
-    if own is None and supervised and config.data.shards.path is not None:
-        stream: Stream[Any] = prepared_stream(config, config.data.shards, limits)
-    elif own is None and supervised:
-        height, width = frame_size(config, limits)
-        stream = open_images(
-            config.data.images,
-            height=height,
-            width=width,
-            divisor=bucket_step(limits, height, width),
-            seed=config.training.seed,
-        )
-    elif own is None and isinstance(config.objective, OwnConfig) and config.data.prompts is None:
-        raise ValueError(OWN_IS_A_SCRIPTS)
-    else:
-        stream = own or open_prompts(
-            str(config.data.prompts),
-            column=config.data.column,
-            seed=config.training.seed,
-            shuffle=config.data.shuffle,
-            buffer=config.data.buffer,
-        )
+    if stream is None:
+        stream = open_stream(config, limits)
     held_out = held_out_samples(config, limits)
     return Data(stream, validation_prompts(config, prompts), held_out)
 
 
-def prepared_stream(
+def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
+    """Open the rows to train on that the settings name."""
+    data, seed = config.data, config.training.seed
+    if not isinstance(config.objective, SupervisedConfig):
+        path, shuffle, buffer = str(data.prompts), data.shuffle, data.buffer
+        return open_prompts(path, column=data.column, seed=seed, shuffle=shuffle, buffer=buffer)
+    if data.shards.path is not None:
+        return open_prepared(config, data.shards, limits)
+    height, width = frame_size(config, limits)
+    step = bucket_step(limits, height, width)
+    return open_images(data.images, height=height, width=width, divisor=step, seed=seed)
+
+
+def open_prepared(
     config: TrainConfig, shards: ShardDataConfig, limits: Limits | None
 ) -> ShardStream:
-    """Open what `sfumato prepare` wrote, at the size of the run; a cache has to be of its model.
+    """Open a prepared folder at the size of the run; a cache must be of the run's model.
 
     Raises:
         ValueError: if the folder is incomplete or damaged, or no cache of it fits.
@@ -93,11 +84,11 @@ def prepared_stream(
 
 
 def first_rows(config: TrainConfig, limits: Limits | None, count: int) -> list[Row]:
-    """Return the first rows of a prepared folder, each cropped in the middle; at most all."""
+    """Return the first rows of a prepared folder, or all if it has fewer, with central crops."""
     plain = replace(
         config.data.shards, shuffle=False, crop="center", flip=False, captions="first", workers=0
     )
-    stream = prepared_stream(config, plain, limits)
+    stream = open_prepared(config, plain, limits)
     count = min(count, stream.samples)
     return stream.next(count, 0, count)
 
@@ -117,10 +108,10 @@ def frame_size(config: TrainConfig, limits: Limits | None) -> tuple[int, int]:
 
 
 def bucket_step(limits: Limits | None, height: int, width: int) -> int:
-    """Return what the sides of buckets are multiples of, in pixels.
+    """Return the step of bucket sides, in pixels.
 
-    That is the largest of the model's own multiples that divides both sides and is at most 64 and
-    an eighth of the shorter one; else the model's multiple itself.
+    It is the largest multiple of the model's own step that divides both sides and is at most 64
+    and an eighth of the shorter side; the model's own step if there is none.
     """
     multiple = limits.multiple if limits is not None else 1
     most = min(64, min(height, width) // 8)
@@ -129,7 +120,7 @@ def bucket_step(limits: Limits | None, height: int, width: int) -> int:
 
 
 def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Row]:
-    """Return what the validation loss is of: held-out images, else the first to train on."""
+    """Return the samples of the validation loss: held-out images, or the first training rows."""
     count = config.validation.loss_images
     if not isinstance(config.objective, SupervisedConfig) or not count:
         return []
@@ -142,35 +133,35 @@ def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Row
 
 
 def validation_images(config: TrainConfig) -> ImageDataConfig:
-    """Return the images of validation: its own, else those of training."""
+    """Return the images of validation, or those of training if validation has none."""
     own = config.validation.images
     return own if own.path or own.sources else config.data.images
 
 
 def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None) -> list[str]:
-    """Return one prompt per validation image, going round where there are fewer.
+    """Return one prompt per validation image; fewer prompts repeat in a circle.
 
     Args:
-        brought: by a script, in place of those that the settings name.
+        brought: a script's own prompts, in place of those that the settings name.
 
     Raises:
-        ValueError: if there is none, or what the settings name cannot be read.
+        ValueError: if there is no prompt, or a file cannot be read.
     """
     count = config.validation.num_images
     own, data, images = config.validation, config.data, validation_images(config)
     if brought:
-        found = list(brought)
+        prompts = list(brought)
     elif own.prompts or data.prompts:
         path, column = (own.prompts, own.column) if own.prompts else (data.prompts, data.column)
-        found = read_prompts(str(path), column=column, limit=count)
+        prompts = read_prompts(str(path), column=column, limit=count)
     elif images.path or images.sources:
         samples = validation_samples(images, count, height=8, width=8, warns=False)
-        found = [sample.caption for sample in samples]
+        prompts = [sample.caption for sample in samples]
     elif config.data.shards.path:
-        found = first_captions(config.data.shards, count)
+        prompts = first_captions(config.data.shards, count)
     else:
         raise ValueError(
-            "nothing says what images are to show; give validation.prompts=FILE in training (a "
-            "script of one's own can bring them, as Own(prompts=[...])), prompts=FILE in evaluation"
+            "no prompts of validation images are named; give validation.prompts=FILE in training "
+            "(a script can bring Own(prompts=[...])), or prompts=FILE in evaluation"
         )
-    return [found[i % len(found)] for i in range(count)]
+    return [prompts[i % len(prompts)] for i in range(count)]

@@ -1,29 +1,31 @@
-"""A diffusers folder put together of parts, for networks that begin at random.
+"""Assembly of a diffusers folder from components that lie elsewhere, for a U-Net without weights.
 
-An autoencoder, a text encoder and a tokenizer that lie elsewhere, a U-Net's settings without its
-weights, and a scheduler's, under $SFUMATO_CACHE/models/KEY. KEY is a hash of all of them.
+The folder is $SFUMATO_CACHE/models/KEY, where KEY is a hash of the settings and the files.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from sfumato.config import ModelConfig
+from sfumato.files import new_folder, read_object
 from sfumato.models.autoencoder_kl import downsampling
-from sfumato.models.formats import find_model, read_json
-from sfumato.models.origins.conversion import write_autoencoder, write_open_clip, write_text_encoder
+from sfumato.models.formats import find_model
+from sfumato.models.origins.conversion import (
+    write_autoencoder,
+    write_json,
+    write_open_clip,
+    write_text_encoder,
+)
 from sfumato.models.origins.tensor_files import check_suffix, read_tensors
-from sfumato.models.origins.unets import blueprint
+from sfumato.models.origins.unets import unet_settings
 
-FORMAT = 2  # of the folders; another number makes all of them anew
+FORMAT = 2  # of the folders; a new number builds all of them again
 # What Stable Diffusion 1 and 2 are sampled with; both have these betas.
 SCHEDULER: Mapping[str, Any] = {
     "_class_name": "DDIMScheduler",
@@ -48,104 +50,94 @@ INDEX: Mapping[str, Any] = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-VOCABULARY = {
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
+CLIP_VOCABULARY = ("vocab.json", "merges.txt")
+TOKENIZER_FILES = {
+    *(*CLIP_VOCABULARY, "tokenizer.json"),
+    *("special_tokens_map.json", "tokenizer_config.json"),
 }
 VIT_H = {"hidden_size": 1024, "num_hidden_layers": 24}  # OpenCLIP's text tower in transformers
+DAMAGED = "download the model again"
+
+
+class CacheError(ValueError):
+    """The folder cannot be written."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}, or set the environment variable SFUMATO_CACHE to a folder")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part that lies elsewhere.
+class Component:
+    """A component that lies elsewhere.
 
     Attributes:
-        setting: key and value that name it.
-        place: a folder, or a file.
+        setting: key and value that name the component.
+        path: a folder, or a file of weights.
         kind: vae, text_encoder or tokenizer.
     """
 
     setting: str
-    place: Path
+    path: Path
     kind: str
 
     def files(self) -> list[Path]:
-        """Return the files that belong to it, in one order."""
-        if self.place.is_file():
-            return [self.place]
-        return sorted(path for path in self.place.iterdir() if path.is_file() and self._has(path))
+        """Return the component's files, sorted."""
+        if self.path.is_file():
+            return [self.path]
+        return sorted(file for file in self.path.iterdir() if file.is_file() and self._owns(file))
 
-    def _has(self, file: Path) -> bool:
+    def _owns(self, file: Path) -> bool:
         if self.kind == "tokenizer":
-            return file.name in VOCABULARY
+            return file.name in TOKENIZER_FILES
         return file.name == "config.json" or ".safetensors" in file.name or ".bin" in file.name
+
+    def settings(self) -> dict[str, Any]:
+        """Return the content of the folder's config.json."""
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise ValueError(
+                f"{self.setting}: {self.path} has no config.json; give a folder that diffusers or "
+                "transformers saved, or a file of weights"
+            )
+        return read_object(file, DAMAGED)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """All of them, found."""
+class Components:
+    """Everything that the folder is assembled from; `network` and `scheduler` are settings."""
 
-    autoencoder: Part
-    text_encoder: Part
-    tokenizer: Part
+    autoencoder: Component
+    text_encoder: Component
+    tokenizer: Component
     network: Mapping[str, Any]
     scheduler: Mapping[str, Any]
 
 
 def assemble_pipeline(config: ModelConfig) -> Path:
-    """Return a diffusers folder of the parts that the settings name, made where it is not yet.
+    """Return the diffusers folder of the components in the settings; write it if it is missing.
 
     Raises:
-        ValueError: if a part is not named, not there or damaged, if they do not fit together, or
-            if the folder cannot be written.
+        ValueError: if a component is not named, missing or damaged, if the components do not fit
+            together, or if the folder cannot be written.
     """
-    parts = _find(config)
-    folder = cache_folder() / "models" / _key(parts, config)
-    if (folder / "model_index.json").is_file():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name[:12]}.", dir=folder.parent))
-        try:
-            _write(parts, config, beside)
-            _take_place(beside, folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"the model's folder {folder} could not be written ({error}); make room, or set the "
-            "environment variable SFUMATO_CACHE to another place"
-        ) from error
+    components = _find(config)
+    root = Path(os.environ.get("SFUMATO_CACHE") or "~/.cache/sfumato").expanduser()
+    folder = root / "models" / _key(components, config)
+    if not (folder / "model_index.json").is_file():
+        with new_folder(folder, shared=True, failure=CacheError) as beside:
+            _write(components, config, beside)
     return folder
-
-
-def cache_folder() -> Path:
-    """Return where Sfumato keeps what it can make anew."""
-    return Path(os.environ.get("SFUMATO_CACHE") or "~/.cache/sfumato").expanduser()
-
-
-def _take_place(beside: Path, folder: Path) -> None:
-    """Move a whole folder to its place, unless another process was faster."""
-    try:
-        beside.chmod(0o755)  # mkdtemp's folders are its owner's alone
-        beside.rename(folder)
-    except OSError:
-        if not (folder / "model_index.json").is_file():
-            raise
 
 
 # --- Finding
 
 
-def _find(config: ModelConfig) -> Parts:
-    named = {"autoencoder": config.autoencoder, "text_encoder": config.text_encoder}
-    missing = [f"model.{name}" for name, value in named.items() if value is None]
+def _find(config: ModelConfig) -> Components:
+    required = {"autoencoder": config.autoencoder, "text_encoder": config.text_encoder}
+    missing = [f"model.{name}" for name, value in required.items() if value is None]
     if missing:
         raise ValueError(
-            f"model.network.config = {config.network.config!r} builds a network alone; give "
+            f"model.network.config = {config.network.config!r} builds only a network; give "
             f"{' and '.join(missing)} too"
         )
     if config.prediction_type not in {"epsilon", "v_prediction"}:
@@ -153,187 +145,190 @@ def _find(config: ModelConfig) -> Parts:
             f"model.prediction_type = {config.prediction_type!r}; choose one of epsilon, "
             "v_prediction"
         )
-    encoder = _part("model.text_encoder", str(config.text_encoder), "text_encoder", config)
-    given = config.tokenizer or str(config.text_encoder)
+    text_encoder = str(config.text_encoder)
     name = "model.tokenizer" if config.tokenizer else "model.text_encoder"
-    tokenizer = _part(name, given, "tokenizer", config)
-    if tokenizer.place.is_file():  # an OpenCLIP file lies beside its vocabulary
-        tokenizer = replace(tokenizer, place=tokenizer.place.parent)
-    if not any((tokenizer.place / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+    tokenizer = _component(name, config.tokenizer or text_encoder, "tokenizer", config)
+    if tokenizer.path.is_file():  # an OpenCLIP file lies beside its vocabulary
+        tokenizer = replace(tokenizer, path=tokenizer.path.parent)
+    if not any((tokenizer.path / file).is_file() for file in ("vocab.json", "tokenizer.json")):
         raise ValueError(
-            f"{tokenizer.setting}: {tokenizer.place} has no vocab.json with merges.txt, and no "
+            f"{tokenizer.setting}: {tokenizer.path} has no vocab.json with merges.txt, and no "
             "tokenizer.json; give the folder of the tokenizer as model.tokenizer"
         )
-    return Parts(
-        autoencoder=_part("model.autoencoder", str(config.autoencoder), "vae", config),
-        text_encoder=encoder,
+    return Components(
+        autoencoder=_component("model.autoencoder", str(config.autoencoder), "vae", config),
+        text_encoder=_component("model.text_encoder", text_encoder, "text_encoder", config),
         tokenizer=tokenizer,
-        network=blueprint(str(config.network.config)),
+        network=unet_settings(str(config.network.config)),
         scheduler=SCHEDULER if config.scheduler is None else _scheduler(config.scheduler),
     )
 
 
-def _scheduler(given: str) -> Mapping[str, Any]:
-    """Return the settings of a scheduler's folder, or of a whole pipeline's."""
-    path = Path(given).expanduser()
+def _scheduler(value: str) -> Mapping[str, Any]:
+    """Return the settings of a scheduler's folder, or of the scheduler in a pipeline's folder."""
+    path = Path(value).expanduser()
     for file in (path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json"):
-        if file.is_file() and "_class_name" in (settings := read_json(file)):
+        if file.is_file() and "_class_name" in (settings := read_object(file, DAMAGED)):
             return settings
     raise ValueError(
-        f"model.scheduler = {given!r} holds no scheduler_config.json that names its class; give a "
+        f"model.scheduler = {value!r} holds no scheduler_config.json that names its class; give a "
         "folder that diffusers saved"
     )
 
 
-def _part(name: str, given: str, inner: str, config: ModelConfig) -> Part:
-    """Find one part: a file, a folder, or the folder of a whole pipeline that has it."""
-    setting = f"{name} = {given!r}"
-    path = Path(given).expanduser()
+def _component(key: str, value: str, kind: str, config: ModelConfig) -> Component:
+    """Find a component: a file, a folder, or the folder of a pipeline that has the component."""
+    setting = f"{key} = {value!r}"
+    path = Path(value).expanduser()
     if path.is_file():
         check_suffix(path, setting, allow_pickle=config.allow_pickle)
-        return Part(setting, path, inner)
+        return Component(setting, path, kind)
     folder = find_model(
-        given, allow_pickle=config.allow_pickle, variant=config.variant, setting=name
+        value, allow_pickle=config.allow_pickle, variant=config.variant, setting=key
     )
-    whole = (folder / "model_index.json").is_file()
-    return Part(setting, folder / inner if whole else folder, inner)
+    is_pipeline = (folder / "model_index.json").is_file()
+    return Component(setting, folder / kind if is_pipeline else folder, kind)
 
 
-def _key(parts: Parts, config: ModelConfig) -> str:
-    """Return a hash of what the folder is made of; of files, their names, sizes and times."""
-    told: dict[str, Any] = {
+def _key(components: Components, config: ModelConfig) -> str:
+    """Return a hash of the settings and of the files' names, sizes and modification times."""
+    content: dict[str, Any] = {
         "format": FORMAT,
-        "network": dict(parts.network),
-        "scheduler": dict(parts.scheduler),
+        "network": dict(components.network),
+        "scheduler": dict(components.scheduler),
         "prediction_type": config.prediction_type,
         "image_size": config.image_size,
         "variant": config.variant,
     }
-    for part in (parts.autoencoder, parts.text_encoder, parts.tokenizer):
+    for part in (components.autoencoder, components.text_encoder, components.tokenizer):
         stats = [(file.name, file.stat()) for file in part.files()]
         files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-        told[part.kind] = [str(part.place.resolve()), files]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+        content[part.kind] = [str(part.path.resolve()), files]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 # --- Writing
 
 
-def _write(parts: Parts, config: ModelConfig, folder: Path) -> None:
-    _write_vae(parts.autoencoder, folder / "vae", config)
-    is_open_clip = _write_encoder(parts.text_encoder, folder / "text_encoder", config)
-    _write_tokenizer(parts.tokenizer, folder / "tokenizer", zero_padded=is_open_clip)
-    vae, text = (read_json(folder / name / "config.json") for name in ("vae", "text_encoder"))
-    _check_fit(parts, vae, text)
-    size = _latent_size(config.image_size, downsampling(vae))
-    network = {**parts.network, **({} if size is None else {"sample_size": size})}
-    _write_json(folder / "unet" / "config.json", network)
-    steps = {**parts.scheduler, "prediction_type": config.prediction_type}
-    _write_json(folder / "scheduler" / "scheduler_config.json", steps)
-    index = {**INDEX, "scheduler": ["diffusers", steps["_class_name"]]}
-    _write_json(folder / "model_index.json", index)
+def _write(components: Components, config: ModelConfig, folder: Path) -> None:
+    vae = _write_vae(components.autoencoder, folder / "vae", config)
+    text, is_open_clip = _write_encoder(components.text_encoder, folder / "text_encoder", config)
+    _write_tokenizer(components.tokenizer, folder / "tokenizer", zero_padded=is_open_clip)
+    _check_fit(components, vae, text)
+    write_settings(config, folder, components.network, components.scheduler)
 
 
-def _latent_size(image_size: int | None, factor: int) -> int | None:
-    if image_size is not None and image_size % factor:
-        raise ValueError(
-            f"model.image_size = {image_size} must be a multiple of {factor} pixels; the nearest "
-            f"is {max(factor, round(image_size / factor) * factor)}"
-        )
-    return None if image_size is None else image_size // factor
+def write_settings(
+    config: ModelConfig,
+    folder: Path,
+    network: Mapping[str, Any],
+    scheduler: Mapping[str, Any] = SCHEDULER,
+) -> None:
+    """Write the settings of network and scheduler, and model_index.json, beside an autoencoder.
+
+    Raises:
+        ValueError: if the autoencoder cannot divide `config.image_size`.
+    """
+    if config.image_size is not None:
+        factor = downsampling(read_object(folder / "vae" / "config.json", DAMAGED))
+        size = config.image_size
+        if size % factor:
+            raise ValueError(
+                f"model.image_size = {size} must be a multiple of {factor} pixels; the nearest is "
+                f"{max(factor, round(size / factor) * factor)}"
+            )
+        network = {**network, "sample_size": size // factor}
+    write_json(folder / "unet" / "config.json", network)
+    scheduler = {**scheduler, "prediction_type": config.prediction_type}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index = {**INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
+    write_json(folder / "model_index.json", index)
 
 
-def _write_vae(part: Part, folder: Path, config: ModelConfig) -> None:
-    if part.place.is_file():
-        state = read_tensors(part.place, part.setting, allow_pickle=config.allow_pickle)
+def _write_vae(part: Component, folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Write an autoencoder; return its settings."""
+    if part.path.is_file():
+        state = read_tensors(part.path, part.setting, allow_pickle=config.allow_pickle)
         write_autoencoder(state, folder, part.setting)
-        return
-    kind = _settings(part).get("_class_name")
+        return read_object(folder / "config.json", DAMAGED)
+    settings = part.settings()
+    kind = settings.get("_class_name")
     if kind != "AutoencoderKL":
         raise ValueError(
-            f"{part.setting}: {part.place / 'config.json'} is of {kind or 'no class'}; give an "
+            f"{part.setting}: {part.path / 'config.json'} is of {kind or 'no class'}; give an "
             "AutoencoderKL"
         )
     _link(part.files(), folder)
+    return settings
 
 
-def _write_encoder(part: Part, folder: Path, config: ModelConfig) -> bool:
-    """Write a text encoder; return whether it is OpenCLIP's, as Stable Diffusion 2 reads it."""
+def _write_encoder(
+    part: Component, folder: Path, config: ModelConfig
+) -> tuple[dict[str, Any], bool]:
+    """Write a text encoder; return its settings, and whether it is Stable Diffusion 2's."""
     from transformers import CLIPConfig
 
     allow = config.allow_pickle
-    if part.place.is_file():
-        write_open_clip(
-            read_tensors(part.place, part.setting, allow_pickle=allow), folder, part.setting
-        )
-        return True
-    kind = _settings(part).get("model_type")
+    if part.path.is_file():
+        state = read_tensors(part.path, part.setting, allow_pickle=allow)
+        return write_open_clip(state, folder, part.setting), True
+    settings = part.settings()
+    kind = settings.get("model_type")
     if kind == "clip_text_model":
         _link(part.files(), folder)
-        return False
+        return settings, False
     if kind != "clip":
         raise ValueError(
-            f"{part.setting}: {part.place / 'config.json'} is of {kind or 'no model'}; give a CLIP"
+            f"{part.setting}: {part.path / 'config.json'} is of {kind or 'no model'}; give a CLIP"
         )
-    files = [part.place / name for name in ("model.safetensors", "pytorch_model.bin")]
+    files = [part.path / name for name in ("model.safetensors", "pytorch_model.bin")]
     file = next((file for file in files if file.is_file()), files[0])
     state = read_tensors(file, part.setting, allow_pickle=allow)
-    text: Any = CLIPConfig.from_pretrained(part.place).text_config
-    towers = {key: t for key, t in state.items() if key.startswith("text_model.")}
+    text: Any = CLIPConfig.from_pretrained(part.path).text_config
+    tower = {key: t for key, t in state.items() if key.startswith("text_model.")}
     is_open_clip = all(vars(text)[name] == value for name, value in VIT_H.items())
     if is_open_clip:
         text.num_hidden_layers -= 1  # Stable Diffusion 2 reads the layer before the last
         last = f"text_model.encoder.layers.{text.num_hidden_layers}."
-        towers = {key: t for key, t in towers.items() if not key.startswith(last)}
-    write_text_encoder(text, towers, folder)
-    return is_open_clip
+        tower = {key: t for key, t in tower.items() if not key.startswith(last)}
+    return write_text_encoder(text, tower, folder), is_open_clip
 
 
-def _settings(part: Part) -> dict[str, Any]:
-    file = part.place / "config.json"
-    if not file.is_file():
+def _check_fit(components: Components, vae: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    network = components.network
+    expected, width = network.get("cross_attention_dim", 1280), text.get("hidden_size", 512)
+    if expected != width:
         raise ValueError(
-            f"{part.setting}: {part.place} has no config.json; give a folder that diffusers or "
-            "transformers saved, or a file of weights"
+            f"{components.text_encoder.setting} gives states of {width} numbers, and the network "
+            f"of model.network.config reads {expected}: sd1 takes OpenAI's CLIP ViT-L/14 (768), "
+            "sd2 OpenCLIP's ViT-H/14 (1024)"
         )
-    settings = read_json(file)
-    return settings if isinstance(settings, dict) else {}
-
-
-def _check_fit(parts: Parts, vae: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    wanted, given = parts.network.get("cross_attention_dim", 1280), text.get("hidden_size", 512)
-    if wanted != given:
+    expected, channels = network.get("in_channels", 4), vae.get("latent_channels", 4)
+    if expected != channels:
         raise ValueError(
-            f"{parts.text_encoder.setting} gives states of {given} numbers, and the network of "
-            f"model.network.config reads {wanted}: sd1 takes OpenAI's CLIP ViT-L/14 (768), sd2 "
-            "OpenCLIP's ViT-H/14 (1024)"
-        )
-    wanted, given = parts.network.get("in_channels", 4), vae.get("latent_channels", 4)
-    if wanted != given:
-        raise ValueError(
-            f"{parts.autoencoder.setting} gives latents of {given} channels, and the network of "
-            f"model.network.config reads {wanted}; give another autoencoder or network"
+            f"{components.autoencoder.setting} gives latents of {channels} channels, and the "
+            f"network of model.network.config reads {expected}; give another autoencoder or network"
         )
 
 
-def _write_tokenizer(part: Part, folder: Path, *, zero_padded: bool) -> None:
-    """Write a CLIP's tokenizer.
+def _write_tokenizer(part: Component, folder: Path, *, zero_padded: bool) -> None:
+    """Write a CLIP tokenizer.
 
     Args:
-        zero_padded: fill up with token 0, as OpenCLIP and so Stable Diffusion 2 do; OpenAI's CLIP
-            fills up with its end token.
+        zero_padded: pad with token 0, as OpenCLIP and Stable Diffusion 2 do. OpenAI's CLIP pads
+            with its end token.
     """
-    if not zero_padded and (part.place / "tokenizer_config.json").is_file():
+    if not zero_padded and (part.path / "tokenizer_config.json").is_file():
         _link(part.files(), folder)
         return
-    vocabulary = part.place / "vocab.json"
-    if not vocabulary.is_file() or not (part.place / "merges.txt").is_file():
+    files = [part.path / name for name in CLIP_VOCABULARY]
+    if not all(file.is_file() for file in files):
         raise ValueError(
-            f"{part.setting}: {part.place} lacks vocab.json or merges.txt, of which OpenCLIP's "
-            "tokenizer is made; give a folder with both as model.tokenizer"
+            f"{part.setting}: {part.path} lacks vocab.json or merges.txt, which OpenCLIP's "
+            "tokenizer needs; give a folder with both as model.tokenizer"
         )
-    _link([vocabulary, part.place / "merges.txt"], folder)
-    tokens = read_json(vocabulary)
+    _link(files, folder)
+    tokens = read_object(files[0], DAMAGED)
     end = "<|endoftext|>"
     settings = {
         "tokenizer_class": "CLIPTokenizer",
@@ -345,23 +340,19 @@ def _write_tokenizer(part: Part, folder: Path, *, zero_padded: bool) -> None:
         "errors": "replace",
         "add_prefix_space": False,
     }
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def _link(files: Iterable[Path], folder: Path) -> None:
-    """Put files into a folder, sharing their bytes where the file system can."""
+    """Link files into a folder: hard, else symbolic, else as copies."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
-        whole = file.resolve()  # the hub's cache has links
-        try:
-            (folder / file.name).hardlink_to(whole)
-        except OSError:
+        source, target = file.resolve(), folder / file.name  # the hub's cache has links
+        for link in (target.hardlink_to, target.symlink_to):
             try:
-                (folder / file.name).symlink_to(whole)
+                link(source)
+                break
             except OSError:
-                shutil.copy(whole, folder / file.name)
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
+                continue
+        else:
+            shutil.copy(source, target)

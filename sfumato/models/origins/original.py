@@ -1,4 +1,4 @@
-"""The names that the original code (CompVis' LDM, and NeMo after it) gives a U-Net's weights.
+"""Names of a U-Net's weights in the original code: CompVis' LDM, and NeMo, which derives from it.
 
 model.diffusion_model.input_blocks.1.0.in_layers.2.weight   LDM, and older NeMo
 model.diffusion_model.input_blocks.1.0.in_layers.1.weight   NeMo, whose norms hold the activation
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.models.formats import read_json, read_model_index
-from sfumato.models.origins.tensor_files import read_tensors
+from sfumato.files import read_object
+from sfumato.models.formats import read_model_index
+from sfumato.models.origins.tensor_files import read_files
 
 FILE = "unet.safetensors"
 PIPELINES = ("StableDiffusionPipeline",)  # Stable Diffusion 1 and 2
@@ -41,7 +41,7 @@ RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-# NeMo's names that LDM has no weights under, so that LDM's own come through unchanged.
+# NeMo's names, none of which is LDM's, so that LDM's names stay unchanged.
 # Source: NeMo's openaimodel.py, UNetModel._load_pretrained_model and _legacy_unet_ckpt_mapping.
 NEMO = (
     (r"\.in_layers\.1\.", ".in_layers.2."),
@@ -53,7 +53,7 @@ NEMO = (
     (r"\.ff\.net\.1\.proj\.", ".ff.net.0.proj."),
     (r"\.ff\.net\.3\.", ".ff.net.2."),
 )
-# What stands before the network's own names, with the wrappers of NeMo and torch.compile.
+# Prefixes of the network's names, with the wrappers of NeMo and torch.compile.
 BEFORE = re.compile(r"(?:(?:model|module|_orig_mod)\.)*diffusion_model\.(?:_orig_mod\.)?")
 AVERAGE = re.compile(r"(?:model\.)*model_ema\.(?:_orig_mod)?(?:diffusion_model)?(?:_orig_mod)?")
 TRANSFORMER_ENGINE = re.compile(r"\.norm_to_q\.|\.ff\.net\.(?:fc\d|layer_norm)_")
@@ -63,29 +63,29 @@ def original_names(names: Iterable[str]) -> dict[str, str]:
     """Return LDM's name, without its prefix, of each of a UNet2DConditionModel's weights.
 
     Raises:
-        ValueError: if LDM has no such layer, or does not count blocks of different depths.
+        ValueError: if LDM has no such layer, or the levels differ in their number of blocks.
     """
     names = list(names)
     layers = _layers(names)
     attended = {name.split(".attentions.")[0] for name in names if ".attentions." in name}
-    found = {}
+    originals = {}
     for name in names:
         layer, _, kind = name.rpartition(".")
-        found[name] = f"{_original_layer(layer, layers, attended)}.{kind}"
-    return found
+        originals[name] = f"{_original_layer(layer, layers, attended)}.{kind}"
+    return originals
 
 
 def _layers(names: Sequence[str]) -> int:
-    """Return the residual blocks of each level on the way down."""
+    """Return the number of residual blocks in each level of the down blocks."""
     depths: dict[str, set[str]] = {}
     for name in names:
         if match := re.match(r"down_blocks\.(\d+)\.resnets\.(\d+)\.", name):
             depths.setdefault(match[1], set()).add(match[2])
-    counts = {len(found) for found in depths.values()}
+    counts = {len(blocks) for blocks in depths.values()}
     if len(counts) != 1:
         raise ValueError(
-            f"the network has levels of {sorted(counts)} residual blocks, which the original "
-            "layout does not count; it is for Stable Diffusion 1 and 2"
+            f"the network has levels of {sorted(counts)} residual blocks, and the original layout "
+            "needs one number for all; it is for Stable Diffusion 1 and 2"
         )
     return counts.pop()
 
@@ -105,19 +105,19 @@ def _original_layer(layer: str, layers: int, attended: set[str]) -> str:
     if part == "downsamplers":
         return f"input_blocks.{first + layers + 1}.0.op{rest.removeprefix('.conv')}"
     if part == "upsamplers":
-        place = 2 if f"up_blocks.{block}" in attended else 1
-        return f"output_blocks.{first + layers}.{place}{rest}"
-    side, place = ("input", 1 + first + index) if way == "down" else ("output", first + index)
-    return f"{side}_blocks.{place}.{int(part == 'attentions')}{_inner(part, rest)}"
+        position = 2 if f"up_blocks.{block}" in attended else 1
+        return f"output_blocks.{first + layers}.{position}{rest}"
+    side, number = ("input", 1 + first + index) if way == "down" else ("output", first + index)
+    return f"{side}_blocks.{number}.{int(part == 'attentions')}{_inner(part, rest)}"
 
 
 def _inner(part: str, rest: str) -> str:
-    """Return the rest of a name, dot first: a residual block's parts have other names."""
+    """Return the rest of a name, dot first; the layers of residual blocks are renamed."""
     return f".{RESNET[rest[1:]]}" if "resnets" in part else rest
 
 
 def nemo_to_original(name: str) -> str:
-    """Return LDM's name for one of NeMo's; LDM's own stay as they are."""
+    """Return LDM's name for a name of NeMo's or LDM's."""
     for pattern, replacement in NEMO:
         name = re.sub(pattern, replacement, name)
     return name
@@ -127,38 +127,35 @@ def find_network(state: Mapping[str, Any], *, ema: bool) -> dict[str, Any]:
     """Return the U-Net's weights in a checkpoint of a whole model, under the file's own names.
 
     Args:
-        ema: take averaged weights where the checkpoint has them. LDM keeps them under their
-            names without dots: model_ema.diffusion_modelinput_blocks00weight.
+        ema: take averaged weights if the checkpoint has them. LDM stores them by names without
+            dots: model_ema.diffusion_modelinput_blocks00weight.
     """
-    found = {
-        name[match.end() :]: tensor
-        for name, tensor in state.items()
-        if (match := BEFORE.match(name))
-    }
-    found = found or {name: state[name] for name in state if not AVERAGE.match(name)}
-    averages = {
-        name[match.end() :]: tensor
-        for name, tensor in state.items()
-        if ema and (match := AVERAGE.match(name))
-    }
-    partners = {name: name.replace(".", "") for name in found}
-    if averages and all(short in averages for short in partners.values()):
-        return {name: averages[short] for name, short in partners.items()}
+    plain, averages = _below(BEFORE, state), _below(AVERAGE, state) if ema else {}
+    plain = plain or {name: state[name] for name in state if not AVERAGE.match(name)}
+    short = {name: name.replace(".", "") for name in plain}
+    missing = [name for name in plain if short[name] not in averages]
+    if averages and not missing:
+        return {name: averages[short[name]] for name in plain}
     if averages:
-        missing = next(name for name, short in partners.items() if short not in averages)
         warnings.warn(
-            f"the averages in this file lack {missing}, so its plain weights are taken (say "
-            "model.network.ema=false to mean them)",
+            f"the averages in this file lack {missing[0]}, so its plain weights are used (set "
+            "model.network.ema=false to choose them)",
             stacklevel=2,
         )
-    return found
+    return plain
+
+
+def _below(prefix: re.Pattern[str], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors whose names begin with a prefix, by the rest of their names."""
+    matches = {name: match.end() for name in state if (match := prefix.match(name))}
+    return {name[end:]: state[name] for name, end in matches.items()}
 
 
 def write_original(pipeline: Path, folder: Path) -> bool:
     """Write the U-Net of a diffusers folder as folder/unet.safetensors, in LDM's names.
 
     Returns:
-        Whether the original code has such a network; nothing is written otherwise.
+        Whether the original code has such a network. If not, nothing is written.
     """
     index = pipeline / "model_index.json"
     if not index.is_file() or read_model_index(pipeline)["_class_name"] not in PIPELINES:
@@ -175,12 +172,11 @@ def write_original(pipeline: Path, folder: Path) -> bool:
 
 
 def unlike_original(pipeline: Path, folder: Path) -> list[str]:
-    """Return the weights that diffusers, reading what `write_original` wrote, has otherwise."""
+    """Return the names of weights that diffusers reads differently from `write_original`'s file."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    with safe_open(folder / FILE, "pt") as tensors:
-        state = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-    settings = read_json(pipeline / "unet" / "config.json")
+    state = load_file(folder / FILE)
+    settings = read_object(pipeline / "unet" / "config.json", "export again")
     theirs = convert_ldm_unet_checkpoint(state, settings)
     ours = _read_unet(pipeline)
     same = {key for key in ours.keys() & theirs.keys() if torch.equal(ours[key], theirs[key])}
@@ -188,6 +184,5 @@ def unlike_original(pipeline: Path, folder: Path) -> list[str]:
 
 
 def _read_unet(pipeline: Path) -> dict[str, Tensor]:
-    files = sorted((pipeline / "unet").glob("*.safetensors"))
-    parts = [read_tensors(file, str(file), allow_pickle=False) for file in files]
-    return {key: tensor for part in parts for key, tensor in part.items()}
+    folder = pipeline / "unet"
+    return read_files(sorted(folder.glob("*.safetensors")), str(folder), allow_pickle=False)

@@ -1,23 +1,21 @@
-"""Networks from settings alone: the U-Nets of Stable Diffusion 1 and 2, or any config.json."""
+"""U-Nets built from settings only: Stable Diffusion 1 and 2, or any config.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import nn
 
-from sfumato.config import ModelConfig
-from sfumato.models.formats import find_model, read_json, read_model_index
+from sfumato.files import read_object
 
-# unet/config.json of stable-diffusion-v1-5 and stable-diffusion-2-base; what they leave out has
-# had the same default ever since.
+# unet/config.json of stable-diffusion-v1-5 and stable-diffusion-2-base; the defaults of the
+# settings that they leave out have never changed.
 STABLE_DIFFUSION_1: Mapping[str, Any] = MappingProxyType(
     {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
-        "attention_head_dim": 8,  # diffusers' name for the number of heads here
+        "attention_head_dim": 8,  # diffusers' name for the number of heads
         "block_out_channels": [320, 640, 1280, 1280],
         "center_input_sample": False,
         "cross_attention_dim": 768,
@@ -43,91 +41,69 @@ STABLE_DIFFUSION_2: Mapping[str, Any] = MappingProxyType(
         "use_linear_projection": True,
     }
 )
-BLUEPRINTS = MappingProxyType({"sd1": STABLE_DIFFUSION_1, "sd2": STABLE_DIFFUSION_2})
+UNETS = MappingProxyType({"sd1": STABLE_DIFFUSION_1, "sd2": STABLE_DIFFUSION_2})
 SETTING = "model.network.config"
 
 
-def blueprint(config: str) -> dict[str, Any]:
-    """Return the settings of a U-Net: by name, or of a config.json or the folder that holds one.
+def unet_settings(config: str) -> dict[str, Any]:
+    """Return the settings of a U-Net.
+
+    Args:
+        config: a name in UNETS, a config.json, or the folder of one.
 
     Raises:
-        ValueError: if there is no such name or file, or it describes another network.
+        ValueError: if there is no such name or file, or the file describes another network.
     """
-    if config in BLUEPRINTS:
-        return dict(BLUEPRINTS[config])
+    if config in UNETS:
+        return dict(UNETS[config])
     file = Path(config).expanduser()
     file = file / "config.json" if file.is_dir() else file
+    advice = (
+        "give the config.json of a UNet2DConditionModel (unet/config.json of a diffusers folder)"
+    )
     if not file.is_file():
         raise ValueError(
-            f"{SETTING} = {config!r}: no such file; give {', '.join(BLUEPRINTS)}, or a diffusers "
-            "config.json of a UNet2DConditionModel"
+            f"{SETTING} = {config!r}: no such file; choose one of {', '.join(UNETS)}, or {advice}"
         )
-    settings = read_json(file)
-    kind = settings.get("_class_name") if isinstance(settings, dict) else None
+    settings = read_object(file, advice)
+    kind = settings.get("_class_name")
     if kind != "UNet2DConditionModel":
-        raise ValueError(
-            f"{SETTING} = {config!r} describes {kind or 'no network'}; give the config.json of a "
-            "UNet2DConditionModel (unet/config.json of a diffusers folder)"
-        )
-    return dict(settings)
+        raise ValueError(f"{SETTING} = {config!r} describes {kind or 'no network'}; {advice}")
+    return settings
 
 
 def build_network(settings: Mapping[str, Any]) -> nn.Module:
-    """Build a U-Net at random from torch's generator, in float32, initialised as LDM does.
+    """Build a U-Net with random weights from torch's generator, float32, initialised as in LDM.
 
     The last convolution of each residual block, the last projection of each transformer and the
-    output begin as zeros, so that every block begins as the identity; diffusers draws these too.
+    output layer are zero, so that every block starts as the identity. diffusers draws them too.
 
     Source: zero_module in CompVis/stable-diffusion, openaimodel.py and attention.py.
     """
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    network = _construct(settings)
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, ResnetBlock2D):
-                _zero(module.conv2)
-            elif isinstance(module, Transformer2DModel):
-                _zero(module.proj_out)
-        _zero(network.conv_out)
+    network = construct_unet(settings)
+    zeroed = [network.conv_out]
+    for module in network.modules():
+        if isinstance(module, ResnetBlock2D):
+            zeroed.append(module.conv2)
+        elif isinstance(module, Transformer2DModel):
+            zeroed.append(module.proj_out)
+    for parameter in nn.ModuleList(zeroed).parameters():
+        nn.init.zeros_(parameter)
     return network
 
 
-def network_on_meta(config: ModelConfig) -> nn.Module:
-    """Return the network of a config, or of a pretrained folder, without memory for its weights.
+def construct_unet(settings: Mapping[str, Any]) -> Any:
+    """Build a U-Net with diffusers' own initialisation; on the meta device, without memory.
 
     Raises:
-        ValueError: if neither is given, or it cannot be found or understood.
+        ValueError: if the settings contradict each other.
     """
-    if config.network.config is not None:
-        with torch.device("meta"):
-            return _construct(blueprint(config.network.config))
-    if config.pretrained is None:
-        raise ValueError(
-            "model.pretrained and model.network.config are both null; give the one, a diffusers "
-            "folder, or the other: sd1, sd2 or a config.json"
-        )
-    import diffusers
-
-    folder = find_model(config.pretrained, allow_pickle=config.allow_pickle, variant=config.variant)
-    index = read_model_index(folder)
-    name = "unet" if "unet" in index else "transformer"
-    settings = read_json(folder / name / "config.json")
-    kind = getattr(diffusers, settings["_class_name"])
-    with torch.device("meta"):
-        return kind.from_config(settings)
-
-
-def _construct(settings: Mapping[str, Any]) -> Any:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     try:
         return UNet2DConditionModel.from_config(dict(settings))
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{SETTING} cannot be built ({error}); mend its config.json") from error
-
-
-def _zero(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        parameter.zero_()
+        raise ValueError(f"{SETTING} cannot be built ({error}); correct its config.json") from error
