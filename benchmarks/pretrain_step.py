@@ -35,7 +35,7 @@ from parity import Parity, check_parity, compare
 from sft_step import BATCH, HELD, TOLERANCE, supervised_draws, write_model
 
 from sfumato.data.cached import CachedSample
-from sfumato.data.skips import SkipReport
+from sfumato.data.left_out import SkipReport
 from sfumato.data.stream import Stream
 
 MODELS = ("demo", "60m", "860m")  # those with a U-Net

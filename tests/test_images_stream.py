@@ -17,15 +17,14 @@ import pytest
 import torch
 from image_files import config_of, skip_counts, write_folder
 
-from sfumato.data.blobs import Blob
 from sfumato.data.buckets import bucket_sizes, nearest
 from sfumato.data.decode import Bounds
-from sfumato.data.entries import Entry, Refusals
+from sfumato.data.entries import Blob, Entry, Refusals
 from sfumato.data.frame import Sample
 from sfumato.data.image_order import Order, Pool
 from sfumato.data.image_stream import ImageStream, Loading
 from sfumato.data.images import ImageDataConfig, open_images
-from sfumato.data.skips import SkipLog
+from sfumato.data.left_out import SkipLog
 
 # Squares, wide and tall pictures, of uneven numbers.
 MIXED = [(20, 20)] * 7 + [(20, 40)] * 5 + [(40, 24)] * 4 + [(17, 19)] * 2
@@ -354,7 +353,7 @@ def test_broken_samples_are_replaced_counted_and_warned_of_once(
         break_picture(tmp_path / f"{i:03d}.png")
     stream = open_small(config)
     assert stream.skipped.skips == ()
-    with caplog.at_level(logging.WARNING, logger="sfumato.data.skips"):
+    with caplog.at_level(logging.WARNING, logger="sfumato.data.left_out"):
         rows: list[Sample] = []
         for _ in range(54):
             batch = stream.next(2, 0, 2)

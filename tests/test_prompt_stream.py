@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from sfumato.data.left_out import SkipLog
 from sfumato.data.prompts import open_prompts
-from sfumato.data.skips import SkipLog
 from sfumato.data.stream import PromptStream, shuffle_buffered
 
 

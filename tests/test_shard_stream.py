@@ -28,10 +28,10 @@ from sfumato.config import ShardDataConfig
 from sfumato.data.cached import CachedSample
 from sfumato.data.frame import Sample
 from sfumato.data.images import open_images
+from sfumato.data.left_out import SkipReport
 from sfumato.data.prepared import CACHE, SELECTIONS, SHARDS, read_kept_record, record_text
 from sfumato.data.shard_stream import ShardStream
 from sfumato.data.shards import open_shards
-from sfumato.data.skips import SkipReport
 from sfumato.preparation.index import write_index
 
 COUNT = 22  # samples, four a shard

@@ -18,9 +18,8 @@ from sfumato.config import ModelConfig, TrainConfig, TrainingConfig
 from sfumato.training.checkpoint import Snapshot
 from sfumato.training.compiling import arrange, lay_channels_last, repeated_blocks
 from sfumato.training.distribution import Distribution, like
-from sfumato.training.flops import FlopCounter, attention_flops
+from sfumato.training.flops import FlopCounter, Meter, attention_flops, peak_by_name
 from sfumato.training.optimizer import build_optimizer
-from sfumato.training.throughput import Meter, peak_by_name
 
 FULL = (
     "model.trainable=full",

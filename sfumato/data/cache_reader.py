@@ -13,10 +13,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sfumato.data.blobs import SpanBlob
 from sfumato.data.cached import CachedSample, central_crop
 from sfumato.data.decode import RefusedImageError
-from sfumato.data.entries import Entry
+from sfumato.data.entries import Entry, SpanBlob
 from sfumato.data.prepared import CACHE, Member, PreparedError, read_cached_record, read_kept_record
 from sfumato.data.recent import Recent
 from sfumato.data.shard_readers import Choices, Row, Selected, ShardReader

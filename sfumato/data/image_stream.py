@@ -12,7 +12,7 @@ from sfumato.data.decode import Bounds, read_rgb
 from sfumato.data.entries import Entry, Refusals
 from sfumato.data.frame import Placement, Sample, Size, frame, to_tensor
 from sfumato.data.image_order import Order, Pick, Pool, check_counts
-from sfumato.data.skips import SkipReport
+from sfumato.data.left_out import SkipReport
 from sfumato.data.stream import Stream, check_rows
 from sfumato.diffusion.randomness import derive
 

@@ -10,9 +10,9 @@ from sfumato.data.decode import Bounds, RefusedImageError, read_size
 from sfumato.data.entries import Columns, Entry, Refusals
 from sfumato.data.frame import Placement, Sample, Size
 from sfumato.data.image_pools import SourceSamples, build_pools
-from sfumato.data.image_sources import list_source
 from sfumato.data.image_stream import ImageStream, Loading, make_sample
-from sfumato.data.skips import SkipLog
+from sfumato.data.left_out import SkipLog
+from sfumato.data.sources import list_source
 
 _HEADER_THREADS = 4  # they wait for files; more would wait for each other
 _HEADERS_AT_ONCE = 1024

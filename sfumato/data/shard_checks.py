@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from sfumato.data.cache_reader import CachePair, cached_rows
+from sfumato.data.left_out import SkipLog
 from sfumato.data.prepared import CACHE, INDEX, SHARDS, Index, PreparedError
 from sfumato.data.shard_readers import Selected
-from sfumato.data.skips import SkipLog
 
 _THREADS = 16  # they wait for the file system
 _AT_ONCE = 256

@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import final
 
-from sfumato.data.blobs import SpanBlob
 from sfumato.data.cached import CachedSample
 from sfumato.data.decode import Bounds
-from sfumato.data.entries import Entry
+from sfumato.data.entries import Entry, SpanBlob
 from sfumato.data.frame import Placement, Sample, Size
 from sfumato.data.image_stream import make_sample
 from sfumato.data.prepared import (

@@ -5,9 +5,9 @@ from typing import Any, final
 
 from sfumato.data.ahead import Ahead, Made, first_usable
 from sfumato.data.entries import Entry, Refusals
+from sfumato.data.left_out import SkipReport
 from sfumato.data.shard_order import ShardOrder, ShardPick
 from sfumato.data.shard_readers import Row, ShardReader
-from sfumato.data.skips import SkipReport
 from sfumato.data.stream import Stream, check_rows
 from sfumato.diffusion.randomness import derive
 

@@ -14,6 +14,7 @@ from sfumato.data.buckets import check_size
 from sfumato.data.cache_reader import CacheReader
 from sfumato.data.cached import EMPTY, CacheIdentity
 from sfumato.data.entries import Refusals
+from sfumato.data.left_out import SkipLog
 from sfumato.data.prepared import CACHE, PreparedError, read_index, read_kept_record
 from sfumato.data.shard_caches import find_caches
 from sfumato.data.shard_checks import (
@@ -25,7 +26,6 @@ from sfumato.data.shard_checks import (
 from sfumato.data.shard_order import ShardOrder
 from sfumato.data.shard_readers import Choices, Selected, ShardReader, TarReader
 from sfumato.data.shard_stream import ShardStream
-from sfumato.data.skips import SkipLog
 
 
 def open_shards(

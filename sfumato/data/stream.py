@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
-from sfumato.data.skips import SkipLog, SkipReport
+from sfumato.data.left_out import SkipLog, SkipReport
 
 Row = TypeVar("Row")
 

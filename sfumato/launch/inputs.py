@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sfumato.config import ShardDataConfig
+from sfumato.data.paths import expand_pattern
 from sfumato.data.prepared import INDEX, read_index
-from sfumato.data.prompts import expand_pattern
 from sfumato.launch.jobs import STARTS, Job, value_of
 from sfumato.training.checkpoint import fingerprint, list_checkpoints
 from sfumato.training.folder import RunFolder
@@ -47,7 +47,7 @@ def _state_of(name: str) -> str | None:
 
 def _matches(pattern: str) -> list[Path]:
     try:
-        return list(expand_pattern(pattern))
+        return list(expand_pattern(pattern, "the path"))
     except ValueError:  # the command that reads the files refuses it
         return []
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sfumato.training.throughput import PEAKS
+from sfumato.training.flops import PEAKS
 
 TF32 = 0.5  # of the half-precision peak: what float32 products reach on these
 

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from sfumato.data.blobs import SpanBlob
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb
+from sfumato.data.entries import SpanBlob
 from sfumato.data.frame import Placement, Size, frame, to_tensor
 from sfumato.data.prepared import Member, PreparedError
 from sfumato.models.model import DTYPES, Conditioning, TextToImageModel

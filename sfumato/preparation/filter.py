@@ -10,6 +10,7 @@ from typing import Any, final
 import numpy as np
 
 from sfumato.config import FilterConfig
+from sfumato.data.left_out import tally
 from sfumato.data.prepared import (
     SELECTIONS,
     KeptRecord,
@@ -21,7 +22,6 @@ from sfumato.data.prepared import (
     record_text,
 )
 from sfumato.files import digest, write_text
-from sfumato.preparation.bins import tally
 from sfumato.preparation.listing import tar_names
 
 _MADE_BY = 1  # raised when the same settings come to keep other samples

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, final
 
+from sfumato.data.left_out import tally
 from sfumato.data.prepared import (
     CACHE,
     INDEX,
@@ -27,7 +28,6 @@ from sfumato.data.prepared import (
 )
 from sfumato.files import write_text
 from sfumato.preparation import faults
-from sfumato.preparation.bins import tally
 from sfumato.preparation.download import DOWNLOAD, download_bins
 from sfumato.preparation.listing import cache_names, is_of, selection_names, tar_names
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sfumato.config import ModelConfig, PrepareConfig
 from sfumato.data.cached import EMPTY, MANIFEST
+from sfumato.data.left_out import tally
 from sfumato.data.prepared import (
     FORMAT,
     SHARDS,
@@ -25,7 +26,6 @@ from sfumato.data.prepared import (
 )
 from sfumato.files import new_file, sha256_of, write_text
 from sfumato.models.registry import load_encoders
-from sfumato.preparation.bins import tally
 from sfumato.preparation.cache_plan import (
     CacheJob,
     count_samples,

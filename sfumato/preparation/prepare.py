@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from sfumato.config import PrepareConfig, TrainingConfig
+from sfumato.data.left_out import line
 from sfumato.data.prepared import PreparedError
 from sfumato.files import lock
-from sfumato.preparation.bins import line
 from sfumato.preparation.download import download
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index

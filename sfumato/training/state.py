@@ -13,8 +13,8 @@ from sfumato.models.model import TextToImageModel
 from sfumato.training.checkpoint import CheckpointError, Snapshot
 from sfumato.training.distribution import Distribution, like, whole
 from sfumato.training.ema import Ema
+from sfumato.training.flops import Meter
 from sfumato.training.optimizer import build_optimizer
-from sfumato.training.throughput import Meter
 
 
 @final
