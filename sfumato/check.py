@@ -163,7 +163,7 @@ def _check_sharding(config: TrainConfig, processes: int) -> None:
 
 
 def _check_shards(config: TrainConfig) -> None:
-    from sfumato.data.shards import check_shard_config
+    from sfumato.data.prepared.open import check_shard_config
 
     shards, images = config.data.shards, config.data.images
     if shards.path is None:

@@ -221,6 +221,7 @@ class ImageDataConfig(ImageSourceConfig):
     sources: dict[str, Any] = field(default_factory=dict)  # NAME: {path: ..., ...}
     crop: str = "center"  # center | random
     flip: bool = False  # mirror every second image, at random
+    captions: str = "first"  # first | random, where a picture has several
     buckets: bool = False  # keep aspect ratios: each image is cropped to the nearest of several
     min_size: int | None = None  # leave out what is smaller; null enlarges whatever is small
     max_pixels: int = 178_956_970  # leave out what is larger; Pillow's bound
@@ -230,15 +231,27 @@ class ImageDataConfig(ImageSourceConfig):
 
 
 @dataclass
-class ShardDataConfig:
-    """Images with captions that `sfumato prepare` wrote, as tars or encoded beforehand."""
+class ShardSourceConfig:
+    """A folder that `sfumato prepare` wrote."""
 
     path: str | None = None  # the folder that was prepared
     selection: str = "all"  # the filter whose samples are read
+    repeats: int = 1  # times in an epoch
+    weight: float | None = None  # share of the rows; null is in proportion to size x repeats
+
+
+@dataclass
+class ShardDataConfig(ShardSourceConfig):
+    """Prepared images with captions: one folder, or several in `sources`, by names of your own."""
+
+    sources: dict[str, Any] = field(default_factory=dict)  # NAME: {path: ..., ...}
     cached: bool = False  # latents and text states instead of pictures and captions
     crop: str = "center"  # center | random; of tars
     flip: bool = False  # mirror every second image, at random; of a cache that holds mirrored ones
     captions: str = "first"  # first | random, where a picture has several
+    buckets: bool = False  # keep aspect ratios; of caches with moments of each size
+    min_size: int | None = None  # leave out what is smaller; null enlarges whatever is small
+    max_pixels: int = 178_956_970  # leave out what is larger
     shuffle: bool = True
     buffer: int = 10_000  # samples that are shuffled among each other
     workers: int = 4  # threads that read and decode; 0 reads when asked

@@ -79,7 +79,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "safetensors": (
         (
             *("files", "models", "rewards", "training.checkpoint", "demo"),
-            *("data.shards", "data.cache_reader", "preparation.precache"),
+            *("data.prepared.cache", "preparation.precache"),
             "preparation.encoder_hash",
         ),
         FILES,

@@ -473,7 +473,7 @@ def test_without_pyarrow_the_extra_is_named(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "path of an image source is empty"),
+        ("", "path is missing"),
         ("absent", "'absent' does not exist"),
         ("absent/*.tar", "no file matches"),
         ("{000..001}.tar", "no such file"),

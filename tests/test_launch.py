@@ -19,7 +19,7 @@ from runs import assert_same_state, command, in_child, metrics, start
 
 from sfumato.compose import DEMO_IMAGES, compose_command
 from sfumato.config import CONF
-from sfumato.data.prepared import INDEX
+from sfumato.data.prepared.format import INDEX
 from sfumato.launch.children import here, on_nodes, run_child
 from sfumato.launch.jobs import Job, read_jobs
 from sfumato.launch.launch import launch

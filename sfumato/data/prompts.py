@@ -10,7 +10,7 @@ from braceexpand import braceexpand
 
 from sfumato.data.readers import COLUMN_SUFFIXES, READERS, read_shard
 from sfumato.data.skips import SkipLog
-from sfumato.data.stream import PromptStream
+from sfumato.data.stream import Stream, prompt_stream
 
 _NAMED_FILES = 5
 
@@ -22,7 +22,7 @@ def open_prompts(
     seed: int = 0,
     shuffle: bool = True,
     buffer: int = 10_000,
-) -> PromptStream:
+) -> Stream[str]:
     """Open prompts for training: endless, shuffled, resumable, in bounded memory.
 
     Formats are told by suffix: `.txt` (one prompt a line), `.csv` and `.jsonl` (one column), and
@@ -45,7 +45,7 @@ def open_prompts(
     log = SkipLog()
     _check(path, shards, column, log)
     read = partial(read_shard, column=column, log=log)
-    return PromptStream(shards, read, log, seed=seed, shuffle=shuffle, buffer=buffer)
+    return prompt_stream(shards, read, log, seed=seed, shuffle=shuffle, buffer=buffer)
 
 
 def read_prompts(path: str, *, column: str | None = None, limit: int | None = None) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from sfumato.config import ShardDataConfig, TrainConfig
-from sfumato.data.prepared import CACHE, INDEX, read_index
+from sfumato.data.prepared.format import CACHE, INDEX, read_index
 from sfumato.data.prompts import expand_pattern
 from sfumato.files import lock
 from sfumato.launch.jobs import STARTS, Job, makes_index, value_of

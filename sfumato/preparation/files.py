@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sfumato.data.prepared import PreparedError
+from sfumato.data.prepared.format import PreparedError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 

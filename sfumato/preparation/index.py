@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     CACHE,
     INDEX,
     SELECTIONS,

@@ -20,7 +20,7 @@ from typing import IO, final
 from sfumato.config_stages import DownloadConfig, PackConfig
 from sfumato.data.blobs import Blob
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     SHARDS,
     UNFINISHED,
     PreparedError,

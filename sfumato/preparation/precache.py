@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from sfumato.config import ModelConfig
 from sfumato.config_stages import PrepareConfig
-from sfumato.data.cached import EMPTY, MANIFEST
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
+    EMPTY,
     FORMAT,
+    MANIFEST,
     SHARDS,
     CachedRecord,
     PreparedError,

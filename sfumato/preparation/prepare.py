@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 from sfumato.config import TrainingConfig
 from sfumato.config_stages import PrepareConfig
-from sfumato.data.prepared import PreparedError
+from sfumato.data.prepared.format import PreparedError
 from sfumato.files import lock
 from sfumato.preparation.bins import line
 from sfumato.preparation.download import download

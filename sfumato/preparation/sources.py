@@ -14,7 +14,7 @@ from sfumato.data.blobs import FileBlob
 from sfumato.data.entries import Columns, Entry, caption_of, choose_column, inside
 from sfumato.data.image_sources import list_source
 from sfumato.data.image_tar import list_tar
-from sfumato.data.prepared import SHARDS, PreparedError
+from sfumato.data.prepared.format import SHARDS, PreparedError
 from sfumato.data.prompts import find_shards
 from sfumato.data.skips import SkipLog
 from sfumato.data.text_files import is_utf8

@@ -14,7 +14,7 @@ from typing import Any
 
 from sfumato.config_stages import DownloadConfig
 from sfumato.data.entries import caption_of
-from sfumato.data.prepared import FORMAT, PreparedError, read_record
+from sfumato.data.prepared.format import FORMAT, PreparedError, read_fields
 from sfumato.data.skips import SkipLog, Tally
 from sfumato.preparation.files import digest, placed, sha256_of, write_text
 from sfumato.preparation.tables import read_rows, table_files
@@ -107,7 +107,7 @@ def read_table_record(folder: Path) -> TableRecord:
         PreparedError: the record is missing or damaged.
     """
     place = folder / TABLE / RECORD
-    content = read_record(place)
+    content = read_fields(place)
     try:
         return TableRecord(
             content["made_of"],

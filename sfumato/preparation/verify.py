@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     INDEX,
     SELECTIONS,
     SHARDS,

@@ -5,15 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from sfumato.data.cached import EMPTY, MANIFEST, cache_key
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     CACHE,
+    EMPTY,
+    MANIFEST,
     CachedRecord,
     PreparedError,
     TarRecord,
+    cache_key,
     read_cached_record,
+    read_fields,
     read_kept_record,
-    read_record,
     read_tar_record,
 )
 from sfumato.preparation.bins import line, tally
@@ -55,7 +57,7 @@ def check_cache(
 
 def _manifest_faults(place: Path) -> Iterator[str]:
     try:
-        content = read_record(place / MANIFEST)
+        content = read_fields(place / MANIFEST)
     except PreparedError as error:
         yield str(error)
         return

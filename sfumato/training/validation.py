@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.config import TrainConfig
+from sfumato.data.sample import Sample
 from sfumato.diffusion.randomness import derive
 from sfumato.images import load_images, save_image
 from sfumato.models.generate import generate_in_batches
 from sfumato.models.model import TextToImageModel
-from sfumato.objectives.supervised import Row, Supervised
+from sfumato.objectives.supervised import Supervised
 from sfumato.rewards.reward import Reward
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder, new_folder
@@ -37,7 +38,7 @@ class HeldOut:
     """Images with captions whose loss is measured at noise and times that are always the same."""
 
     objective: Supervised
-    samples: Sequence[Row]
+    samples: Sequence[Sample]
 
 
 @final
