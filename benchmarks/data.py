@@ -21,8 +21,7 @@ from image_data import H200_NEED, QUALITY, SHAPES, random_picture, timed
 from measure import machine
 from safetensors.torch import save_file
 
-from sfumato.config import ShardDataConfig
-from sfumato.config_stages import FilterConfig, PackConfig, PrepareConfig
+from sfumato.config import FilterConfig, PackConfig, PrepareConfig, ShardDataConfig
 from sfumato.data.prepared.format import (
     CACHE,
     EMPTY,
@@ -35,8 +34,6 @@ from sfumato.data.prepared.format import (
     record_text,
 )
 from sfumato.data.prepared.open import open_shards
-from sfumato.data.sample import Sample
-from sfumato.data.stream import Stream
 from sfumato.images import to_pil
 from sfumato.preparation.cache_plan import made_of
 from sfumato.preparation.files import sha256_of

@@ -58,11 +58,7 @@ class Ours:
         self, config: TrainConfig, stream: Stream[Any], draw: Callable[[Any, Any], Any]
     ) -> None:
         from sfumato.models.registry import load_model
-        from sfumato.run.build import (
-            build_objective,
-            build_scorer,
-            trained_model,
-        )
+        from sfumato.run.build import build_model, build_objective, build_scorer
         from sfumato.training.distribution import Distribution
         from sfumato.training.module import TrainingModule
         from sfumato.training.state import TrainState
@@ -73,8 +69,7 @@ class Ours:
         if reward is not None:
             reward = reward.to(self.distribution.device)
         objective = build_objective(config, reward)
-        self.model = load_model(trained_model(config, objective))
-        self.model.to(self.distribution.device)
+        self.model = build_model(config, objective, load_model, self.distribution)
         self.module = TrainingModule(self.model, objective)
         self.state = TrainState(config, self.model, stream, self.distribution)
 

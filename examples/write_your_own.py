@@ -76,6 +76,9 @@ class MyModel(TextToImageModel):
         for network in self.roles.networks():
             network.to(device)
 
+    def networks(self) -> dict[str, nn.Module]:
+        return dict(zip(("policy", "reference"), self.roles.networks(), strict=False))
+
     def image_size(self) -> tuple[int, int]:
         return SIDE, SIDE
 

@@ -18,22 +18,28 @@ from yaml import YAMLError, safe_load
 
 from sfumato.check import check_train
 from sfumato.config import (
+    CLUSTERS,
+    COMMANDS,
     CONF,
     GROUPS,
     REWARDS,
     ImageSourceConfig,
+    JobConfig,
+    LaunchConfig,
     MergeConfig,
+    PlanConfig,
+    ShardSourceConfig,
     TrainConfig,
     WeightedPartConfig,
     WeightedRewardConfig,
+    check_values,
 )
-from sfumato.config_stages import CLUSTERS, COMMANDS, JobConfig, LaunchConfig, PlanConfig
 from sfumato.explain import explain, first_line, keys_of, known_keys, unknown_key
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
 DEMO_IMAGES = Path(__file__).parent / "demo" / "images"
 OPEN = (
-    r"(?:data|validation)\.images\.sources|reward\.parts|model\.merge|objective\.settings"
+    r"(?:data\.(?:images|shards)|validation\.images)\.sources|reward\.parts|model\.merge|objective\.settings"
     r"|jobs|given|cluster\.additional"
 )
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
@@ -84,7 +90,6 @@ def to_settings(config: Any, prefix: str = "") -> Any:
         settings: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ValueError(f"{prefix}{error.full_key}: {first_line(str(error))}") from error
-    _refuse_non_finite(settings, prefix)
     if isinstance(settings, LaunchConfig):
         settings.jobs = {
             name: None if given is None else _resolve(f"jobs.{name}", given, JobConfig)
@@ -93,17 +98,19 @@ def to_settings(config: Any, prefix: str = "") -> Any:
     if isinstance(settings, TrainConfig):
         if isinstance(settings.reward, WeightedRewardConfig):
             _resolve_parts(settings.reward)
-        for place, images in (
-            ("data.images.sources", settings.data.images),
-            ("validation.images.sources", settings.validation.images),
+        for place, data, kind in (
+            ("data.images.sources", settings.data.images, ImageSourceConfig),
+            ("data.shards.sources", settings.data.shards, ShardSourceConfig),
+            ("validation.images.sources", settings.validation.images, ImageSourceConfig),
         ):
-            images.sources = {
-                name: _resolve(f"{place}.{name}", given, ImageSourceConfig)
-                for name, given in images.sources.items()
+            data.sources = {
+                name: _resolve(f"{place}.{name}", given, kind)
+                for name, given in data.sources.items()
                 if given is not None  # null takes a recipe's source out
             }
         for name, given in settings.model.merge.items():
             settings.model.merge[name] = _resolve(f"model.merge.{name}", given, MergeConfig)
+    check_values(settings, prefix)
     return settings
 
 
@@ -118,7 +125,9 @@ def _unread(config: DictConfig) -> list[str]:
     match config.objective.kind:
         case "draft" if data.prompts is None:
             missing.append("data.prompts")
-        case "supervised" if not (data.images.path or data.images.sources or data.shards.path):
+        case "supervised" if not any(
+            data[kind].path or data[kind].sources for kind in ("images", "shards")
+        ):
             missing.append("data.shards.path" if data.shards.cached else "data.images.path")
     return missing
 
@@ -177,15 +186,6 @@ def _added_keys(config: DictConfig, prefix: str = "") -> list[str]:
         if OmegaConf.is_dict(config[key]):
             found += _added_keys(config[key], f"{prefix}{key}.")
     return found
-
-
-def _refuse_non_finite(settings: Any, prefix: str) -> None:
-    for name, value in vars(settings).items():
-        if is_dataclass(value):
-            _refuse_non_finite(value, f"{prefix}{name}.")
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{prefix}{name} = {value} must be finite")
 
 
 def compose_train(overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]]:

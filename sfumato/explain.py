@@ -5,8 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 
-from sfumato.config import CONF, GROUPS
-from sfumato.config_stages import CLUSTERS, COMMANDS
+from sfumato.config import CLUSTERS, COMMANDS, CONF, GROUPS
 
 CHOICES: dict[str, Mapping[str, type]] = {**GROUPS, "cluster": CLUSTERS}
 RECIPES = ("train", "prepare", "launch", "plan")  # the commands that have them

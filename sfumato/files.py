@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -52,22 +53,35 @@ def write_text(path: Path, text: str, *, failure: type[ValueError] = ValueError)
 
 
 @contextmanager
-def new_folder(path: Path, *, failure: type[ValueError] = ValueError) -> Iterator[Path]:
+def new_folder(
+    path: Path, *, shared: bool = False, failure: type[ValueError] = ValueError
+) -> Iterator[Path]:
     """Give an empty folder to fill; it then replaces `path`. Files get the umask's mode.
+
+    Links to files elsewhere keep their mode.
+
+    Args:
+        shared: several processes may make the same folder at once; the first one's stays.
 
     Raises:
         failure: something cannot be written; `path` is as it was.
     """
-    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    unique = f"-{secrets.token_hex(4)}" if shared else ""
+    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}{unique}")
     try:
-        clear_unfinished(path)
+        if not shared:
+            clear_unfinished(path)
         beside.mkdir(parents=True)
         yield beside
         mode = beside.stat().st_mode & 0o666
         for file in (file for file in beside.rglob("*") if file.is_file()):
-            file.chmod(mode)
+            if file.lstat().st_nlink == 1 and not file.is_symlink():
+                file.chmod(mode)
             _sync(file)
-        _exchange(beside, path)
+        if shared:
+            _place_first(beside, path)
+        else:
+            _exchange(beside, path)
         _sync(path.parent)
     except WRITE_ERRORS as error:
         raise failure(unwritten(path, error)) from error
@@ -241,6 +255,15 @@ def _exchange(beside: Path, path: Path) -> None:
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _place_first(beside: Path, path: Path) -> None:
+    """Move a folder to its place, unless another process was faster."""
+    try:
+        beside.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
 
 
 def _sync(path: Path) -> None:

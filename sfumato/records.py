@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from sfumato.files import read_json
+from sfumato.files import parse_object, read_json
 
 Record = TypeVar("Record")
 _SHOWN = 80  # characters of a value in messages
@@ -51,6 +51,27 @@ def read_record(
     except msgspec.ValidationError as error:
         fault = _fault(content, str(error))
         raise failure(f"{path} is damaged: {fault}; {advice}") from error
+
+
+def read_rows(path: Path, kind: type[Record], advice: str) -> list[Record]:
+    """Return the records in a file with one JSON object per line.
+
+    Raises:
+        ValueError: as `read_record` does; the message also names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); {advice}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        content = parse_object(line)
+        try:
+            rows.append(msgspec.convert(content, kind))
+        except msgspec.ValidationError as error:
+            fault = _fault(content, str(error))
+            raise ValueError(f"{path} is damaged: line {number}, {fault}; {advice}") from error
+    return rows
 
 
 class _Versioned(msgspec.Struct):

@@ -16,10 +16,9 @@ PACKAGE = Path(sfumato.__file__).parent
 MAX_FILE, MAX_FUNCTION = 400, 80
 
 # What each room may import of Sfumato, beside itself and the leaves.
-LEAVES = {"config", "config_stages", "files", "images", "records"}
+LEAVES = {"config", "files", "images", "records"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
-    "config_stages": set(),
     "files": set(),
     "images": set(),
     "records": set(),
@@ -46,6 +45,9 @@ ROOMS["__main__"] = {"cli"}
 # Objectives know models and rewards through their contracts, not one family.
 CONTRACTS = {"models": {"models.model", "models.generate"}, "rewards": {"rewards.reward"}}
 
+# Wings: others import from the package, never from a module inside.
+DOORS = ("models.lora", "models.origins")
+
 TENSOR_ROOMS = (
     *("models", "rewards", "objectives", "training", "run", "evaluation", "demo", "images"),
     *(
@@ -68,7 +70,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "diffusers": (("models", "demo", "planning.encoders"), "networks belong in models/"),
     "peft": (("models",), "adapters belong in models/adapters.py"),
     "transformers": (
-        ("models", "rewards", "demo", "planning.encoders"),
+        ("models", "rewards", "demo", "planning.encoders", "training.distribution"),
         "text encoders and CLIP belong in the rims",
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),
@@ -88,7 +90,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "hydra": (("compose", "cli"), SETTINGS),
     "omegaconf": (("compose", "cli"), SETTINGS),
     "yaml": (
-        ("compose", "cli", "run.run", "report.records", "models.network_weights"),
+        ("compose", "cli", "run.run", "report.records", "models.origins.network_weights"),
         SETTINGS,
     ),
     "submitit": (("launch",), "Slurm belongs in launch/"),
@@ -193,6 +195,18 @@ def complain_of_rooms(found: Import) -> str | None:
     return None
 
 
+def complain_of_doors(found: Import) -> str | None:
+    """Say what is wrong with an import past a wing's door, or None."""
+    for wing in DOORS:
+        _, wing_is_target, name = found.target.partition(f"sfumato.{wing}.")
+        if not wing_is_target or inside(found.module, (wing,)):
+            continue
+        is_module = (PACKAGE / wing.replace(".", "/") / f"{name}.py").is_file()
+        if is_module or "." in name:
+            return f"{found.where} imports {wing}.{name}; import from sfumato.{wing}, its door"
+    return None
+
+
 def complain_of_packages(found: Import) -> str | None:
     """Say what is wrong with an import of a third party's, or None."""
     package = found.target.partition(".")[0]
@@ -216,6 +230,7 @@ def complaints(root: Path) -> list[str]:
     for found in found_imports(root):
         own = found.target.partition(".")[0] == "sfumato"
         said.append(complain_of_rooms(found) if own else complain_of_packages(found))
+        said.append(complain_of_doors(found))
     return [complaint for complaint in said if complaint is not None]
 
 
@@ -323,6 +338,16 @@ def test_the_command_line_answers_without_loading_networks(code: str):
         ),
         ("data/a.py", "import pandas", "imports pandas; do without, or add it to pyproject.toml"),
         ("attic/a.py", "from sfumato.models import x", "attic is no room"),
+        (
+            "models/flux.py",
+            "from sfumato.models.lora.kohya import by_block",
+            "models/flux.py:1 imports models.lora.kohya.by_block; import from sfumato.models.lora",
+        ),
+        (
+            "training/export.py",
+            "from sfumato.models.origins import original",
+            "imports models.origins.original; import from sfumato.models.origins, its door",
+        ),
     ],
 )
 def test_a_wrong_import_is_named(tmp_path: Path, file: str, text: str, expected: str):

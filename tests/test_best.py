@@ -13,9 +13,9 @@ from families import write_pictures
 from runs import in_processes, start
 
 from sfumato.compose import compose_train
-from sfumato.evaluation.commands import find_checkpoint
+from sfumato.evaluation.evaluate import find_checkpoint
 from sfumato.objectives.supervised import Supervised
-from sfumato.run.run import best_in_words
+from sfumato.run.run import compare_with_base
 from sfumato.training import loop
 from sfumato.training.checkpoint import best_step, list_checkpoints, step_of
 from sfumato.training.folder import RunFolder
@@ -101,7 +101,7 @@ def test_a_run_that_got_worse_says_so(
 ) -> None:
     script_losses(monkeypatch, [0.6, 1.2, 1.1])
     start(command(tmp_path, sd_folder, pictures, "training.max_steps=2"))
-    (line,) = best_in_words(RunFolder(tmp_path / "run"))
+    (line,) = compare_with_base(RunFolder(tmp_path / "run"))
     assert line.startswith("no step has a lower validation loss than the base model (0.6)")
     assert line.endswith("the lowest is 1.1 at step 2")
 

@@ -154,6 +154,32 @@ def test_killed_at_every_file_operation(tmp_path: Path) -> None:
     assert seen == {("step-000001",), ("step-000001", "step-000002"), ("step-000002",)}
 
 
+def test_a_step_that_is_written_again_survives_a_kill(tmp_path: Path) -> None:
+    """Write step 1 again, killed before the n-th operation on a file, for every n."""
+    old, new = make(1), make(1, size=3)
+
+    def rewrite(number: int, root: Path) -> None:
+        on_event(number, kill, FILE_EVENTS)
+        write_checkpoint(root, new)
+
+    write_checkpoint(tmp_path / "first", old)
+    seen = []
+    for number in range(1, 200):
+        root = tmp_path / str(number)
+        shutil.copytree(tmp_path / "first", root)
+        code = in_child(lambda number=number, root=root: rewrite(number, root))
+        tidy(root)
+        assert [path.name for path in root.iterdir()] == ["step-000001"]
+        weights = read_checkpoint(root / "step-000001").weights["up.weight"]
+        assert any(torch.equal(weights, each.weights["up.weight"]) for each in (old, new))
+        seen.append(len(weights))
+        if code == 0:
+            break
+        assert code == KILLED
+    assert seen == sorted(seen, reverse=True)
+    assert set(seen) == {40, 3}
+
+
 @pytest.mark.parametrize("name", FILES[:3])
 def test_killed_in_the_middle_of_a_file(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -238,7 +264,7 @@ def test_a_full_disk(small_disk: Path) -> None:
         filler.write_bytes(b"x" * (free - kilobytes * 1024))
         with pytest.raises(CheckpointError) as error:
             write_checkpoint(root, make(2))
-        assert "no space left on the disk; nothing half-written is left" in str(error.value)
+        assert "no space is left on the disk; nothing half-written is left" in str(error.value)
         assert f"The last good checkpoint is {root / 'step-000001'}." in str(error.value)
         assert [path.name for path in root.iterdir()] == ["step-000001"]
         filler.unlink()
@@ -250,11 +276,11 @@ def test_a_full_disk(small_disk: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space left on the disk"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space is left on the disk"),
         (OSError(errno.EIO, "Input/output error", "/somewhere/x"), "Input/output error"),
         (
             SafetensorError("I/O error: No space left on device (os error 28)"),
-            "no space left on the disk",
+            "no space is left on the disk",
         ),
     ],
 )

@@ -340,14 +340,14 @@ def test_a_mistyped_command_is_explained(call: Call, arguments: list[str], expec
         ("~objective.kl_coeff", ["~objective.kl_coeff: a setting cannot be taken out"]),
         ("objective.kl_coeff=0,1", ["objective.kl_coeff=0,1 has several values; add -m"]),
         ("objective.kl_coeff=${nope}", ["objective.kl_coeff", "'nope' not found"]),
-        ("objective.kl_coeff=nan", ["objective.kl_coeff = nan must be finite"]),
-        ("objective.kl_coeff=-1", ["objective.kl_coeff = -1.0 must be 0 (DRaFT) or more"]),
-        ("optimizer.lr=inf", ["optimizer.lr = inf must be finite"]),
-        ("objective.truncation_steps=3", ["objective.truncation_steps = 3", "lie in 1..2"]),
-        ("training.global_batch_size=3", ["training.global_batch_size = 3", "nearest", "is 4"]),
+        ("objective.kl_coeff=nan", ["objective.kl_coeff=nan must be finite"]),
+        ("objective.kl_coeff=-1", ["objective.kl_coeff=-1.0", "give 0 or more"]),
+        ("optimizer.lr=inf", ["optimizer.lr=inf must be finite"]),
+        ("objective.truncation_steps=3", ["objective.truncation_steps=3", "give 2"]),
+        ("training.global_batch_size=3", ["training.global_batch_size=3", "nearest", "is 4"]),
         ("training.max_time=soon", ["training.max_time = 'soon'", "[DD:]HH:MM:SS"]),
-        ("name=a/b", ["name = 'a/b'", "runs_dir=..."]),
-        ("reward=jpeg", ["reward = jpeg is not differentiable", "reward=color"]),
+        ("name=a/b", ["name='a/b'", "runs_dir=..."]),
+        ("reward=jpeg", ["reward=jpeg is not differentiable", "reward=color"]),
         ("max_steps", ["'max_steps' is no setting; write KEY=VALUE"]),
         ("data.prompts=nofile.txt", ["no such file: nofile.txt"]),
         ("data.prompts=shards/{0..2}.tar", ["no such file: shards/0.tar, shards/1.tar"]),
@@ -392,11 +392,11 @@ def test_a_global_batch_must_divide_over_the_processes(
 ):
     monkeypatch.setenv("WORLD_SIZE", "3")
     answer = refuse("training.global_batch_size=8")
-    assert_mistake(answer, "training.global_batch_size = 8", "3 process(es)", "micro batches of 2")
+    assert_mistake(answer, "training.global_batch_size=8", "3 process(es)", "micro batches of 2")
     monkeypatch.setenv("RANK", "1")
     answer = refuse("training.global_batch_size=8")
     assert answer.code == 2
-    assert answer.err.startswith("sfumato (process 1): training.global_batch_size = 8")
+    assert answer.err.startswith("sfumato (process 1): training.global_batch_size=8")
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def test_a_reward_without_gradient_in_a_sum_is_explained_before_weights_are_read
         "+reward.parts.b={kind: jpeg}",
     ]
     answer = refuse("reward=weighted", *parts)
-    assert_mistake(answer, "reward.parts.b = jpeg is not differentiable")
+    assert_mistake(answer, "reward.parts.b=jpeg is not differentiable")
 
 
 def test_other_settings_in_a_run_folder_are_named(call: Call, run_folder: Path):
@@ -499,9 +499,12 @@ def test_other_settings_in_a_run_folder_are_named(call: Call, run_folder: Path):
         (["evaluate", "steps=[1,7]"], ["no checkpoint of step 7", "step-000001"]),
         (["sample", "prompt=a", "schedule=cubic"], ["'cubic'", "power_P", "step_F"]),
         (["sample", "prompt=a", "schedule=power_-1"], ["'power_-1'", "P > 0"]),
-        (["sample", "prompt=a", "sampler.eta=2"], ["sampler.eta = 2.0 must lie in [0, 1]"]),
-        (["sample", "prompt=a", "sampler.guidance_scale=nan"], ["guidance_scale = nan must be"]),
-        (["sample", "prompt=a", "num_images=0"], ["num_images and batch_size must be 1 or more"]),
+        (["sample", "prompt=a", "sampler.eta=2"], ["sampler.eta=2.0", "give 1 or less"]),
+        (
+            ["sample", "prompt=a", "sampler.guidance_scale=nan"],
+            ["sampler.guidance_scale=nan"],
+        ),
+        (["sample", "prompt=a", "num_images=0"], ["num_images=0", "give 1 or more"]),
         (["sample", "prompts=nofile.txt"], ["no such file: nofile.txt"]),
         (["evaluate", "prompts=nofile.txt"], ["no such file: nofile.txt"]),
         (["evaluate", "num_images=1"], ["num_images = 1; diversity needs two or more per prompt"]),

@@ -1,6 +1,7 @@
 """Settings: recipes, where defaults live, what cannot work together, and the way to a file."""
 
 import copy
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from refusals import assert_explained
 
 from sfumato.check import check_train
 from sfumato.compose import compose_command, compose_train, load_settings, quoted, swept_name
@@ -20,6 +22,7 @@ from sfumato.config import (
     DraftConfig,
     ImageSourceConfig,
     ModelConfig,
+    SupervisedConfig,
     TrainConfig,
     WeightedPartConfig,
 )
@@ -213,67 +216,93 @@ def test_a_folder_without_configuration_is_no_run(tmp_path: Path):
         load_settings(tmp_path / "config.yaml")
 
 
-# What cannot work together
+# What cannot work
 
 
-BAD = [
-    ("name", "", "name = ''"),
+BAD: list[tuple[str, object, str]] = [
+    ("name", "", "without slashes"),
     ("name", "..", "without slashes"),
-    ("name", "a/b", "name = 'a/b' is no name of a folder; give one without slashes"),
-    ("model.trainable", "adapter", "model.trainable = 'adapter'; choose one of lora, full"),
-    ("model.dtype", "half", "model.dtype = 'half'; choose one of float32, bfloat16, float16"),
-    ("model.lora.rank", 0, "model.lora.rank = 0 must be above 0"),
-    ("model.lora.alpha", 0.0, "model.lora.alpha = 0.0 must be above 0"),
-    ("model.lora.dropout", 1.0, r"model.lora.dropout = 1.0 must lie in \[0, 1\)"),
-    ("model.lora.targets", [], r"model.lora.targets = \[\] trains nothing; leave it out"),
-    ("model.lora.targets", ["a("], r"model.lora.targets has 'a\(', which is no regular expression"),
-    ("sampler.num_inference_steps", 0, "sampler.num_inference_steps = 0 must be above 0"),
-    ("sampler.height", 0, "sampler.height = 0 must be above 0"),
-    ("sampler.width", -64, "sampler.width = -64 must be above 0"),
-    ("sampler.eta", 1.5, r"sampler.eta = 1.5 must lie in \[0, 1\]; 0 is deterministic"),
-    ("objective.cfg_gradient", "half", "objective.cfg_gradient = 'half'; choose one of full, det"),
-    ("objective.kl_coeff", -0.1, r"objective.kl_coeff = -0.1 must be 0 \(DRaFT\) or more"),
-    ("objective.truncation_steps", 0, r"objective.truncation_steps = 0 must lie in 1\.\.50"),
-    (
-        "objective.truncation_steps",
-        51,
-        r"objective.truncation_steps = 51 must lie in 1\.\.50, the number of sampling steps "
-        r"\(sampler.num_inference_steps\)",
-    ),
-    ("objective.truncation_range", [1], r"objective.truncation_range = \[1\] must be \[low, high"),
-    ("objective.truncation_range", [0, 3], r"= \[0, 3\] must be \[low, high\] with 1 <= low"),
-    ("objective.truncation_range", [3, 2], r"= \[3, 2\] must be \[low, high\] with 1 <= low"),
-    ("objective.truncation_range", [1, 51], r"= \[1, 51\] must be .* <= 50, the number of sampl"),
-    ("objective.lv_samples", -1, r"objective.lv_samples = -1 must be 0 \(off\) or more"),
-    ("reward.color", "purple", "reward.color = 'purple'; choose one of red, green, blue"),
-    ("data.buffer", 0, "data.buffer = 0 must be above 0"),
-    ("optimizer.lr", 0.0, "optimizer.lr = 0.0 must be above 0"),
-    ("optimizer.betas", [0.9], r"optimizer.betas = \[0.9\] must be two numbers in \[0, 1\)"),
-    ("optimizer.betas", [0.9, 1.0], r"optimizer.betas = \[0.9, 1.0\] must be two numbers"),
-    ("optimizer.eps", -1.0, "optimizer.eps = -1.0 must be 0 or more"),
-    ("optimizer.weight_decay", -0.1, "optimizer.weight_decay = -0.1 must be 0 or more"),
-    ("optimizer.warmup_steps", -1, "optimizer.warmup_steps = -1 must be 0 or more"),
-    ("optimizer.schedule", "step", "optimizer.schedule = 'step'; choose one of constant, linear"),
-    ("optimizer.max_grad_norm", 0.0, "optimizer.max_grad_norm = 0.0 must be above 0"),
-    ("training.max_steps", 0, "training.max_steps = 0 must be above 0"),
-    ("training.micro_batch_size", -1, "training.micro_batch_size = -1 must be above 0"),
-    ("training.global_batch_size", 0, "training.global_batch_size = 0 must be above 0"),
-    ("training.checkpoint_every_steps", 0, "training.checkpoint_every_steps = 0 must be above 0"),
-    ("training.keep_checkpoints", 0, "training.keep_checkpoints = 0 must be above 0"),
-    ("training.precision", "fp8", "training.precision = 'fp8'; choose one of no, bf16, fp16"),
-    ("training.strategy", "zero3", "training.strategy = 'zero3'; choose one of ddp, fsdp"),
-    ("training.ema_decay", 1.0, r"training.ema_decay = 1.0 must lie in \[0, 1\), or be null"),
-    ("training.ema_every_steps", 10**6, r"ema_every_steps = 1000000 is more than .*never move"),
-    ("training.max_time", "1h", r"training.max_time = '1h' is no duration; write \[DD:\]HH:MM:SS"),
-    ("validation.num_images", 0, "validation.num_images = 0 must be above 0"),
+    ("name", "a/b", "without slashes"),
+    ("model.trainable", "adapter", "one of lora, full"),
+    ("model.dtype", "half", "one of float32, bfloat16, float16"),
+    ("model.prediction_type", "x0", "one of epsilon, v_prediction"),
+    ("model.image_size", 0, "1 or more"),
+    ("model.parts", [], "text encoder"),
+    ("model.lora.rank", 0, "1 or more"),
+    ("model.lora.alpha", 0.0, "more than 0"),
+    ("model.lora.dropout", 1.0, "less than 1"),
+    ("model.lora.dropout", -0.1, "0 or more"),
+    ("model.lora.targets", [], "default"),
+    ("model.lora.targets", ["a("], "regular expressions"),
+    ("model.lora.encoder_targets", ["a("], "regular expressions"),
+    ("sampler.num_inference_steps", 0, "1 or more"),
+    ("sampler.height", 0, "1 or more"),
+    ("sampler.width", -64, "1 or more"),
+    ("sampler.eta", 1.5, "1 or less"),
+    ("sampler.eta", -0.5, "0 or more"),
+    ("sampler.guidance_scale", math.nan, "finite"),
+    ("objective.cfg_gradient", "half", "one of full, detach_uncond, rescale"),
+    ("objective.kl_coeff", -0.1, "0 or more"),
+    ("objective.kl_coeff", math.inf, "finite"),
+    ("objective.truncation_steps", 0, "1 or more"),
+    ("objective.truncation_steps", 51, "50 (sampler.num_inference_steps)"),
+    ("objective.truncation_range", [1], "[low, high] with 1 <= low <= high <= 50"),
+    ("objective.truncation_range", [3, 2], "[low, high] with 1 <= low <= high <= 50"),
+    ("objective.truncation_range", [1, 51], "[low, high] with 1 <= low <= high <= 50"),
+    ("objective.lv_samples", -1, "0 or more"),
+    ("reward.color", "purple", "one of red, green, blue"),
+    ("data.buffer", 0, "1 or more"),
+    ("data.images.crop", "left", "one of center, random"),
+    ("validation.images.min_size", 0, "1 or more"),
+    ("optimizer.lr", 0.0, "more than 0"),
+    ("optimizer.lr", -math.inf, "more than 0"),
+    ("optimizer.betas", [0.9], "two"),
+    ("optimizer.eps", -1.0, "0 or more"),
+    ("optimizer.weight_decay", -0.1, "0 or more"),
+    ("optimizer.warmup_steps", -1, "0 or more"),
+    ("optimizer.schedule", "step", "one of constant, linear, cosine"),
+    ("optimizer.max_grad_norm", 0.0, "more than 0"),
+    ("training.max_steps", 0, "1 or more"),
+    ("training.micro_batch_size", -1, "1 or more"),
+    ("training.global_batch_size", 0, "1 or more"),
+    ("training.checkpoint_every_steps", 0, "1 or more"),
+    ("training.keep_checkpoints", 0, "1 or more"),
+    ("training.precision", "fp8", "one of no, bf16, fp16"),
+    ("training.strategy", "zero3", "one of ddp, fsdp, hsdp"),
+    ("training.compile", "half", "one of none, regional, full"),
+    ("training.ema_decay", 1.0, "less than 1"),
+    ("training.ema_every_steps", 10**6, "training.max_steps=1000"),
+    ("training.max_time", "1h", "[DD:]HH:MM:SS"),
+    ("training.peak_tflops", 0.0, "more than 0"),
+    ("validation.num_images", 0, "1 or more"),
+    ("validation.every_steps", -1, "0 or more"),
+    ("validation.loss_images", -1, "0 or more"),
+    ("export", "first", "one of last, best"),
+    ("export", "best", "objective=supervised"),
+]
+BAD_SUPERVISED: list[tuple[str, object, str]] = [
+    ("objective.caption_dropout", 1.5, "1 or less"),
+    ("objective.noise_offset", -1.0, "0 or more"),
+    ("objective.snr_gamma", 0.0, "more than 0"),
+    ("objective.logit_std", 0.0, "more than 0"),
+    ("objective.timesteps", "normal", "one of uniform, logit_normal, table"),
+    ("objective.weighting", "snr", "one of none, min_snr, bump"),
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "expected"), BAD)
-def test_what_cannot_work_is_refused(settings: TrainConfig, key: str, value: object, expected: str):
+@pytest.mark.parametrize(("key", "value", "bound"), [*BAD, *BAD_SUPERVISED])
+def test_what_cannot_work_is_refused(settings: TrainConfig, key: str, value: object, bound: str):
+    if (key, value, bound) in BAD_SUPERVISED:
+        settings = changed(settings, "objective", SupervisedConfig())
     check_train(settings, 1)
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match=re.escape(key)) as caught:
         check_train(changed(settings, key, value), 1)
+    assert_explained(str(caught.value), key, value, bound)
+
+
+def test_one_bad_value_of_a_list_is_named(settings: TrainConfig):
+    with pytest.raises(ValueError, match=r"optimizer\.betas=1\.0 .* less than 1"):
+        check_train(changed(settings, "optimizer.betas", [0.9, 1.0]), 1)
 
 
 @pytest.mark.parametrize(
@@ -284,9 +313,9 @@ def test_a_global_batch_must_divide(
 ):
     batch = changed(settings, "training.micro_batch_size", micro)
     bad = changed(batch, "training.global_batch_size", total)
-    expected = rf"global_batch_size = {total} does not .* {processes} process\(es\) x micro batches"
-    with pytest.raises(ValueError, match=rf"{expected} of {micro}; .* is {nearest}$"):
+    with pytest.raises(ValueError, match=rf"global_batch_size={total} .* is {nearest}$") as caught:
         check_train(bad, processes)
+    assert_explained(str(caught.value), "training.global_batch_size", total, str(processes))
     check_train(changed(batch, "training.global_batch_size", nearest), processes)
 
 
@@ -294,7 +323,7 @@ def test_draft_lv_has_one_gradient_step(settings: TrainConfig):
     lv = changed(settings, "objective.lv_samples", 2)
     check_train(lv, 1)
     for key, value in (("truncation_steps", 2), ("truncation_range", [1, 2])):
-        with pytest.raises(ValueError, match=r"objective.lv_samples = 2 is DRaFT-LV"):
+        with pytest.raises(ValueError, match=r"objective.lv_samples=2 .*truncation_range=null"):
             check_train(changed(lv, f"objective.{key}", value), 1)
 
 
@@ -304,18 +333,18 @@ def test_draft_takes_the_rewards_that_have_a_gradient(settings: TrainConfig, kin
     if build_reward(config.reward).differentiable:
         check_train(config, 1)
     else:
-        with pytest.raises(ValueError, match=f"reward = {kind} is not differentiable"):
+        with pytest.raises(ValueError, match=f"reward={kind} is not differentiable"):
             check_train(config, 1)
 
 
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
-        ("{kind: jpeg}", "reward.parts.a = jpeg is not differentiable"),
-        ("{kind: color, color: pink}", "reward.parts.a.color = 'pink'; choose one of red"),
+        ("{kind: jpeg}", "reward.parts.a=jpeg is not differentiable"),
+        ("{kind: color, color: pink}", "reward.parts.a.color='pink' .* choose one of red"),
         ("{kind: color, colr: red}", "unknown key reward.parts.a.colr: did you mean .*a.color"),
         ("{kind: color, scale: big}", "reward.parts.a.scale: Value 'big' .* Float"),
-        ("{kind: color, scale: nan}", "reward.parts.a.scale = nan must be finite"),
+        ("{kind: color, scale: nan}", "reward.parts.a.scale=nan must be finite"),
         ("{kind: color, weight: much}", "reward.parts.a.weight = 'much' must be a finite number"),
         ("{kind: color, weight: nan}", "reward.parts.a.weight = nan must be a finite number"),
         ("{kind: color, weight: [1]}", r"reward.parts.a.weight = \[1\] must be a finite number"),
@@ -330,13 +359,6 @@ def test_draft_takes_the_rewards_that_have_a_gradient(settings: TrainConfig, kin
 def test_a_wrong_part_is_named(part: str, expected: str):
     with pytest.raises(ValueError, match=expected):
         compose_train([*GIVEN, "reward=weighted", f"+reward.parts.a={part}"])
-
-
-@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e400"])
-@pytest.mark.parametrize("key", ["objective.kl_coeff", "optimizer.lr", "sampler.guidance_scale"])
-def test_numbers_are_finite(key: str, number: str):
-    with pytest.raises(ValueError, match=rf"{key} = -?(nan|inf) must be finite"):
-        compose_train([*GIVEN, "reward=color", f"{key}={number}"])
 
 
 # Names
@@ -443,24 +465,6 @@ def test_an_objective_names_what_it_reads():
         compose_train(["objective=draft"])
     with pytest.raises(ValueError, match="objective=draft maximises a reward: choose one"):
         compose_train(GIVEN)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "expected"),
-    [
-        ("objective.caption_dropout", "1.5", r"caption_dropout = 1.5 must lie in \[0, 1\]"),
-        ("objective.noise_offset", "-1", "noise_offset = -1.0 must be 0 or more"),
-        ("objective.snr_gamma", "0", "snr_gamma = 0.0 must be above 0"),
-        ("objective.timesteps", "normal", "choose one of uniform, logit_normal, table"),
-        ("objective.weighting", "snr", "choose one of none, min_snr, bump"),
-        ("export", "first", "choose one of last, best"),
-        ("model.parts", "[]", r"model.parts = \[\] trains nothing"),
-    ],
-)
-def test_supervised_settings_are_checked(key: str, value: str, expected: str):
-    given = ["objective=supervised", "model.pretrained=M", "data.images.path=P"]
-    with pytest.raises(ValueError, match=expected):
-        compose_train([*given, f"{key}={value}"])
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,13 @@ from torch import Tensor
 from toy import use_toy
 
 from sfumato.diffusion.randomness import Rng
+from sfumato.files import lock
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Loss
-from sfumato.run import run
+from sfumato.run import export
 from sfumato.run.export import ExportError
-from sfumato.run.run import hold
 from sfumato.training.checkpoint import Snapshot, read_checkpoint
-from sfumato.training.folder import RunFolder
 
 SAME = 1e-5
 SCALE = 20  # of the reward
@@ -224,7 +223,7 @@ def test_both_processes_hear_that_the_folder_is_held(
 ) -> None:
     use_toy(monkeypatch)
     overrides = command(tmp_path, "run")
-    with hold(RunFolder(tmp_path / "run")):
+    with lock(tmp_path / "run", busy="", unmade=""):
         in_processes(2, lambda _: start_cli(overrides), code=2)
     message = capfd.readouterr().err
     assert f"sfumato: another process is training in {tmp_path / 'run'}" in message
@@ -240,7 +239,7 @@ def test_both_processes_hear_that_the_export_failed(
     def fail(*_: object) -> None:
         raise ExportError("the disk is full")
 
-    monkeypatch.setattr(run, "export", fail)
+    monkeypatch.setattr(export, "export", fail)
     overrides = command(tmp_path, "run", "training.max_steps=1")
     in_processes(2, lambda _: start_cli(overrides), code=2)
     message = capfd.readouterr().err

@@ -178,5 +178,5 @@ def test_a_copy_that_does_not_divide_the_processes_is_refused(
     overrides = command(tmp_path, "run", *odd, model=sd_folder)
     in_processes(2, lambda _: start_cli(overrides), code=2)
     message = capfd.readouterr().err
-    assert "training.shard_size = 3 does not divide 2 processes" in message
+    assert "training.shard_size=3 does not divide 2 processes" in message
     assert "Traceback" not in message

@@ -21,6 +21,7 @@ from sfumato.config import (
 )
 from sfumato.data.sample import Sample
 from sfumato.diffusion.randomness import Rng
+from sfumato.models.loading import load_family
 from sfumato.models.model import Conditioning, TextToImageModel
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import FAMILIES, find_family, load_model
@@ -53,7 +54,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(folder: Path, **settings: object) -> PipelineModel:
     config = replace(ModelConfig(pretrained=str(folder)), **settings)  # pyright: ignore
     family, place = find_family(config)
-    return family.load(place, config)
+    return load_family(family, place, config)
 
 
 def test_every_family_is_tested_here():

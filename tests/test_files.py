@@ -114,6 +114,26 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+def test_of_processes_that_make_a_shared_folder_the_first_wins(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    with new_folder(path, shared=True) as slow:
+        fill(slow, "slow")
+        with new_folder(path, shared=True) as fast:
+            fill(fast, "fast")
+    assert (path / "inner" / "a.txt").read_text() == "fast"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_linked_files_keep_their_mode(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs.txt"
+    theirs.write_text("theirs")
+    theirs.chmod(0o600)
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "hard.txt").hardlink_to(theirs)
+        (folder / "soft.txt").symlink_to(theirs)
+    assert theirs.stat().st_mode & 0o777 == 0o600
+
+
 KILLED = """
 import os, sys
 from pathlib import Path

@@ -15,6 +15,7 @@ from trajectories import PROMPTS, our_run, their_run
 from sfumato.config import LoraConfig, ModelConfig, SamplerConfig
 from sfumato.diffusion.sampling import Denoiser, sample
 from sfumato.models.flux import Flux, pack, unpack
+from sfumato.models.loading import check_family, load_family
 from sfumato.models.pipeline_model import PipelineModel
 
 HEIGHT, WIDTH = 32, 64
@@ -43,7 +44,9 @@ def both(request: pytest.FixtureRequest) -> tuple[PipelineModel, Any]:
 
 def load(folder: Path, parts: Sequence[str] = ("network",), **settings: Any) -> Any:
     lora = LoraConfig(rank=4)
-    return Flux.load(folder, ModelConfig(str(folder), parts=list(parts), lora=lora, **settings))
+    return load_family(
+        Flux, folder, ModelConfig(str(folder), parts=list(parts), lora=lora, **settings)
+    )
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -150,8 +153,8 @@ def test_sizes(dev: Path):
         with pytest.raises(ValueError, match=message):
             model.latent_shape(*size)
         with pytest.raises(ValueError, match=message):
-            Flux.check(dev, config, SamplerConfig(height=size[0], width=size[1]))
-    Flux.check(dev, config, SamplerConfig(num_inference_steps=2000))
+            check_family(Flux, dev, config, SamplerConfig(height=size[0], width=size[1]))
+    check_family(Flux, dev, config, SamplerConfig(num_inference_steps=2000))
 
 
 # --- Prompts

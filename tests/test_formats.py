@@ -74,7 +74,7 @@ DAMAGES = [
     (remove("."), "no such folder; give a diffusers folder, or a hub id such as"),
     (remove("model_index.json"), "has no model_index.json; give the top folder"),
     (single_file, r"no model_index.json \(single files such as v1-5-pruned.ckpt are not read\)"),
-    (write("model_index.json", "{"), "model_index.json is not JSON .* download the model again"),
+    (write("model_index.json", "{"), "model_index.json is damaged: .*; download the model again"),
     (write("model_index.json", "[]"), "names no pipeline class"),
     (write("model_index.json", "{}"), "names no pipeline class"),
     (
@@ -85,8 +85,8 @@ DAMAGES = [
     (remove("unet/config.json"), "lacks unet/config.json"),
     (remove("tokenizer"), "lacks tokenizer/tokenizer_config.json"),
     (remove("tokenizer/vocab.json"), r"tokenizer has no tokenizer.json or vocab.json with merges"),
-    (write("tokenizer/vocab.json", "{"), r"vocab.json is not JSON .* download the model again"),
-    (write("unet/config.json", "{"), r"unet/config.json is not JSON .* download the model again"),
+    (write("tokenizer/vocab.json", "{"), r"vocab.json is damaged: .*; download the model again"),
+    (write("unet/config.json", "{"), r"unet/config.json is damaged: .*; download the model again"),
     (remove("scheduler"), "lacks scheduler/scheduler_config.json"),
     (remove("text_encoder/model.safetensors"), "text_encoder holds no weights; download or export"),
     (write("vae/config.json", "[]"), "vae/config.json holds no settings; download the model again"),
@@ -147,7 +147,7 @@ def test_hub_id_is_found_in_the_local_cache(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert find_model("someone/tiny-sd") == cached / "snapshots" / commit
     assert load("someone/tiny-sd").image_size() == (32, 32)
-    with pytest.raises(ValueError, match="'someone/other' is no folder here, not in the local cac"):
+    with pytest.raises(ValueError, match=r"model.pretrained = 'someone/other' is no folder"):
         find_model("someone/other")
 
 
@@ -308,9 +308,10 @@ def test_what_is_downloaded(
     ]
     asked: list[dict[str, Any]] = []
 
-    def download(_: str, **patterns: Any) -> str:
-        if patterns.get("local_files_only"):
+    def download(_: str, *, repo_type: str, local_files_only: bool = False, **patterns: Any) -> str:
+        if local_files_only:
             raise LocalEntryNotFoundError("nothing here")
+        assert repo_type == "model"
         asked.append(patterns)
         return str(tmp_path)
 

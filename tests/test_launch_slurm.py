@@ -15,7 +15,7 @@ from runs import metrics
 from test_launch import arguments, read, stage, training
 
 from sfumato.compose import compose_command
-from sfumato.config_stages import SlurmClusterConfig
+from sfumato.config import SlurmClusterConfig
 from sfumato.launch import slurm as slurm_module
 from sfumato.launch.launch import launch
 from sfumato.launch.record import JobRecord, LaunchError, LaunchFolder, write_job_record
@@ -237,8 +237,8 @@ def test_a_dry_run_prints_the_script_that_is_submitted(
             "cluster.time=05:00",
             "cluster.signal_seconds = 300 leaves nothing of cluster.time = 05:00",
         ),
-        ("cluster.nodes=0", "nodes = 0 must be 1 or more"),
-        ("cluster.max_requeues=-1", "cluster.max_requeues = -1 must be 0 or more"),
+        ("cluster.nodes=0", "cluster.nodes=0 is too small; give 1 or more"),
+        ("cluster.max_requeues=-1", "cluster.max_requeues=-1 is too small; give 0 or more"),
     ],
 )
 def test_impossible_clusters_are_refused(

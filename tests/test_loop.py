@@ -26,13 +26,13 @@ from runs import (
 from safetensors.torch import load_file
 from toy import PromptReward, ToyModel, use_toy
 
+from sfumato.files import lock
 from sfumato.objectives.objective import Loss
-from sfumato.run import build, run
-from sfumato.run.run import hold
+from sfumato.run import build
 from sfumato.training import loop
 from sfumato.training.checkpoint import find_fault, list_checkpoints
 from sfumato.training.distribution import Distribution
-from sfumato.training.folder import MAY_CHANGE, RunFolder, differences, new_folder, replace_text
+from sfumato.training.folder import MAY_CHANGE, RunFolder, differences
 from sfumato.training.loop import TrainingError, headline, refuse_non_finite
 from sfumato.training.state import TrainState
 from sfumato.training.tracking import read_metrics
@@ -115,7 +115,7 @@ def test_a_non_finite_step_stops_the_run(
         return models[-1]
 
     monkeypatch.setattr(build, "build_reward", lambda config: reward)
-    monkeypatch.setattr(run, "load_model", load)
+    monkeypatch.setattr(build, "load_model", load)
     monkeypatch.setattr(loop, "take_step", third_is_bad)
     again = command(tmp_path, "run", "training.checkpoint_every_steps=1")
     with pytest.raises(TrainingError, match="not finite at step 3") as caught:
@@ -181,7 +181,7 @@ def test_two_processes_cannot_hold_one_folder(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     again = command(tmp_path, "run", "training.max_steps=1")
-    with hold(RunFolder(tmp_path / "run")):
+    with lock(tmp_path / "run", busy="", unmade=""):
         assert in_child(lambda: start_cli(again)) == 2
     assert f"another process is training in {tmp_path / 'run'}" in capfd.readouterr().err
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -293,20 +293,19 @@ def test_an_export_is_made_anew_for_other_weights(tmp_path: Path) -> None:
     assert exports[0] != exports[1]
 
 
-@pytest.mark.parametrize("note", ["run.json", "export.json"])
-@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+@pytest.mark.parametrize(
+    ("note", "content"),
+    [
+        *((note, content) for note in ("run.json", "export.json") for content in ("{", "[]")),
+        ("run.json", '{"starts": 5}'),
+    ],
+)
 def test_a_damaged_note_is_named(tmp_path: Path, note: str, content: str) -> None:
     again = command(tmp_path, "run", "training.max_steps=1")
     start(again)
     (tmp_path / "run" / note).write_text(content)
-    with pytest.raises(ValueError, match=rf"{note} is damaged; remove it"):
+    with pytest.raises(ValueError, match=rf"{note} .*; remove it"):
         start(again)
-
-
-def test_starts_that_are_no_list_are_named(tmp_path: Path) -> None:
-    RunFolder(tmp_path).path.joinpath("run.json").write_text('{"starts": 5}')
-    with pytest.raises(ValueError, match=r"run\.json is damaged; remove it"):
-        RunFolder(tmp_path).describe("sfumato train", {})
 
 
 def test_lines_that_are_no_metrics_are_left_out(tmp_path: Path) -> None:
@@ -335,26 +334,6 @@ def test_an_overflow_is_an_error_once_the_scaler_can_fall_no_further() -> None:
                 refuse_non_finite(*given)
         else:
             refuse_non_finite(*given)
-
-
-def test_a_full_disk_leaves_no_half_written_note_or_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, place = tmp_path / "note.json", tmp_path / "step-000001"
-    replace_text(file, "old")
-    with new_folder(place) as folder:
-        (folder / "a").write_text("old")
-
-    def full(*_: object, **__: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
-        replace_text(file, "new")
-    with pytest.raises(OSError, match="No space left"), new_folder(place) as folder:
-        (folder / "a").write_text("new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["note.json", "step-000001"]
-    assert file.read_text() == (place / "a").read_text() == "old"
 
 
 def test_weights_and_biases_gets_metrics_and_images(

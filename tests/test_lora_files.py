@@ -26,9 +26,10 @@ from sfumato.config import LoraConfig, MergeConfig, ModelConfig, SamplerConfig, 
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.adapters import LoraRoles
 from sfumato.models.flux import Flux
+from sfumato.models.formats import read_pipeline
 from sfumato.models.generate import generate, image_size
-from sfumato.models.kohya import kohya_state
-from sfumato.models.lora_files import read_lora
+from sfumato.models.lora.kohya import kohya_state
+from sfumato.models.lora.read import read_lora
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import load_model
 from sfumato.models.stable_diffusion import UNET_LINEAR
@@ -442,7 +443,9 @@ def test_settings_in_the_metadata_are_read_as_diffusers_reads_them(
     model = load(settings(folders["sd"]))
     found = read_lora(model.pipeline, "unet", str(tmp_path), "model.merge.a.path")
     torch.testing.assert_close(found.layers["unet"][layer].delta, scale * up @ down)
-    theirs = model.read_pipeline(folders["sd"], model.config, torch.float32)
+    theirs = read_pipeline(
+        folders["sd"], model.config, {"default": torch.float32}, model.left_out(folders["sd"])
+    )
     theirs.load_lora_weights(tmp_path)
     adapter = theirs.unet.get_submodule(layer)
     assert adapter.scaling[adapter.active_adapters[0]] == scale

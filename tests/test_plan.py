@@ -258,19 +258,19 @@ def test_the_command_prints_a_page(sd_folder: Path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["gpu=h300"], "gpu = 'h300'; choose one of a100, h100, h200, b200, cpu"),
-        (["gpus=0"], "gpus = 0 must be 1 or more"),
-        (["samples=0"], "samples = 0 must be 1 or more, or null"),
-        (["image_bytes=-1"], "image_bytes = -1 must be 1 or more"),
-        (["utilisation=40"], "utilisation = 40.0 is a share of the peak"),
+        (["gpu=h300"], "gpu='h300' is unknown; choose one of h200, a100, h100, b200, cpu"),
+        (["gpus=0"], "gpus=0 is too small; give 1 or more"),
+        (["samples=0"], "samples=0 is too small; give 1 or more"),
+        (["image_bytes=-1"], "image_bytes=-1 is too small; give 1 or more"),
+        (["utilisation=40"], "utilisation=40.0 is too large; give 1 or less"),
         (["objective=draft"], "objective = draft: sfumato plan counts supervised steps"),
         (["model.parts=[text_encoder]"], "counts the network alone as trained"),
-        (["gpus=3"], "training.global_batch_size = 4 does not divide into 3 process"),
+        (["gpus=3"], "training.global_batch_size=4 does not divide into 3 process"),
         (
             ["gpus=4", "training.strategy=hsdp", "training.shard_size=3"],
-            "training.shard_size = 3 does not divide 4 processes",
+            "training.shard_size=3 does not divide 4 processes",
         ),
-        (["model.pretrained=null"], "model.pretrained and model.network.config are both null"),
+        (["model.pretrained=null"], "model.pretrained = None and model.network.config = None"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(sd_folder: Path, settings: list[str], said: str):

@@ -26,8 +26,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato.compose import DEMO_IMAGES, DEMO_MODELS
-from sfumato.config import LoraConfig, MergeConfig, ModelConfig, ShardDataConfig, TrainingConfig
-from sfumato.config_stages import PackConfig, PrecacheConfig, PrepareConfig
+from sfumato.config import (
+    LoraConfig,
+    MergeConfig,
+    ModelConfig,
+    PackConfig,
+    PrecacheConfig,
+    PrepareConfig,
+    ShardDataConfig,
+    TrainingConfig,
+)
 from sfumato.data.prepared.format import (
     CachedRecord,
     PreparedError,
@@ -630,10 +638,10 @@ def test_an_encoder_that_overflows_is_named_as_such(tmp_path: Path, sd_folder: P
         ({"selection": "larg"}, r"precache.selection = 'larg' is none of .*, which has all;"),
         ({"height": 30}, r"precache.height = 30 must be a multiple of 4 pixels.*nearest is 32"),
         ({"width": 1}, r"precache.width = 1 must be"),
-        ({"crop": "random"}, r"precache.crop = 'random' cannot be had.*data.shards.cached=false"),
-        ({"dtype": "fp16"}, r"precache.dtype = 'fp16' is unknown; choose float32, bfloat16"),
-        ({"batch_size": 0}, r"precache.batch_size = 0 is too small; give 1 or more"),
-        ({"workers": -1}, r"precache.workers = -1 is too small; give 0 or more"),
+        ({"crop": "random"}, r"precache.crop='random'.*data.shards.cached=false"),
+        ({"dtype": "fp16"}, r"precache.dtype='fp16' is unknown; choose one of float16, float32"),
+        ({"batch_size": 0}, r"precache.batch_size=0 is too small; give 1 or more"),
+        ({"workers": -1}, r"precache.workers=-1 is too small; give 0 or more"),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_written(

@@ -15,10 +15,10 @@ from image_files import png, write_tar
 from prepared import toy_identity, write_cache
 
 import sfumato
-from sfumato.config import ModelConfig
-from sfumato.config_stages import (
+from sfumato.config import (
     DownloadConfig,
     FilterConfig,
+    ModelConfig,
     PackConfig,
     PrecacheConfig,
     PrepareConfig,
@@ -412,7 +412,7 @@ def test_impossible_settings_are_refused_before_anything_is_done(tmp_path: Path)
         with pytest.raises(ValueError, match=message):
             prepare(PrepareConfig(str(tmp_path / "out"), **given))
 
-    check("stages has 'packs'; choose some of download, pack", stages=["packs"])
+    check("stages='packs' is unknown; choose one of download, pack", stages=["packs"])
     check("stages is empty", stages=[])
     check("stages has precache, which needs the model", stages=["pack", "precache"])
     check("download.table is missing", stages=["download"])
@@ -421,7 +421,7 @@ def test_impossible_settings_are_refused_before_anything_is_done(tmp_path: Path)
     check("pack.max_pixels=1000000000 is too large", pack=PackConfig("a", max_pixels=10**9))
     check("pack.repeats and pack.weight are for training", pack=PackConfig("a", repeats=2))
     check("filter.name='../x' names a folder", filter=FilterConfig("../x"))
-    check("filter.duplicates='no'; choose keep or drop", filter=FilterConfig(duplicates="no"))
+    check("filter.duplicates='no' .* one of keep, drop", filter=FilterConfig(duplicates="no"))
     check("min_size=9 is above filter.max_size=8", filter=FilterConfig(min_size=9, max_size=8))
     check("filter.score names the column", filter=FilterConfig(min_score=1.0))
     check("download.timeout=0 is too small", download=DownloadConfig(timeout=0))

@@ -18,7 +18,7 @@ from image_files import encode, gradient, png, write_folder, write_tar
 from PIL import Image
 from runs import in_child, kill, on_call
 
-from sfumato.config_stages import DownloadConfig, FilterConfig, PackConfig
+from sfumato.config import DownloadConfig, FilterConfig, PackConfig
 from sfumato.data.prepared.format import PreparedError, TarRecord, read_tar_record
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.pack import pack
@@ -30,7 +30,7 @@ DROPPED = {"no caption": 1, "not an image (JPEG, PNG, WEBP, BMP)": 1, "zero-byte
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from sfumato.config_stages import DownloadConfig, PackConfig
+from sfumato.config import DownloadConfig, PackConfig
 from sfumato.preparation import files, tars
 from sfumato.preparation.pack import pack
 source, out, workers, what, left = sys.argv[1:]

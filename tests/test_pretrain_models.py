@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sfumato.config import ModelConfig, NetworkConfig, SamplerConfig, TrainConfig
-from sfumato.models import parts
-from sfumato.models.blueprints import blueprint, build_network, network_on_meta
 from sfumato.models.generate import generate
-from sfumato.models.network_weights import check_start, find_source, without_start
+from sfumato.models.origins import assembly
+from sfumato.models.origins.network_weights import check_start, find_source, without_start
+from sfumato.models.origins.unets import build_network, unet_settings
 from sfumato.models.registry import find_family, load_encoders, load_model
 from sfumato.models.stable_diffusion import StableDiffusion
 from sfumato.run.export import ExportError, export
@@ -61,7 +61,7 @@ def write_unet(file: Path, text_size: int) -> Path:
         "norm_num_groups": 8,
         "sample_size": 8,
     }
-    file.write_text(json.dumps({**blueprint("sd1"), **narrow}))
+    file.write_text(json.dumps({**unet_settings("sd1"), **narrow}))
     return file
 
 
@@ -100,7 +100,7 @@ def test_a_network_at_random_follows_the_seed_alone(
 
 def test_a_network_at_random_begins_as_ldms_does(unet: Path):
     torch.manual_seed(0)
-    network: Any = build_network(blueprint(str(unet)))
+    network: Any = build_network(unet_settings(str(unet)))
     x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
     assert network(x, 5, states).sample.abs().max() == 0
     last = [n for n, _ in network.named_modules() if n.endswith((".conv2", ".proj_out"))]
@@ -109,30 +109,17 @@ def test_a_network_at_random_begins_as_ldms_does(unet: Path):
     assert drawn == {f"{name}.weight" for name in [*last, "conv_out"]}
 
 
-def test_the_planner_sees_a_network_without_its_weights(unet: Path, sd_folder: Path):
-    config = ModelConfig(pretrained=None, network=NetworkConfig(config=str(unet)))
-    network = network_on_meta(config)
-    assert {p.device.type for p in network.parameters()} == {"meta"}
-    theirs = network_on_meta(ModelConfig(pretrained=str(sd_folder)))
-    saved = load_file(sd_folder / "unet" / "diffusion_pytorch_model.safetensors")
-    assert {n: p.shape for n, p in theirs.named_parameters()} == {
-        n: t.shape for n, t in saved.items()
-    }
-    with pytest.raises(ValueError, match=r"are both null; give the one, a diffusers folder, or"):
-        network_on_meta(ModelConfig(pretrained=None))
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("sd3", r"model.network.config = 'sd3': no such file; give sd1, sd2, or a diffusers"),
+        ("sd3", r"model.network.config = 'sd3': no such file; choose one of sd1, sd2, or give"),
         ("vae", r"describes AutoencoderKL; give the config.json of a UNet2DConditionModel"),
     ],
 )
 def test_settings_of_no_network_are_named(sd_folder: Path, text: str, expected: str):
     config = str(sd_folder / "vae") if text == "vae" else text
     with pytest.raises(ValueError, match=expected):
-        network_on_meta(ModelConfig(pretrained=None, network=NetworkConfig(config=config)))
+        unet_settings(config)
 
 
 # --- A folder of parts
@@ -234,7 +221,7 @@ def test_a_full_disk_leaves_no_folder(
         return write(file, *arguments, **named)
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(ValueError, match=r"could not be written .*No space left.*SFUMATO_CACHE"):
+    with pytest.raises(ValueError, match=r"could not be written.*no space.*SFUMATO_CACHE"):
         find_family(of_parts(unet, sd_folder, clip))
     assert list(cache.iterdir()) == []
 
@@ -245,7 +232,7 @@ def test_a_killed_process_leaves_no_folder_behind_its_name(
     config = of_parts(unet, sd_folder, clip)
 
     def die() -> None:
-        monkeypatch.setattr("sfumato.models.parts._take_place", lambda *_: os._exit(9))
+        monkeypatch.setattr("sfumato.files._place_first", lambda *_: os._exit(9))
         find_family(config)
 
     assert in_child(die) == 9
@@ -257,7 +244,7 @@ def test_a_killed_process_leaves_no_folder_behind_its_name(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"autoencoder": None}, "builds a network alone; give model.autoencoder too"),
+        ({"autoencoder": None}, "model.network.config = .*; give model.autoencoder too"),
         (
             {"autoencoder": None, "text_encoder": None},
             "give model.autoencoder and model.text_encoder too",
@@ -440,8 +427,8 @@ def test_a_folder_of_open_clip_is_read_as_stable_diffusion_2_reads_it(
     from transformers import CLIPModel
 
     theirs: Any = CLIPModel.from_pretrained(clip).text_model.eval()
-    size = {name: vars(theirs.config)[name] for name in parts.VIT_H}
-    monkeypatch.setattr(parts, "VIT_H", size)
+    size = {name: vars(theirs.config)[name] for name in assembly.VIT_H}
+    monkeypatch.setattr(assembly, "VIT_H", size)
     found = load_encoders(of_parts(unet, sd_folder, clip)).encode_prompts([PROMPT])
     tokens = CLIPTokenizer.from_pretrained(clip)(PROMPT).input_ids
     padded = torch.tensor([[*tokens, *[0] * (77 - len(tokens))]])
@@ -534,7 +521,7 @@ def test_a_run_of_adapters_starts_no_stage(unet: Path, sd_folder: Path, clip: Pa
     adapters = load_model(ModelConfig(str(sd_folder)))
     place = write_run(tmp_path / "lora", adapters, None)
     following = of_parts(unet, sd_folder, clip, start=str(place))
-    with pytest.raises(ValueError, match=r"holds no whole network, as the run trains adapters"):
+    with pytest.raises(ValueError, match=r"holds no whole network, .* adapters .*export/pipeline"):
         load_model(following)
 
 
@@ -542,9 +529,9 @@ def test_a_start_that_is_gone_is_refused_unless_a_checkpoint_has_the_weights(
     unet: Path, sd_folder: Path, clip: Path, tmp_path: Path
 ):
     following = of_parts(unet, sd_folder, clip, start=str(tmp_path / "gone"))
-    with pytest.raises(ValueError, match=r"gone' is not there; give a run folder, a diffusers"):
+    with pytest.raises(ValueError, match=r"gone' does not exist; give a run folder, a diffusers"):
         check_start(following)
-    with pytest.raises(ValueError, match=r"gone' is not there"):
+    with pytest.raises(ValueError, match=r"gone' does not exist"):
         load_model(following)
     load_model(without_start(following))
 
@@ -615,7 +602,7 @@ def test_an_original_that_diffusers_reads_otherwise_is_caught(
         key = "model.diffusion_model.out.2.bias"
         save_file({**tensors, key: tensors[key] + 1}, file, metadata)
 
-    monkeypatch.setattr("sfumato.models.original_files.save_file", damaged)
+    monkeypatch.setattr("sfumato.models.origins.original.save_file", damaged)
     with pytest.raises(ExportError, match=r"1 weights differ, among them conv_out.bias"):
         export(settings, place, tmp_path / "out", CPU, PROMPT)
     assert not (tmp_path / "out").exists()
@@ -623,7 +610,7 @@ def test_an_original_that_diffusers_reads_otherwise_is_caught(
 
 def test_networks_are_described_as_the_published_ones() -> None:
     """Heads, norms and time embedding have no parameters: counting these does not find them."""
-    first, second = (blueprint(name) for name in ("sd1", "sd2"))
+    first, second = (unet_settings(name) for name in ("sd1", "sd2"))
     assert first["attention_head_dim"] == 8
     heads = zip(second["block_out_channels"], second["attention_head_dim"], strict=True)
     assert [width // n for width, n in heads] == [64] * 4
@@ -643,5 +630,5 @@ def test_a_stage_starts_from_the_newest_checkpoint_of_a_run(
     for steps, unfinished in ((10, False), (12, True)):
         (run / "config.yaml").write_text(f"training: {{max_steps: {steps}}}")
         found = find_source(ModelConfig(network=NetworkConfig(from_pretrained=str(run))))
-        assert found.place == run / "checkpoints/step-10"
+        assert found.path == run / "checkpoints/step-10"
         assert (found.unfinished is not None) == unfinished

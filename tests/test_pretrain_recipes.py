@@ -4,9 +4,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from sfumato.compose import compose_train, register, to_settings
-from sfumato.config import CONF, TrainConfig
-from sfumato.config_stages import PrepareConfig
-from sfumato.models.network_weights import check_start
+from sfumato.config import CONF, PrepareConfig, TrainConfig
+from sfumato.models.origins.network_weights import check_start
 
 TABLE: dict[str, tuple[str, int, int, int, float, int, str]] = {
     # network, pixels, micro batch, steps, caption dropout, warm-up, selection

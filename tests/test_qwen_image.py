@@ -23,6 +23,7 @@ from sfumato.config import LoraConfig, ModelConfig, SamplerConfig
 from sfumato.diffusion.guidance import CfgGradient
 from sfumato.diffusion.sampling import Denoiser, sample
 from sfumato.models.flux import pack, unpack
+from sfumato.models.loading import check_family, load_family
 from sfumato.models.model import Conditioning
 from sfumato.models.qwen_image import QwenImage, rescaled_guidance
 
@@ -48,7 +49,9 @@ def pipeline(folder: Path) -> Any:
 
 
 def load(folder: Path, **settings: Any) -> Any:
-    return QwenImage.load(folder, ModelConfig(str(folder), lora=LoraConfig(rank=4), **settings))
+    return load_family(
+        QwenImage, folder, ModelConfig(str(folder), lora=LoraConfig(rank=4), **settings)
+    )
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -179,8 +182,11 @@ def test_sizes(folder: Path, model: QwenImage):
         with pytest.raises(ValueError, match=message):
             model.latent_shape(*size)
         with pytest.raises(ValueError, match=message):
-            QwenImage.check(
-                folder, ModelConfig(str(folder)), SamplerConfig(height=size[0], width=size[1])
+            check_family(
+                QwenImage,
+                folder,
+                ModelConfig(str(folder)),
+                SamplerConfig(height=size[0], width=size[1]),
             )
 
 

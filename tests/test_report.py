@@ -1,10 +1,10 @@
-"""The report of synthetic run folders: its numbers, its grids, and that it needs nothing else."""
+"""Report of run folders: its arithmetic, its structure, and the faults of run folders it names."""
 
 import base64
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,111 +13,161 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from image_files import write_folder
 from PIL import Image
+from tiny_sd import write_tiny_sd
 
+from sfumato.compose import compose_train
+from sfumato.config import EvaluateConfig
+from sfumato.evaluation.commands import evaluate_run
 from sfumato.images import save_image
-from sfumato.report.figures import running_mean
+from sfumato.report.comparison import compare
+from sfumato.report.figures import running_mean, training_panels
+from sfumato.report.losses import Measured, ValidationLoss, loss_by_t, validation_loss
+from sfumato.report.records import RunRecord, read_runs
 from sfumato.report.report import write_report
 from sfumato.report.tables import number
+from sfumato.run.run import train
+from sfumato.training.checkpoint import best_step
+from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
 
 LABEL = "mean pairwise pixel distance (RMS at 16 x 16)"
 PROMPTS = ["a star", "<script>alert(1)</script> & a ring"]
+CAPTIONS = ["a <moon>", "月" * 200]
 BASE = (18.2, 0.31)
 DRAFT = {10: (20.2, 0.21), 20: (22.4, 0.12)}
 PLUS = {10: (19.2, 0.29), 20: (21.2, 0.24)}
-TINTS = {"base": (0.6, 0.6, 0.6), "plus": (0.2, 0.5, 0.8), "draft": (0.9, 0.5, 0.1)}
+LOSSES = {0: 0.25, 10: 0.24, 20: 0.2, 30: 0.225}
+SUPERVISED = {
+    "objective": {"kind": "supervised"},
+    "model": {"pretrained": "tiny", "trainable": "lora", "lora": {"rank": 16}},
+    "reward": {"kind": "none"},
+    "training": {"seed": 0, "global_batch_size": 8},
+    "validation": {"seed": 1, "images": {"path": "held_out"}},
+}
+Points = dict[int, tuple[float | None, float]]
 
 
-def write_run(
-    path: Path,
-    kl_coeff: float,
-    points: dict[int, tuple[float, float]],
-    *,
-    side: int = 16,
-    num_images: int = 3,
-    **training: Any,
-) -> RunFolder:
-    """Write a run folder: config, run.json, metrics of 20 steps, and evaluations at `points`."""
+def tint(name: str) -> np.ndarray:
+    """Return a color that differs between models and steps."""
+    return np.random.default_rng(list(name.encode())).uniform(0.1, 0.9, 3).astype(np.float32)
+
+
+def save(path: Path, name: str, side: int = 16) -> None:
+    save_image(torch.from_numpy(tint(name))[:, None, None].expand(3, side, side), path)
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_run(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> RunFolder:
     run = RunFolder(path)
     path.mkdir(parents=True)
-    settings = {
-        "name": path.name,
-        "runs_dir": "runs",
-        "model": {"pretrained": "tiny"},
-        "objective": {"kl_coeff": kl_coeff, "truncation_steps": 1},
-        "reward": {"color": "red", "scale": 20.0},
-        "training": {"seed": 0, **training},
-    }
-    run.config.write_text(yaml.safe_dump(settings))
+    run.config.write_text(yaml.safe_dump({"name": path.name, "runs_dir": "runs", **settings}))
     run.describe(f"sfumato train name={path.name}", {"reward_scale": 20.0})
-    rows = [{"step": 0, "validation/reward": 18.0, "validation/reward_base": 18.0}]
-    for step in range(1, 21):
-        row = {"step": step, "reward": 18 + step / 10}
-        rows.append(row | ({"kl": step / 1000} if kl_coeff else {}))
-    rows[-1] |= {"validation/reward": 21.77, "validation/reward_base": 18.0}
-    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for step, (reward, diversity) in points.items():
-        write_evaluation(run, step, reward, diversity, side, num_images)
+    write_lines(run.metrics, rows)
     return run
 
 
+def write_draft(
+    path: Path, kl_coeff: float, points: Points, *, seed: int = 0, **options: int
+) -> RunFolder:
+    """Write a run of 20 steps with rewards, and evaluations at `points`."""
+    rows: list[dict[str, Any]] = [{"step": 0, "validation/reward": 18.0}]
+    for step in range(1, 21):
+        kl = {"kl": step / 1000} if kl_coeff else {}
+        rows.append({"step": step, "reward": 18 + step / 10, **kl})
+    rows[-1] |= {"validation/reward": 21.77}
+    run = write_run(path, {"objective": {"kl_coeff": kl_coeff}, "training": {"seed": seed}}, rows)
+    for step, (reward, diversity) in points.items():
+        write_evaluation(run, step, reward, diversity, **options)
+    return run
+
+
+def write_supervised(
+    path: Path, losses: dict[int, float] | None = None, **settings: Any
+) -> RunFolder:
+    """Write a run of 30 steps of 8 images, with validation losses and images."""
+    losses = LOSSES if losses is None else losses
+    rows: list[dict[str, Any]] = [{"step": step} for step in range(31)]
+    for row in rows[1:]:
+        low = row["step"] % 10
+        bins = {f"mse_by_t/{low / 10:.1f}-{(low + 1) / 10:.1f}": 0.3}
+        row |= {"loss": 0.3 - row["step"] / 1000, **bins}
+    run = write_run(path, {**SUPERVISED, **settings}, rows)
+    for step, loss in losses.items():
+        rows[step]["validation/loss"] = loss
+        write_pairs(run, step, {} if "reward" not in settings else {"reward_base": 18.0})
+    write_lines(run.metrics, rows)
+    return run
+
+
+def write_pairs(run: RunFolder, step: int, rewards: dict[str, float]) -> None:
+    folder = run.samples(step)
+    folder.mkdir(parents=True)
+    pairs = enumerate(CAPTIONS)
+    write_lines(folder / "pairs.jsonl", [{"index": i, "prompt": c, **rewards} for i, c in pairs])
+    for i in range(len(CAPTIONS)):
+        save(folder / f"{i:03d}-tuned.png", f"tuned {step}")
+        save(folder / f"{i:03d}-base.png", "base")
+
+
 def write_evaluation(
-    run: RunFolder, step: int, reward: float, diversity: float, side: int, num_images: int
+    run: RunFolder,
+    step: int,
+    reward: float | None,
+    diversity: float,
+    *,
+    side: int = 16,
+    num_images: int = 3,
 ) -> None:
-    place = run.evaluation(step)
-    (place / "images").mkdir(parents=True)
+    folder = run.evaluation(step)
+    (folder / "images").mkdir(parents=True)
     rows = []
     for p, prompt in enumerate(PROMPTS):
         for i in range(num_images):
             file = f"images/{p:03d}-{i:03d}.png"
-            row = {"prompt": prompt, "prompt_index": p, "index": i, "seed": 1, "image": file}
-            rows.append(row | {"reward": reward + i + 10 * p, "parts": {}, "held_out": {}})
-            save_image(picture(run.path.name if step else "base", i, side), place / file)
-    (place / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rewards = {} if reward is None else {"reward": reward + i + 10 * p}
+            rows.append({"prompt": prompt, "prompt_index": p, "index": i, "image": file, **rewards})
+            save(folder / file, run.path.name if step else "base model", side)
+    write_lines(folder / "scores.jsonl", rows)
+    settings: dict[str, Any] = {
+        "sampler": {"num_inference_steps": 20, "guidance_scale": 4.0},
+        "prompts": PROMPTS,
+        "num_images": num_images,
+        "seed": 4321,
+        "features": "pixels",
+    }
     summary = {
         "step": step,
-        "reward": reward,
-        "reward_error": 0.25,
         "held_out": {"attributes": 0.5 + step / 100},
-        "diversity": {"label": LABEL, "mean": diversity, "per_prompt": [diversity, diversity]},
-        "settings": {
-            "sampler": {"num_inference_steps": 20, "guidance_scale": 4.0},
-            "prompts": PROMPTS,
-            "num_images": num_images,
-            "seed": 4321,
-            "features": "pixels",
-        },
+        "diversity": {"label": LABEL, "mean": diversity},
+        "settings": settings | ({"reward": None} if reward is None else {}),
     }
-    (place / "summary.json").write_text(json.dumps(summary))
+    rewards = {} if reward is None else {"reward": reward, "reward_error": 0.25}
+    (folder / "summary.json").write_text(json.dumps(summary | rewards))
 
 
-def picture(model: str, index: int, side: int) -> torch.Tensor:
-    """Return a disc in the model's tint whose place shows the index."""
-    tint = next((color for name, color in TINTS.items() if name in model), (0.5, 0.5, 0.5))
-    y, x = np.mgrid[:side, :side] / side
-    disc = (x - 0.3 - 0.15 * (index % 4)) ** 2 + (y - 0.5) ** 2 < 0.05
-    image = np.where(disc[None], np.array(tint)[:, None, None], 0.95)
-    return torch.from_numpy(image.astype(np.float32))
+class Page(HTMLParser):
+    """Collects tables as rows of cell texts, images, tags, and references to resources."""
 
-
-class Reader(HTMLParser):
-    """Collects tables as rows of cell texts, images, and every reference to a resource."""
-
-    def __init__(self) -> None:
+    def __init__(self, html: str) -> None:
         super().__init__()
+        self.html = html
         self.tables: list[list[list[str]]] = []
         self.images: list[dict[str, str | None]] = []
         self.references: list[str] = []
         self.tags: list[str] = []
         self._cell: list[str] | None = None
+        self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
         self.tags.append(tag)
-        given = dict(attrs)
-        for name in ("src", "href", "xlink:href", "srcset", "data", "action"):
-            if given.get(name):
-                self.references.append(str(given[name]))
+        names = ("src", "href", "xlink:href", "srcset", "data", "action")
+        self.references += [str(values[name]) for name in names if values.get(name)]
         if tag == "table":
             self.tables.append([])
         elif tag == "tr":
@@ -125,7 +175,7 @@ class Reader(HTMLParser):
         elif tag in ("td", "th"):
             self._cell = []
         elif tag == "img":
-            self.images.append(given)
+            self.images.append(values)
             assert self._cell is not None
             self._cell.append("IMAGE")
 
@@ -139,292 +189,360 @@ class Reader(HTMLParser):
         if self._cell is not None:
             self._cell.append(data)
 
+    def grids(self) -> Iterator[list[list[str]]]:
+        return (t for t in self.tables if any("IMAGE" in cell for row in t for cell in row))
 
-def read(html: str) -> Reader:
-    reader = Reader()
-    reader.feed(html)
-    return reader
+    def titles(self) -> list[str]:
+        """Return the title or the last label of each figure."""
+        figures = re.findall(r"<figure.*?</figure>", self.html, re.DOTALL)
+        return [re.findall(r">([^<>]*)</text>", figure)[-1] for figure in figures]
 
 
-def report(runs: Sequence[RunFolder], out: Path, **options: Any) -> str:
-    return write_report(runs, out, **{"title": "A report", **options}).read_text()
+def report(runs: Sequence[RunFolder], out: Path, **options: Any) -> Page:
+    return Page(write_report(runs, out / "new" / "r.html", **{"title": "T", **options}).read_text())
+
+
+def record_of(run: RunFolder) -> RunRecord:
+    return read_runs([run])[0]
+
+
+def opened(image: dict[str, str | None]) -> Image.Image:
+    data = str(image["src"]).partition(";base64,")[2]
+    return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
     root = tmp_path_factory.mktemp("runs")
-    return [
-        write_run(root / "draft", 0.0, {0: BASE, **DRAFT}),
-        write_run(root / "draft-plus", 0.25, PLUS),
-    ]
+    tuned = write_supervised(root / "tuned")
+    write_evaluation(tuned, 0, None, 0.31)
+    write_evaluation(tuned, 30, None, 0.28)
+    draft = write_draft(root / "draft", 0.0, {0: BASE, **DRAFT})
+    plus = write_draft(root / "draft-plus", 0.25, {**PLUS})
+    return [tuned, draft, plus, write_supervised(root / "bare", {0: 0.25, 20: 0.26})]
 
 
 @pytest.fixture(scope="module")
-def html(runs: list[RunFolder], tmp_path_factory: pytest.TempPathFactory) -> str:
-    return report(runs, tmp_path_factory.mktemp("out") / "new" / "report.html")
+def page(runs: list[RunFolder], tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return report(runs, tmp_path_factory.mktemp("out"))
 
 
-def test_summary_sets_each_run_beside_the_base_model(html: str) -> None:
-    assert read(html).tables[0] == [
-        ["model", "objective", "steps", "reward", "attributes", LABEL],
-        ["base model", "–", "0", "18.20 ± 0.25", "0.500", "0.310"],
-        ["draft", "DRaFT", "20", "22.40 ± 0.25 +4.20", "0.700 +0.200", "0.120 −0.190"],
-        [
-            "draft-plus",
-            "DRaFT+, kl_coeff 0.25",
-            "20",
-            "21.20 ± 0.25 +3.00",
-            "0.700 +0.200",
-            "0.240 −0.070",
-        ],
+# ---- the page
+
+
+def test_the_summary_has_every_model_and_measure(page: Page) -> None:
+    header, *rows = page.tables[0]
+    losses = ["validation loss before", "lowest validation loss", "last validation loss"]
+    columns = ["model", "objective", "steps", "images seen", *losses]
+    assert header == [*columns, "reward", "attributes", LABEL]
+    none = ["–"] * 4
+    draft = [*none, "22.40 ± 0.25 +4.20", "0.700 +0.200", "0.120 −0.190"]
+    plus = [*none, "21.20 ± 0.25 +3.00", "0.700 +0.200", "0.240 −0.070"]
+    tuned = ["240", "0.25000", "0.20000 step 20", "0.22500 −10.0%", "–", "0.800 +0.300"]
+    bare = ["240", "0.25000", "0.26000 step 20", "0.26000 +4.0%, step 20", "–"]
+    lora = "Supervised, LoRA rank 16"
+    assert rows == [
+        ["base model", "–", "0", *none, "18.20 ± 0.25", "0.500", "0.310"],
+        ["tuned", lora, "30", *tuned, "0.280 −0.030"],
+        ["draft", "DRaFT", "20", *draft],
+        ["draft-plus", "DRaFT+, kl_coeff 0.25", "20", *plus],
+        ["bare", lora, "30", *bare, "not evaluated", "not evaluated"],
     ]
-    assert "Mean reward: 18.20 in the base model, 21.20 to 22.40 after training." in html
 
 
-def test_equal_reward_agrees_with_numpy(html: str) -> None:
-    table = next(t for t in read(html).tables if t[0][-1] == "difference")
-    levels = np.linspace(BASE[0], PLUS[20][0], 11)[1:]
-    curves = [zip(BASE, *run.values(), strict=True) for run in (DRAFT, PLUS)]
-    first, second = (np.interp(levels, *map(list, curve)) for curve in curves)
-    assert table[0] == ["reward", "draft", "draft-plus", "difference"]
-    read_back = np.array([[float(cell) for cell in row] for row in table[1:-1]])
-    np.testing.assert_allclose(read_back[:, 0], levels, atol=0.0051)
-    np.testing.assert_allclose(read_back[:, 1:].T, [first, second, second - first], atol=0.00051)
-    mean = (second - first).mean()
-    assert float(table[-1][-1]) == pytest.approx(mean, abs=0.0006)
-    assert f"draft-plus is more diverse than draft: by {mean:.3f} on average" in html
+def test_every_figure_is_drawn_inline(page: Page) -> None:
+    losses, rewards = ["loss in training", "loss by t"], ["reward in training", "KL in training"]
+    measures = ["validation loss", "reward", "attributes", LABEL]
+    assert page.titles()[:-1] == [*measures, *rewards, *losses]
+    tradeoff = re.findall(r"<figure.*?</figure>", page.html, re.DOTALL)[-1]
+    for name in ("draft", "draft-plus", "base model"):
+        assert tradeoff.count(f">{name}</text>") == 1
+    marks = re.findall(r'<clipPath id="([^"]*)"|id="(m[0-9a-f]+)"', page.html)
+    assert len(set(marks)) == len(marks)  # figures do not share ids
 
 
-def test_grids_have_a_row_per_noise_and_a_column_per_model(html: str) -> None:
-    reader = read(html)
-    grids = [t for t in reader.tables if any("IMAGE" in cell for row in t for cell in row)]
-    assert len(grids) == 2 * len(PROMPTS)
-    equal, last = grids[0], grids[len(PROMPTS)]
-    assert equal[0] == [  # 20.20 of draft is nearer to draft-plus's highest than 22.40
+def test_grids_have_a_row_per_noise_and_a_column_per_model(page: Page) -> None:
+    grids = list(page.grids())
+    equal, last = grids[2:4], grids[4:]  # after one course per supervised run
+    assert len(last) == len(PROMPTS)
+    assert equal[0][0] == [  # 20.20 of draft is closer than 22.40 to the highest of draft-plus
         "base model mean reward 19.20",
         "draft step 10, mean reward 21.20",
         "draft-plus step 20, mean reward 22.20",
     ]
-    assert last == [
-        [
-            "base model mean reward 19.20",
-            "draft step 20, mean reward 23.40",
-            "draft-plus step 20, mean reward 22.20",
-        ],
-        ["IMAGE 18.20", "IMAGE 22.40", "IMAGE 21.20"],
-        ["IMAGE 19.20", "IMAGE 23.40", "IMAGE 22.20"],
-        ["IMAGE 20.20", "IMAGE 24.40", "IMAGE 23.20"],
+    header, *rows = last[0]
+    assert [cell.split(",")[0] for cell in header[1:]] == [
+        "tuned step 30",
+        "draft step 20",
+        "draft-plus step 20",
     ]
-    for image, model in zip(reader.images, ["base", "draft", "plus"] * 12, strict=True):
-        data = base64.b64decode(str(image["src"]).removeprefix("data:image/png;base64,"))
-        red, green, blue = Image.open(io.BytesIO(data)).getpixel((7, 8))  # type: ignore[misc]
-        np.testing.assert_allclose([red, green, blue], np.array(TINTS[model]) * 255, atol=1)
-        assert image["class"] == "crisp"
+    assert rows[1] == ["IMAGE 19.20", "IMAGE", "IMAGE 23.40", "IMAGE 22.20"]
+    names = ["base model", "tuned", "draft", "draft-plus"]
+    for image, name in zip(page.images[-24:], names * 6, strict=True):
+        np.testing.assert_allclose(opened(image).getpixel((7, 8)), tint(name) * 255, atol=1)
+        assert image["class"] == "crisp" and str(image["alt"]).startswith(f"{name}: ")
 
 
-def test_prompts_and_names_are_inert(runs: list[RunFolder], html: str, tmp_path: Path) -> None:
-    assert "script" not in read(html).tags
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; a ring" in html
-    odd = write_run(tmp_path / "<b>$x$", 0.0, {0: BASE, **DRAFT})
-    text = report([odd], tmp_path / "r.html", title="<i>T</i>", notes="<u>one</u>\n\ntwo")
-    assert not {"b", "i", "u"} & set(read(text).tags)
-    assert "<p>&lt;u&gt;one&lt;/u&gt;</p>\n<p>two</p>" in text
-    assert text.count("&lt;b&gt;$x$") > 3
+def test_settings_versions_and_differences_are_listed(page: Page, runs: list[RunFolder]) -> None:
+    origins, differences = page.tables[-2:]
+    assert ["reward scale", *["20.0"] * 4] in origins
+    assert [row[0] for row in origins[1:]][:4] == ["starts", "command", "time", "sfumato"]
+    assert ["objective.kl_coeff", "–", "0.0", "0.25", "–"] in differences
+    assert page.tags.count("details") == len(runs)
 
 
-def test_the_page_needs_nothing_else(html: str) -> None:
-    reader = read(html)
-    assert reader.references
-    assert all(one.startswith(("data:image/", "#")) for one in reader.references)
-    assert not {"script", "link", "iframe", "object", "base"} & set(reader.tags)
-    assert "http://" not in html and "https://" not in html
-    assert "@import" not in html
-    assert all(one.startswith("#") for one in re.findall(r"url\(([^)]*)\)", html))
-
-
-def test_every_figure_is_there_and_drawn_inline(html: str) -> None:
-    titles = ["reward", "attributes", LABEL, "reward in training", "KL in training"]
-    figures = re.findall(r"<figure.*?</figure>", html, re.DOTALL)
-    assert len(figures) == len(titles) + 1
-    for title, figure in zip(titles, figures, strict=False):
-        assert f">{title}</text>" in figure
-    assert ">draft-plus</text>" in figures[-1]
-    assert figures[-1].count(">base model</text>") == 1
-    marked = re.findall(r'<clipPath id="([^"]*)"|id="(m[0-9a-f]+)"', html)
-    assert len(set(marked)) == len(marked)  # one figure's marks are not another's
-
-
-def test_the_same_folders_give_the_same_bytes(
-    runs: list[RunFolder], html: str, tmp_path: Path
+def test_the_page_is_self_contained_and_reproducible(
+    page: Page, runs: list[RunFolder], tmp_path: Path
 ) -> None:
-    assert report(runs, tmp_path / "again.html") == html
-    assert [p.name for p in tmp_path.iterdir()] == ["again.html"]
+    assert page.references
+    assert all(one.startswith(("data:image/", "#")) for one in page.references)
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not re.search(r"https?://|@import", page.html)
+    assert all(one.startswith("#") for one in re.findall(r"url\(([^)]*)\)", page.html))
+    assert report(runs, tmp_path).html == page.html
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["r.html"]
 
 
-def test_settings_that_differ_are_listed(html: str) -> None:
-    tables = read(html).tables
-    assert ["reward scale", "20.0", "20.0"] in tables[-2]
-    assert [row[0] for row in tables[-2][1:]][:4] == ["starts", "command", "time", "sfumato"]
-    assert tables[-1] == [["", "draft", "draft-plus"], ["objective.kl_coeff", "0.0", "0.25"]]
+def test_text_of_users_is_escaped(page: Page, tmp_path: Path) -> None:
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; a ring" in page.html
+    odd = write_draft(tmp_path / "<b>$x$", 0.0, {0: BASE, **DRAFT})
+    other = report([odd], tmp_path, title="<i>T</i>", notes="<u>one</u>\n\ntwo")
+    assert not {"b", "i", "u", "moon"} & {*other.tags, *page.tags}
+    assert "<p>&lt;u&gt;one&lt;/u&gt;</p>\n<p>two</p>" in other.html
+    assert other.html.count("&lt;b&gt;$x$") > 3
 
 
 def test_large_images_are_scaled_down_and_smooth(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "draft", 0.0, {0: BASE, 20: DRAFT[20]}, side=400, num_images=2)
-    for image in read(report([run], tmp_path / "r.html")).images:
-        data = base64.b64decode(str(image["src"]).removeprefix("data:image/jpeg;base64,"))
-        assert Image.open(io.BytesIO(data)).size == (384, 384)
-        assert "class" not in image
+    points: Points = {0: BASE, 20: DRAFT[20]}
+    run = write_draft(tmp_path / "draft", 0.0, points, side=400, num_images=2)
+    for image in report([run], tmp_path).images:
+        assert opened(image).size == (384, 384) and "class" not in image
 
 
-def test_a_run_of_the_same_seed_is_the_baseline(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path / "draft-0", 0.0, {0: BASE, **DRAFT}, seed=0),
-        write_run(tmp_path / "draft-1", 0.0, {0: BASE, **DRAFT}, seed=1),
-        write_run(tmp_path / "plus-1", 1.0, {0: BASE, **PLUS}, seed=1),
+def test_images_before_and_after_come_from_the_best_and_the_last_step(tmp_path: Path) -> None:
+    page = report([write_supervised(tmp_path / "lora")], tmp_path)
+    assert next(page.grids()) == [
+        ["base model", "step 20 lowest validation loss", "step 30 last"],
+        ["IMAGE a <moon>", "IMAGE", "IMAGE"],
+        [f"IMAGE {'月' * 90}…", "IMAGE", "IMAGE"],
     ]
-    html = report(runs, tmp_path / "r.html")
-    assert "plus-1 is more diverse than draft-1" in html
-    assert html.count('<th scope="row">base model</th>') == 1
-
-
-# ---- what is missing
+    for image, name in zip(page.images, ["base", "tuned 20", "tuned 30"] * 2, strict=True):
+        np.testing.assert_allclose(opened(image).getpixel((3, 3)), tint(name) * 255, atol=1)
+    best_is_last = report([write_supervised(tmp_path / "b", {0: 0.3, 20: 0.1})], tmp_path)
+    assert next(best_is_last.grids())[0] == ["base model", "step 20 lowest validation loss, last"]
+    untrained = report([write_supervised(tmp_path / "c", {0: 0.3})], tmp_path)
+    assert next(untrained.grids())[0] == ["base model"]
 
 
 def test_runs_without_evaluation_show_their_validation(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "draft", 0.0, {})
-    place = run.samples(20)
-    place.mkdir(parents=True)
-    lines = []
-    for i in range(2):
-        for side in ("tuned", "base"):
-            save_image(
-                picture("draft" if side == "tuned" else "base", i, 16),
-                place / f"{i:03d}-{side}.png",
-            )
-        pair = {"index": i, "prompt": "a <star>", "reward_tuned": 21.0 + i, "reward_base": 18.0}
-        lines.append(json.dumps(pair) + "\n")
-    (place / "pairs.jsonl").write_text("".join(lines))
-    html = report([run], tmp_path / "r.html")
-    reader = read(html)
-    assert "No checkpoint of draft is evaluated: run sfumato evaluate" in html
-    assert "at step 20, had a mean reward of 21.77" in html
-    assert reader.tables[0][1][-2:] == ["not evaluated"] * 2
-    assert [
-        ["tuned", "base"],
-        ["IMAGE a <star>: 21.00", "IMAGE a <star>: 18.00"],
-        ["IMAGE a <star>: 22.00", "IMAGE a <star>: 18.00"],
-    ] in reader.tables
-    assert html.count("<figure>") == 2  # reward of validation images, reward in training
+    run = write_draft(tmp_path / "draft", 0.0, {})
+    write_pairs(run, 20, {"reward_tuned": 21.0, "reward_base": 18.0})
+    page = report([run], tmp_path)
+    (grid,) = page.grids()
+    assert grid[:2] == [["tuned", "base"], ["IMAGE a <moon>: 21.00", "IMAGE a <moon>: 18.00"]]
+    assert page.tables[0][1][-2:] == ["not evaluated"] * 2
+    assert page.titles() == ["reward of validation images", "reward in training"]
 
 
-def test_one_evaluated_step_is_enough(tmp_path: Path) -> None:
-    only_base = write_run(tmp_path / "a", 0.0, {0: BASE})
-    only_last = write_run(tmp_path / "b", 0.5, {20: PLUS[20]})
-    assert "No checkpoint of a is evaluated" in report([only_base], tmp_path / "a.html")
-    assert "The base model is not evaluated" in report([only_last], tmp_path / "b.html")
-    both = read(report([only_base, only_last], tmp_path / "c.html"))
+# ---- gaps, damage and comparability
+
+
+def test_a_missing_image_is_marked(tmp_path: Path) -> None:
+    run = write_draft(tmp_path / "draft", 0.0, {0: BASE, **DRAFT})
+    (run.evaluation(20) / "images" / "000-001.png").unlink()
+    (run.evaluation(20) / "images" / "000-002.png").write_bytes(b"no picture")
+    cells = [cell for t in report([run], tmp_path).tables for row in t for cell in row]
+    assert sum("image missing" in cell for cell in cells) == 2
+
+
+def test_gaps_are_named(tmp_path: Path) -> None:
+    bare = RunFolder(tmp_path / "bare")
+    bare.path.mkdir()
+    bare.config.write_text("name: bare\n")
+    page = report([bare], tmp_path)
+    assert "bare has no metrics.jsonl" in page.html
+    assert page.tables[0][1] == ["bare", "unknown", "0", *["not evaluated"] * 2]
+    base, last = (write_draft(tmp_path / n, 0.5, p) for n, p in (("a", {0: BASE}), ("b", PLUS)))
+    unevaluated = report([base], tmp_path).html
+    assert f"a has no evaluated checkpoint: run sfumato evaluate run={base.path}" in unevaluated
+    assert "at step 20, had a mean reward of 21.77" in unevaluated
+    assert "The base model is not evaluated" in report([last], tmp_path).html
+    both = report([base, last], tmp_path)
     assert [row[0] for row in both.tables[0]] == ["model", "base model", "a", "b"]
 
 
-def test_runs_that_never_meet_are_said_to(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path / "draft", 0.0, {0: BASE, **DRAFT}),
-        write_run(tmp_path / "plus", 9.0, {0: BASE, 20: (18.0, 0.3)}),
-    ]
-    html = report(runs, tmp_path / "r.html")
-    assert "plus and draft reach no common reward above the base model" in html
-    assert "Diversity at equal reward" not in html and "Images at equal reward" not in html
+def test_gaps_of_supervised_runs_are_named(tmp_path: Path) -> None:
+    run = write_supervised(tmp_path / "none", {})
+    write_lines(run.metrics, [{"step": 1, "loss": 0.1}])
+    html = report([run], tmp_path).html
+    for gap in ("validation loss: it is off (validation.loss_images = 0)", "validation images."):
+        assert f"none has no {gap}" in html
+    assert "none logged too few steps for its loss by t" in html
+    held = write_supervised(tmp_path / "held")
+    same = write_supervised(tmp_path / "same", validation={"seed": 5})
+    html = report([held, same], tmp_path).html
+    assert "same has no held-out images (validation.images)" in html
+    assert "held has no held-out" not in html
+    assert "settings differ: validation.images, validation.seed" in html
+    assert "settings differ" not in report([held], tmp_path).html
 
 
-def test_bare_folders_still_make_a_page(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "bare")
-    run.path.mkdir()
-    run.config.write_text("name: bare\n")
-    html = report([run], tmp_path / "r.html")
-    assert "bare has no metrics.jsonl" in html
-    assert read(html).tables[0][1] == ["bare", "unknown", "0", *["not evaluated"] * 2]
+def cut_pairs(run: RunFolder) -> None:
+    write_lines(run.samples(20) / "pairs.jsonl", [{"index": 0, "prompt": "a"}])
 
 
-def test_a_missing_image_is_said_in_its_place(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "draft", 0.0, {0: BASE, **DRAFT})
-    (run.evaluation(20) / "images" / "000-001.png").unlink()
-    (run.evaluation(20) / "images" / "000-002.png").write_bytes(b"no picture")
-    reader = read(report([run], tmp_path / "r.html"))
-    assert sum("image missing" in cell for t in reader.tables for row in t for cell in row) == 2
-
-
-def break_config(run: RunFolder) -> None:
-    run.config.write_text("a: [")
-
-
-def break_summary(run: RunFolder) -> None:
-    (run.evaluation(0) / "summary.json").unlink()
-
-
-def break_scores(run: RunFolder) -> None:
-    (run.evaluation(20) / "scores.jsonl").write_text("{")
-
-
-def break_facts(run: RunFolder) -> None:
-    (run.path / "run.json").write_text("{}")
-
-
-def other_features(run: RunFolder) -> None:
-    file = run.evaluation(20) / "summary.json"
-    file.write_text(file.read_text().replace('"features": "pixels"', '"features": "lpips"'))
+def change(run: RunFolder, old: str, new: str) -> None:
+    path = run.evaluation(20) / "summary.json"
+    path.write_text(path.read_text().replace(old, new))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda run: run.config.unlink(), "is no run folder: it has no config.yaml"),
-        (break_config, "config.yaml is not YAML"),
-        (break_summary, "summary.json cannot be read"),
-        (break_scores, "scores.jsonl cannot be read"),
-        (break_facts, "run.json cannot be read"),
-        (other_features, "evaluated differently .features: pixels and lpips"),
+        (lambda run: run.config.write_text("a: ["), "config.yaml is not YAML"),
+        (lambda run: (run.path / "run.json").write_text("{}"), "run.json is damaged.*starts"),
+        (lambda run: (run.evaluation(0) / "summary.json").unlink(), "summary.json is missing"),
+        (lambda run: change(run, "0.21", '"much"'), r"diversity.mean = 'much'"),
+        (lambda run: change(run, '"reward"', '"r"'), "summary.json is damaged: reward"),
+        (lambda run: (run.evaluation(20) / "scores.jsonl").write_text("{"), "scores.*line 1"),
+        (lambda run: write_lines(run.evaluation(20) / "scores.jsonl", [{}]), "line 1.*prompt"),
+        (lambda run: write_lines(run.samples(20) / "pairs.jsonl", [{}]), "pairs.*line 1.*prompt"),
+        (cut_pairs, "samples holds validations of different lengths"),
+        (lambda run: change(run, "pixels", "lpips"), "differently .features: pixels and lpips"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:
-    run = write_run(tmp_path / "draft", 0.0, {0: BASE, **DRAFT})
+def test_damage_is_named(tmp_path: Path, damage: Callable[[RunFolder], None], message: str) -> None:
+    run = write_supervised(tmp_path / "run", reward={"kind": "color"})
+    write_evaluation(run, 0, *BASE)
+    write_evaluation(run, 20, 20.2, 0.21)
     damage(run)
     with pytest.raises(ValueError, match=message):
-        report([run], tmp_path / "r.html")
-    assert not (tmp_path / "r.html").exists()
+        report([run], tmp_path)
+    assert not (tmp_path / "new").exists()
 
 
-def test_wrong_runs_are_refused(runs: list[RunFolder], tmp_path: Path) -> None:
-    out = tmp_path / "r.html"
-    with pytest.raises(ValueError, match="no runs to report"):
-        report([], out)
-    with pytest.raises(ValueError, match="there is no run folder"):
-        report([RunFolder(tmp_path / "nothing")], out)
-    with pytest.raises(ValueError, match="named twice"):
-        report([runs[0], runs[0]], out)
-    other = write_run(tmp_path / "other", 1.0, PLUS, num_images=2)
-    with pytest.raises(ValueError, match=r"draft and other were evaluated differently .num_images"):
-        report([runs[0], other], out)
+def test_runs_that_cannot_be_compared_are_refused(runs: list[RunFolder], tmp_path: Path) -> None:
+    other = write_draft(tmp_path / "other", 1.0, {**PLUS}, num_images=2)
+    mistakes = {
+        "no runs to report": [],
+        "there is no run folder": [RunFolder(tmp_path / "nothing")],
+        "named twice": [runs[1], runs[1]],
+        "tuned and other were evaluated differently .num_images: 3 and 2": [runs[0], other],
+    }
+    for message, folders in mistakes.items():
+        with pytest.raises(ValueError, match=message):
+            report(folders, tmp_path)
+    red, blue = (write_draft(tmp_path / name, 0.0, {20: DRAFT[20]}) for name in ("red", "blue"))
+    for run in (red, blue):
+        color = f'"settings": {{"reward": {{"color": "{run.path.name}"}}, '
+        change(run, '"settings": {', color)
+    with pytest.raises(ValueError, match=r"red and blue .* .reward.color: red and blue"):
+        report([runs[0], red, blue], tmp_path)
+    assert report([runs[0], red], tmp_path)
 
 
-# ---- numbers
+# ---- arithmetic
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (123.456, "123.5"),
-        (22.404, "22.40"),
-        (-0.5, "−0.500"),
-        (0.00123, "0.00123"),
-        (0.0, "0.00000"),
-        (float("nan"), "–"),
-    ],
-)
-def test_numbers_have_decimals_by_size(value: float, text: str) -> None:
-    assert number(value) == text
+def test_equal_reward_agrees_with_numpy(page: Page) -> None:
+    table = next(t for t in page.tables if t[0][-1] == "difference")
+    levels = np.linspace(BASE[0], PLUS[20][0], 11)[1:]
+    curves = [zip(BASE, *run.values(), strict=True) for run in (DRAFT, PLUS)]
+    first, second = (np.interp(levels, *map(list, curve)) for curve in curves)
+    assert table[0] == ["reward", "draft", "draft-plus", "difference"]
+    cells = np.array([[float(cell) for cell in row] for row in table[1:-1]])
+    np.testing.assert_allclose(cells[:, 0], levels, atol=0.0051)
+    np.testing.assert_allclose(cells[:, 1:].T, [first, second, second - first], atol=0.00051)
+    mean = (second - first).mean()
+    assert float(table[-1][-1]) == pytest.approx(mean, abs=0.0006)
+    assert f"draft-plus is more diverse than draft: by {mean:.3f} on average" in page.html
 
 
-def test_differences_have_the_decimals_of_their_value() -> None:
+def test_a_run_of_the_same_seed_is_the_baseline(tmp_path: Path) -> None:
+    plain = [write_draft(tmp_path / f"d{i}", 0.0, {0: BASE, **DRAFT}, seed=i) for i in (0, 1)]
+    plus = write_draft(tmp_path / "plus", 1.0, {0: BASE, **PLUS}, seed=1)
+    records = read_runs([*plain, plus])
+    assert [one.baseline for one in compare(records, records[0].base)] == ["d1"]
+
+
+def test_runs_of_equal_diversity_are_called_so(tmp_path: Path) -> None:
+    runs = [write_draft(tmp_path / f"kl{kl}", kl, {0: BASE, **DRAFT}) for kl in (0, 1)]
+    assert "At equal reward, kl1 is as diverse as kl0 on average" in report(runs, tmp_path).html
+
+
+def test_runs_without_a_common_reward_are_not_compared(tmp_path: Path) -> None:
+    draft = write_draft(tmp_path / "draft", 0.0, {0: BASE, **DRAFT})
+    plus = write_draft(tmp_path / "plus", 9.0, {0: BASE, 20: (18.0, 0.3)})
+    html = report([draft, plus], tmp_path).html
+    assert "plus and draft reach no common reward above the base model" in html
+    assert "Diversity at equal reward" not in html and "Images at equal reward" not in html
+
+
+def test_the_lowest_loss_is_the_first_of_equals_and_of_trained_weights(tmp_path: Path) -> None:
+    losses = {0: 0.1, 10: 0.3, 20: 0.2, 30: 0.2}
+    loss = validation_loss(record_of(write_supervised(tmp_path / "a", losses)))
+    assert loss == ValidationLoss(Measured(0, 0.1), Measured(20, 0.2), Measured(30, 0.2))
+    assert validation_loss(record_of(write_supervised(tmp_path / "b", {}))) is None
+    untrained = validation_loss(record_of(write_supervised(tmp_path / "c", {0: 0.1})))
+    assert untrained == ValidationLoss(Measured(0, 0.1), None, None)
+
+
+@pytest.mark.parametrize(("steps", "window"), [(1000, 100), (100, 25), (30, 15), (2, 1)])
+def test_loss_by_t_is_the_mean_of_the_steps_with_the_bin(
+    tmp_path: Path, steps: int, window: int
+) -> None:
+    rng = np.random.default_rng(steps)
+    values = rng.uniform(0.1, 1, (steps, 10))
+    values[rng.uniform(size=values.shape) < 0.3] = np.nan
+    values[[0, -1], 0] = 0.5  # no row is empty
+    names = [f"mse_by_t/{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)]
+    rows: list[dict[str, Any]] = [{"step": 0, "validation/loss": 0.1}]
+    for step, row in enumerate(values, 1):
+        finite = {n: v for n, v in zip(names, row, strict=True) if np.isfinite(v)}
+        rows.append({"step": step, "loss": 0.1, **finite})
+    loss = loss_by_t(record_of(write_run(tmp_path / "run", SUPERVISED, rows)))
+    assert loss is not None and loss.window == window
+    for profile, part in ((loss.start, values[:window]), (loss.end, values[-window:])):
+        count = np.isfinite(part).sum(0)
+        seen, several = count > 0, count[count > 0] > 1
+        np.testing.assert_allclose(profile.t, (np.arange(10) + 0.5)[seen] / 10)
+        np.testing.assert_allclose(profile.mean, np.nanmean(part[:, seen], 0))
+        assert np.isnan(np.array(profile.error)[~several]).all()
+        expected = np.nanstd(part[:, count > 1], 0, ddof=1) / count[count > 1] ** 0.5
+        np.testing.assert_allclose(np.array(profile.error)[several], expected)
+
+
+def test_the_curve_of_the_loss_begins_where_its_window_is_full(tmp_path: Path) -> None:
+    records = []
+    for name, steps in (("long", 100), ("short", 3)):
+        rows = [{"step": step, "loss": 1.0 if step == 1 else 0.1} for step in range(1, steps + 1)]
+        records.append(record_of(write_run(tmp_path / name, SUPERVISED, rows)))
+    (panel,) = training_panels(records, None)
+    assert panel.title == "loss in training (running mean of 5)"
+    long, short = panel.lines
+    assert list(long.x) == list(range(5, 101))
+    np.testing.assert_allclose(long.y, [1.4 / 5] + [0.1] * 95)
+    assert list(short.x) == [3] and short.y == pytest.approx([1.2 / 3])
+
+
+def test_figures_mark_the_lowest_loss_and_both_ends_of_training(tmp_path: Path) -> None:
+    record = record_of(write_supervised(tmp_path / "run"))
+    panels = {panel.title: panel for panel in training_panels([record], None)}
+    (curve,) = panels["validation loss"].lines
+    assert (list(curve.x), list(curve.y)) == (list(LOSSES), list(LOSSES.values()))
+    assert curve.ring == (20, 0.2)
+    loss = loss_by_t(record)
+    assert loss is not None
+    start, end = panels["loss by t"].lines
+    assert (start.pale, start.y, start.error) == (True, loss.start.mean, loss.start.error)
+    assert (end.pale, end.y, end.error) == (False, loss.end.mean, loss.end.error)
+
+
+def test_numbers_have_decimals_by_size() -> None:
+    values = (123.456, 22.404, -0.5, 0.00123, 0.0, float("nan"))
+    texts = ["123.5", "22.40", "−0.500", "0.00123", "0.00000", "–"]
+    assert [number(value) for value in values] == texts
     assert number(0.0123, 22.4, sign=True) == "+0.01"
     assert number(-0.0001, 22.4, sign=True) == "0.00"
 
@@ -434,3 +552,52 @@ def test_running_mean_is_that_of_numpy() -> None:
     means = running_mean(values.tolist(), 4)
     np.testing.assert_allclose(means[3:], np.convolve(values, np.ones(4) / 4, "valid"))
     assert means[1] == pytest.approx(values[:2].mean())
+
+
+# ---- a real run
+
+
+def test_a_real_run_is_trained_evaluated_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_sd(tmp_path / "tiny")
+    write_folder(tmp_path / "images", [(32, 32)] * 8)
+    settings, plain = compose_train(
+        [
+            "objective=supervised",
+            "reward=none",
+            f"model.pretrained={tmp_path / 'tiny'}",
+            f"data.images.path={tmp_path / 'images'}",
+            f"runs_dir={tmp_path}",
+            "optimizer.lr=0.01",
+            "sampler.num_inference_steps=2",
+            "training.max_steps=4",
+            "training.checkpoint_every_steps=2",
+            "training.micro_batch_size=4",
+            "training.global_batch_size=4",
+            "training.tensorboard=false",
+            "validation.num_images=2",
+            "validation.every_steps=2",
+            "validation.loss_images=4",
+            "verify=false",
+        ]
+    )
+    train(settings, plain, Distribution(settings.training))
+    run = RunFolder(tmp_path / "run")
+    evaluated = evaluate_run(EvaluateConfig(run=str(run.path), num_images=2))
+    assert [(one.step, one.reward, one.reward_error) for one in evaluated] == [
+        (step, None, None) for step in (0, 2, 4)
+    ]
+    assert f"step 4: {LABEL} {evaluated[-1].diversity:.4f}\n" in capsys.readouterr().out
+    rows = (run.evaluation(4) / "scores.jsonl").read_text().splitlines()
+    assert not {"reward", "parts"} & json.loads(rows[0]).keys()
+
+    page = report([run], tmp_path)
+    row = page.tables[0][-1]
+    assert row[:4] == ["run", "Supervised, LoRA rank 32", "4", "16"]
+    loss = validation_loss(record_of(run))
+    assert loss is not None and loss.lowest is not None
+    assert loss.lowest.step == best_step(run.checkpoints)
+    assert row[5].startswith(f"{loss.lowest.value:.3f}"[:4])
+    assert row[-1].startswith(f"{evaluated[-1].diversity:.3f}")
+    assert page.titles() == ["validation loss", LABEL, "loss in training", "loss by t"]

@@ -76,8 +76,12 @@ def samples_of(stream: Rows) -> int:
     ("key", "value", "said"),
     [
         ("path", None, r"data\.shards\.path is missing"),
-        ("crop", "left", r"data\.shards\.crop='left' is unknown; choose center or random"),
-        ("captions", "all", r"data\.shards\.captions='all' is unknown; choose first or random"),
+        ("crop", "left", r"data\.shards\.crop='left' is unknown; choose one of center, random"),
+        (
+            "captions",
+            "all",
+            r"data\.shards\.captions='all' .* one of first, random",
+        ),
         ("buffer", 0, r"data\.shards\.buffer=0 is too small; give 1 or more"),
         ("workers", -1, r"data\.shards\.workers=-1 is too small; give 0 or more"),
         ("prefetch", -1, r"data\.shards\.prefetch=-1 is too small"),

@@ -21,7 +21,7 @@ from runs import (
 )
 from toy import use_toy
 
-from sfumato.training import loop, writing
+from sfumato.training import checkpoint, loop
 from sfumato.training.checkpoint import (
     CheckpointError,
     Snapshot,
@@ -38,7 +38,7 @@ MOMENTS = [
     ("write_checkpoint", 2),
     ("_sync", 3),
     ("_sync", 8),
-    ("_sha256", 6),
+    ("sha256_of", 6),
     ("tidy", 2),
     ("tidy", 4),
     ("CheckpointWriter.wait", 3),
@@ -64,13 +64,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def instead(monkeypatch: pytest.MonkeyPatch, act: Callable[[Snapshot], object]) -> None:
     """Let `act` happen in the writer before each checkpoint."""
-    write = writing.write_checkpoint
+    write = checkpoint.write_checkpoint
 
     def writes(root: Path, snapshot: Snapshot) -> Path:
         act(snapshot)
         return write(root, snapshot)
 
-    monkeypatch.setattr(writing, "write_checkpoint", writes)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", writes)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(

@@ -108,8 +108,8 @@ def compose_optimizer() -> Any:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("model.channels_last=true", "model.channels_last = true needs training.strategy = ddp"),
-        ("training.compile=full", "training.compile = full needs training.strategy = ddp"),
+        ("model.channels_last=true", r"model.channels_last=true.* training.strategy=fsdp"),
+        ("training.compile=full", r"training.compile=full.* training.strategy=fsdp"),
     ],
 )
 def test_what_sharding_cannot_do_is_refused(sd_folder: Path, setting: str, said: str) -> None:
@@ -179,7 +179,7 @@ def test_compiling_keeps_the_names_of_weights(sd_folder: Path) -> None:
         arrange(model, TrainConfig(training=TrainingConfig(compile=how)), world=1)
         assert list(model.trained.state_dict()) == names
         compiled = [m for m in model.network.modules() if m._compiled_call_impl is not None]
-        blocks = list(repeated_blocks(model.network))
+        blocks = repeated_blocks(model.network, model.repeated)
         assert len(blocks) > 5
         assert compiled == (blocks if how == "regional" else [model.network])
 

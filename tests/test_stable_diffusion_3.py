@@ -14,6 +14,7 @@ from torch import Tensor
 from trajectories import PROMPTS, our_run, their_run
 
 from sfumato.config import LoraConfig, ModelConfig, SamplerConfig
+from sfumato.models.loading import check_family, load_family
 from sfumato.models.stable_diffusion_3 import StableDiffusion3
 
 SCALE = 7.0
@@ -39,7 +40,7 @@ def folder(folders: dict[str, Path]) -> Path:
 
 def load(folder: Path, **settings: Any) -> StableDiffusion3:
     config = ModelConfig(str(folder), lora=LoraConfig(rank=4), **settings)
-    model = StableDiffusion3.load(folder, config)
+    model = load_family(StableDiffusion3, folder, config)
     assert isinstance(model, StableDiffusion3)
     return model
 
@@ -271,16 +272,16 @@ def test_sizes_are_checked_before_a_weight_is_read(folder: Path):
         (SamplerConfig(width=45), r"sampler\.width = 45 .* 48"),
     ]:
         with pytest.raises(ValueError, match=message):
-            StableDiffusion3.check(folder, config, sampler)
-    StableDiffusion3.check(folder, config, SamplerConfig(10, height=24, width=40))
+            check_family(StableDiffusion3, folder, config, sampler)
+    check_family(StableDiffusion3, folder, config, SamplerConfig(10, height=24, width=40))
 
 
 def test_a_folder_without_t5_is_complete_and_one_that_lost_it_is_not(
     folders: dict[str, Path], tmp_path: Path
 ):
     without = folders["sd3-without-t5"]
-    StableDiffusion3.check(without, ModelConfig(str(without)))
+    check_family(StableDiffusion3, without, ModelConfig(str(without)))
     copy = shutil.copytree(folders["sd3"], tmp_path / "copy")
     shutil.rmtree(copy / "text_encoder_3")
     with pytest.raises(ValueError, match=r"lacks text_encoder_3/config\.json"):
-        StableDiffusion3.check(copy, ModelConfig(str(copy)))
+        check_family(StableDiffusion3, copy, ModelConfig(str(copy)))

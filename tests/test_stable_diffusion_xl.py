@@ -16,6 +16,7 @@ from trajectories import PROMPTS, our_run, their_run
 from sfumato.config import LoraConfig, ModelConfig, SamplerConfig
 from sfumato.diffusion.process import VariancePreserving
 from sfumato.diffusion.sampling import sample
+from sfumato.models.loading import check_family, load_family
 from sfumato.models.model import Framing
 from sfumato.models.stable_diffusion_xl import StableDiffusionXL
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, **settings: Any) -> StableDiffusionXL:
     config = ModelConfig(str(folder), lora=LoraConfig(rank=4), **settings)
-    model = StableDiffusionXL.load(folder, config)
+    model = load_family(StableDiffusionXL, folder, config)
     assert isinstance(model, StableDiffusionXL)
     return model
 
@@ -310,14 +311,14 @@ def test_sizes_and_steps_are_checked_before_a_weight_is_read(folder: Path):
         (SamplerConfig(1001), r"num_inference_steps = 1001 is more than the 1000"),
     ]:
         with pytest.raises(ValueError, match=message):
-            StableDiffusionXL.check(folder, config, sampler)
-    StableDiffusionXL.check(folder, config, SamplerConfig(10, height=24, width=40))
+            check_family(StableDiffusionXL, folder, config, sampler)
+    check_family(StableDiffusionXL, folder, config, SamplerConfig(10, height=24, width=40))
 
 
 def test_the_autoencoder_stays_in_float32(folder: Path):
     """Where its settings say so: frozen weights and autocast in bfloat16 change nothing in it."""
     exact, model = (
-        StableDiffusionXL.load(folder, ModelConfig(pretrained=str(folder), dtype=dtype))
+        load_family(StableDiffusionXL, folder, ModelConfig(pretrained=str(folder), dtype=dtype))
         for dtype in ("float32", "bfloat16")
     )
     images = torch.rand(1, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfumato.config import ModelConfig
 from sfumato.models.adapters import LoraRoles
+from sfumato.models.loading import load_family
 from sfumato.models.stable_diffusion import StableDiffusion
 
 LATENT = 8
@@ -145,7 +146,7 @@ def _publish_text_keys(file: Path) -> None:
 
 def load_tiny_sd(folder: Path, config: ModelConfig | None = None) -> StableDiffusion:
     """Load a folder as Sfumato does; `config.pretrained` need not be stated."""
-    model = StableDiffusion.load(folder, config or ModelConfig(pretrained=str(folder)))
+    model = load_family(StableDiffusion, folder, config or ModelConfig(pretrained=str(folder)))
     assert isinstance(model, StableDiffusion)
     return model
 

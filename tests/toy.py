@@ -20,7 +20,7 @@ from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.limits import Limits
 from sfumato.models.model import Conditioning, Framing, Role, TextToImageModel
 from sfumato.rewards.reward import Reward, Score
-from sfumato.run import export, run
+from sfumato.run import build, export, run
 
 
 class ToyNetwork(nn.Module):
@@ -59,6 +59,9 @@ class ToyModel(TextToImageModel):
 
     def to(self, device: torch.device) -> None:
         self.network.to(device)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"policy": self.network, "reference": self.reference}
 
     def image_size(self) -> tuple[int, int]:
         return 4, 4
@@ -132,7 +135,7 @@ class ToyModel(TextToImageModel):
 def use_toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let training load the toy, whatever `model.pretrained` says."""
     monkeypatch.setattr(run, "find_family", lambda config, sampler: (ToyModel, Path()))
-    for module in (run, export):
+    for module in (build, export):
         monkeypatch.setattr(module, "load_model", ToyModel)
 
 

@@ -8,13 +8,13 @@ from sfumato.config import (
     ImageSourceConfig,
     ShardDataConfig,
     ShardSourceConfig,
+    check_values,
 )
-from sfumato.data.decode import LARGEST, Bounds
+from sfumato.data.decode import Bounds
 from sfumato.data.sample import Choices, Size
 
 DataConfig = ImageDataConfig | ShardDataConfig
 Source = TypeVar("Source", ImageSourceConfig, ShardSourceConfig)
-_CHOICES = {"crop": ("center", "random"), "captions": ("first", "random")}
 
 
 def check_reading(
@@ -26,25 +26,18 @@ def check_reading(
         key: of the settings: data.images or data.shards.
         sources: as `named_sources` returns them.
     """
-    for name, known in _CHOICES.items():
-        value = vars(config)[name]
-        if value not in known:
-            raise ValueError(f"{key}.{name}={value!r} is unknown; choose {' or '.join(known)}")
-    for name, value, least in (
-        ("min_size", config.min_size, 1),
-        ("workers", config.workers, 0),
-        ("prefetch", config.prefetch, 0),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{key}.{name}={value} is too small; give {least} or more")
-    if not 1 <= config.max_pixels <= LARGEST:
-        raise ValueError(
-            f"{key}.max_pixels={config.max_pixels} is out of range; give 1 to {LARGEST}, above "
-            "which Pillow refuses pictures as decompression bombs"
-        )
+    check_values(config, f"{key}.")
     weights = any(source.weight is not None for source in sources.values())
     for name, source in sources.items():
-        _check_source(name, source, weights=weights)
+        if not source.path:
+            raise ValueError(f"{name}.path is missing; name what to read")
+        if weights and source.weight is None:
+            raise ValueError(f"{name} has no weight, but others have; give all of them one")
+        if weights and source.repeats != 1:
+            raise ValueError(
+                f"{name} has repeats={source.repeats} beside a weight, which already says how "
+                "often it is drawn; leave one of them out"
+            )
 
 
 def named_sources(key: str, config: Source, sources: dict[str, Any]) -> dict[str, Source]:
@@ -85,23 +78,3 @@ def choices_of(config: DataConfig, sizes: Sequence[Size]) -> Choices:
         random_caption=config.captions == "random",
         bounds=bounds_of(config),
     )
-
-
-def _check_source(
-    key: str, source: ImageSourceConfig | ShardSourceConfig, *, weights: bool
-) -> None:
-    if not source.path:
-        raise ValueError(f"{key}.path is missing; name what to read")
-    if source.repeats < 1:
-        raise ValueError(f"{key}.repeats={source.repeats} is too small; give 1 or more")
-    if not weights:
-        return
-    if source.weight is None:
-        raise ValueError(f"{key} has no weight, but others have; give all of them one, or none")
-    if not 0 < source.weight < float("inf"):
-        raise ValueError(f"{key}.weight={source.weight} is no share; give a positive number")
-    if source.repeats != 1:
-        raise ValueError(
-            f"{key} has repeats={source.repeats} beside a weight, which already says how often it "
-            "is drawn; leave one of them out"
-        )

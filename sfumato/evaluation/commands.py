@@ -1,4 +1,4 @@
-"""The commands `sample` and `evaluate`: settings in, files out."""
+"""Commands `sample` and `evaluate`: they read settings and write files."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,50 +6,35 @@ from pathlib import Path
 
 import torch
 
-from sfumato.check import check_sampler
 from sfumato.compose import load_settings
-from sfumato.config import EvaluateConfig, ModelConfig, SampleConfig, SamplerConfig, TrainConfig
+from sfumato.config import (
+    EvaluateConfig,
+    ModelConfig,
+    SampleConfig,
+    SamplerConfig,
+    TrainConfig,
+    check_values,
+)
 from sfumato.data.prompts import read_prompts
 from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
-from sfumato.evaluation.evaluate import Evaluation, check_request, evaluate
+from sfumato.evaluation.evaluate import check_request, evaluate, find_checkpoint
+from sfumato.evaluation.results import Evaluation
 from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
-from sfumato.models.network_weights import without_start
+from sfumato.models.origins import without_start
 from sfumato.models.registry import find_family, load_model
 from sfumato.run.build import build_scorer
 from sfumato.run.open_data import validation_prompts
-from sfumato.training.checkpoint import best_step, list_checkpoints, read_shown_weights, step_of
-from sfumato.training.folder import RunFolder, step_name
+from sfumato.training.checkpoint import list_checkpoints, read_shown_weights, step_of
+from sfumato.training.folder import RunFolder
 from sfumato.training.state import load_weights
 
 
 def default_device() -> torch.device:
     """Return the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def find_checkpoint(run: RunFolder, step: str | None) -> Path:
-    """Return the checkpoint of a step, the `best` or the last one.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    found = list_checkpoints(run.checkpoints)
-    if not found:
-        raise ValueError(f"{run.path} holds no checkpoint yet")
-    if step is None:
-        return found[-1]
-    best = best_step(run.checkpoints) if step == "best" else None
-    if step == "best" and best is None:
-        raise ValueError(f"{run.path} has no validation loss to choose by; give step=NUMBER")
-    number = best if best is not None else int(step) if step.isdecimal() else -1
-    place = run.checkpoints / step_name(number)
-    if place not in found:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(f"{run.path} has no checkpoint of step {step}; there are {names}")
-    return place
 
 
 def sample_images(config: SampleConfig) -> None:
@@ -59,13 +44,12 @@ def sample_images(config: SampleConfig) -> None:
         ValueError: if the settings name no model or no prompt.
     """
     if (config.run is None) == (config.pretrained is None):
-        raise ValueError("give run=FOLDER or pretrained=MODEL, one of the two")
+        raise ValueError("give either run=FOLDER or pretrained=MODEL")
     if config.run is None and config.step is not None:
-        raise ValueError(f"step={config.step} is of a run, and pretrained has none; leave it out")
+        raise ValueError(f"step={config.step} needs run=FOLDER; leave it out with pretrained")
     if (config.prompt is None) == (config.prompts is None):
         raise ValueError('give prompt="..." or prompts=FILE, one of the two')
-    if config.num_images < 1 or config.batch_size < 1:
-        raise ValueError("num_images and batch_size must be 1 or more")
+    check_values(config)
     annealed_weights(config.schedule, 1)
     texts = (
         [config.prompt]
@@ -82,16 +66,16 @@ def sample_images(config: SampleConfig) -> None:
         rows = slice(start, start + config.batch_size)
         images = generate(model, prompts[rows], seeds[rows], sampler, schedule=config.schedule)
         for i, image in enumerate(images, start):
-            file = out / f"{i // config.num_images:03d}-{i % config.num_images:02d}.png"
-            save_image(image, file)
-            print(f"{file}  {prompts[i]}", flush=True)
+            path = out / f"{i // config.num_images:03d}-{i % config.num_images:02d}.png"
+            save_image(image, path)
+            print(f"{path}  {prompts[i]}", flush=True)
 
 
 def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
-    """Return a run's model with its averaged weights, or a pretrained one, and how to sample.
+    """Return a run's model with its averaged weights, or a pretrained model, and its sampler.
 
     Raises:
-        ValueError: if it cannot be found or read.
+        ValueError: if the model cannot be found or read.
     """
     if config.run is None:
         settings, sampler = ModelConfig(pretrained=str(config.pretrained)), SamplerConfig()
@@ -101,9 +85,9 @@ def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
         trained = load_settings(run.config)
         settings, sampler = trained.model, trained.sampler
         checkpoint = find_checkpoint(run, config.step)
-    given = {name: value for name, value in vars(config.sampler).items() if value is not None}
-    sampler = replace(sampler, **given)
-    check_sampler(sampler)
+    changes = {name: value for name, value in vars(config.sampler).items() if value is not None}
+    sampler = replace(sampler, **changes)
+    check_values(sampler, "sampler.")
     find_family(settings, sampler)
     weights = read_shown_weights(checkpoint) if checkpoint is not None else None
     if config.schedule != "draft":
@@ -117,7 +101,7 @@ def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
 
 
 def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
-    """Evaluate a run's checkpoints, and the base model as step 0, into the run folder.
+    """Evaluate a run's checkpoints, and the base model as step 0, and write to the run folder.
 
     Raises:
         ValueError: if the run cannot be read, or a step has no checkpoint.
@@ -126,8 +110,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     trained: TrainConfig = load_settings(run.config)
     steps = config.steps
     if steps is None:
-        found = list_checkpoints(run.checkpoints)
-        steps = [0, *map(step_of, found)]
+        steps = [0, *map(step_of, list_checkpoints(run.checkpoints))]
     for step in steps:
         if step:
             find_checkpoint(run, str(step))
@@ -142,10 +125,8 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     reward = build_scorer(trained)
     if reward is not None:
         reward = reward.to(device)
-    if 0 in steps:
-        model = load_model(replace(trained.model, reference=True))
-    else:
-        model = load_model(without_start(trained.model))
+    settings = trained.model
+    model = load_model(replace(settings, reference=True) if 0 in steps else without_start(settings))
     model.to(device)
     results = evaluate(
         run,

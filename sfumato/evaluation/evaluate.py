@@ -1,7 +1,8 @@
-"""Evaluation: the same prompts and noise for every checkpoint, scored, compared and kept."""
+"""Evaluator of checkpoints: images from the same prompts and noise, their scores and diversity."""
 
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,19 +24,16 @@ from sfumato.evaluation.results import (
     read_evaluations,
     read_summary,
 )
+from sfumato.files import new_folder
 from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
 from sfumato.rewards.reward import Reward, Score
-from sfumato.training.checkpoint import (
-    fingerprint,
-    list_checkpoints,
-    read_shown_weights,
-)
-from sfumato.training.folder import RunFolder, new_folder, step_name
+from sfumato.training.checkpoint import best_step, fingerprint, list_checkpoints, read_shown_weights
+from sfumato.training.distribution import AUTOCAST
+from sfumato.training.folder import RunFolder, step_name
 from sfumato.training.state import load_weights
 
-AUTOCAST = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HeldOut = Callable[[Tensor, Sequence[str]], Tensor]
 
 
@@ -48,11 +46,33 @@ class _Study:
     prompts: Sequence[str]
     num_images: int
     seed: int
+    features: str
 
-    def jobs(self) -> Iterator[tuple[int, int]]:
-        for prompt in range(len(self.prompts)):
-            for index in range(self.num_images):
-                yield prompt, index
+    @property
+    def jobs(self) -> list[tuple[int, int]]:
+        """Return the prompt and the index of each image, prompt by prompt."""
+        return list(itertools.product(range(len(self.prompts)), range(self.num_images)))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that the numbers depend on, except the step, as read from JSON."""
+        config, model = self.config, self.config.model
+        scored = {"kind": type(config.reward).__name__, **asdict(config.reward)}
+        scored.pop("gradient_checkpointing", None)
+        parts = [asdict(model.network), model.autoencoder, model.text_encoder]
+        parts.append(model.prediction_type)
+        plain = {
+            "pretrained": parts if model.pretrained is None else model.pretrained,
+            "dtype": model.dtype,
+            "precision": config.training.precision,
+            "sampler": asdict(config.sampler),
+            "reward": scored if self.reward is not None else None,
+            "prompts": list(self.prompts),
+            "num_images": self.num_images,
+            "seed": self.seed,
+            "features": self.features,
+            "held_out": sorted(self.held_out),
+        }
+        return json.loads(json.dumps(plain))
 
 
 @dataclass(frozen=True)
@@ -77,32 +97,31 @@ def evaluate(
 ) -> list[Evaluation]:
     """Score checkpoints, and the base model as step 0, into run/evaluation/step-NNNNNN/.
 
-    Image i of prompt p starts from the noise of derive(seed, p, i), whatever the step and the
-    run. A step that was evaluated before with the same settings is not made again. The model is
-    left with the weights that were loaded last.
+    Image i of prompt p starts from the noise of derive(seed, p, i) at every step of every run. A
+    step that was evaluated before with the same settings and weights is skipped. The model keeps
+    the weights that were loaded last.
 
     Args:
-        config: of the run; its sampler and precision are used.
-        reward: that `config.reward` names; without one, images and the other measures are made.
-        num_images: per prompt, at least 2.
-        features: what diversity is measured by; see `build_distance`.
-        held_out: scores that were not trained on, each a function of images in [0, 1] and prompts.
+        config: settings of the run; the sampler and the precision apply.
+        reward: the reward that `config.reward` names; None measures everything else.
+        num_images: images per prompt, 2 or more.
+        features: image features for diversity; see `build_distance`.
+        held_out: scores that were not trained on: functions of images in [0, 1] and prompts.
 
     Returns:
-        One record per step, in the order of steps.
+        One evaluation per step, in the order of steps.
 
     Raises:
         ValueError: if settings are impossible, a checkpoint is missing or damaged, a reward is
             not finite, or the result cannot be written.
     """
     check_request(prompts, num_images, batch_size)
-    settings = _settings(config, reward, prompts, num_images, seed, features, held_out)
-    wanted = sorted(set(steps))
-    todo = [step for step in wanted if not _is_current(run, step, settings)]
-    checkpoints = {step: _find_checkpoint(run, step) for step in todo if step}
-    study = _Study(model, config, reward, held_out, prompts, num_images, seed)
+    study = _Study(model, config, reward, held_out, prompts, num_images, seed, features)
+    settings, asked = study.settings(), sorted(set(steps))
+    todo = [step for step in asked if not _is_current(run, step, settings)]
+    checkpoints = {step: find_checkpoint(run, str(step)) for step in todo if step}
     distance = build_distance(features, model.device) if todo else None
-    total = len(todo) * len(prompts) * num_images
+    total = len(todo) * len(study.jobs)
     with tqdm(total=total, unit="image", dynamic_ncols=True, disable=not todo) as bar:
         for step in todo:
             assert distance is not None
@@ -111,12 +130,34 @@ def evaluate(
             if step:
                 facts["checkpoint"] = fingerprint(checkpoints[step])
                 load_weights(model, read_shown_weights(checkpoints[step]))
-            _make(study, step, run.evaluation(step), distance, batch_size, facts, bar)
-    return [done for done in read_evaluations(run) if done.step in wanted]
+            _write_step(study, step, run.evaluation(step), distance, batch_size, facts, bar)
+    return [one for one in read_evaluations(run) if one.step in asked]
+
+
+def find_checkpoint(run: RunFolder, step: str | None) -> Path:
+    """Return the checkpoint of a step, the `best` one, or by default the last one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    checkpoints = list_checkpoints(run.checkpoints)
+    if not checkpoints:
+        raise ValueError(f"{run.path} has no checkpoint yet; train it first")
+    if step is None:
+        return checkpoints[-1]
+    best = best_step(run.checkpoints) if step == "best" else None
+    if step == "best" and best is None:
+        raise ValueError(f"{run.path} has no validation loss to choose by; give step=NUMBER")
+    number = best if best is not None else int(step) if step.isdecimal() else -1
+    path = run.checkpoints / step_name(number)
+    if path not in checkpoints:
+        names = ", ".join(path.name for path in checkpoints)
+        raise ValueError(f"{run.path} has no checkpoint of step {step}; choose one of {names}")
+    return path
 
 
 def check_request(prompts: Sequence[str], num_images: int, batch_size: int) -> None:
-    """Refuse what cannot be evaluated, before anything is loaded.
+    """Refuse impossible settings before a model is loaded.
 
     Raises:
         ValueError: naming the setting and its value.
@@ -129,102 +170,62 @@ def check_request(prompts: Sequence[str], num_images: int, batch_size: int) -> N
         raise ValueError(f"batch_size = {batch_size}; make one image or more at a time")
 
 
-def _settings(
-    config: TrainConfig,
-    reward: Reward | None,
-    prompts: Sequence[str],
-    num_images: int,
-    seed: int,
-    features: str,
-    held_out: Mapping[str, HeldOut],
-) -> dict[str, Any]:
-    """Return all that the numbers depend on but the step, as JSON gives it back."""
-    scored = {"kind": type(config.reward).__name__, **asdict(config.reward)}
-    scored.pop("gradient_checkpointing", None)
-    model = config.model
-    parts = [asdict(model.network), model.autoencoder, model.text_encoder, model.prediction_type]
-    plain = {
-        "pretrained": parts if model.pretrained is None else model.pretrained,
-        "dtype": config.model.dtype,
-        "precision": config.training.precision,
-        "sampler": asdict(config.sampler),
-        "reward": scored if reward is not None else None,
-        "prompts": list(prompts),
-        "num_images": num_images,
-        "seed": seed,
-        "features": features,
-        "held_out": sorted(held_out),
-    }
-    return json.loads(json.dumps(plain))
-
-
 def _is_current(run: RunFolder, step: int, settings: Mapping[str, Any]) -> bool:
-    """Say whether a step was evaluated with these settings and, if it is there, this checkpoint."""
+    """Say whether a step was evaluated with these settings and its checkpoint's weights.
+
+    A checkpoint that no longer exists is not compared.
+    """
     try:
         summary = read_summary(run.evaluation(step))
     except ValueError:
         return False
     checkpoint = run.checkpoints / step_name(step)
-    same = not checkpoint.is_dir() or summary.get("checkpoint") == fingerprint(checkpoint)
-    return same and summary["settings"] == settings
+    same = not checkpoint.is_dir() or summary.checkpoint == fingerprint(checkpoint)
+    return same and summary.settings == settings
 
 
-def _find_checkpoint(run: RunFolder, step: int) -> Path:
-    place = run.checkpoints / step_name(step)
-    if not place.is_dir():
-        names = ", ".join(path.name for path in list_checkpoints(run.checkpoints)) or "none"
-        raise ValueError(f"{place} is not there; the checkpoints of this run: {names}")
-    return place
-
-
-def _make(
+def _write_step(
     study: _Study,
     step: int,
-    place: Path,
+    path: Path,
     distance: Distance,
     batch_size: int,
     facts: Mapping[str, Any],
     bar: Any,
 ) -> None:
-    """Make, score and write the images of one step, or nothing at all."""
-    try:
-        with new_folder(place) as beside:
-            (beside / "images").mkdir()
-            rows, diversity = _write_images(study, step, beside, distance, batch_size, bar)
-            summary = {
-                "step": step,
-                **_means(rows, study.num_images),
-                "diversity": {
-                    "label": distance.label,
-                    "mean": float(np.mean(diversity)),
-                    "per_prompt": diversity,
-                },
-                **facts,
-            }
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (beside / SCORES).write_text(lines, encoding="utf-8")
-            (beside / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"{place} could not be written: {error}; free some space and evaluate again"
-        ) from error
+    """Generate, score and write the images of one step whole, or nothing."""
+    with new_folder(path) as folder:
+        (folder / "images").mkdir()
+        rows, diversity = _write_images(study, step, folder, distance, batch_size, bar)
+        summary = {
+            "step": step,
+            **_means(rows, study.num_images),
+            "diversity": {
+                "label": distance.label,
+                "mean": float(np.mean(diversity)),
+                "per_prompt": diversity,
+            },
+            **facts,
+        }
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / SCORES).write_text(lines, encoding="utf-8")
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_images(
     study: _Study, step: int, folder: Path, distance: Distance, batch_size: int, bar: Any
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """Return the rows of scores.jsonl and the diversity of each prompt, holding few images."""
+    """Return the rows of scores.jsonl and the diversity of each prompt; hold few images at once."""
     rows: list[dict[str, Any]] = []
     diversity: list[float] = []
     pending: list[_Shot] = []
-    jobs = list(study.jobs())
-    for start in range(0, len(jobs), batch_size):
-        made = _shoot(study, step, jobs[start : start + batch_size])
-        for shot in made:
+    for start in range(0, len(study.jobs), batch_size):
+        batch = _generate_batch(study, step, study.jobs[start : start + batch_size])
+        for shot in batch:
             save_image(shot.image, folder / shot.row["image"])
             rows.append(shot.row)
-        pending += made
-        bar.update(len(made))
+        pending += batch
+        bar.update(len(batch))
         while len(pending) >= study.num_images:
             images = torch.stack([shot.image for shot in pending[: study.num_images]])
             diversity.append(distance.mean(images.to(study.model.device)))
@@ -233,12 +234,12 @@ def _write_images(
 
 
 @torch.no_grad()
-def _shoot(study: _Study, step: int, jobs: Sequence[tuple[int, int]]) -> list[_Shot]:
-    """Make and score one batch of images."""
-    device, precision = study.model.device, study.config.training.precision
+def _generate_batch(study: _Study, step: int, jobs: Sequence[tuple[int, int]]) -> list[_Shot]:
+    """Generate and score one batch of images."""
+    device, dtype = study.model.device, AUTOCAST.get(study.config.training.precision)
     texts = [study.prompts[prompt] for prompt, _ in jobs]
     seeds = [derive(study.seed, prompt, index) for prompt, index in jobs]
-    with torch.autocast(device.type, dtype=AUTOCAST[precision], enabled=precision != "no"):
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         images = generate(
             study.model, texts, seeds, study.config.sampler, schedule="draft" if step else "base"
         )
@@ -261,7 +262,7 @@ def _shoot(study: _Study, step: int, jobs: Sequence[tuple[int, int]]) -> list[_S
 
 
 def _rewards(score: Score, step: int, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what each image's row says of its reward."""
+    """Return the reward and its parts for the row of each image."""
     values = score.value.float().tolist()
     if not np.isfinite(values).all():
         raise ValueError(f"at step {step} the rewards of {texts} are {values}; leave the step out")

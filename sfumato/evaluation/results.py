@@ -1,12 +1,12 @@
-"""What evaluation found: read back from run folders, and two runs compared at equal reward."""
+"""Results of evaluations, read from run folders, and the diversity of two runs at equal reward."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sfumato.records import read_record
 from sfumato.training.folder import RunFolder
 
 SUMMARY = "summary.json"
@@ -15,13 +15,14 @@ SCORES = "scores.jsonl"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one checkpoint scored; step 0 is the base model.
+    """Scores of one checkpoint; step 0 is the base model.
 
     Attributes:
-        reward: mean over images; None where nothing scored them.
-        reward_error: standard error of `reward` over noise, the prompts held fixed.
-        diversity: mean over prompts of what `diversity_label` names.
+        reward: mean over images; None without a reward.
+        reward_error: standard error of `reward` over noise, with the prompts held fixed.
+        diversity: mean over prompts of the distance that `diversity_label` names.
         held_out: mean of each score that was not trained on.
+        settings: the settings that the numbers depend on.
     """
 
     step: int
@@ -30,11 +31,12 @@ class Evaluation:
     diversity: float
     diversity_label: str
     held_out: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
 class EqualReward:
-    """The diversity of two runs where their training curves pass the same rewards.
+    """Diversity of two runs at the reward levels that both of their curves pass.
 
     Attributes:
         mean_difference: mean over `levels` of other minus baseline.
@@ -46,47 +48,60 @@ class EqualReward:
     mean_difference: float
 
 
+@dataclass(frozen=True)
+class Diversity:
+    """Diversity in summary.json."""
+
+    label: str
+    mean: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json of one evaluated step."""
+
+    step: int
+    diversity: Diversity
+    held_out: dict[str, float]
+    settings: dict[str, Any]
+    reward: float | None = None
+    reward_error: float | None = None
+    checkpoint: str | None = None
+
+
 def read_evaluations(run: RunFolder) -> list[Evaluation]:
-    """Return what was evaluated in a run folder, in the order of steps.
+    """Return the evaluations in a run folder, in the order of steps.
 
     Raises:
         ValueError: if a summary cannot be read.
     """
-    found = []
-    for place in sorted((run.path / "evaluation").glob("step-*")):
-        summary = read_summary(place)
-        diversity = summary["diversity"]
-        found.append(
-            Evaluation(
-                step=summary["step"],
-                reward=summary.get("reward"),
-                reward_error=summary.get("reward_error"),
-                diversity=diversity["mean"],
-                diversity_label=diversity["label"],
-                held_out=summary["held_out"],
-            )
+    folders = sorted((run.path / "evaluation").glob("step-*"))
+    return [
+        Evaluation(
+            one.step,
+            one.reward,
+            one.reward_error,
+            one.diversity.mean,
+            one.diversity.label,
+            one.held_out,
+            one.settings,
         )
-    return found
+        for one in map(read_summary, folders)
+    ]
 
 
-def read_summary(place: Path) -> dict[str, Any]:
-    """Return summary.json of one evaluated step.
+def read_summary(folder: Path) -> Summary:
+    """Return the summary of one evaluated step.
 
     Raises:
-        ValueError: if it is missing, not JSON, or lacks a key.
+        ValueError: if the file is missing or damaged.
     """
-    file = place / SUMMARY
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        wanted = {"step", "diversity", "held_out", "settings"}
-        if summary.get("settings", {}).get("reward", "of an older version") is not None:
-            wanted |= {"reward", "reward_error"}
-        if missing := wanted - summary.keys():
-            raise ValueError(f"{', '.join(sorted(missing))} missing")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}); remove {place} and evaluate again"
-        ) from error
+    path, advice = folder / SUMMARY, f"remove {folder} and evaluate again"
+    summary = read_record(path, Summary, advice)
+    # Older versions wrote no reward settings, but always a reward.
+    has_reward = summary.settings.get("reward", "of an older version") is not None
+    if has_reward and (summary.reward is None or summary.reward_error is None):
+        raise ValueError(f"{path} is damaged: reward or reward_error is missing; {advice}")
     return summary
 
 
@@ -95,16 +110,16 @@ def at_equal_reward(
 ) -> EqualReward | None:
     """Compare the diversity of two runs at rewards that both of them reach.
 
-    The levels are evenly spaced: from above the reward that both curves start from (the higher of
-    the two starts) up to the highest that both reach. At a level, a curve is read where it gets
-    there first in the order of steps, linearly in reward between two evaluated steps; what a curve
-    does after that, falling back included, is left out, and so are steps that nothing scored.
+    The levels are evenly spaced between two rewards: the higher of the two starts (excluded) and
+    the highest reward that both curves reach (included). At each level a curve is read where it
+    first reaches that level in the order of steps, by linear interpolation in reward between two
+    evaluated steps. Later points of the curve do not count, nor do steps without a reward.
 
     Returns:
         None if there is no such level.
 
     Raises:
-        ValueError: if the two measured diversity differently.
+        ValueError: if the two runs measured diversity differently.
     """
     labels = {evaluation.diversity_label for evaluation in (*baseline, *other)}
     if len(labels) > 1:
@@ -138,7 +153,7 @@ def _points(curve: Sequence[Evaluation]) -> list[_Point]:
 
 
 def _diversity_at(curve: Sequence[_Point], level: float) -> float:
-    """Return the diversity where a curve that starts below a level reaches it first."""
+    """Return the diversity where a curve that starts below a level first reaches it."""
     for before, after in itertools.pairwise(curve):
         if after.reward >= level:
             share = (level - before.reward) / (after.reward - before.reward)

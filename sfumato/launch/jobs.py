@@ -11,13 +11,13 @@ from typing import Any
 
 from sfumato.check import check_train
 from sfumato.compose import compose_command
-from sfumato.config import TrainConfig
-from sfumato.config_stages import (
+from sfumato.config import (
     JobConfig,
     LaunchConfig,
     LocalClusterConfig,
     PrepareConfig,
     SlurmClusterConfig,
+    TrainConfig,
 )
 from sfumato.preparation.settings import check_prepare
 

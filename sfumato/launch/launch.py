@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.config_stages import LaunchConfig, LocalClusterConfig, SlurmClusterConfig
+from sfumato.config import LaunchConfig, LocalClusterConfig, SlurmClusterConfig
 from sfumato.launch.children import here
 from sfumato.launch.jobs import Job, read_jobs
 from sfumato.launch.local import SAVE_SECONDS, run_here

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sfumato.config_stages import LocalClusterConfig
+from sfumato.config import LocalClusterConfig
 from sfumato.launch.children import here, one_line, run_child
 from sfumato.launch.jobs import Job
 from sfumato.launch.record import (

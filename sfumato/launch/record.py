@@ -13,13 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-from sfumato.config import ShardDataConfig, TrainConfig
+from sfumato.config import ShardSourceConfig, TrainConfig
 from sfumato.data.prepared.format import CACHE, INDEX, read_index
 from sfumato.data.prompts import expand_pattern
-from sfumato.files import lock
+from sfumato.files import lock, read_object, write_text
 from sfumato.launch.jobs import STARTS, Job, makes_index, value_of
 from sfumato.training.checkpoint import fingerprint, list_checkpoints, step_of
-from sfumato.training.folder import RunFolder, read_note, replace_text
+from sfumato.training.folder import RunFolder
 
 
 class LaunchError(ValueError):
@@ -70,7 +70,7 @@ def read_job_record(folder: LaunchFolder, name: str) -> JobRecord | None:
     if not place.exists():
         return None
     try:
-        return JobRecord(**read_note(place))
+        return JobRecord(**read_object(place, "remove it and run the same command again"))
     except (TypeError, ValueError) as error:
         raise LaunchError(
             f"{place} is damaged; remove it, and the job is looked at anew"
@@ -80,7 +80,7 @@ def read_job_record(folder: LaunchFolder, name: str) -> JobRecord | None:
 def write_job_record(folder: LaunchFolder, name: str, record: JobRecord) -> None:
     """Write a job's record; a kill leaves the old one or the new one."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    replace_text(folder.record(name), json.dumps(asdict(record), indent=2) + "\n")
+    write_text(folder.record(name), json.dumps(asdict(record), indent=2) + "\n")
 
 
 def now() -> str:
@@ -95,8 +95,10 @@ def starts_from(job: Job) -> dict[str, str]:
     their sizes and times.
     """
     found = {}
-    if job.command == "train" and job.settings.data.shards.path:
-        found |= _samples_of(job.settings.data.shards)
+    if job.command == "train":
+        shards = job.settings.data.shards
+        for source in (shards, *shards.sources.values()):
+            found |= _samples_of(source) if source.path else {}
     for key in STARTS.get(job.command, ()):
         place = value_of(job.settings, key)
         if place is not None and (state := _state_of(place)) is not None:
@@ -133,7 +135,7 @@ def _files(top: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
-def _samples_of(shards: ShardDataConfig) -> dict[str, str]:
+def _samples_of(shards: ShardSourceConfig) -> dict[str, str]:
     """Return the prepared folder that a job reads, with a hash of the samples that it reads."""
     folder = Path(str(shards.path)).expanduser()
     if not (folder / INDEX).exists():
@@ -158,7 +160,7 @@ def what_is_missing(job: Job) -> str | None:
             note = folder.path / "export.json"
             if not note.exists() or not folder.export.exists():
                 return f"{folder.path} is not exported"
-            exported = read_note(note)
+            exported = read_object(note, "remove it and run the same command again")
             of = exported.get("checkpoint")
             if of not in [fingerprint(place) for place in found] or (
                 config.export == "last" and of != fingerprint(found[-1])

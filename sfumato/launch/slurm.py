@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.config_stages import SlurmClusterConfig
+from sfumato.config import SlurmClusterConfig
+from sfumato.files import read_object, write_text
 from sfumato.launch.children import on_nodes
 from sfumato.launch.jobs import Job
 from sfumato.launch.record import (
@@ -25,7 +26,6 @@ from sfumato.launch.record import (
     write_job_record,
 )
 from sfumato.launch.worker import Worker
-from sfumato.training.folder import read_note, replace_text
 
 
 def submit(jobs: Sequence[Job], folder: LaunchFolder, cluster: SlurmClusterConfig) -> None:
@@ -185,7 +185,7 @@ def _absolute(folder: LaunchFolder) -> LaunchFolder:
 def _note(folder: LaunchFolder, sent: Mapping[str, str], sending: str | None = None) -> None:
     """Note what Slurm has, and which job it is given now: a kill may leave it there unnoted."""
     note = {"time": now(), "jobs": sent, "sending": sending}
-    replace_text(folder.submitted, json.dumps(note, indent=2) + "\n")
+    write_text(folder.submitted, json.dumps(note, indent=2) + "\n")
 
 
 def refuse_queued(folder: LaunchFolder) -> None:
@@ -196,7 +196,7 @@ def refuse_queued(folder: LaunchFolder) -> None:
     """
     if not folder.submitted.exists():
         return
-    note = read_note(folder.submitted)
+    note = read_object(folder.submitted, "remove it and run the same command again")
     sent, sending = note.get("jobs"), note.get("sending")
     if not isinstance(sent, dict) or not all(isinstance(number, str) for number in sent.values()):
         raise LaunchError(

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from sfumato.config_stages import SlurmClusterConfig
+from sfumato.config import SlurmClusterConfig
 from sfumato.launch.children import Ended, on_nodes, run_child
 from sfumato.launch.jobs import Job
 from sfumato.launch.record import (

@@ -1,4 +1,4 @@
-"""The two roles of one network: the policy that is trained, and the frozen self it started from."""
+"""Roles of a network: the policy that is trained, and the frozen reference it started from."""
 
 import abc
 import copy
@@ -15,7 +15,7 @@ from sfumato.models.model import Role
 
 
 class Roles(abc.ABC):
-    """Gives the network that plays a role, whichever way it is kept."""
+    """A network in its two roles, with the reference kept as adapters, a copy or the same."""
 
     policy: nn.Module
     is_trained: bool = True
@@ -28,7 +28,7 @@ class Roles(abc.ABC):
 
     @abc.abstractmethod
     def networks(self) -> tuple[nn.Module, ...]:
-        """Return every network that is held in memory."""
+        """Return every network that is held in memory, the policy first."""
 
     @abc.abstractmethod
     def merged(self) -> nn.Module:
@@ -37,10 +37,10 @@ class Roles(abc.ABC):
 
 @final
 class FrozenRoles(Roles):
-    """One network that is not trained: both roles are the same.
+    """One network that is not trained, for both roles.
 
     Args:
-        is_changed: whether something was merged into it.
+        is_changed: whether a LoRA file was merged into it.
     """
 
     is_trained = False
@@ -69,10 +69,10 @@ class LoraRoles(Roles):
     """One network: the reference is the policy with its adapters off.
 
     Args:
-        targets: regular expressions of layers, each to match a whole name.
+        targets: regular expressions of layers; each must match a whole name.
 
     Raises:
-        ValueError: if a target pattern matches no layer, or one that can have no adapter.
+        ValueError: if a target matches no layer, or a layer that cannot have an adapter.
     """
 
     def __init__(self, network: nn.Module, lora: LoraConfig, targets: Sequence[str]) -> None:
@@ -150,7 +150,7 @@ class LoraRoles(Roles):
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """Return A and B by layer in the names of diffusers' LoRA files, alpha folded into B.
 
-        With alpha = rank the file says all there is to say, to loaders that read no metadata too.
+        So alpha = rank in the file, and loaders that read no metadata scale it correctly too.
         """
         state = {}
         for name, layer in self.adapters().items():
@@ -168,7 +168,7 @@ class CopyRoles(Roles):
 
     Args:
         network: becomes the policy, in float32.
-        reference: False keeps no copy, for training that never asks for it.
+        reference: False keeps no copy, for training that never uses it.
     """
 
     def __init__(self, network: nn.Module, *, reference: bool = True) -> None:

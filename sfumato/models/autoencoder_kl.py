@@ -1,4 +1,4 @@
-"""Images to latents and back with an AutoencoderKL, and the sizes that its settings give."""
+"""AutoencoderKL: images to latents and back, and the sizes in its settings."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def full_precision(vae: Any) -> AbstractContextManager[object]:
-    """Keep an autoencoder whose weights are in float32 out of a training's autocast."""
-    if vae.dtype != torch.float32:
+    """Return a context without autocast, if the autoencoder's weights are in float32."""
+    if vae.dtype != torch.float32 or vae.device.type == "meta":  # autocast knows no meta device
         return nullcontext()
     return torch.autocast(vae.device.type, enabled=False)
 
@@ -24,9 +24,9 @@ def moments_kl(vae: Any, images: Float[Tensor, "b 3 *d"]) -> Float[Tensor, "b m 
 def posterior(
     moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
 ) -> Float[Tensor, "b c h w"]:
-    """Return mean + noise x standard deviation, or the mean; not normalised.
+    """Return mean + noise x standard deviation, or without noise the mean; not normalised.
 
-    Source: diffusers' DiagonalGaussianDistribution, whose bounds these are.
+    Source: diffusers' DiagonalGaussianDistribution, with its bounds of the log-variance.
     """
     mean, log_variance = moments.float().chunk(2, dim=1)
     return mean if noise is None else mean + noise * (0.5 * log_variance.clamp(-30, 20)).exp()
@@ -37,7 +37,7 @@ def latents_kl(
 ) -> Float[Tensor, "b c h w"]:
     """Return (draw - shift) scale of an AutoencoderKL's moments, float32; no noise: the mean.
 
-    Source: diffusers' pipelines, with `latents_mean` and `latents_std` where a file has them.
+    Source: diffusers' pipelines, with `latents_mean` and `latents_std` if config.json has them.
     """
     latents = posterior(moments, noise)
     mean, std = _statistics(vae, latents)
@@ -52,7 +52,7 @@ def decode_kl(vae: Any, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """Return what latents are shifted and divided by, as the autoencoder's settings say."""
+    """Return the mean and the standard deviation of latents from the autoencoder's settings."""
     settings = vae.config
     if settings.latents_mean is None or settings.latents_std is None:
         return settings.shift_factor or 0.0, 1.0

@@ -1,16 +1,19 @@
-"""What is read and written: where a model's files lie, and whether they are all there."""
+"""Files of a diffusers folder: found or fetched, checked, read and written."""
 
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-WRITE_ERRORS = (OSError, SafetensorError)  # what writing a model raises, on a full disk for one
+from sfumato import files
+from sfumato.config import ModelConfig
+
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt")
@@ -23,14 +26,14 @@ def find_model(
     variant: str | None = None,
     setting: str = "model.pretrained",
 ) -> Path:
-    """Return the folder of a path or hub id: a folder here, the local cache, the hub.
+    """Return the folder of a path or hub id: an existing folder, the hub's cache, or a download.
 
     Args:
         variant: of the weights; without one, half-precision copies are not downloaded.
-        setting: that the path is the value of, for messages.
+        setting: whose value `pretrained` is, for messages.
 
     Raises:
-        ValueError: if there is no such folder or hub id, or nothing of it can be read.
+        ValueError: if there is no such folder or hub id, or it cannot be downloaded.
     """
     path = Path(pretrained).expanduser()
     if path.is_dir():
@@ -45,37 +48,20 @@ def find_model(
             f"{setting} = {pretrained!r}: no such folder; give a diffusers folder, or a hub "
             "id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
-    return _download(pretrained, allow_pickle, variant, setting)
-
-
-def _download(hub_id: str, allow_pickle: bool, variant: str | None, setting: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
     patterns += ["*/*.bin"] if allow_pickle else []
     for name in ("model", "diffusion_pytorch_model"):  # of a text encoder's or autoencoder's own id
         patterns += [f"{name}.safetensors", *([f"*{name}.bin"] if allow_pickle else [])]
-    unused = ["safety_checker/*", "*non_ema*", "text_encoders/*", "vae_*"]
-    unused += ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"] if variant is None else []
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=unused))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{setting} = {hub_id!r} is no folder here, not in the local cache, and could "
-            f"not be downloaded ({type(error).__name__}); give a folder, or check id and network"
-        ) from error
+    unwanted = ["safety_checker/*", "*non_ema*", "text_encoders/*", "vae_*"]
+    unwanted += ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"] if variant is None else []
+    return files.fetch(pretrained, setting, patterns, unwanted=unwanted)
 
 
 def read_model_index(folder: Path) -> dict[str, object]:
     """Return model_index.json, which names the pipeline class and the components.
 
     Raises:
-        ValueError: if it is not there or cannot be read.
+        ValueError: if it is missing or damaged.
     """
     index = folder / "model_index.json"
     if not index.exists():
@@ -95,12 +81,9 @@ def read_json(file: Path) -> Any:
     """Return the content of one of the model's JSON files.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: if it is missing or damaged.
     """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); download the model again") from error
+    return files.read_json(file, "download the model again")
 
 
 def check_components(
@@ -109,12 +92,12 @@ def check_components(
     """Check that each component's folder holds its settings, and weights that may be loaded.
 
     Args:
-        components: component name to the file that configures it.
+        components: component name -> the file that configures it.
         blank: a component that needs no weights.
 
     Raises:
-        ValueError: if a component is missing or damaged, or has only pickled weights and these
-            are refused.
+        ValueError: if a component is missing or damaged, or has only pickled weights without
+            `allow_pickle`.
     """
     for name, config in components.items():
         part = folder / name
@@ -127,30 +110,39 @@ def check_components(
             content = read_json(file)
             if file.name == config and not isinstance(content, dict):
                 raise ValueError(f"{file} holds no settings; download the model again")
-        if config == "tokenizer_config.json" and not any(
-            all((part / file).exists() for file in files) for files in VOCABULARIES
-        ):  # transformers 5 would go on with a vocabulary of three tokens
-            raise ValueError(
-                f"{part} has no tokenizer.json or vocab.json with merges.txt; download or export "
-                "the model again"
-            )
-        if config != "config.json" or name == blank or any(list(part.glob(p)) for p in WEIGHTS):
-            continue
-        pickles = [p.name for pattern in PICKLES for p in part.glob(pattern)]
-        if pickles and not allow_pickle:
-            raise ValueError(
-                f"{part} has only pickled weights ({pickles[0]}), and loading these can run code; "
-                "get the safetensors file, or set model.allow_pickle=true if you trust it"
-            )
-        if not pickles:
-            raise ValueError(
-                f"{part} holds no weights; download or export the model again (pickled ones are "
-                "only fetched with model.allow_pickle=true)"
-            )
+        if config == "tokenizer_config.json":
+            _check_vocabulary(part)
+        elif config == "config.json" and name != blank:
+            _check_weights(part, allow_pickle=allow_pickle)
+
+
+def _check_vocabulary(part: Path) -> None:
+    # transformers 5 would go on with a vocabulary of three tokens.
+    if not any(all((part / file).exists() for file in names) for names in VOCABULARIES):
+        raise ValueError(
+            f"{part} has no tokenizer.json or vocab.json with merges.txt; download or export "
+            "the model again"
+        )
+
+
+def _check_weights(part: Path, *, allow_pickle: bool) -> None:
+    if any(list(part.glob(pattern)) for pattern in WEIGHTS):
+        return
+    pickles = [path.name for pattern in PICKLES for path in part.glob(pattern)]
+    if pickles and not allow_pickle:
+        raise ValueError(
+            f"{part} has only pickled weights ({pickles[0]}), and loading these can run code; "
+            "get the safetensors file, or set model.allow_pickle=true if you trust it"
+        )
+    if not pickles:
+        raise ValueError(
+            f"{part} holds no weights; download or export the model again (pickled ones are "
+            "only fetched with model.allow_pickle=true)"
+        )
 
 
 def check_index(folder: Path, components: Iterable[str]) -> None:
-    """Check that model_index.json leaves out no component that the family needs.
+    """Check that model_index.json names every component that the family needs.
 
     Raises:
         ValueError: naming the component.
@@ -165,7 +157,7 @@ def check_index(folder: Path, components: Iterable[str]) -> None:
 
 
 def check_scheduler(folder: Path, allowed: str) -> None:
-    """Check that a release's scheduler is of the family's process.
+    """Check that a release's scheduler steps through the family's process.
 
     Args:
         allowed: a regular expression of class names.
@@ -183,19 +175,48 @@ def check_scheduler(folder: Path, allowed: str) -> None:
         )
 
 
-def quiet_loading() -> None:
-    """Keep diffusers and transformers from drawing a progress bar per component."""
+def read_pipeline(
+    folder: Path,
+    config: ModelConfig,
+    dtypes: Mapping[str, torch.dtype],
+    components: Mapping[str, Any],
+) -> Any:
+    """Read a folder with diffusers' own loader.
+
+    Args:
+        dtypes: by component; `default` for the others.
+        components: that are not read from the folder, and what takes their place; None leaves
+            one out.
+
+    Raises:
+        ValueError: if a component cannot be read.
+    """
     import diffusers.utils.logging
     import transformers.utils.logging
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    try:
+        return DiffusionPipeline.from_pretrained(
+            folder,
+            dtype=dict(dtypes),
+            variant=config.variant,
+            use_safetensors=None if config.allow_pickle else True,
+            local_files_only=True,
+            **components,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"model.pretrained = {str(folder)!r} could not be read as "
+            f"{read_model_index(folder)['_class_name']}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def save_encoder(encoder: Any, source: Path, folder: Path) -> None:
-    """Write a trained text encoder under the names of the file that it was read from.
+    """Write a trained text encoder under the weight names of the files that it was read from.
 
-    transformers 5 would drop `text_model.` from them, which transformers 4 does not find.
+    transformers 5 drops the prefix `text_model.`, without which transformers 4 does not find them.
     """
     encoder.save_pretrained(folder)
     shutil.copy(source / "config.json", folder / "config.json")
@@ -214,20 +235,21 @@ def save_encoder(encoder: Any, source: Path, folder: Path) -> None:
 def copy_frozen(
     source: Path, folder: Path, components: Sequence[str], *, variant: str | None = None
 ) -> None:
-    """Copy what was not trained, file by file, with a model_index.json of just these and the rest.
+    """Copy the components that were not trained, file by file, and write model_index.json.
 
-    Rewriting it would change names: transformers 5 saves text encoders under keys that
-    transformers 4 does not find, and 4 goes on with random weights. Weights of a variant lose its
-    name, so that the folder loads without one; where a part has them, its other weights stay out.
+    Saving them anew would change names: transformers 5 saves text encoders under keys that
+    transformers 4 does not find, and 4 goes on with random weights. The copied weights of a
+    variant lose its name, so that the folder loads without one; a part that has them is copied
+    without its other weights.
     """
     for name in components:
-        files = [file for file in (source / name).iterdir() if file.is_file()]
+        paths = [path for path in (source / name).iterdir() if path.is_file()]
         mark = f".{variant}"
-        if any(mark in file.name for file in files):
+        if any(mark in path.name for path in paths):
             plain = (".safetensors", ".bin", ".index.json")
-            files = [f for f in files if mark in f.name or not f.name.endswith(plain)]
+            paths = [p for p in paths if mark in p.name or not p.name.endswith(plain)]
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for file in files:
+        for file in paths:
             shutil.copy(file, folder / name / file.name.replace(f"{mark}.", "."))
     index = read_model_index(source)
     for name in ("safety_checker", "feature_extractor", "image_encoder"):

@@ -1,4 +1,4 @@
-"""From prompts and seeds to images: what validation, evaluation and inference show."""
+"""Images from prompts and seeds, for validation, evaluation and inference."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from sfumato.models.model import Conditioning, Role, TextToImageModel
 
 @dataclass(frozen=True)
 class Guided:
-    """Prompts, and what they are guided away from: the empty prompt, or None."""
+    """Prompts, and the empty prompts that guidance leads away from, or None."""
 
     cond: Conditioning
     uncond: Conditioning | None
@@ -25,7 +25,7 @@ class Guided:
 def encode_guided(
     model: TextToImageModel, prompts: Sequence[str], guidance_scale: float, role: Role = "policy"
 ) -> Guided:
-    """Encode prompts, and the empty prompt where classifier-free guidance asks for it."""
+    """Encode prompts, and the empty prompt if classifier-free guidance needs it."""
     cond = model.encode_prompts(prompts, role=role)
     if not model.has_cfg or guidance_scale <= 1:
         return Guided(cond, None)
@@ -49,31 +49,31 @@ def generate(
     *,
     schedule: str = "draft",
 ) -> Float[Tensor, "b 3 H W"]:
-    """Return one image per prompt and seed, in [0, 1]; an image depends on its own seed alone.
+    """Return one image per prompt and seed, in [0, 1]; an image depends only on its own seed.
 
     Args:
-        schedule: annealed importance guidance: `draft` is the policy alone, `base` the reference
-            alone; others as in `annealed_weights`.
+        schedule: annealed importance guidance: `draft` uses only the policy, `base` only the
+            reference; others as in `annealed_weights`.
     """
     height, width = image_size(model, sampler)
     times = model.times(sampler.num_inference_steps, height, width)
     rng = Rng(seeds)
     noise = rng.normal(*model.latent_shape(height, width), device=model.device)
-    given = encode_guided(model, prompts, sampler.guidance_scale)
-    policy = _denoiser(model, given, sampler, "policy")
+    guided = encode_guided(model, prompts, sampler.guidance_scale)
+    policy = _denoiser(model, guided, sampler, "policy")
     if model.trains_text and schedule != "draft":
-        given = encode_guided(model, prompts, sampler.guidance_scale, "reference")
-    reference = _denoiser(model, given, sampler, "reference")
+        guided = encode_guided(model, prompts, sampler.guidance_scale, "reference")
+    reference = _denoiser(model, guided, sampler, "reference")
     denoiser = annealed_importance(policy, reference, schedule, times)
     trajectory = sample(denoiser, model.process, noise, times, eta=sampler.eta, rng=rng)
     return model.decode(trajectory.x).clamp(0, 1)
 
 
 def _denoiser(
-    model: TextToImageModel, given: Guided, sampler: SamplerConfig, role: Role
+    model: TextToImageModel, guided: Guided, sampler: SamplerConfig, role: Role
 ) -> Denoiser:
     return model.denoiser(
-        given.cond, uncond=given.uncond, guidance_scale=sampler.guidance_scale, role=role
+        guided.cond, uncond=guided.uncond, guidance_scale=sampler.guidance_scale, role=role
     )
 
 
@@ -86,7 +86,7 @@ def generate_in_batches(
     *,
     schedule: str = "draft",
 ) -> Float[Tensor, "b 3 H W"]:
-    """Return the images of `generate`, made `batch_size` at a time and kept on the CPU."""
+    """Return the images of `generate` on the CPU, made `batch_size` at a time."""
     parts = [
         generate(
             model,

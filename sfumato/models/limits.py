@@ -1,23 +1,23 @@
-"""What a model can do, as its JSON files say, before a weight is read."""
+"""Limits of a model, read from its JSON files before a weight is loaded: sizes and steps."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model's JSON files say about its images, before a weight is read."""
+    """Image sizes and sampling steps that a model can do."""
 
     channels: int  # of latents
     factor: int  # pixels of a side per latent
     multiple: int  # pixels that a side must be a multiple of
-    size: tuple[int, int] | None  # height and width in pixels; None where no file states it
+    size: tuple[int, int] | None  # height and width in pixels; None if no file states it
     min_steps: int = 1  # of a sampling run
-    max_steps: int | None = None  # of a sampling run; None where time is continuous
-    largest: int | None = None  # pixels of a side, where positions come from a table
+    max_steps: int | None = None  # of a sampling run; None if time is continuous
+    largest: int | None = None  # pixels of a side, if positions come from a table
 
 
 def check_side(name: str, pixels: int, limits: Limits) -> None:
-    """Refuse a side that the model cannot divide, with the nearest that it can.
+    """Refuse a side that the model cannot divide; name the nearest that it can.
 
     Raises:
         ValueError: naming the setting.
@@ -33,7 +33,7 @@ def check_side(name: str, pixels: int, limits: Limits) -> None:
     if limits.largest is not None and pixels > limits.largest:
         raise ValueError(
             f"{name} = {pixels} is more than the {limits.largest} pixels that this model "
-            "has positions for"
+            f"has positions for; set {limits.largest} or less"
         )
 
 
@@ -51,5 +51,6 @@ def check_steps(num_inference_steps: int, limits: Limits) -> None:
     if limits.max_steps is not None and num_inference_steps > limits.max_steps:
         raise ValueError(
             f"sampler.num_inference_steps = {num_inference_steps} is more than the "
-            f"{limits.max_steps} steps that this model was trained on"
+            f"{limits.max_steps} steps that this model was trained on; set {limits.max_steps} or "
+            "less"
         )

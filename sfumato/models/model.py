@@ -1,4 +1,4 @@
-"""What a text-to-image model is to the rest of the system."""
+"""Contract of a text-to-image model: all that training, sampling and exports know of one."""
 
 import abc
 from collections.abc import Mapping, Sequence
@@ -21,15 +21,15 @@ Role: TypeAlias = Literal["policy", "reference"]
 
 @dataclass(frozen=True)
 class Framing:
-    """How a training image was cut out of its file: what SDXL is told beside the prompt."""
+    """Crop of a training image, which SDXL reads beside the prompt."""
 
-    original: tuple[int, int]  # height and width of the file's picture, in pixels
+    original: tuple[int, int]  # height and width of the stored picture, in pixels
     crop: tuple[int, int]  # top and left of the crop in the resized picture
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts, one per row, by the names that the family gives them."""
+    """Encoded prompts: named tensors with one row per prompt. The family chooses the names."""
 
     tensors: Mapping[str, Shaped[Tensor, "b ..."]]
 
@@ -41,12 +41,12 @@ class Conditioning:
         return Conditioning({name: tensor[start:stop] for name, tensor in self.tensors.items()})
 
     def framed(self, framing: Sequence[Framing]) -> "Conditioning":
-        """Fill in `framing` (b, 4), where the family has it: original height, width, crop y, x."""
+        """Fill the tensor `framing` (b, 4), if there is one: original height, width, crop y, x."""
         if "framing" not in self.tensors:
             return self
         assert len(framing) == len(self), f"{len(self)} prompts have {len(framing)} framings"
-        told = torch.tensor([(*each.original, *each.crop) for each in framing]).float()
-        return Conditioning({**self.tensors, "framing": told.to(self.tensors["framing"].device)})
+        numbers = torch.tensor([(*each.original, *each.crop) for each in framing]).float()
+        return Conditioning({**self.tensors, "framing": numbers.to(self.tensors["framing"].device)})
 
     def repeat(self, times: int) -> "Conditioning":
         """Return the whole batch stacked `times` times, one after another."""
@@ -56,7 +56,7 @@ class Conditioning:
 
     @staticmethod
     def stack(parts: Sequence["Conditioning"]) -> "Conditioning":
-        """Return the rows of all parts; shorter token sequences, and their masks, end in zeros."""
+        """Join the rows of all parts; shorter token sequences and their masks are zero-padded."""
         names = parts[0].tensors
         return Conditioning({name: _join([part.tensors[name] for part in parts]) for name in names})
 
@@ -70,15 +70,18 @@ def _join(tensors: Sequence[Shaped[Tensor, "_ ..."]]) -> Shaped[Tensor, "b ..."]
 
 
 class TextToImageModel(abc.ABC):
-    """A network, its text encoders, its autoencoder and its process, behind (b, c, h, w) and t.
+    """A diffusion model with its text encoders and autoencoder; latents are (b, c, h, w).
 
     Attributes:
         process: alpha and sigma of t in [0, 1].
         prediction_type: what the network predicts, and supervised training regresses.
         trained: holds every parameter that is trained (with its adapters, under LoRA).
-        trains_text: whether a text encoder is trained, so that each role encodes on its own.
+        trains_text: whether a text encoder is trained, so that each role encodes its own prompts.
         has_reference: whether the frozen self is kept; without it no role may ask for it.
-        has_cfg: whether a guidance scale means two predictions; else the network is told it.
+        has_cfg: True if guidance is classifier-free (two predictions); False if the network takes
+            the scale as an input, or has no guidance.
+        repeated: class names of the blocks that the network repeats, which
+            `training.compile=regional` compiles one by one.
     """
 
     process: DiffusionProcess
@@ -87,6 +90,7 @@ class TextToImageModel(abc.ABC):
     trains_text: bool
     has_cfg: bool
     has_reference: bool = True
+    repeated: frozenset[str] = frozenset()
 
     @property
     @abc.abstractmethod
@@ -95,7 +99,15 @@ class TextToImageModel(abc.ABC):
 
     @abc.abstractmethod
     def to(self, device: torch.device) -> None:
-        """Move every network."""
+        """Move every network, in place."""
+
+    @abc.abstractmethod
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Return the networks by name.
+
+        `policy` predicts; `reference` is its frozen copy, if one is kept. The other names, such as
+        `vae`, are free: these networks encode and decode.
+        """
 
     @abc.abstractmethod
     def image_size(self) -> tuple[int, int]:
@@ -121,7 +133,7 @@ class TextToImageModel(abc.ABC):
         role: Role = "policy",
         framing: Sequence[Framing] | None = None,
     ) -> Conditioning:
-        """Encode prompts; with a gradient only where the policy's text encoders are trained.
+        """Encode prompts; with a gradient only if the policy's text encoders are trained.
 
         Args:
             framing: of each training image, for families that learn from it.
@@ -141,16 +153,16 @@ class TextToImageModel(abc.ABC):
 
     @abc.abstractmethod
     def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
-        """Encode images in [-1, 1] to all that `draw_latents` needs of them, float32.
+        """Encode images in [-1, 1] to the input of `draw_latents`, float32.
 
-        For an autoencoder with a posterior, its mean and log-variance, m = 2 c.
+        An autoencoder with a posterior gives its mean and log-variance, m = 2 c.
         """
 
     @abc.abstractmethod
     def draw_latents(
         self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b c h w"]:
-        """Return latents, float32, normalised as the network knows them; None takes the mean."""
+        """Return latents in the network's normalisation, float32; without noise, the mean."""
 
     @abc.abstractmethod
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
@@ -170,7 +182,7 @@ class TextToImageModel(abc.ABC):
 
         Args:
             role: `policy` is what is trained; `reference` its frozen self, under no_grad.
-            guidance_scale: where guidance is embedded in the network, what it is told.
+            guidance_scale: of classifier-free guidance, or an input of the network (`has_cfg`).
         """
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -179,18 +191,18 @@ class TextToImageModel(abc.ABC):
 
     @abc.abstractmethod
     def shards(self) -> Sequence[nn.Module]:
-        """Return the modules to shard one by one under FSDP, inner ones first."""
+        """Return the modules that FSDP shards one by one: blocks first, then whole networks."""
 
     @abc.abstractmethod
     def save_pipeline(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write the policy, adapters merged, as a diffusers folder; the network in `dtype`."""
+        """Write the policy as a diffusers folder, adapters merged, the network in `dtype`."""
 
     @abc.abstractmethod
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter as diffusers' `load_lora_weights` takes it.
+        """Write the adapter for diffusers' `load_lora_weights`.
 
         Raises:
-            ValueError: if there is no adapter.
+            ValueError: if the model has no adapter.
         """
 
     @abc.abstractmethod
@@ -202,10 +214,10 @@ class TextToImageModel(abc.ABC):
         noise: Float[Tensor, "1 c h w"],
         sampler: SamplerConfig,
     ) -> Float[Tensor, "1 3 H W"]:
-        """Return the image that another program makes of an export, from the files alone.
+        """Let another program load an export from its files, and return the image that it makes.
 
         Args:
-            exported: holds `pipeline`, what `save_pipeline` wrote, and `lora`, likewise.
+            exported: holds `pipeline`, written by `save_pipeline`, and `lora`, by `save_adapter`.
             name: `pipeline` or `lora`.
-            noise: what the same image here starts from.
+            noise: the starting noise.
         """

@@ -1,8 +1,10 @@
-"""What all families share: a diffusers pipeline's networks behind the contract."""
+"""Base of all families: the networks of a diffusers pipeline as a TextToImageModel."""
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,22 +18,44 @@ from sfumato.diffusion.guidance import CfgGradient, classifier_free
 from sfumato.diffusion.process import Prediction, Time
 from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.adapters import Roles
-from sfumato.models.formats import copy_frozen, save_encoder
-from sfumato.models.kohya import KohyaLayout
-from sfumato.models.limits import check_side
-from sfumato.models.lora_apply import fuse_elsewhere, save_adapters
-from sfumato.models.model import Conditioning, Framing, Role
-from sfumato.models.pipeline_files import PipelineFiles
+from sfumato.models.autoencoder_kl import decode_kl, full_precision, latents_kl, moments_kl
+from sfumato.models.formats import (
+    copy_frozen,
+    read_json,
+    read_model_index,
+    read_pipeline,
+    save_encoder,
+)
+from sfumato.models.limits import Limits, check_side, check_steps
+from sfumato.models.lora import KohyaLayout, fuse_elsewhere, save_adapters
+from sfumato.models.model import Conditioning, Framing, Role, TextToImageModel
+
+CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+CLIP_TOKENS = 77  # of a prompt, if a text encoder's config.json states no other number
+CLIP_ATTENTION = (r".*self_attn\.(q|k|v|out)_proj",)
 
 
-class PipelineModel(PipelineFiles):
-    """A diffusers pipeline as a TextToImageModel; a family adds its own arithmetic.
+class PipelineModel(TextToImageModel):
+    """A diffusers pipeline as a TextToImageModel; a family adds its names and its arithmetic.
 
     Attributes:
         parts: the network and every text encoder by its component's name, in their two roles.
-        scheduler: of the class whose settings `times` follows.
+        scheduler: whose settings `times` follows.
+        tokens: of a prompt that each text encoder reads, at most.
     """
 
+    pipeline_name: ClassVar[str]  # in model_index.json
+    network_name: ClassVar[str]  # the component that predicts
+    encoders: ClassVar[tuple[str, ...]]  # the components that read prompts
+    tokenizers: ClassVar[tuple[str, ...]]
+    token_limits: ClassVar[Mapping[str, int]] = {}  # of encoders without a table of positions
+    prompts_vary: ClassVar[bool] = False  # whether a shorter prompt is encoded to fewer states
+    optional: ClassVar[frozenset[str]] = frozenset()  # what model_index.json may leave out
+    upcast: ClassVar[tuple[str, ...]] = ()  # in float32 if their `force_upcast` says so
+    unused: ClassVar[Mapping[str, Any]] = {}  # from_pretrained's arguments that leave parts out
+    schedulers: ClassVar[str] = r"(?!EDM|FlowMatch).*"  # of the process, as a regular expression
+    blocks: ClassVar[tuple[str, ...]]  # the network's attributes that are blocks, or lists of them
+    lora_targets: ClassVar[Mapping[str, Sequence[str]]]  # the preset, by component
     kohya: ClassVar[KohyaLayout]
     combine: ClassVar[Callable[[Tensor, Tensor, float, CfgGradient], Tensor]] = staticmethod(
         classifier_free
@@ -45,17 +69,43 @@ class PipelineModel(PipelineFiles):
         self.parts = parts
         self.source = source
         self.config = config
+        self.scheduler = pipeline.scheduler
         self.limits = self.read_limits(source)
+        self.tokens = self.read_tokens(source)
         self.trained_names = [name for name, part in parts.items() if part.is_trained]
         self.trained = nn.ModuleDict({name: parts[name].policy for name in self.trained_names})
         self.has_reference = all(part.has_reference for part in parts.values())
         self.trains_text = any(name != self.network_name for name in self.trained_names)
+        self._has_warned = False
+        # The pipeline warns of every prompt that it cuts; `encode_prompts` warns once.
+        logging.getLogger(type(pipeline).__module__).setLevel(logging.ERROR)
 
     # --- What a family adds
 
+    @staticmethod
+    @abc.abstractmethod
+    def read_limits(folder: Path) -> Limits:
+        """Read from the JSON files of a folder what sizes and steps the model can do."""
+
     @abc.abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts with the encoders of `pipeline`, every tensor with a row per prompt."""
+        """Encode prompts with the encoders of `pipeline`; every tensor has a row per prompt."""
+
+    @abc.abstractmethod
+    def prompt_shapes(self, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of `encode` for one prompt of the most tokens.
+
+        Args:
+            settings: of the network, its config.json.
+        """
+
+    @abc.abstractmethod
+    def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
+        """Return the released scheduler's T + 1 times, from noise to data.
+
+        Args:
+            tokens: of the image, `limits.multiple` pixels a side each.
+        """
 
     @abc.abstractmethod
     def predict(
@@ -66,17 +116,49 @@ class PipelineModel(PipelineFiles):
         cond: Conditioning,
         guidance_scale: float,
     ) -> Float[Tensor, "b c h w"]:
-        """Return the network's output at x_t, float32; `guidance_scale` is for embedding it."""
+        """Return the network's output at x_t, float32; also on the meta device.
 
-    @abc.abstractmethod
-    def blocks(self, network: Any) -> Sequence[nn.Module]:
-        """Return the parts of a network to shard one by one under FSDP, inner ones first."""
+        Args:
+            guidance_scale: for networks that take it as an input.
+        """
 
-    @abc.abstractmethod
     def pipeline_arguments(
         self, noise: Float[Tensor, "b c h w"], guidance_scale: float
     ) -> dict[str, Any]:
         """Return the pipeline's arguments for starting noise and guidance."""
+        return {"latents": noise, "guidance_scale": guidance_scale}
+
+    # --- Files
+
+    @classmethod
+    def components(cls, folder: Path) -> dict[str, str]:
+        """Return the components that a folder must hold, with the files that configure them."""
+        index = read_model_index(folder)
+        names = ["scheduler", "vae", cls.network_name, *cls.encoders, *cls.tokenizers]
+        absent = {name for name in cls.optional if index.get(name) in (None, [None, None])}
+        return {
+            name: CONFIGS.get(name.split("_")[0], "config.json")
+            for name in names
+            if name not in absent
+        }
+
+    @classmethod
+    def left_out(cls, folder: Path) -> dict[str, Any]:
+        """Return from_pretrained's arguments that leave out what is unused or not there."""
+        absent = cls.optional.difference(cls.components(folder))
+        return {**cls.unused, **dict.fromkeys(absent)}
+
+    @classmethod
+    def read_tokens(cls, folder: Path) -> dict[str, int]:
+        """Read from JSON files how many tokens of a prompt each text encoder reads, at most."""
+        tokens = {}
+        for name in (name for name in cls.encoders if name in cls.components(folder)):
+            settings = read_json(folder / name / "config.json")
+            positions = settings.get("max_position_embeddings", CLIP_TOKENS)
+            limit = cls.token_limits.get(name, positions)
+            tokenizer = folder / name.replace("text_encoder", "tokenizer") / CONFIGS["tokenizer"]
+            tokens[name] = min(limit, read_json(tokenizer).get("model_max_length", limit))
+        return tokens
 
     # --- The contract
 
@@ -100,6 +182,11 @@ class PipelineModel(PipelineFiles):
             for network in part.networks():
                 network.to(device)
 
+    def networks(self) -> dict[str, nn.Module]:
+        roles = dict(zip(("policy", "reference"), self.roles.networks(), strict=False))
+        encoders = {name: self.parts[name].policy for name in self.encoders if name in self.parts}
+        return {**roles, **encoders, "vae": self.pipeline.vae}
+
     def image_size(self) -> tuple[int, int]:
         if self.limits.size is None:
             raise ValueError(
@@ -114,6 +201,11 @@ class PipelineModel(PipelineFiles):
         factor = self.limits.factor
         return self.limits.channels, height // factor, width // factor
 
+    def times(self, num_inference_steps: int, height: int, width: int) -> Sequence[float]:
+        check_steps(num_inference_steps, self.limits)
+        unit = self.limits.multiple
+        return self.grid(num_inference_steps, (height // unit) * (width // unit))
+
     def encode_prompts(
         self,
         prompts: Sequence[str],
@@ -121,10 +213,34 @@ class PipelineModel(PipelineFiles):
         role: Role = "policy",
         framing: Sequence[Framing] | None = None,
     ) -> Conditioning:
+        self._warn_of_cut(prompts)
         learns = self.trains_text and role == "policy" and torch.is_grad_enabled()
         with torch.set_grad_enabled(learns), self._encoding(role):
             cond = self.encode(list(prompts))
         return cond if framing is None else cond.framed(framing)
+
+    def _warn_of_cut(self, prompts: Sequence[str]) -> None:
+        """Warn once of a prompt with more tokens than any text encoder reads."""
+        if self._has_warned:
+            return
+        name = max(self.tokens, key=self.tokens.__getitem__)
+        tokenizer = self.pipeline.components[name.replace("text_encoder", "tokenizer")]
+        counts = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+        if max(counts) > self.tokens[name]:
+            self._has_warned = True
+            warnings.warn(
+                f"prompts are cut at {self.tokens[name]} tokens; the first one cut has "
+                f"{max(counts)}: {prompts[counts.index(max(counts))][:80]!r} (said once)",
+                stacklevel=3,
+            )
+
+    def blank_prompts(self, rows: int) -> Conditioning:
+        """Return zeros in the place of encoded prompts of the most tokens, to plan with."""
+        network: Any = self.network
+        shapes = self.prompt_shapes(network.config)
+        return Conditioning(
+            {name: torch.zeros(rows, *shape, device=self.device) for name, shape in shapes.items()}
+        )
 
     @contextmanager
     def _encoding(self, role: Role) -> Iterator[None]:
@@ -136,6 +252,23 @@ class PipelineModel(PipelineFiles):
                     if self.pipeline.components[name] is not encoder:
                         self.pipeline.register_modules(**{name: encoder})
             yield
+
+    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
+        with self._autoencoding():
+            return moments_kl(self.pipeline.vae, images)
+
+    def draw_latents(
+        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
+    ) -> Float[Tensor, "b c h w"]:
+        return latents_kl(self.pipeline.vae, moments, noise)
+
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        with self._autoencoding():
+            return decode_kl(self.pipeline.vae, latents)
+
+    def _autoencoding(self) -> AbstractContextManager[object]:
+        """Keep an autoencoder that overflows in half precision out of a training's autocast."""
+        return full_precision(self.pipeline.vae) if "vae" in self.upcast else nullcontext()
 
     def denoiser(
         self,
@@ -167,8 +300,15 @@ class PipelineModel(PipelineFiles):
         shards: list[nn.Module] = []
         for name, part in self.parts.items():
             for network in part.networks() if part.is_trained else ():
-                shards += [*(self.blocks(network) if name == self.network_name else ()), network]
+                is_network = name == self.network_name
+                shards += [*(self.blocks_of(network) if is_network else ()), network]
         return shards
+
+    def blocks_of(self, network: nn.Module) -> list[nn.Module]:
+        """Return the blocks of a network, in their order."""
+        owned = [network.get_submodule(name) for name in self.blocks]
+        lists = [list(part) if isinstance(part, nn.ModuleList) else [part] for part in owned]
+        return [block for blocks in lists for block in blocks]
 
     # --- Writing
 
@@ -204,7 +344,8 @@ class PipelineModel(PipelineFiles):
         folder, config = self.source, self.config
         if name == "pipeline":
             folder, config = exported / "pipeline", replace(config, variant=None)
-        pipeline = self.read_pipeline(folder, config, self.pipeline.vae.dtype)
+        dtypes = {"default": self.pipeline.vae.dtype}
+        pipeline = read_pipeline(folder, config, dtypes, self.left_out(folder))
         pipeline.scheduler = type(self.scheduler).from_config(self.scheduler.config)
         if name == "lora":
             fuse_elsewhere(pipeline, self.network_name, config.merge)

@@ -1,14 +1,13 @@
-"""Qwen-Image: a transformer over packed latents and a language model's states of the prompt."""
+"""Qwen-Image: a transformer over packed latents, conditioned on a language model's states."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sfumato.config import ModelConfig
@@ -18,14 +17,13 @@ from sfumato.models.adapters import Roles
 from sfumato.models.autoencoder_kl import moments_kl, posterior
 from sfumato.models.flux import LATENT_SIDE, pack, rows_of, unpack
 from sfumato.models.formats import read_json
-from sfumato.models.kohya import KohyaLayout
-from sfumato.models.limits import Limits, check_steps
+from sfumato.models.limits import Limits
+from sfumato.models.lora import KohyaLayout
 from sfumato.models.model import Conditioning
 from sfumato.models.pipeline_model import PipelineModel
-from sfumato.models.schedules import dynamic_mu, flow_times
-from sfumato.models.texts import cut_prompt
+from sfumato.models.schedules import flow_times
 
-MAX_TOKENS = 512  # of a prompt, says the pipeline
+MAX_TOKENS = 512  # of a prompt, in the pipeline
 
 LINEAR = (
     r".*\.attn\.to_[qkv]",
@@ -42,10 +40,10 @@ def rescaled_guidance(
     scale: float,
     gradient: CfgGradient = "full",
 ) -> Float[Tensor, "b c h w"]:
-    """Guide each token, then give it back the norm of its prediction with the prompt.
+    """Guide each token, then rescale it to the norm of the prediction with the prompt.
 
     Args:
-        gradient: of the linear combination, as in `classifier_free`; that of the norm is whole.
+        gradient: of the linear combination, as in `classifier_free`; the norm's is always full.
     """
     height, width = cond.shape[2] // 2, cond.shape[3] // 2
     guided = pack(classifier_free(cond, uncond, scale, gradient))
@@ -55,16 +53,21 @@ def rescaled_guidance(
 
 @final
 class QwenImage(PipelineModel):
-    """A QwenImagePipeline's networks behind the contract of TextToImageModel."""
+    """The networks of a QwenImagePipeline."""
 
     pipeline_name = "QwenImagePipeline"
     network_name = "transformer"
     encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
+    token_limits: ClassVar = {"text_encoder": MAX_TOKENS}
+    prompts_vary = True
     schedulers = "FlowMatchEulerDiscreteScheduler"
     lora_targets: ClassVar = {"transformer": LINEAR}
     kohya = KohyaLayout({"transformer": "lora_unet"})
+    blocks = ("transformer_blocks",)
+    repeated = frozenset({"QwenImageTransformerBlock"})
     combine = staticmethod(rescaled_guidance)
+    process = RectifiedFlow()
     prediction_type: PredictionType = "flow"
     has_cfg = True
 
@@ -72,9 +75,6 @@ class QwenImage(PipelineModel):
         self, pipeline: Any, parts: dict[str, Roles], source: Path, config: ModelConfig
     ) -> None:
         super().__init__(pipeline, parts, source, config)
-        self.scheduler = pipeline.scheduler
-        self.process = RectifiedFlow()
-        self._warned = False
         latents, decoder = pipeline.vae.config, pipeline.vae.decoder
         self._mean = torch.tensor(latents.latents_mean).view(-1, 1, 1)
         self._std = torch.tensor(latents.latents_std).view(-1, 1, 1)
@@ -97,25 +97,18 @@ class QwenImage(PipelineModel):
             factor=factor,
             multiple=2 * factor,
             size=(LATENT_SIDE * factor, LATENT_SIDE * factor),
-            # Its shift says where the last step starts: with one step that is 0 / 0.
+            # `shift_terminal` sets where the last step starts, which is 0 / 0 of a single step.
             min_steps=2 if scheduler.get("shift_terminal") else 1,
         )
 
-    def times(self, num_inference_steps: int, height: int, width: int) -> Sequence[float]:
-        check_steps(num_inference_steps, self.limits)
-        tokens = (height // self.limits.multiple) * (width // self.limits.multiple)
-        return flow_times(
-            self.scheduler,
-            num_inference_steps,
-            mu=dynamic_mu(self.scheduler.config, tokens),
-            sigmas=[1 - i / num_inference_steps for i in range(num_inference_steps)],
-        )
+    def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
+        return flow_times(self.scheduler, num_inference_steps, tokens, even=True)
+
+    def prompt_shapes(self, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        tokens = self.tokens["text_encoder"]
+        return {"states": (tokens, settings["joint_attention_dim"]), "mask": (tokens,)}
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        tokenizer = self.pipeline.tokenizer
-        if not self._warned and (cut := cut_prompt(tokenizer, prompts, MAX_TOKENS)):
-            self._warned = True
-            warnings.warn(cut, stacklevel=3)
         states, mask = self.pipeline.encode_prompt(
             prompts, self.device, max_sequence_length=MAX_TOKENS
         )
@@ -135,7 +128,7 @@ class QwenImage(PipelineModel):
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         vae = self.pipeline.vae
         unscaled = latents * self._std.to(latents.device) + self._mean.to(latents.device)
-        # What vae.decode does to a single frame, before it clamps: rewards want the gradient.
+        # vae.decode of a single frame, without its clamp, which would cut the rewards' gradient.
         frames = vae.decoder(vae.post_quant_conv(unscaled[:, :, None].to(vae.dtype)))
         return (frames[:, :, 0].float() + 1) / 2
 
@@ -152,14 +145,11 @@ class QwenImage(PipelineModel):
         tokens = network(
             pack(x_t).to(dtype),
             encoder_hidden_states=cond.tensors["states"].to(dtype),
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states_mask=None if mask.is_meta or mask.all() else mask,
             timestep=rows_of(t, x_t),
             img_shapes=[[(1, height, width)]] * len(x_t),
         ).sample
         return unpack(tokens.float(), height, width)
-
-    def blocks(self, network: Any) -> Sequence[nn.Module]:
-        return list(network.transformer_blocks)
 
     def pipeline_arguments(
         self, noise: Float[Tensor, "b c h w"], guidance_scale: float

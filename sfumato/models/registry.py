@@ -1,12 +1,13 @@
-"""Which file serves which pipeline class."""
+"""Registry of the families, and the loading of a checkpoint by its family."""
 
 from pathlib import Path
 
 from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.models.flux import Flux
 from sfumato.models.formats import find_model, read_model_index
+from sfumato.models.loading import check_family, load_family
 from sfumato.models.model import TextToImageModel
-from sfumato.models.parts import find_parts
+from sfumato.models.origins import assemble_pipeline
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.qwen_image import QwenImage
 from sfumato.models.stable_diffusion import StableDiffusion
@@ -28,11 +29,11 @@ def find_family(
     """Return the family and folder of a checkpoint, without loading a weight.
 
     Args:
-        sampler: checked against what the model can do, if given.
+        sampler: checked against the model's limits, if given.
 
     Raises:
-        ValueError: if the folder is incomplete, of a family that Sfumato does not know or that
-            `config.family` does not name, or cannot do what the sampler asks.
+        ValueError: if the folder is incomplete, of an unknown family or of another than
+            `config.family`, or cannot do what the sampler asks.
     """
     folder = _find_folder(config)
     pipeline = str(read_model_index(folder)["_class_name"])
@@ -49,12 +50,12 @@ def find_family(
             f"model.family = {config.family!r}; give a folder of that family, or the recipe of "
             f"{name}"
         )
-    FAMILIES[name].check(folder, config, sampler)
+    check_family(FAMILIES[name], folder, config, sampler)
     return FAMILIES[name], folder
 
 
 def _find_folder(config: ModelConfig) -> Path:
-    """Return a pretrained folder, or one of parts around a network that begins at random."""
+    """Return a pretrained folder, or one put together around a network that starts at random."""
     if (config.pretrained is None) == (config.network.config is None):
         raise ValueError(
             f"model.pretrained = {config.pretrained!r} and model.network.config = "
@@ -62,18 +63,18 @@ def _find_folder(config: ModelConfig) -> Path:
             "or sd1, sd2 or a config.json to build a network at random"
         )
     if config.pretrained is None:
-        return find_parts(config)
+        return assemble_pipeline(config)
     return find_model(config.pretrained, allow_pickle=config.allow_pickle, variant=config.variant)
 
 
 def load_encoders(config: ModelConfig) -> TextToImageModel:
-    """Load text encoders and autoencoder alone: a model that encodes and decodes, frozen.
+    """Load only text encoders and autoencoder, frozen: a model that encodes and decodes.
 
     Raises:
         ValueError: as `load_model`.
     """
     family, folder = find_family(config)
-    return family.load(folder, config, with_network=False)
+    return load_family(family, folder, config, with_network=False)
 
 
 def load_model(config: ModelConfig) -> TextToImageModel:
@@ -83,4 +84,4 @@ def load_model(config: ModelConfig) -> TextToImageModel:
         ValueError: if it is not there, not readable, or of an unknown family.
     """
     family, folder = find_family(config)
-    return family.load(folder, config)
+    return load_family(family, folder, config)

@@ -1,7 +1,6 @@
-"""Time grids of released schedulers, from their own settings."""
+"""Time grids of released schedulers, computed by the schedulers from their own settings."""
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,31 +13,29 @@ SIGMA_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def flow_times(
-    scheduler: Any,
-    num_inference_steps: int,
-    *,
-    mu: float | None = None,
-    sigmas: Sequence[float] | None = None,
+    scheduler: Any, num_inference_steps: int, tokens: int, *, even: bool = False
 ) -> list[float]:
     """Return the T + 1 times of a FlowMatchEulerDiscreteScheduler, where sigma is t.
 
     Args:
-        mu: of the dynamic shift, where the scheduler's settings ask for it.
-        sigmas: before shifting; None is the scheduler's own grid.
+        tokens: of the image, for a dynamic shift.
+        even: whether sigma falls evenly to 1 / T before it is shifted; otherwise the scheduler's
+            own grid is shifted.
     """
-    given = {} if mu is None else {"mu": mu}
-    if sigmas is None:
-        scheduler.set_timesteps(num_inference_steps, **given)
+    mu = _dynamic_mu(scheduler.config, tokens)
+    shift = {} if mu is None else {"mu": mu}
+    if even:
+        sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        scheduler.set_timesteps(sigmas=sigmas, **shift)
     else:
-        scheduler.set_timesteps(sigmas=list(sigmas), **given)
+        scheduler.set_timesteps(num_inference_steps, **shift)
     return torch.as_tensor(scheduler.sigmas).double().tolist()
 
 
-def dynamic_mu(settings: Any, tokens: int) -> float | None:
-    """Return the shift's mu for an image of so many tokens, linear between two sizes.
+def _dynamic_mu(settings: Any, tokens: int) -> float | None:
+    """Return the shift's mu for a number of tokens, linear between two sizes; None without one.
 
-    Returns None where the scheduler's settings ask for no dynamic shift. Source: diffusers'
-    `calculate_shift`, with the settings of scheduler_config.json and its defaults.
+    Source: diffusers' `calculate_shift`, with the settings of scheduler_config.json.
     """
     if not settings["use_dynamic_shifting"]:
         return None
@@ -48,7 +45,7 @@ def dynamic_mu(settings: Any, tokens: int) -> float | None:
 
 
 def ddim_of(released: Any, **changes: Any) -> Any:
-    """Return a DDIMScheduler over a released scheduler's table and grid; warn what it drops."""
+    """Return a DDIMScheduler with a released scheduler's table and grid; warn if steps differ."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     settings, name = released.config, type(released).__name__
@@ -56,11 +53,11 @@ def ddim_of(released: Any, **changes: Any) -> Any:
     if name not in SAME_STEPS or sigmas:
         what = f"{name} with {', '.join(sigmas)}" if sigmas else name
         warnings.warn(
-            f"this model was released with {what}; here DDIM samples it, and images differ",
+            f"this model was released with {what}; Sfumato samples it with DDIM, and images differ",
             stacklevel=2,
         )
-    spacing = settings.get("timestep_spacing", "leading")  # else DDIM's default would be taken
-    # DDIM's default would clip latents to the range of pixels, where a file does not say.
+    # DDIM's own defaults: another spacing, and latents clipped to the range of pixels.
+    spacing = settings.get("timestep_spacing", "leading")
     return DDIMScheduler.from_config(
         settings, clip_sample=False, timestep_spacing=spacing, **changes
     )
@@ -76,6 +73,6 @@ def table_times(table: VariancePreserving, scheduler: Any, num_inference_steps: 
 
 
 def table_index(table: VariancePreserving, t: Time, device: torch.device) -> Tensor:
-    """Return the training step of t on the device; a number is filled in, without a copy."""
+    """Return the training step of t, on the device; a number becomes a tensor without a copy."""
     index = table.index(t)
     return index if isinstance(index, Tensor) else torch.full((), index, device=device)

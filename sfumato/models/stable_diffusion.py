@@ -1,33 +1,25 @@
-"""Stable Diffusion 1.x and 2.x: a U-Net in latent space, conditioned on one CLIP text encoder."""
+"""Stable Diffusion 1.x and 2.x: a U-Net in latent space, conditioned on a CLIP text encoder."""
 
-import logging
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.config import ModelConfig
 from sfumato.diffusion.process import PredictionType, Time, VariancePreserving
 from sfumato.models.adapters import Roles
-from sfumato.models.autoencoder_kl import (
-    decode_kl,
-    downsampling,
-    latent_size,
-    latents_kl,
-    moments_kl,
-)
+from sfumato.models.autoencoder_kl import downsampling, latent_size
 from sfumato.models.formats import read_json
-from sfumato.models.kohya import KohyaLayout
-from sfumato.models.limits import Limits, check_steps
+from sfumato.models.limits import Limits
+from sfumato.models.lora import KohyaLayout
 from sfumato.models.model import Conditioning
-from sfumato.models.pipeline_files import CLIP_ATTENTION
-from sfumato.models.pipeline_model import PipelineModel
+from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import ddim_of, table_index, table_times
-from sfumato.models.texts import cut_prompt
 
+UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+UNET_REPEATED = frozenset({"BasicTransformerBlock", "ResnetBlock2D"})
 UNET_LINEAR = (
     r".*attn\d?\.to_[qkv]",
     r".*attn\d?\.to_out\.0",
@@ -36,9 +28,27 @@ UNET_LINEAR = (
 )
 
 
+def unet_limits(folder: Path, *, smallest: int = 1) -> Limits:
+    """Return the limits of a U-Net: a latent is `factor` pixels a side, a step one of its table.
+
+    Args:
+        smallest: number of pixels that a side must be a multiple of.
+    """
+    unet = read_json(folder / "unet" / "config.json")
+    steps = read_json(folder / "scheduler" / "scheduler_config.json")
+    factor = downsampling(read_json(folder / "vae" / "config.json"))
+    return Limits(
+        channels=unet.get("in_channels", 4),
+        factor=factor,
+        multiple=max(smallest, factor),
+        size=latent_size(unet.get("sample_size"), factor),
+        max_steps=steps.get("num_train_timesteps", 1000),
+    )
+
+
 @final
 class StableDiffusion(PipelineModel):
-    """A StableDiffusionPipeline's networks behind the contract of TextToImageModel."""
+    """The networks of a StableDiffusionPipeline."""
 
     pipeline_name = "StableDiffusionPipeline"
     network_name = "unet"
@@ -51,6 +61,8 @@ class StableDiffusion(PipelineModel):
     }
     lora_targets: ClassVar = {"unet": UNET_LINEAR, "text_encoder": CLIP_ATTENTION}
     kohya = KohyaLayout({"unet": "lora_unet", "text_encoder": "lora_te"})
+    blocks = UNET_BLOCKS
+    repeated = UNET_REPEATED
     has_cfg = True
 
     def __init__(
@@ -60,45 +72,20 @@ class StableDiffusion(PipelineModel):
         self.scheduler = ddim_of(pipeline.scheduler)
         self.process = self._table = VariancePreserving(self.scheduler.alphas_cumprod)
         self.prediction_type: PredictionType = self.scheduler.config["prediction_type"]
-        self._warned = False
-        # Prompts that are too long are warned about by `encode`, once.
-        logging.getLogger("diffusers.pipelines.stable_diffusion").setLevel(logging.ERROR)
 
     @staticmethod
     def read_limits(folder: Path) -> Limits:
-        unet = read_json(folder / "unet" / "config.json")
-        steps = read_json(folder / "scheduler" / "scheduler_config.json")
-        factor = downsampling(read_json(folder / "vae" / "config.json"))
-        return Limits(
-            channels=unet.get("in_channels", 4),
-            factor=factor,
-            multiple=factor,
-            size=latent_size(unet.get("sample_size"), factor),
-            max_steps=steps.get("num_train_timesteps", 1000),
-        )
+        return unet_limits(folder)
 
-    def times(self, num_inference_steps: int, height: int, width: int) -> Sequence[float]:
-        check_steps(num_inference_steps, self.limits)
+    def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return table_times(self._table, self.scheduler, num_inference_steps)
 
+    def prompt_shapes(self, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"states": (self.tokens["text_encoder"], settings["cross_attention_dim"])}
+
     def encode(self, prompts: list[str]) -> Conditioning:
-        tokenizer = self.pipeline.tokenizer
-        if not self._warned and (cut := cut_prompt(tokenizer, prompts, tokenizer.model_max_length)):
-            self._warned = True
-            warnings.warn(cut, stacklevel=3)
         states, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)
         return Conditioning({"states": states})
-
-    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
-        return moments_kl(self.pipeline.vae, images)
-
-    def draw_latents(
-        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
-    ) -> Float[Tensor, "b c h w"]:
-        return latents_kl(self.pipeline.vae, moments, noise)
-
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-        return decode_kl(self.pipeline.vae, latents)
 
     def predict(
         self,
@@ -111,11 +98,3 @@ class StableDiffusion(PipelineModel):
         dtype = network.dtype
         timestep = table_index(self._table, t, x_t.device)
         return network(x_t.to(dtype), timestep, cond.tensors["states"].to(dtype)).sample.float()
-
-    def blocks(self, network: Any) -> Sequence[nn.Module]:
-        return [*network.down_blocks, network.mid_block, *network.up_blocks]
-
-    def pipeline_arguments(
-        self, noise: Float[Tensor, "b c h w"], guidance_scale: float
-    ) -> dict[str, Any]:
-        return {"latents": noise, "guidance_scale": guidance_scale}

@@ -1,33 +1,21 @@
 """Stable Diffusion 3 and 3.5: a transformer over latent patches and three encoders' tokens."""
 
-import logging
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from sfumato.config import ModelConfig
 from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
-from sfumato.models.adapters import Roles
-from sfumato.models.autoencoder_kl import (
-    decode_kl,
-    downsampling,
-    latent_size,
-    latents_kl,
-    moments_kl,
-)
+from sfumato.models.autoencoder_kl import downsampling, latent_size
 from sfumato.models.formats import read_json
-from sfumato.models.kohya import KohyaLayout, by_block
 from sfumato.models.limits import Limits
+from sfumato.models.lora import KohyaLayout, by_block
 from sfumato.models.model import Conditioning
-from sfumato.models.pipeline_files import CLIP_ATTENTION
-from sfumato.models.pipeline_model import PipelineModel
-from sfumato.models.schedules import dynamic_mu, flow_times
-from sfumato.models.texts import cut_prompt
+from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
+from sfumato.models.schedules import flow_times
 
 T5_TOKENS = 256  # the pipeline's max_sequence_length
 MMDIT_LINEAR = (
@@ -59,15 +47,16 @@ PUBLISHED = {
 
 @final
 class StableDiffusion3(PipelineModel):
-    """A StableDiffusion3Pipeline's networks behind the contract of TextToImageModel.
+    """The networks of a StableDiffusion3Pipeline.
 
-    A release without its third encoder, T5, works: the pipeline puts zeros for T5's states.
+    The third encoder, T5, may be missing: the pipeline then puts zeros in place of its states.
     """
 
     pipeline_name = "StableDiffusion3Pipeline"
     network_name = "transformer"
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    token_limits: ClassVar = {"text_encoder_3": T5_TOKENS}
     optional = frozenset({"text_encoder_3", "tokenizer_3"})
     unused: ClassVar = {"image_encoder": None, "feature_extractor": None}
     schedulers = "FlowMatchEulerDiscreteScheduler"
@@ -84,18 +73,11 @@ class StableDiffusion3(PipelineModel):
         },
         by_block(PUBLISHED),
     )
-    has_cfg = True
+    blocks = ("transformer_blocks",)
+    repeated = frozenset({"JointTransformerBlock"})
+    process = RectifiedFlow()
     prediction_type: PredictionType = "flow"
-
-    def __init__(
-        self, pipeline: Any, parts: dict[str, Roles], source: Path, config: ModelConfig
-    ) -> None:
-        super().__init__(pipeline, parts, source, config)
-        self.scheduler = pipeline.scheduler
-        self.process = RectifiedFlow()
-        self._warned = False
-        # Prompts that are too long are warned about by `encode`, once.
-        logging.getLogger("diffusers.pipelines.stable_diffusion_3").setLevel(logging.ERROR)
+    has_cfg = True
 
     @staticmethod
     def read_limits(folder: Path) -> Limits:
@@ -110,36 +92,21 @@ class StableDiffusion3(PipelineModel):
             largest=transformer.get("pos_embed_max_size", 96) * multiple,
         )
 
-    def times(self, num_inference_steps: int, height: int, width: int) -> Sequence[float]:
-        tokens = (height // self.limits.multiple) * (width // self.limits.multiple)
-        mu = dynamic_mu(self.scheduler.config, tokens)
-        return flow_times(self.scheduler, num_inference_steps, mu=mu)
+    def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
+        return flow_times(self.scheduler, num_inference_steps, tokens)
+
+    def prompt_shapes(self, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        tokens = self.tokens["text_encoder"] + T5_TOKENS  # CLIP's and then T5's, or zeros
+        return {
+            "states": (tokens, settings["joint_attention_dim"]),
+            "pooled": (settings["pooled_projection_dim"],),
+        }
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        if not self._warned and (cut := self._cut(prompts)):
-            self._warned = True
-            warnings.warn(cut, stacklevel=3)
         states, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, None, None, self.device, 1, False, max_sequence_length=T5_TOKENS
         )
         return Conditioning({"states": states, "pooled": pooled})
-
-    def _cut(self, prompts: list[str]) -> str | None:
-        # What CLIP does not read T5 still does.
-        if self.pipeline.text_encoder_3 is not None:
-            return cut_prompt(self.pipeline.tokenizer_3, prompts, T5_TOKENS)
-        return cut_prompt(self.pipeline.tokenizer, prompts, self.pipeline.tokenizer_max_length)
-
-    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
-        return moments_kl(self.pipeline.vae, images)
-
-    def draw_latents(
-        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
-    ) -> Float[Tensor, "b c h w"]:
-        return latents_kl(self.pipeline.vae, moments, noise)
-
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-        return decode_kl(self.pipeline.vae, latents)
 
     def predict(
         self,
@@ -157,11 +124,3 @@ class StableDiffusion3(PipelineModel):
             encoder_hidden_states=cond.tensors["states"].to(dtype),
             pooled_projections=cond.tensors["pooled"].to(dtype),
         ).sample.float()
-
-    def blocks(self, network: Any) -> Sequence[nn.Module]:
-        return list(network.transformer_blocks)
-
-    def pipeline_arguments(
-        self, noise: Float[Tensor, "b c h w"], guidance_scale: float
-    ) -> dict[str, Any]:
-        return {"latents": noise, "guidance_scale": guidance_scale}

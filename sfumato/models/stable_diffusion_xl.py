@@ -1,63 +1,55 @@
-"""Stable Diffusion XL: a U-Net told two text encoders' states and how its image was framed."""
+"""Stable Diffusion XL: a U-Net conditioned on two text encoders and on the crop of its image."""
 
-import logging
 import re
-import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.config import ModelConfig
 from sfumato.diffusion.process import PredictionType, Time, VariancePreserving
 from sfumato.models.adapters import Roles
-from sfumato.models.autoencoder_kl import (
-    decode_kl,
-    downsampling,
-    full_precision,
-    latent_size,
-    latents_kl,
-    moments_kl,
-)
-from sfumato.models.formats import read_json
-from sfumato.models.kohya import KohyaLayout
-from sfumato.models.limits import Limits, check_steps
+from sfumato.models.limits import Limits
+from sfumato.models.lora import KohyaLayout
 from sfumato.models.model import Conditioning
-from sfumato.models.pipeline_files import CLIP_ATTENTION
-from sfumato.models.pipeline_model import PipelineModel
+from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import ddim_of, table_index, table_times
-from sfumato.models.stable_diffusion import UNET_LINEAR
-from sfumato.models.texts import cut_prompt
+from sfumato.models.stable_diffusion import (
+    UNET_BLOCKS,
+    UNET_LINEAR,
+    UNET_REPEATED,
+    unet_limits,
+)
 
 
 def published_names(names: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Return the layers of a U-Net's attention blocks by the names of Stability AI's code.
 
-    There blocks are counted through: with n layers each, input block (n + 1) i + j + 1 is layer j
-    of down block i (an output block begins at 0), for conv_in, downsamplers and upsamplers count.
+    Stability's code numbers blocks consecutively, counting conv_in and the resamplers. With n
+    layers per block, layer j of down block i is input block (n + 1) i + j + 1; layer j of up
+    block i is output block (n + 1) i + j.
     """
     layers = 1 + sum(bool(re.fullmatch(r"down_blocks\.0\.resnets\.\d+", name)) for name in names)
-    found = {}
+    published = {}
     for name in names:
         if match := re.fullmatch(r"mid_block\.attentions\.0\.(.+)", name):
-            found[f"middle_block.1.{match[1]}"] = (name,)
+            published[f"middle_block.1.{match[1]}"] = (name,)
         elif match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)", name):
             side, start = ("input", 1) if match[1] == "down" else ("output", 0)
             block = layers * int(match[2]) + int(match[3]) + start
-            found[f"{side}_blocks.{block}.1.{match[4]}"] = (name,)
-    return found
+            published[f"{side}_blocks.{block}.1.{match[4]}"] = (name,)
+    return published
 
 
 @final
 class StableDiffusionXL(PipelineModel):
-    """A StableDiffusionXLPipeline's networks behind the contract of TextToImageModel.
+    """The networks of a StableDiffusionXLPipeline.
 
-    The empty prompt is the unconditional one: where model_index.json sets
-    `force_zeros_for_empty_prompt`, as the release does, its states are zeros, which the pipeline
-    takes where no negative prompt is given.
+    Guidance leads away from the empty prompt. Its states are zeros if model_index.json sets
+    `force_zeros_for_empty_prompt`, as the release does and as the pipeline then does.
     """
 
     pipeline_name = "StableDiffusionXLPipeline"
@@ -75,6 +67,8 @@ class StableDiffusionXL(PipelineModel):
         {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
         published_names,
     )
+    blocks = UNET_BLOCKS
+    repeated = UNET_REPEATED
     has_cfg = True
 
     def __init__(
@@ -91,32 +85,24 @@ class StableDiffusionXL(PipelineModel):
         self.process = self._table = VariancePreserving(self.scheduler.alphas_cumprod)
         self.prediction_type: PredictionType = self.scheduler.config["prediction_type"]
         _freeze_unread(parts["text_encoder"].policy)
-        self._warned = False
-        # Prompts that are too long are warned about by `encode`, once.
-        logging.getLogger("diffusers.pipelines.stable_diffusion_xl").setLevel(logging.ERROR)
 
     @staticmethod
     def read_limits(folder: Path) -> Limits:
-        unet = read_json(folder / "unet" / "config.json")
-        steps = read_json(folder / "scheduler" / "scheduler_config.json")
-        factor = downsampling(read_json(folder / "vae" / "config.json"))
-        return Limits(
-            channels=unet.get("in_channels", 4),
-            factor=factor,
-            multiple=max(8, factor),  # what the pipeline takes
-            size=latent_size(unet.get("sample_size"), factor),
-            max_steps=steps.get("num_train_timesteps", 1000),
-        )
+        return unet_limits(folder, smallest=8)  # which the pipeline asks for
 
-    def times(self, num_inference_steps: int, height: int, width: int) -> Sequence[float]:
-        check_steps(num_inference_steps, self.limits)
+    def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return table_times(self._table, self.scheduler, num_inference_steps)
 
+    def prompt_shapes(self, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        # The network reads the pooled prompt beside six embedded sides of framing.
+        framing = 6 * settings["addition_time_embed_dim"]
+        return {
+            "states": (self.tokens["text_encoder"], settings["cross_attention_dim"]),
+            "pooled": (settings["projection_class_embeddings_input_dim"] - framing,),
+            "framing": (4,),
+        }
+
     def encode(self, prompts: list[str]) -> Conditioning:
-        tokenizer = self.pipeline.tokenizer
-        if not self._warned and (cut := cut_prompt(tokenizer, prompts, tokenizer.model_max_length)):
-            self._warned = True
-            warnings.warn(cut, stacklevel=3)
         states, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, self.device, 1, False)
         if self.pipeline.config.force_zeros_for_empty_prompt:
             empty = torch.tensor([not prompt for prompt in prompts], device=states.device)
@@ -124,19 +110,6 @@ class StableDiffusionXL(PipelineModel):
             pooled = pooled.masked_fill(empty[:, None], 0.0)
         unknown = torch.zeros(len(prompts), 4, device=states.device)
         return Conditioning({"states": states, "pooled": pooled, "framing": unknown})
-
-    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
-        with full_precision(self.pipeline.vae):
-            return moments_kl(self.pipeline.vae, images)
-
-    def draw_latents(
-        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
-    ) -> Float[Tensor, "b c h w"]:
-        return latents_kl(self.pipeline.vae, moments, noise)
-
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-        with full_precision(self.pipeline.vae):
-            return decode_kl(self.pipeline.vae, latents)
 
     def predict(
         self,
@@ -146,28 +119,20 @@ class StableDiffusionXL(PipelineModel):
         cond: Conditioning,
         guidance_scale: float,
     ) -> Float[Tensor, "b c h w"]:
-        dtype, told = network.dtype, cond.tensors
+        dtype, prompts = network.dtype, cond.tensors
         height, width = (side * self.limits.factor for side in x_t.shape[2:])
         added = {
-            "text_embeds": told["pooled"].to(dtype),
-            "time_ids": _time_ids(told["framing"], height, width),
+            "text_embeds": prompts["pooled"].to(dtype),
+            "time_ids": _time_ids(prompts["framing"], height, width),
         }
         timestep = table_index(self._table, t, x_t.device)
         return network(
-            x_t.to(dtype), timestep, told["states"].to(dtype), added_cond_kwargs=added
+            x_t.to(dtype), timestep, prompts["states"].to(dtype), added_cond_kwargs=added
         ).sample.float()
-
-    def blocks(self, network: Any) -> Sequence[nn.Module]:
-        return [*network.down_blocks, network.mid_block, *network.up_blocks]
-
-    def pipeline_arguments(
-        self, noise: Float[Tensor, "b c h w"], guidance_scale: float
-    ) -> dict[str, Any]:
-        return {"latents": noise, "guidance_scale": guidance_scale}
 
 
 def _freeze_unread(encoder: Any) -> None:
-    """Train nothing after the penultimate states: nobody reads it, and DDP would wait for it."""
+    """Freeze the layers after the penultimate states: nothing reads them, and DDP would wait."""
     unread = f"layers.{encoder.config.num_hidden_layers - 1}."
     for name, parameter in encoder.named_parameters():
         if unread in name or "final_layer_norm" in name:

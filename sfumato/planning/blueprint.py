@@ -4,18 +4,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from sfumato.config import ModelConfig, TrainConfig
 from sfumato.models.adapters import LoraRoles
-from sfumato.models.blueprints import network_on_meta
 from sfumato.models.flux import Flux
 from sfumato.models.limits import Limits
 from sfumato.models.model import DTYPES
+from sfumato.models.origins import construct_unet, unet_settings
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import find_family
 from sfumato.models.stable_diffusion import StableDiffusion
-from sfumato.planning.encoders import Encoders, assumed_encoders, read_encoders
+from sfumato.planning.encoders import (
+    Encoders,
+    assumed_encoders,
+    component_on_meta,
+    read_encoders,
+)
 from sfumato.planning.inputs import Shape, conditioning_shapes
 from sfumato.run.open_data import frame_size
 
@@ -51,15 +57,17 @@ def read_blueprint(config: TrainConfig) -> Blueprint:
         ValueError: if the network is neither given nor described, or a part of it is unknown.
     """
     model = config.model
-    network: Any = network_on_meta(model)
-    settings = network.config
     if _is_described(model):
         family: type[PipelineModel] = StableDiffusion
+        with torch.device("meta"):
+            network: Any = construct_unet(unet_settings(str(model.network.config)))
+        settings = network.config
         encoders = assumed_encoders(settings["cross_attention_dim"])
         side = model.image_size or FACTOR * settings["sample_size"]
         limits = Limits(LATENT_CHANNELS, FACTOR, FACTOR, (side, side))
     else:
         family, folder = find_family(model, config.sampler)
+        network = component_on_meta(folder, family.network_name)
         encoders = read_encoders(folder, family.encoders)
         limits = family.read_limits(folder)
     height, width = frame_size(config, limits)

@@ -87,8 +87,8 @@ def read_encoders(folder: Path, names: tuple[str, ...]) -> Encoders:
     Args:
         names: of the text encoders' components; one that the folder leaves out is left out.
     """
-    texts = {name: part for name in names if (part := _component(folder, name)) is not None}
-    autoencoder = _component(folder, "vae")
+    texts = {name: part for name in names if (part := component_on_meta(folder, name)) is not None}
+    autoencoder = component_on_meta(folder, "vae")
     assert autoencoder is not None, "checked with the folder"
     tokens = {name: _tokens(folder, name, text) for name, text in texts.items()}
     return Encoders(autoencoder, texts, tokens)
@@ -109,7 +109,7 @@ def _tokens(folder: Path, name: str, text: Any) -> int:
             return MAX_TOKENS
 
 
-def _component(folder: Path, name: str) -> nn.Module | None:
+def component_on_meta(folder: Path, name: str) -> nn.Module | None:
     """Return a component on the meta device; None where model_index.json leaves it out."""
     entry: Any = read_model_index(folder).get(name)
     if entry in (None, [None, None]):

@@ -10,6 +10,7 @@ from sfumato.config import TrainingConfig
 from sfumato.models.model import DTYPES
 from sfumato.planning.blueprint import Blueprint
 from sfumato.planning.step import StepCost
+from sfumato.training.sharding import copy_size
 
 USABLE = 0.92  # of the memory: the rest is CUDA's, NCCL's, workspaces and the allocator's gaps
 GPUS_OF_A_MACHINE = 8  # that share one copy under hsdp, where shard_size is not stated
@@ -71,22 +72,8 @@ def held(
 
 
 def shards(training: TrainingConfig, gpus: int) -> int:
-    """Return how many GPUs share one copy of what is trained.
-
-    Raises:
-        ValueError: if the GPUs do not divide into groups of that size.
-    """
-    if training.strategy == "ddp" or gpus == 1:
-        return 1
-    if training.strategy == "fsdp":
-        return gpus
-    size = training.shard_size or min(GPUS_OF_A_MACHINE, gpus)
-    if gpus % size:
-        raise ValueError(
-            f"gpus = {gpus} do not divide into groups of training.shard_size = {size}; choose "
-            "one that divides them"
-        )
-    return size
+    """Return how many GPUs share one copy of the trained weights."""
+    return copy_size(training, gpus, per_machine=min(GPUS_OF_A_MACHINE, gpus))
 
 
 def bytes_of(module: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sfumato.config_stages import PlanConfig
+from sfumato.config import PlanConfig
 from sfumato.planning.memory import LARGEST, USABLE
 from sfumato.planning.plan import Memory, Plan, make_plan
 

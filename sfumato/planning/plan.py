@@ -6,8 +6,7 @@ from functools import cache
 import torch
 
 from sfumato.check import check_train
-from sfumato.config import SupervisedConfig
-from sfumato.config_stages import PlanConfig
+from sfumato.config import PlanConfig, SupervisedConfig
 from sfumato.planning.blueprint import Blueprint, read_blueprint
 from sfumato.planning.encoders import encoding_flops
 from sfumato.planning.gpus import GPUS, Gpu, peak_flops
@@ -131,17 +130,6 @@ def check_plan(config: PlanConfig) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    if config.gpu not in GPUS:
-        raise ValueError(f"gpu = {config.gpu!r}; choose one of {', '.join(GPUS)}")
-    for name, value in (("gpus", config.gpus), ("image_bytes", config.image_bytes)):
-        if value < 1:
-            raise ValueError(f"{name} = {value} must be 1 or more")
-    if config.samples is not None and config.samples < 1:
-        raise ValueError(f"samples = {config.samples} must be 1 or more, or null")
-    if not 0 < config.utilisation <= 1:
-        raise ValueError(
-            f"utilisation = {config.utilisation} is a share of the peak; give one in (0, 1]"
-        )
     if not isinstance(config.objective, SupervisedConfig):
         raise ValueError(
             f"objective = {config.objective.kind}: sfumato plan counts supervised steps, as "

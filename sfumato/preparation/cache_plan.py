@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sfumato.config import ModelConfig
-from sfumato.config_stages import PrecacheConfig, PrepareConfig
+from sfumato.config import ModelConfig, PrecacheConfig, PrepareConfig
 from sfumato.data.prepared.format import (
     CACHE,
     CachedRecord,

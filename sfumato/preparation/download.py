@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.config_stages import DownloadConfig
+from sfumato.config import DownloadConfig
 from sfumato.data.prepared.format import PreparedError
 from sfumato.preparation.bins import tally
 from sfumato.preparation.url_table import TABLE, TableRecord, read_table_record, write_table

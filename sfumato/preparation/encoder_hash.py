@@ -22,7 +22,7 @@ from torch import Tensor
 from sfumato.config import ModelConfig
 from sfumato.data.prepared.format import CacheIdentity
 from sfumato.models.formats import read_json, read_model_index
-from sfumato.models.lora_files import find_lora
+from sfumato.models.lora import find_lora
 from sfumato.models.registry import find_family
 
 AUTOENCODER = "vae"

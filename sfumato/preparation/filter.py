@@ -9,7 +9,7 @@ from typing import Any, final
 
 import numpy as np
 
-from sfumato.config_stages import FilterConfig
+from sfumato.config import FilterConfig
 from sfumato.data.prepared.format import (
     SELECTIONS,
     KeptRecord,

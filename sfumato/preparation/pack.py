@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, final
 
-from sfumato.config_stages import DownloadConfig, PackConfig
+from sfumato.config import DownloadConfig, PackConfig
 from sfumato.data.blobs import Blob
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
 from sfumato.data.prepared.format import (

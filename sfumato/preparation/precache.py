@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sfumato.config import ModelConfig
-from sfumato.config_stages import PrepareConfig
+from sfumato.config import ModelConfig, PrepareConfig
 from sfumato.data.prepared.format import (
     EMPTY,
     FORMAT,

@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from sfumato.config import TrainingConfig
-from sfumato.config_stages import PrepareConfig
+from sfumato.config import PrepareConfig, TrainingConfig
 from sfumato.data.prepared.format import PreparedError
 from sfumato.files import lock
 from sfumato.preparation.bins import line

@@ -1,43 +1,18 @@
-"""Settings of `sfumato prepare` that cannot be, refused before anything is done."""
+"""Combinations of settings of `sfumato prepare` that cannot work, refused before any work."""
 
 import re
 
-from sfumato.config_stages import PrecacheConfig, PrepareConfig
-from sfumato.data.decode import LARGEST
-from sfumato.models.model import DTYPES
-
-STAGES = ("download", "pack", "filter", "precache", "index")
+from sfumato.config import STAGES, PrecacheConfig, PrepareConfig, check_values
 
 
 def check_prepare(config: PrepareConfig) -> None:
-    """Refuse impossible settings with a ValueError that names the setting."""
+    """Refuse single values and combinations that cannot work, with a ValueError naming the key."""
+    check_values(config)
+    pack = config.pack
     if not config.out.strip():
         raise ValueError("out is empty; name the folder to prepare")
-    if unknown := [stage for stage in config.stages if stage not in STAGES]:
-        raise ValueError(f"stages has {unknown[0]!r}; choose some of {', '.join(STAGES)}")
     if not config.stages:
         raise ValueError(f"stages is empty; choose some of {', '.join(STAGES)}")
-    download, pack, chosen = config.download, config.pack, config.filter
-    least = {
-        "download.image_size": (download.image_size, 1),
-        "download.samples_per_shard": (download.samples_per_shard, 1),
-        "download.processes": (download.processes, 1),
-        "download.threads": (download.threads, 1),
-        "download.timeout": (download.timeout, 1),
-        "download.retries": (download.retries, 0),
-        "pack.samples_per_shard": (pack.samples_per_shard, 1),
-        "pack.max_pixels": (pack.max_pixels, 1),
-        "pack.workers": (pack.workers, 1),
-        "filter.max_aspect": (chosen.max_aspect, 1),
-    }
-    for name, (value, bound) in least.items():
-        if value is not None and value < bound:
-            raise ValueError(f"{name}={value} is too small; give {bound} or more")
-    if pack.max_pixels > LARGEST:
-        raise ValueError(
-            f"pack.max_pixels={pack.max_pixels} is too large; give {LARGEST} at most, above which "
-            "Pillow refuses pictures as decompression bombs"
-        )
     if pack.repeats != 1 or pack.weight is not None:
         raise ValueError(
             "pack.repeats and pack.weight are for training; each picture is packed once"
@@ -69,8 +44,6 @@ def _check_filter(config: PrepareConfig) -> None:
         raise ValueError(
             f"filter.name={chosen.name!r} names a folder; give letters, digits, '-', '_' and '.'"
         )
-    if chosen.duplicates not in ("keep", "drop"):
-        raise ValueError(f"filter.duplicates={chosen.duplicates!r}; choose keep or drop")
     for what, low, high in (
         ("size", chosen.min_size, chosen.max_size),
         ("caption", chosen.min_caption, chosen.max_caption),
@@ -89,19 +62,10 @@ def _check_filter(config: PrepareConfig) -> None:
 
 
 def check_precache(settings: PrecacheConfig) -> None:
-    """Refuse settings of precaching that cannot be with a ValueError that names them."""
+    """Refuse settings of precaching that cannot work, with a ValueError naming the key."""
+    check_values(settings, "precache.")
     if settings.crop != "center":
         raise ValueError(
-            f"precache.crop = {settings.crop!r} cannot be had, as a cache holds one crop of each "
+            f"precache.crop={settings.crop!r} does not work, as a cache holds one crop of each "
             "picture; set precache.crop=center, or train from tars (data.shards.cached=false)"
         )
-    if settings.dtype not in DTYPES:
-        raise ValueError(
-            f"precache.dtype = {settings.dtype!r} is unknown; choose {', '.join(DTYPES)}"
-        )
-    for name, value, least in (
-        ("batch_size", settings.batch_size, 1),
-        ("workers", settings.workers, 0),
-    ):
-        if value < least:
-            raise ValueError(f"precache.{name} = {value} is too small; give {least} or more")

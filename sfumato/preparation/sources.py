@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, final
 
-from sfumato.config_stages import PackConfig
+from sfumato.config import PackConfig
 from sfumato.data.blobs import FileBlob
 from sfumato.data.entries import Columns, Entry, caption_of, choose_column, inside
 from sfumato.data.image_sources import list_source

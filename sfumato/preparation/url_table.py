@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from sfumato.config_stages import DownloadConfig
+from sfumato.config import DownloadConfig
 from sfumato.data.entries import caption_of
 from sfumato.data.prepared.format import FORMAT, PreparedError, read_fields
 from sfumato.data.skips import SkipLog, Tally

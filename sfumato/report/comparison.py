@@ -1,4 +1,4 @@
-"""Which runs are set against each other, and along which curves."""
+"""Comparison of DRaFT+ with DRaFT at equal reward: the pairs of runs and their curves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from sfumato.report.records import RunRecord
 
 @dataclass(frozen=True)
 class Comparison:
-    """A DRaFT+ run beside the run without KL, read at equal reward; None where they never meet."""
+    """A run with KL beside a run without; `result` is None where they share no reward."""
 
     baseline: str
     other: str
@@ -17,23 +17,24 @@ class Comparison:
 
 
 def compare(records: Sequence[RunRecord], base: Evaluation | None) -> list[Comparison]:
-    """Set each run with KL against one without: that of the same seed, if there is one."""
+    """Compare each run with KL to one without, of the same seed if there is one."""
     plain = [r for r in records if r.kl_coeff == 0 and r.final is not None]
-    found = []
+    comparisons = []
     for record in records:
         if not record.kl_coeff or record.final is None or not plain:
             continue
-        same_seed = [r for r in plain if r.seed == record.seed]
+        seed = record.setting("training", "seed")
+        same_seed = [r for r in plain if r.setting("training", "seed") == seed]
         baseline = (same_seed or plain)[0]
         result = at_equal_reward(from_base(baseline, base), from_base(record, base))
-        found.append(Comparison(baseline.name, record.name, result))
-    return found
+        comparisons.append(Comparison(baseline.name, record.name, result))
+    return comparisons
 
 
 def steps_at_equal_reward(
     records: Sequence[RunRecord], base: Evaluation | None
 ) -> list[tuple[RunRecord, int]]:
-    """Return, of runs with a reward, the evaluated step nearest the highest mean that all reach.
+    """Return, for runs with a reward, the evaluated step nearest the highest mean that all reach.
 
     Returns:
         [] where fewer than two runs are evaluated, or one of them never rises above the base.
@@ -53,6 +54,6 @@ def steps_at_equal_reward(
 
 
 def from_base(record: RunRecord, base: Evaluation | None) -> list[Evaluation]:
-    """Return a run's evaluations, starting from the base model's."""
+    """Return a run's evaluations, preceded by that of the base model."""
     tuned = [one for one in record.evaluations if one.step]
     return [base, *tuned] if base is not None else tuned

@@ -1,24 +1,33 @@
-"""The report's figures: curves over training, and reward against diversity, as inline SVG."""
+"""Figures of the report as inline SVG: training curves, loss by t, reward against diversity."""
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-# Okabe and Ito's colours that can be told apart on white, with and without colour vision.
+from sfumato.evaluation.results import Evaluation
+from sfumato.report.comparison import from_base
+from sfumato.report.losses import loss_by_t, validation_loss
+from sfumato.report.records import RunRecord
+from sfumato.report.tables import held_out_names
+
+# Okabe and Ito's palette, which readers with any colour vision can distinguish on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SYMBOLS = ("●", "■", "▲", "◆", "▼", "✚", "✖")  # the same, as characters
+SYMBOLS = ("●", "■", "▲", "◆", "▼", "✚", "✖")  # the markers as characters
 INK, GREY = "#222222", "#6b6b6b"
 LABEL_ROOM = 0.3  # of the width of the data
 LABEL_GAP = 13.0  # points between the labels of two lines
 PALE = 0.4  # opacity
+# Windows of the running mean in the longest run: losses are noisier than rewards.
+REWARD_WINDOWS, LOSS_WINDOWS = 100, 20
+SMOOTH_ABOVE = 200  # logged steps; shorter curves of rewards are not smoothed
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -43,16 +52,19 @@ STYLE: Any = {
 }
 
 
+Series: TypeAlias = tuple[Sequence[int | float], Sequence[int | float]]  # steps and values
+
+
 @dataclass(frozen=True)
 class Line:
     """One run's points.
 
     Attributes:
-        style: which color and marker; the same in every figure.
-        error: half the height of the bars at each point.
-        name: written at the line's end, where there is room for it.
-        ring: a point of it that stands out.
-        pale: drawn behind the run's other line.
+        style: number of the color and marker, the same in every figure.
+        error: half the height of the bar at each point.
+        name: a label at the end of the line.
+        ring: a point to highlight.
+        pale: whether to draw the line half transparent.
     """
 
     style: int
@@ -64,23 +76,43 @@ class Line:
     ring: tuple[int | float, float] | None = None
     pale: bool = False
 
-    @property
-    def color(self) -> str:
-        return COLORS[self.style % len(COLORS)]
-
-    @property
-    def marker(self) -> str:
-        return MARKERS[self.style % len(MARKERS)]
-
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity over training steps, or over t; `base` is the base model's own value."""
+    """One quantity over training steps or over t; `base` is the value of the base model."""
 
     title: str
     lines: Sequence[Line]
     base: float | None = None
-    over_t: bool = False  # with a logarithmic axis, as errors at different t differ in size
+    over_t: bool = False  # the y axis is then logarithmic
+
+
+def training_panels(records: Sequence[RunRecord], base: Evaluation | None) -> list[Panel]:
+    """Return validation losses, then evaluated measures, then metrics that training logged."""
+
+    def rewards(title: str, key: str) -> list[Panel]:
+        series = [record.series(key) for record in records]
+        return _logged(title, series, windows=REWARD_WINDOWS, above=SMOOTH_ABOVE)
+
+    panels = _validation_losses(records)
+    curves = [from_base(record, base) if record.evaluations else [] for record in records]
+    if any(one.reward is not None for curve in curves for one in curve):
+        scored = [
+            curve if record.scored else [] for record, curve in zip(records, curves, strict=True)
+        ]
+        panels.append(_evaluated("reward", scored, lambda one: one.reward, base))
+    else:
+        panels += rewards("reward of validation images", "validation/reward")
+    if any(curves):
+        label = next(curve[0].diversity_label for curve in curves if curve)
+        for name in held_out_names(records):
+            panels.append(_evaluated(name, curves, lambda one, n=name: one.held_out.get(n), base))
+        panels.append(_evaluated(label, curves, lambda one: one.diversity, base))
+    panels += rewards("reward in training", "reward")
+    panels += rewards("KL in training", "kl")
+    losses = [record.series("loss") if record.supervised else ([], []) for record in records]
+    panels += _logged("loss in training", losses, windows=LOSS_WINDOWS, full=True)
+    return panels + _losses_by_t(records)
 
 
 def draw_panel(panel: Panel) -> str:
@@ -106,29 +138,31 @@ def draw_panel(panel: Panel) -> str:
         return _svg(figure)
 
 
-def draw_tradeoff(
-    lines: Sequence[Line], base: tuple[float, float] | None, reward: str, diversity: str
-) -> str:
-    """Return the SVG of reward against diversity: a line per run through its evaluated steps.
-
-    Args:
-        lines: x is reward, y diversity, in the order of steps.
-        base: reward and diversity of the base model.
-        reward: label of the x axis.
-        diversity: label of the y axis.
-    """
+def draw_tradeoff(records: Sequence[RunRecord], base: Evaluation | None) -> str | None:
+    """Return the SVG of reward against diversity, a line per run, or None where no run has both."""
+    lines, label = [], ""
+    for i, record in enumerate(records):
+        if record.final is not None and record.final.reward is not None:
+            curve = [(one.reward, one.diversity) for one in from_base(record, base)]
+            points = [(reward, diversity) for reward, diversity in curve if reward is not None]
+            rewards, diversities = zip(*points, strict=True)
+            lines.append(Line(i, rewards, diversities, name=record.name))
+            label = label or record.final.diversity_label
+    if not lines:
+        return None
     with rc_context({**STYLE, "svg.hashsalt": "tradeoff"}):
         figure = Figure(figsize=(6.4, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for line in lines:
             _draw(axes, line)
         ends = [(line.x[-1], line.y[-1], line.name) for line in lines]
-        if base is not None:
-            axes.plot(*base, marker="o", markersize=9, color=INK, linestyle="none", zorder=5)
-            ends.append((*base, "base model"))
-        axes.set_xlabel(reward)
-        axes.set_ylabel(diversity)
-        # Names stand to the right of the lines' ends, and are placed by the final limits.
+        if base is not None and base.reward is not None:
+            point = (base.reward, base.diversity)
+            axes.plot(*point, marker="o", markersize=9, color=INK, linestyle="none", zorder=5)
+            ends.append((*point, "base model"))
+        axes.set_xlabel("reward")
+        axes.set_ylabel(label)
+        # Labels need room on the right, and the final limits decide where they overlap.
         axes.margins(x=0.05, y=0.1)
         left, right = axes.get_xlim()
         axes.set_xlim(left, right + LABEL_ROOM * (right - left))
@@ -138,7 +172,7 @@ def draw_tradeoff(
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean of each value and the `window` - 1 before it, or as many as there are."""
+    """Return the mean of each value and the `window` - 1 values before it, fewer at the start."""
     means = []
     for i in range(len(values)):
         seen = values[max(0, i + 1 - window) : i + 1]
@@ -146,29 +180,80 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
+def _validation_losses(records: Sequence[RunRecord]) -> list[Panel]:
+    lines = []
+    for i, record in enumerate(records):
+        loss = validation_loss(record)
+        if loss is not None:
+            ring = (loss.lowest.step, loss.lowest.value) if loss.lowest else None
+            lines.append(Line(i, *record.series("validation/loss"), ring=ring))
+    return [Panel("validation loss", lines)] if lines else []
+
+
+def _losses_by_t(records: Sequence[RunRecord]) -> list[Panel]:
+    lines = []
+    for i, record in enumerate(records):
+        loss = loss_by_t(record)
+        if loss is not None:
+            for one, pale in ((loss.start, True), (loss.end, False)):
+                lines.append(Line(i, one.t, one.mean, one.error, pale=pale))
+    return [Panel("loss by t", lines, over_t=True)] if lines else []
+
+
+def _evaluated(
+    title: str,
+    curves: Sequence[Sequence[Evaluation]],
+    value: Callable[[Evaluation], float | None],
+    base: Evaluation | None,
+) -> Panel:
+    lines = []
+    for i, curve in enumerate(curves):
+        points = [(one.step, y, one) for one in curve if (y := value(one)) is not None]
+        errors = [one.reward_error for _, _, one in points if one.reward_error is not None]
+        bars = errors if title == "reward" else None
+        lines.append(Line(i, [x for x, _, _ in points], [y for _, y, _ in points], bars))
+    return Panel(title, lines, value(base) if base else None)
+
+
+def _logged(
+    title: str, series: Sequence[Series], *, windows: int, above: int = 0, full: bool = False
+) -> list[Panel]:
+    """Return the panel of a logged metric, or [] if no run has it.
+
+    Args:
+        windows: how many windows of the running mean the longest run has.
+        above: the number of steps up to which a curve is not smoothed.
+        full: whether a curve starts where its first window is complete.
+    """
+    longest = max(len(values) for _, values in series)
+    window = max(1, longest // windows) if longest > above else 1
+    title += f" (running mean of {window})" if window > 1 else ""
+    lines = []
+    for i, (steps, values) in enumerate(series):
+        first = min(window, len(values)) - 1 if full else 0
+        if steps:
+            means = running_mean(values, window)
+            lines.append(Line(i, steps[first:], means[first:], markers=False))
+    return [Panel(title, lines)] if lines else []
+
+
 def _draw(axes: Axes, line: Line) -> None:
-    # A round behind every six runs gets a dash of its own.
+    # Each further round of six colors has another dash.
     dash = ("-", "--", ":", "-.")[line.style // len(COLORS) % 4]
-    marker = line.marker if line.markers or len(line.x) == 1 else "none"
+    color, marker = COLORS[line.style % len(COLORS)], MARKERS[line.style % len(MARKERS)]
+    marker = marker if line.markers or len(line.x) == 1 else "none"
     alpha = PALE if line.pale else None
-    axes.plot(line.x, line.y, color=line.color, marker=marker, linestyle=dash, alpha=alpha)
+    axes.plot(line.x, line.y, color=color, marker=marker, linestyle=dash, alpha=alpha)
     if line.error is not None:
-        axes.errorbar(
-            line.x, line.y, line.error, fmt="none", ecolor=line.color, elinewidth=1, alpha=alpha
-        )
+        bars: Any = {"fmt": "none", "ecolor": color, "elinewidth": 1, "alpha": alpha}
+        axes.errorbar(line.x, line.y, line.error, **bars)
     if line.ring is not None:
-        axes.plot(
-            *line.ring,
-            marker="o",
-            markersize=12,
-            fillstyle="none",
-            color=line.color,
-            linestyle="none",
-        )
+        ring: Any = {"marker": "o", "markersize": 12, "fillstyle": "none", "linestyle": "none"}
+        axes.plot(*line.ring, color=color, **ring)
 
 
 def _label(axes: Axes, ends: Sequence[tuple[float, float, str]], dpi: float) -> None:
-    """Write each name to the right of its point, moved up where it would meet another."""
+    """Write each name to the right of its point, moved up where two would overlap."""
     taken = float("-inf")
     for x, y, name in sorted(ends, key=lambda end: end[1]):
         height = axes.transData.transform((x, y))[1] * 72 / dpi
@@ -180,12 +265,12 @@ def _label(axes: Axes, ends: Sequence[tuple[float, float, str]], dpi: float) -> 
 
 
 def _svg(figure: Figure) -> str:
-    """Return the figure as one <svg> element that needs nothing from outside."""
+    """Return the figure as one self-contained <svg> element."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     text = buffer.getvalue()
     head, _, body = text[text.index("<svg") :].partition(">")
     head = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", head)
-    body = re.sub(r' id="[\w.]+_\d+"', "", body)  # alike in every figure, referred to by none
+    body = re.sub(r' id="[\w.]+_\d+"', "", body)  # unused, and the same in every figure
     return f"{head}>{body}"

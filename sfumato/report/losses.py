@@ -1,4 +1,4 @@
-"""What supervised training measured: the validation loss, and the loss by t at start and end."""
+"""Losses of supervised training: the validation loss, and the loss by t at start and end."""
 
 import itertools
 import math
@@ -9,10 +9,10 @@ from typing import Any
 
 from sfumato.report.records import RunRecord
 
-BY_T = "mse_by_t/"  # and the bin: mse_by_t/0.0-0.1
-SHARE = 10  # of training: its first and its last tenth
-FEWEST = 25  # logged steps that are averaged, if there are twice as many
-SOURCE = ("path", "base_path", "image_column", "caption_column")  # says which images these are
+BY_T = "mse_by_t/"  # followed by the bin: mse_by_t/0.0-0.1
+SHARE = 10  # one tenth of training at each end
+FEWEST = 25  # logged steps to average at each end, if there are twice as many
+SOURCE = ("path", "base_path", "image_column", "caption_column")  # settings that select images
 BOUNDS = ("min_size", "max_pixels")
 
 
@@ -26,7 +26,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """The validation loss of a run; `before` is that of step 0, the others of trained weights."""
+    """The validation loss of a run: at step 0, and the lowest and last of trained weights."""
 
     before: Measured | None
     lowest: Measured | None
@@ -39,8 +39,8 @@ class Profile:
 
     Attributes:
         t: the middle of each bin.
-        mean: over those logged steps that had rows in the bin.
-        error: the standard error of `mean`; nan of a single step.
+        mean: over the logged steps with rows in the bin.
+        error: standard error of `mean`; nan of a single step.
     """
 
     t: Sequence[float]
@@ -50,7 +50,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class LossByT:
-    """The loss by t in the first and in the last steps of training, `window` of them each."""
+    """The loss by t over the first and the last `window` logged steps."""
 
     start: Profile
     end: Profile
@@ -58,18 +58,18 @@ class LossByT:
 
 
 def validation_loss(record: RunRecord) -> ValidationLoss | None:
-    """Return what was measured of the validation loss, or None without any.
+    """Return the validation loss of a run, or None without any.
 
     The lowest is the first of equals, and never step 0, which has no checkpoint.
     """
     steps, values = record.series("validation/loss")
-    found = [Measured(int(step), value) for step, value in zip(steps, values, strict=True)]
-    if not found:
+    losses = [Measured(int(step), value) for step, value in zip(steps, values, strict=True)]
+    if not losses:
         return None
-    trained = [one for one in found if one.step]
+    trained = [loss for loss in losses if loss.step]
     return ValidationLoss(
-        before=next((one for one in found if one.step == 0), None),
-        lowest=min(trained, key=lambda one: one.value, default=None),
+        before=next((loss for loss in losses if loss.step == 0), None),
+        lowest=min(trained, key=lambda loss: loss.value, default=None),
         last=trained[-1] if trained else None,
     )
 
@@ -91,11 +91,8 @@ def _profile(rows: Sequence[Mapping[str, int | float]]) -> Profile:
                 low, high = key.removeprefix(BY_T).split("-")
                 bins.setdefault((float(low) + float(high)) / 2, []).append(value)
     t = sorted(bins)
-    return Profile(
-        t=t,
-        mean=[statistics.fmean(bins[middle]) for middle in t],
-        error=[_standard_error(bins[middle]) for middle in t],
-    )
+    means = [statistics.fmean(bins[middle]) for middle in t]
+    return Profile(t, means, [_standard_error(bins[middle]) for middle in t])
 
 
 def _standard_error(values: Sequence[float]) -> float:
@@ -103,32 +100,29 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def has_held_out(record: RunRecord) -> bool:
-    """Say whether the validation loss is of images that are not trained on."""
-    own = record.setting("validation", "images") or {}
-    return bool(own.get("path") or own.get("sources"))
+    """Say whether the validation loss is measured on images that are not trained on."""
+    images = record.setting("validation", "images") or {}
+    return bool(images.get("path") or images.get("sources"))
 
 
-def unlike(records: Sequence[RunRecord]) -> list[str]:
-    """Return the settings that keep the validation losses of runs from being comparable."""
-    facts = [_measured_with(record) for record in records]
-    pairs = itertools.pairwise(facts)
+def differing_losses(records: Sequence[RunRecord]) -> list[str]:
+    """Return the settings that make the validation losses of runs incomparable."""
+    settings = [_loss_settings(record) for record in records]
+    pairs = itertools.pairwise(settings)
     return list(dict.fromkeys(key for a, b in pairs for key in a if a[key] != b[key]))
 
 
-def _measured_with(record: RunRecord) -> dict[str, Any]:
-    """Return the settings that decide what a validation loss is of."""
-    where = "validation" if has_held_out(record) else "data"
-    images = record.setting(where, "images") or {}
+def _loss_settings(record: RunRecord) -> dict[str, Any]:
+    """Return the settings that a validation loss depends on."""
+    images = record.setting("validation" if has_held_out(record) else "data", "images") or {}
     sources = [images, *(images.get("sources") or {}).values()]
     parts = [record.setting("model", key) for key in ("autoencoder", "text_encoder")]
+    plain = ("validation.loss_images", "validation.seed", "sampler.height", "sampler.width")
     return {
         "model.pretrained": record.setting("model", "pretrained") or parts,
         "validation.images": [
             [images.get(key) for key in BOUNDS],
             *([source.get(key) for key in SOURCE] for source in sources),
         ],
-        "validation.loss_images": record.setting("validation", "loss_images"),
-        "validation.seed": record.setting("validation", "seed"),
-        "sampler.height": record.setting("sampler", "height"),
-        "sampler.width": record.setting("sampler", "width"),
+        **{name: record.setting(*name.split(".")) for name in plain},
     }

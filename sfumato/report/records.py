@@ -1,15 +1,15 @@
-"""A run folder as the report sees it: read once, checked, with what is missing said in words."""
+"""Run records: settings, starts, metrics and evaluations of run folders that can be compared."""
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from sfumato.evaluation.results import SCORES, Evaluation, read_evaluations, read_summary
+from sfumato.evaluation.results import SCORES, Evaluation, read_evaluations
+from sfumato.records import read_record, read_rows
 from sfumato.training.folder import RunFolder
 from sfumato.training.tracking import read_metrics
 
@@ -22,7 +22,7 @@ class RunRecord:
         settings: config.yaml.
         starts: from run.json, oldest first.
         metrics: rows of metrics.jsonl.
-        evaluated_with: the settings that all its evaluations share; None without any.
+        evaluations: in the order of steps; all have the same settings.
     """
 
     name: str
@@ -31,22 +31,17 @@ class RunRecord:
     starts: Sequence[Mapping[str, Any]]
     metrics: Sequence[Mapping[str, int | float]]
     evaluations: Sequence[Evaluation]
-    evaluated_with: Mapping[str, Any] | None
 
     def setting(self, *keys: str) -> Any:
-        """Return one of the settings, by the keys that lead to it; None without it."""
-        found: Any = self.settings
+        """Return a setting by its path of keys, or None without it."""
+        value: Any = self.settings
         for key in keys:
-            found = (found or {}).get(key)
-        return found
+            value = (value or {}).get(key)
+        return value
 
     @property
     def kl_coeff(self) -> float | None:
         return self.setting("objective", "kl_coeff")
-
-    @property
-    def seed(self) -> int | None:
-        return self.setting("training", "seed")
 
     @property
     def supervised(self) -> bool:
@@ -54,7 +49,7 @@ class RunRecord:
 
     @property
     def scored(self) -> bool:
-        """Say whether a reward belongs to the run, to train on or to measure by."""
+        """Say whether the run has a reward, to train on or to measure."""
         return self.setting("reward", "kind") != "none"
 
     @property
@@ -65,20 +60,20 @@ class RunRecord:
             trained = {"lora": lora, "full": "all weights"}.get(self.setting("model", "trainable"))
             return f"Supervised, {trained}" if trained else "Supervised"
         if self.setting("objective", "kind") == "own":
-            return "An objective of one's own"
+            return "Custom objective"
         if self.kl_coeff is None:
             return "unknown"
         return f"DRaFT+, kl_coeff {self.kl_coeff:g}" if self.kl_coeff else "DRaFT"
 
     @property
     def steps(self) -> int:
-        """Return how far it was trained, as far as its files show."""
+        """Return the last step that the files of the run show."""
         logged = int(self.metrics[-1]["step"]) if self.metrics else 0
         return max([logged, *(one.step for one in self.evaluations)])
 
     @property
     def images_seen(self) -> int | None:
-        """Return how many images supervised training took in, repeats counted."""
+        """Return how many images supervised training saw, with repetitions."""
         batch = self.setting("training", "global_batch_size")
         return self.steps * batch if self.supervised and batch else None
 
@@ -99,17 +94,34 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class ShownImage:
-    """One row of scores.jsonl, or one side of a validation pair."""
+    """One row of scores.jsonl, or one side of a validation pair; `image` is a path."""
 
     prompt: str
     prompt_index: int
     index: int
-    reward: float | None
-    file: Path
+    image: str
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One row of pairs.jsonl."""
+
+    prompt: str
+    index: int
+    reward_tuned: float | None = None
+    reward_base: float | None = None
+
+
+@dataclass(frozen=True)
+class _Starts:
+    """run.json."""
+
+    starts: list[dict[str, Any]]
 
 
 def read_runs(runs: Sequence[RunFolder]) -> list[RunRecord]:
-    """Read run folders that are to be compared.
+    """Read the run folders of a comparison.
 
     Raises:
         ValueError: if there is none, one cannot be read, or two were evaluated differently.
@@ -117,9 +129,13 @@ def read_runs(runs: Sequence[RunFolder]) -> list[RunRecord]:
     if not runs:
         raise ValueError("there are no runs to report; name at least one run folder")
     records = [_read_run(run, name) for run, name in zip(runs, _names(runs), strict=True)]
-    evaluated = [record for record in records if record.evaluated_with is not None]
+    evaluated = [record for record in records if record.evaluations]
     for first, second in itertools.combinations(evaluated, 2):
-        _compare(first, second)
+        a, b = (record.evaluations[0].settings for record in (first, second))
+        if a.get("reward") is None or b.get("reward") is None:
+            # The rewards of one run cannot be mixed up with those of the other.
+            a, b = {**a, "reward": None}, {**b, "reward": None}
+        _check_alike(first.name, second.name, a, b)
     return records
 
 
@@ -129,63 +145,52 @@ def read_scores(record: RunRecord, step: int) -> list[ShownImage]:
     Raises:
         ValueError: if scores.jsonl is missing or damaged.
     """
-    place = record.folder.evaluation(step)
-    try:
-        return [
-            ShownImage(
-                row["prompt"],
-                row["prompt_index"],
-                row["index"],
-                row.get("reward"),
-                place / row["image"],
-            )
-            for row in _rows(place / SCORES)
-        ]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{place / SCORES} cannot be read ({error}); remove {place} and evaluate again"
-        ) from error
+    folder = record.folder.evaluation(step)
+    rows = read_rows(folder / SCORES, ShownImage, f"remove {folder} and evaluate again")
+    return [replace(row, image=str(folder / row.image)) for row in rows]
 
 
-def differing(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Return the settings that are not the same in every run, with each run's value."""
-    flat = [dict(_flatten(record.settings)) for record in records]
-    keys = dict.fromkeys(key for settings in flat for key in settings)
-    found = {key: [settings.get(key, "–") for settings in flat] for key in keys}
-    return {
-        key: values
-        for key, values in found.items()
-        if key not in ("name", "runs_dir") and any(value != values[0] for value in values)
-    }
+def read_pairs(folder: Path, side: Literal["tuned", "base"]) -> list[ShownImage]:
+    """Return the tuned or the base images of a validation.
+
+    Raises:
+        ValueError: if pairs.jsonl is missing or damaged.
+    """
+    images = []
+    for pair in read_rows(folder / "pairs.jsonl", _Pair, f"remove {folder}"):
+        path = folder / f"{pair.index:03d}-{side}.png"
+        reward = pair.reward_tuned if side == "tuned" else pair.reward_base
+        images.append(ShownImage(pair.prompt, pair.index, 0, str(path), reward))
+    return images
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of each setting."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:
-    """Return the folders' names, with their parents' where two would be the same."""
+    """Return the folders' names, with their parents' names where two names are the same."""
     paths = [run.path.resolve() for run in runs]
     if len(set(paths)) < len(paths):
-        raise ValueError("a run folder is named twice; name each once")
+        raise ValueError("a run folder is named twice; name each folder once")
     if len({path.name for path in paths}) < len(paths):
         return [f"{path.parent.name}/{path.name}" for path in paths]
     return [path.name for path in paths]
 
 
 def _read_run(run: RunFolder, name: str) -> RunRecord:
-    evaluations = read_evaluations(run)
-    with_settings = [
-        (step.step, read_summary(run.evaluation(step.step))["settings"]) for step in evaluations
-    ]
-    for step, settings in with_settings[1:]:
-        first, expected = with_settings[0]
-        _refuse(f"step {first} of {name}", f"step {step}", expected, settings)
-    return RunRecord(
-        name=name,
-        folder=run,
-        settings=_read_config(run),
-        starts=_read_starts(run),
-        metrics=read_metrics(run) if run.metrics.exists() else [],
-        evaluations=evaluations,
-        evaluated_with=with_settings[0][1] if with_settings else None,
-    )
+    settings, evaluations = _read_config(run), read_evaluations(run)
+    for other in evaluations[1:]:
+        first = evaluations[0]
+        names = f"step {first.step} of {name}", f"step {other.step}"
+        _check_alike(*names, first.settings, other.settings)
+    metrics = read_metrics(run) if run.metrics.exists() else []
+    return RunRecord(name, run, settings, _read_starts(run), metrics, evaluations)
 
 
 def _read_config(run: RunFolder) -> dict[str, Any]:
@@ -193,53 +198,28 @@ def _read_config(run: RunFolder) -> dict[str, Any]:
         raise ValueError(f"there is no run folder {run.path}; check its name")
     if not run.config.exists():
         raise ValueError(f"{run.path} is no run folder: it has no {run.config.name}")
+    advice = "restore the file that the run wrote"
     try:
         settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{run.config} is not YAML: {error}") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{run.config} is not YAML ({error}); {advice}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{run.config} holds {type(settings).__name__}, not settings")
+        raise ValueError(f"{run.config} holds {type(settings).__name__}, not settings; {advice}")
     return settings
 
 
 def _read_starts(run: RunFolder) -> list[dict[str, Any]]:
-    file = run.path / "run.json"
-    if not file.exists():
-        return []
-    try:
-        return list(json.loads(file.read_text(encoding="utf-8"))["starts"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); remove it or mend it") from error
+    path = run.path / "run.json"
+    return read_record(path, _Starts, "remove or correct it").starts if path.exists() else []
 
 
-def _compare(first: RunRecord, second: RunRecord) -> None:
-    assert first.evaluated_with is not None and second.evaluated_with is not None
-    settings = [dict(first.evaluated_with), dict(second.evaluated_with)]
-    if any(one.get("reward") is None for one in settings):
-        for one in settings:  # where only one of two has rewards, there are none to be mixed up
-            one.pop("reward", None)
-    _refuse(first.name, second.name, *settings)
-
-
-def _refuse(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-    """Raise ValueError where two evaluations are not of the same prompts, noise and measures."""
-    left, right = dict(_flatten(a)), dict(_flatten(b))
-    odd = [key for key in {**left, **right} if left.get(key) != right.get(key)]
-    if odd:
-        shown = f"{odd[0]}: {left.get(odd[0])} and {right.get(odd[0])}"
-        raise ValueError(
-            f"{first} and {second} were evaluated differently ({shown}), so that their numbers "
-            "cannot be compared; evaluate both with the same settings, or report them apart"
-        )
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def _check_alike(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+    """Raise ValueError where two evaluations differ in prompts, noise or measures."""
+    left, right = dict(flatten(a)), dict(flatten(b))
+    for key in {**left, **right}:
+        if left.get(key) != right.get(key):
+            raise ValueError(
+                f"{first} and {second} were evaluated differently "
+                f"({key}: {left.get(key)} and {right.get(key)}), so their numbers cannot be "
+                "compared; evaluate both with the same settings, or report them separately"
+            )

@@ -1,4 +1,4 @@
-"""The report's tables of numbers, and how a number is written."""
+"""Tables of the report, and the format of their numbers."""
 
 import math
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 from sfumato.evaluation.results import EqualReward, Evaluation
 from sfumato.report.losses import validation_loss
-from sfumato.report.records import RunRecord, differing
+from sfumato.report.records import RunRecord, flatten
 
 MINUS, PLUS_MINUS, NONE = "−", "±", "–"
-HELD_OUT = "held-out score "  # keeps a score's column apart from others of the same name
+HELD_OUT = "held-out score "  # distinguishes a score's column from others of the same name
 LOSSES = ("images seen", "validation loss before", "lowest validation loss", "last validation loss")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value and, smaller, what belongs to it."""
+    """A value and a smaller note that belongs to it."""
 
     text: str
     note: str = ""
@@ -31,7 +31,7 @@ class Table:
 
 
 def number(value: float, like: float | None = None, *, sign: bool = False) -> str:
-    """Write a number with as many decimals as its size, or that of `like`, calls for."""
+    """Format a number with the decimals that suit its size, or the size of `like`."""
     if not math.isfinite(value):
         return NONE
     size = abs(value if like is None else like)
@@ -42,20 +42,8 @@ def number(value: float, like: float | None = None, *, sign: bool = False) -> st
     return text.replace("-", MINUS)
 
 
-def loss_number(value: float) -> str:
-    """Write a loss, whose last digits count."""
-    return number(value, value / 100)
-
-
-def change(before: float, after: float) -> str:
-    """Write by which part a loss changed."""
-    if not before:
-        return NONE
-    return f"{number(100 * (after - before) / before, 100.0, sign=True)}%"
-
-
 def summary_table(records: Sequence[RunRecord], base: Evaluation | None) -> Table:
-    """Return one row per model: what was trained, and what its last evaluation measured."""
+    """Return one row per model: its training, and the measures of its last evaluation."""
     label = next((r.evaluations[0].diversity_label for r in records if r.evaluations), "diversity")
     losses = LOSSES if any(record.supervised for record in records) else ()
     rewards = ["reward"] if any(record.scored for record in records) else []
@@ -102,23 +90,25 @@ def equal_reward_table(baseline: str, other: str, result: EqualReward) -> Table:
 def origin_table(records: Sequence[RunRecord]) -> Table:
     """Return versions and hardware of each run's last start, and the scale of its reward."""
     last = [dict(record.starts[-1]) if record.starts else {} for record in records]
-    keys = dict.fromkeys(key for start in last for key in start)
     rows = [[Cell("starts"), *(Cell(str(len(record.starts))) for record in records)]]
-    for key in keys:
+    for key in dict.fromkeys(key for start in last for key in start):
         values = [start.get(key) for start in last]
-        shown = [NONE if value is None else str(value) for value in values]
+        texts = [NONE if value is None else str(value) for value in values]
         if key == "commit":
-            shown = [value[:12] for value in shown]
-        rows.append([Cell(key.replace("_", " ")), *(Cell(value) for value in shown)])
+            texts = [text[:12] for text in texts]
+        rows.append([Cell(key.replace("_", " ")), *map(Cell, texts)])
     return Table("", ["", *(record.name for record in records)], rows)
 
 
 def difference_table(records: Sequence[RunRecord]) -> Table | None:
     """Return the settings in which the runs differ, or None where they do not."""
-    rows = [
-        [Cell(key), *(Cell("null" if value is None else str(value)) for value in values)]
-        for key, values in differing(records).items()
-    ]
+    settings = [dict(flatten(record.settings)) for record in records]
+    rows = []
+    for key in dict.fromkeys(key for one in settings for key in one):
+        values = [one.get(key, NONE) for one in settings]
+        if key not in ("name", "runs_dir") and any(value != values[0] for value in values):
+            texts = ["null" if value is None else str(value) for value in values]
+            rows.append([Cell(key), *map(Cell, texts)])
     return Table("", ["", *(record.name for record in records)], rows) if rows else None
 
 
@@ -128,7 +118,7 @@ def held_out_names(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _scores(one: Evaluation, base: Evaluation | None, label: str) -> dict[str, Cell]:
-    """Return what was measured by column, each value with its distance from the base."""
+    """Return the measures by column, each with its difference from the base model."""
 
     def against(value: float, own: float | None) -> str:
         return "" if own is None else number(value - own, value, sign=True)
@@ -145,21 +135,24 @@ def _scores(one: Evaluation, base: Evaluation | None, label: str) -> dict[str, C
 
 
 def _losses(record: RunRecord) -> dict[str, Cell]:
-    """Return what supervised training saw and reached, by column."""
+    """Return the images and the validation losses of supervised training, by column."""
     loss, seen = validation_loss(record), record.images_seen
     if not record.supervised:
         return {}
-    cells = {"images seen": Cell(str(seen))} if seen is not None else {}
-    if loss is None:
-        return cells
-    if loss.before is not None:
-        cells["validation loss before"] = Cell(loss_number(loss.before.value))
-    if loss.lowest is not None:
-        at = f"step {loss.lowest.step}"
-        cells["lowest validation loss"] = Cell(loss_number(loss.lowest.value), at)
-    if loss.last is not None:
-        notes = [change(loss.before.value, loss.last.value)] if loss.before is not None else []
+    cells = {LOSSES[0]: Cell(str(seen))} if seen is not None else {}
+    before = loss.before.value if loss and loss.before else None
+    if before is not None:
+        cells[LOSSES[1]] = Cell(_loss_number(before))
+    if loss and loss.lowest and loss.last:
+        cells[LOSSES[2]] = Cell(_loss_number(loss.lowest.value), f"step {loss.lowest.step}")
+        change = 100 * (loss.last.value - before) / before if before else None
+        notes = [] if change is None else [f"{number(change, 100.0, sign=True)}%"]
         if loss.last.step != record.steps:
             notes.append(f"step {loss.last.step}")
-        cells["last validation loss"] = Cell(loss_number(loss.last.value), ", ".join(notes))
+        cells[LOSSES[3]] = Cell(_loss_number(loss.last.value), ", ".join(notes))
     return cells
+
+
+def _loss_number(value: float) -> str:
+    """Format a loss, whose last digits count."""
+    return number(value, value / 100)

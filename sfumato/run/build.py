@@ -1,7 +1,11 @@
-"""Reward, objective and model settings of a run, built from its configuration."""
+"""Reward, objective, model and validation of a run, built from its settings."""
 
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from sfumato.config import (
     DraftConfig,
@@ -11,41 +15,130 @@ from sfumato.config import (
     SupervisedConfig,
     TrainConfig,
 )
+from sfumato.data.stream import Stream
+from sfumato.diffusion.randomness import derive
+from sfumato.models.model import TextToImageModel
+from sfumato.models.origins import without_start
+from sfumato.models.registry import load_model
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Objective
 from sfumato.objectives.supervised import Supervised
 from sfumato.rewards.build import build_reward
 from sfumato.rewards.reward import Reward
+from sfumato.run.open_data import Data
+from sfumato.training.checkpoint import list_checkpoints
+from sfumato.training.compiling import arrange
+from sfumato.training.distribution import Distribution
+from sfumato.training.folder import RunFolder
+from sfumato.training.loop import Job
+from sfumato.training.validation import HeldOut, Validation
 
-OWN_IS_A_SCRIPTS = (
-    "objective = own is brought by a script of one's own, as train(..., own=Own(objective=...)); "
-    "see docs/write_your_own.md"
-)
+
+@dataclass(frozen=True)
+class Own:
+    """Parts that a script brings to `train`, in place of those that the settings name.
+
+    Attributes:
+        load: gives the model, also for the export, of settings in full.
+        objective: what is minimised.
+        stream: the rows that it is given.
+        prompts: what the validation images show, one image each.
+    """
+
+    load: Callable[[ModelConfig], TextToImageModel] | None = None
+    objective: Objective[Any] | None = None
+    stream: Stream[Any] | None = None
+    prompts: Sequence[str] | None = None
+
+
+def check_own(config: TrainConfig, own: Own) -> None:
+    """Refuse objective=own without a script's objective, or without rows for it.
+
+    Raises:
+        ValueError: saying what to bring.
+    """
+    rows = own.stream is not None or config.data.prompts is not None
+    if isinstance(config.objective, OwnConfig) and (own.objective is None or not rows):
+        raise ValueError(
+            "objective=own takes its objective from a script, and its rows from the script or "
+            "data.prompts: call train(..., own=Own(objective=..., stream=...)); see "
+            "docs/write_your_own.md"
+        )
+
+
+def build_job(
+    config: TrainConfig, settings: dict[str, Any], own: Own, data: Data, distribution: Distribution
+) -> Job:
+    """Build what is trained, on the device of this process.
+
+    Raises:
+        ValueError: if something cannot be loaded, or does not fit the model.
+    """
+    reward = build_scorer(config)
+    if reward is not None:
+        reward = reward.to(distribution.device)
+    objective = own.objective or build_objective(config, reward)
+    model = build_model(config, objective, own.load or load_model, distribution)
+    held_out = None
+    if isinstance(objective, Supervised) and data.held_out:
+        held_out = HeldOut(objective, data.held_out)
+    if distribution.is_main:
+        describe(config, model, reward, distribution.world)
+    validation = Validation(config, data.prompts, reward, held_out, distribution)
+    return Job(config, settings, model, objective, data.stream, validation)
 
 
 def build_scorer(config: TrainConfig) -> Reward | None:
-    """Return what scores images, if the settings name anything."""
+    """Return what scores images, if the settings name a reward."""
     return None if isinstance(config.reward, NoRewardConfig) else build_reward(config.reward)
 
 
 def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any]:
-    """Return what is minimised.
-
-    Raises:
-        ValueError: if it needs a reward that it has not, or only a script can bring it.
-    """
+    """Return the objective that the settings name."""
     match config.objective:
         case DraftConfig() as draft:
             assert reward is not None, "checked with the settings"
             return Draft(draft, config.sampler, reward)
         case SupervisedConfig() as supervised:
             return Supervised(supervised)
-        case OwnConfig():
-            raise ValueError(OWN_IS_A_SCRIPTS)
-    raise AssertionError(config.objective)
+        case _:
+            raise AssertionError("a script brings its own objective, as checked before")
 
 
-def trained_model(config: TrainConfig, objective: Objective[Any]) -> ModelConfig:
-    """Return the model's settings, with a frozen copy only where the loss asks for it."""
-    needed = config.model.reference and objective.needs_reference
-    return replace(config.model, reference=needed)
+def build_model(
+    config: TrainConfig,
+    objective: Objective[Any],
+    load: Callable[[ModelConfig], TextToImageModel],
+    distribution: Distribution,
+) -> TextToImageModel:
+    """Load the model, on the device, laid out and compiled as configured.
+
+    It gets a frozen copy only if the loss needs one.
+    """
+    needs_reference = config.model.reference and objective.needs_reference
+    settings = replace(config.model, reference=needs_reference)
+    if list_checkpoints(RunFolder.of(config).checkpoints) and not needs_reference:
+        settings = without_start(settings)  # the weights are in the checkpoints
+    torch.manual_seed(derive(config.training.seed, "adapter"))  # peft draws A from it
+    model = load(settings)
+    if isinstance(objective, Supervised):
+        objective.check(model)
+    model.to(distribution.device)
+    arrange(model, config, distribution.world)
+    return model
+
+
+def describe(
+    config: TrainConfig, model: TextToImageModel, reward: Reward | None, processes: int
+) -> None:
+    """Note in run.json what is trained, and print it."""
+    folder = RunFolder.of(config)
+    trained = sum(parameter.numel() for parameter in model.trainable().values())
+    facts = {
+        "seed": config.training.seed,
+        "reward_scale": reward.scale if reward is not None else None,
+        "trained_parameters": trained,
+        "processes": processes,
+    }
+    folder.describe(" ".join(sys.argv), facts)
+    print(f"{folder.path}: training {trained / 1e6:.2f} M parameters", flush=True)

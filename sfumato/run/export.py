@@ -1,6 +1,7 @@
-"""Exports that load elsewhere: a LoRA file and a diffusers folder, loaded back and compared."""
+"""Exports for other programs: a LoRA file and a diffusers folder, loaded back and compared."""
 
-import shutil
+import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,12 +13,20 @@ from torch import Tensor
 
 from sfumato.config import ModelConfig, TrainConfig
 from sfumato.diffusion.randomness import Rng
-from sfumato.models.formats import WRITE_ERRORS
+from sfumato.files import new_folder, read_object, write_text
 from sfumato.models.generate import generate, image_size
 from sfumato.models.model import DTYPES, TextToImageModel
-from sfumato.models.original_files import unlike_original, write_original
+from sfumato.models.origins import unlike_original, write_original
 from sfumato.models.registry import load_model
-from sfumato.training.checkpoint import read_shown_weights
+from sfumato.training.checkpoint import (
+    best_step,
+    find_fault,
+    fingerprint,
+    list_checkpoints,
+    read_shown_weights,
+    step_of,
+)
+from sfumato.training.folder import RunFolder, step_name
 from sfumato.training.state import load_weights
 
 VERIFY_STEPS = 4
@@ -26,7 +35,46 @@ MEAN_DIFFERENCE = {"bfloat16": 0.02, "float16": 0.005}  # of all pixels, where w
 
 
 class ExportError(ValueError):
-    """An export that cannot be written, or does not give elsewhere the image that it gives here."""
+    """An export that cannot be written, or gives another image in another program."""
+
+
+def export_run(
+    config: TrainConfig,
+    load: Callable[[ModelConfig], TextToImageModel] | None,
+    prompt: str,
+    device: torch.device,
+) -> None:
+    """Export the checkpoint that `config.export` asks for, unless that was done; print where.
+
+    Args:
+        load: a script's own way to the model, if there is one.
+    """
+    folder = RunFolder.of(config)
+    note, path = folder.path / "export.json", chosen_checkpoint(config, folder)
+    done: dict[str, Any] = {}
+    if note.exists() and folder.export.exists():
+        done = read_object(note, "remove it and run the same command again")
+    origin = {"checkpoint": fingerprint(path), "verify": config.verify}
+    if any(done.get(key) != value for key, value in origin.items()):
+        lines = export(config, path, folder.export, device, prompt, load or load_model)
+        done = {"step": step_of(path), **origin, "exports": lines}
+        write_text(note, json.dumps(done, indent=2) + "\n")
+    for line in [f"exported is step {done['step']}", *done["exports"]]:
+        print(f"  {line}")
+
+
+def chosen_checkpoint(config: TrainConfig, folder: RunFolder) -> Path:
+    """Return the checkpoint to export: the last, or the best if that is asked for and whole."""
+    last = list_checkpoints(folder.checkpoints)[-1]
+    if config.export == "last":
+        return last
+    best = best_step(folder.checkpoints)
+    path = folder.checkpoints / step_name(best) if best is not None else None
+    fault = find_fault(path) if path is not None else "it is not there any more"
+    if path is None or fault:
+        print(f"the best checkpoint cannot be exported ({fault}), so the last is", file=sys.stderr)
+        return last
+    return path
 
 
 def export(
@@ -43,37 +91,26 @@ def export(
     diffusers folder with the adapter merged, its network in `model.dtype`; of a Stable Diffusion 1
     or 2 that was trained in full also folder/original/unet.safetensors, in the names of its
     original code. With `config.verify`, loads each of them elsewhere and compares an image of
-    `prompt`, all in float32: in bfloat16 each program rounds in its own places, and guidance makes
-    much of that.
+    `prompt`, all in float32: in bfloat16 each program rounds at other points, and guidance
+    amplifies the difference.
 
     Returns:
-        One line per export, that says where it is and how it compared.
+        One line per export: its path, and how it compared.
 
     Raises:
         ExportError: if the disk is full, or an image differs by more than rounding.
         CheckpointError: if the checkpoint is damaged.
     """
-    # What the network started from is in the checkpoint, and need not be there any more.
+    # The checkpoint holds the weights that the network started from, whose file may be gone.
     network = replace(config.model.network, from_pretrained=None)
     model = load(replace(config.model, dtype="float32", network=network))
     load_weights(model, read_shown_weights(checkpoint))
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with new_folder(folder, failure=ExportError) as beside:
         names = _write(config, model, beside)
-        lines = [_told(config, folder / name) for name in names]
+        lines = [_located(config, folder / name) for name in names]
         if config.verify:
             compared = _verify(config, model, beside, names, device, prompt)
             lines = [f"{line} (verified: {how})" for line, how in zip(lines, compared, strict=True)]
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-    except WRITE_ERRORS as error:
-        raise ExportError(
-            f"{folder} could not be written ({error}). The checkpoint is unharmed: make room, and "
-            "give the same command again"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return lines
 
 
@@ -89,12 +126,12 @@ def _write(config: TrainConfig, model: TextToImageModel, folder: Path) -> list[s
     return ["pipeline", "lora"]
 
 
-def _told(config: TrainConfig, place: Path) -> str:
-    """Return where an export is, and which base an adapter is for if it is not the source."""
-    if place.name != "lora" or not config.model.merge:
-        return str(place)
+def _located(config: TrainConfig, path: Path) -> str:
+    """Return the path of an export, and which base an adapter is for if LoRA files are merged."""
+    if path.name != "lora" or not config.model.merge:
+        return str(path)
     merged = ", ".join(f"{m.path} x {m.scale:g}" for m in config.model.merge.values())
-    return f"{place}, for the base with {merged} merged in"
+    return f"{path}, for the base with {merged} merged in"
 
 
 def _verify(
@@ -117,8 +154,8 @@ def _verify(
             if name == "original":
                 compared.append(_compare_original(folder))
                 continue
-            found = model.image_elsewhere(folder, name, prompt, noise, sampler).to(expected)
-            compared.append(_compare(config, name, expected, found))
+            image = model.image_elsewhere(folder, name, prompt, noise, sampler).to(expected)
+            compared.append(_compare(config, name, expected, image))
     return compared
 
 
@@ -126,8 +163,8 @@ def _compare_original(folder: Path) -> str:
     """Refuse a file in the original layout that diffusers reads as other weights."""
     if odd := unlike_original(folder / "pipeline", folder / "original"):
         raise ExportError(
-            f"the exported original is read otherwise by diffusers: {len(odd)} weights differ, "
-            f"among them {odd[0]}. The checkpoint is unharmed; please report this with the version "
+            f"diffusers reads other weights from the exported original: {len(odd)} differ, among "
+            f"them {odd[0]}. The checkpoint is unharmed; please report this with the version "
             "of diffusers, or train with verify=false"
         )
     return "diffusers reads it back as the same weights"
@@ -146,8 +183,8 @@ def _full_precision() -> Iterator[None]:
         matmul.allow_tf32, convolution.allow_tf32 = before
 
 
-def _compare(config: TrainConfig, name: str, expected: Tensor, found: Tensor) -> str:
-    difference = (expected - found).abs()
+def _compare(config: TrainConfig, name: str, expected: Tensor, image: Tensor) -> str:
+    difference = (expected - image).abs()
     value, allowed, words = difference.max().item(), LARGEST_DIFFERENCE, "a pixel differs by"
     if name == "pipeline" and config.model.dtype in MEAN_DIFFERENCE:
         value, allowed = difference.mean().item(), MEAN_DIFFERENCE[config.model.dtype]

@@ -1,4 +1,4 @@
-"""What a run is made of: data, objective, reward and what is validated, from the settings."""
+"""Data of a run: rows to train on, prompts of validation images, held-out samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from typing import Any
 
 from sfumato.config import (
     ImageDataConfig,
-    OwnConfig,
     ShardDataConfig,
     SupervisedConfig,
     TrainConfig,
@@ -19,12 +18,11 @@ from sfumato.data.sample import Sample
 from sfumato.data.stream import Stream
 from sfumato.models.limits import Limits
 from sfumato.preparation.encoder_hash import cache_identity
-from sfumato.run.build import OWN_IS_A_SCRIPTS
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is read: the rows of training, and what validation shows and measures."""
+    """Rows of training, and what validation shows and measures."""
 
     stream: Stream[Any]
     prompts: list[str]  # one per validation image
@@ -34,46 +32,40 @@ class Data:
 def open_data(
     config: TrainConfig,
     limits: Limits | None,
-    own: Stream[Any] | None = None,
+    stream: Stream[Any] | None = None,
     prompts: Sequence[str] | None = None,
 ) -> Data:
     """Open all that a run reads.
 
     Args:
-        limits: of the model; None where nothing is known of it.
-        own: the rows to train on, in place of those that the settings name.
-        prompts: of the validation images, likewise.
+        limits: of the model; None if a script brings the model.
+        stream: a script's own rows, in place of those that the settings name.
+        prompts: a script's own prompts of validation images.
 
     Raises:
         ValueError: if something cannot be read.
     """
-    supervised = isinstance(config.objective, SupervisedConfig)
-    if own is None and supervised and config.data.shards.path is not None:
-        stream: Stream[Any] = prepared_stream(config, config.data.shards, limits)
-    elif own is None and supervised:
-        height, width = frame_size(config, limits)
-        stream = open_images(
-            config.data.images,
-            height=height,
-            width=width,
-            divisor=bucket_step(limits, height, width),
-            seed=config.training.seed,
-        )
-    elif own is None and isinstance(config.objective, OwnConfig) and config.data.prompts is None:
-        raise ValueError(OWN_IS_A_SCRIPTS)
-    else:
-        stream = own or open_prompts(
-            str(config.data.prompts),
-            column=config.data.column,
-            seed=config.training.seed,
-            shuffle=config.data.shuffle,
-            buffer=config.data.buffer,
-        )
+    stream = stream or open_stream(config, limits)
     held_out = held_out_samples(config, limits)
     return Data(stream, validation_prompts(config, prompts), held_out)
 
 
-def prepared_stream(
+def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
+    """Open the rows to train on that the settings name."""
+    data, seed = config.data, config.training.seed
+    if not isinstance(config.objective, SupervisedConfig):
+        path, column = str(data.prompts), data.column
+        return open_prompts(
+            path, column=column, seed=seed, shuffle=data.shuffle, buffer=data.buffer
+        )
+    if data.shards.path or data.shards.sources:
+        return open_prepared(config, data.shards, limits)
+    height, width = frame_size(config, limits)
+    step = bucket_step(limits, height, width)
+    return open_images(data.images, height=height, width=width, divisor=step, seed=seed)
+
+
+def open_prepared(
     config: TrainConfig, shards: ShardDataConfig, limits: Limits | None
 ) -> Stream[Sample]:
     """Open what `sfumato prepare` wrote, at the size of the run; a cache has to be of its model.
@@ -170,7 +162,7 @@ def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None
     elif images.path or images.sources:
         samples = validation_samples(images, count, height=8, width=8, warns=False)
         found = [sample.caption for sample in samples]
-    elif config.data.shards.path:
+    elif config.data.shards.path or config.data.shards.sources:
         found = first_captions(config.data.shards, count)
     else:
         raise ValueError(

@@ -1,31 +1,31 @@
-"""Checkpoints: written beside their place and renamed into it, and checked when read.
+"""Checkpoints: written whole, in a thread if so configured, and checked byte by byte when read.
 
 A folder holds weights, EMA and optimiser state as safetensors, the rest as JSON, and a manifest
 with the SHA-256 of each file. Nothing is pickled.
 """
 
-import errno
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.models.formats import WRITE_ERRORS
+from sfumato.config import TrainingConfig
+from sfumato.files import clear_unfinished, new_folder, read_object, remove_folder, sha256_of
 from sfumato.training.folder import step_name
 
 TENSORS = ("weights", "ema", "optimizer")
-MANIFEST = "manifest.json"
+STATE, MANIFEST = "state.json", "manifest.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message says which, and what is left."""
+    """A checkpoint that cannot be read or written; the message names it and the last good one."""
 
 
 @dataclass(frozen=True)
@@ -42,152 +42,192 @@ class Snapshot:
 def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
     """Write a snapshot as root/step-NNNNNN, or nothing at all.
 
+    A checkpoint of the same step is replaced. After a kill `tidy` brings it back.
+
     Raises:
         CheckpointError: if the disk is full or cannot be written.
     """
-    place = root / step_name(snapshot.step)
-    beside = root / f".{place.name}.tmp-{os.getpid()}"
+    path = root / step_name(snapshot.step)
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        for name, tensors in zip(
-            TENSORS, (snapshot.weights, snapshot.ema, snapshot.optimizer), strict=True
-        ):
-            save_file(
-                {k: v.contiguous() for k, v in tensors.items()}, beside / f"{name}.safetensors"
-            )
-        state = {"step": snapshot.step, **snapshot.state}
-        (beside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in sorted(beside.iterdir())
-        }
-        (beside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
-        for file in beside.iterdir():
-            _sync(file)
-        if place.exists():
-            _remove(place)
-        beside.rename(place)
-        _sync(root)
-    except WRITE_ERRORS as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        # safetensors' own error has no errno.
-        full = os.strerror(errno.ENOSPC) in str(error)
-        reason = "no space left on the disk" if full else str(error)
-        raise CheckpointError(
-            f"checkpoint {place} could not be written: {reason}; nothing half-written is left. "
-            f"{_last_good(root)} Free some space and run the same command again"
-        ) from error
-    return place
+        with new_folder(path, failure=CheckpointError) as folder:
+            _write(folder, snapshot)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {_last_good(root)}") from error
+    return path
 
 
-def read_checkpoint(place: Path) -> Snapshot:
+def _write(folder: Path, snapshot: Snapshot) -> None:
+    for name in TENSORS:
+        tensors = {key: value.contiguous() for key, value in vars(snapshot)[name].items()}
+        save_file(tensors, folder / f"{name}.safetensors")
+    state = {"step": snapshot.step, **snapshot.state}
+    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in sorted(folder.iterdir())
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+
+
+def read_checkpoint(path: Path) -> Snapshot:
     """Read a checkpoint after checking every byte against its manifest.
 
     Raises:
         CheckpointError: naming the file that differs, and the last checkpoint that is good.
     """
-    fault = find_fault(place)
+    fault = find_fault(path)
     if fault:
         raise CheckpointError(
-            f"checkpoint {place} is damaged: {fault}. {_last_good(place.parent)} To go on from "
-            f"there, remove {place} and run the same command again"
+            f"checkpoint {path} is damaged: {fault}. {_last_good(path.parent)} To go on from "
+            f"there, remove {path} and run the same command again"
         )
-    weights, ema, optimizer = (load_file(place / f"{name}.safetensors") for name in TENSORS)
-    state = json.loads((place / "state.json").read_text())
+    weights, ema, optimizer = (load_file(path / f"{name}.safetensors") for name in TENSORS)
+    state = _read_state(path)
     return Snapshot(state.pop("step"), weights, ema, optimizer, state)
 
 
-def read_shown_weights(place: Path) -> Mapping[str, Tensor]:
+def read_shown_weights(path: Path) -> Mapping[str, Tensor]:
     """Return the weights to validate and export: the EMA where there is one.
 
     Raises:
         CheckpointError: as `read_checkpoint`.
     """
-    snapshot = read_checkpoint(place)
+    snapshot = read_checkpoint(path)
     return snapshot.ema or snapshot.weights
 
 
-def find_fault(place: Path) -> str | None:
+def find_fault(path: Path) -> str | None:
     """Say what is wrong with a checkpoint, or None."""
     try:
-        files = json.loads((place / MANIFEST).read_text())["files"]
+        files = read_object(path / MANIFEST, "remove the checkpoint")["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     for name, (size, digest) in expected.items():
-        file = place / name
+        file = path / name
         if not file.exists():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if _sha256(file) != digest:
+        if sha256_of(file) != digest:
             return f"{name} differs from its SHA-256 in {MANIFEST}"
     return None
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the finished checkpoints, oldest first; a copy under another name is none of them."""
-    places = [path for path in root.glob("step-*") if path.is_dir()]
-    return sorted((path for path in places if path.name[5:].isdecimal()), key=step_of)
+    steps = [path for path in root.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted((path for path in steps if path.is_dir()), key=step_of)
 
 
 def best_step(root: Path) -> int | None:
-    """Return the step of the lowest validation loss, as the newest checkpoint knows it.
+    """Return the step of the lowest validation loss that the newest checkpoint records.
 
-    None where no loss was measured, or that checkpoint is not there any more.
+    None if no loss was measured, or the best checkpoint was removed.
     """
-    found = list_checkpoints(root)
-    best = json.loads((found[-1] / "state.json").read_text()).get("best") if found else None
-    return best[0] if best and best[0] in map(step_of, found) else None
+    checkpoints = list_checkpoints(root)
+    best = _read_state(checkpoints[-1]).get("best") if checkpoints else None
+    return best[0] if best and best[0] in map(step_of, checkpoints) else None
 
 
-def step_of(place: Path) -> int:
+def step_of(path: Path) -> int:
     """Return the step that a checkpoint's folder is named after."""
-    return int(place.name.removeprefix("step-"))
+    return int(path.name.removeprefix("step-"))
 
 
-def fingerprint(place: Path) -> str | None:
+def fingerprint(path: Path) -> str | None:
     """Return the SHA-256 of the manifest, which no other checkpoint shares; None without one."""
-    manifest = place / MANIFEST
-    return _sha256(manifest) if manifest.exists() else None
+    manifest = path / MANIFEST
+    return sha256_of(manifest) if manifest.exists() else None
 
 
 def tidy(root: Path, keep: int | None = None, *, spare: int | None = None) -> None:
-    """Remove what a killed writer left and, if `keep` is given, all but the newest `keep`.
+    """Finish or undo what a killed writer began; remove old checkpoints.
 
     Args:
+        keep: how many of the newest stay; None keeps all.
         spare: a step that stays in any case.
     """
-    for path in root.glob(".step-*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for place in list_checkpoints(root)[:-keep] if keep else []:
-        if step_of(place) != spare:
-            _remove(place)
+    for stale in root.glob(".step-*.tmp-*"):
+        clear_unfinished(root / stale.name[1:].partition(".tmp-")[0])
+    for path in list_checkpoints(root)[:-keep] if keep else []:
+        if step_of(path) != spare:
+            remove_folder(path)
 
 
-def _remove(place: Path) -> None:
-    # Under its own name a half-removed checkpoint would look like a damaged one.
-    hidden = place.with_name(f".{place.name}.tmp-{os.getpid()}-old")
-    place.rename(hidden)
-    shutil.rmtree(hidden)
+def _read_state(path: Path) -> dict[str, Any]:
+    advice = f"remove {path} and run the same command again"
+    return read_object(path / STATE, advice, failure=CheckpointError)
 
 
 def _last_good(root: Path) -> str:
-    for place in reversed(list_checkpoints(root)):
-        if find_fault(place) is None:
-            return f"The last good checkpoint is {place}."
+    for path in reversed(list_checkpoints(root)):
+        if find_fault(path) is None:
+            return f"The last good checkpoint is {path}."
     return "There is no other good checkpoint."
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+@final
+class CheckpointWriter:
+    """Writer of checkpoints: in a thread, at most one at a time, or at once if so configured.
 
+    Args:
+        root: the folder of checkpoints.
+        active: False on processes that write nothing.
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    Attributes:
+        seconds: that the thread took for the last checkpoint, beside training.
+    """
+
+    def __init__(self, root: Path, config: TrainingConfig, *, active: bool) -> None:
+        self._root = root
+        self._keep = config.keep_checkpoints
+        self._active = active
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if config.async_checkpoints else None
+        self._writing: Future[None] | None = None
+        self.seconds = 0.0
+
+    def write(self, snapshot: Snapshot, *, spare: int | None) -> None:
+        """Write a snapshot, or begin to, and remove old checkpoints; `wait` before the next.
+
+        Args:
+            spare: a step that is not removed in any case.
+
+        Raises:
+            CheckpointError: if it is written at once, and cannot be.
+        """
+        assert self._writing is None, "the last one is still under way"
+        if not self._active:
+            return
+        if self._pool is None:
+            self._write(snapshot, spare)
+        else:
+            self._writing = self._pool.submit(self._write_beside, snapshot, spare)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint under way is on disk.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Let the checkpoint under way come to its end, whatever happens inside."""
+        try:
+            yield
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+
+    def _write(self, snapshot: Snapshot, spare: int | None) -> None:
+        write_checkpoint(self._root, snapshot)
+        tidy(self._root, self._keep, spare=spare)
+
+    def _write_beside(self, snapshot: Snapshot, spare: int | None) -> None:
+        started = time.monotonic()
+        self._write(snapshot, spare)
+        self.seconds = time.monotonic() - started

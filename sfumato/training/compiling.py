@@ -1,6 +1,5 @@
-"""How networks lie in memory and run: channels last, and compiled, block by block or whole."""
+"""Memory layout and compilation of networks: channels last; blocks or whole networks compiled."""
 
-from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -8,19 +7,8 @@ from torch import nn
 
 from sfumato.config import TrainConfig
 from sfumato.models.model import TextToImageModel
-from sfumato.models.pipeline_model import PipelineModel
+from sfumato.training.sharding import check_sharding
 
-# Classes of diffusers that a network has many of, each compiled once for all of one shape.
-REPEATED = frozenset(
-    {
-        "BasicTransformerBlock",
-        "ResnetBlock2D",
-        "JointTransformerBlock",
-        "FluxTransformerBlock",
-        "FluxSingleTransformerBlock",
-        "QwenImageTransformerBlock",
-    }
-)
 # Widths and image sizes, times training or not, gradients or not, adapters on or off.
 VARIANTS = 128
 
@@ -28,64 +16,46 @@ VARIANTS = 128
 def arrange(model: TextToImageModel, config: TrainConfig, world: int) -> None:
     """Lay out and compile a model's networks as configured, before they are sharded.
 
-    Neither changes the names of weights, nor what is written.
+    Neither changes the names of weights or the files that are written.
 
     Raises:
-        ValueError: if that cannot be done to this model or in this strategy.
+        ValueError: if the model or the strategy does not allow it.
     """
-    training, shards = config.training, config.training.strategy != "ddp" and world > 1
+    check_sharding(config, world)
     if config.model.channels_last:
-        if shards:
-            raise ValueError(
-                f"model.channels_last = true needs training.strategy = ddp, as "
-                f"{training.strategy} shards weights that lie in the usual order; leave one out"
-            )
-        for network in (*predictors(model), *autoencoders(model)):
+        for network in model.networks().values():
             lay_channels_last(network)
-    match training.compile:
+    match config.training.compile:
         case "regional":
             compile_networks(model, "regional")
-        case "full" if shards:
-            raise ValueError(
-                f"training.compile = full needs training.strategy = ddp, as {training.strategy} "
-                "gathers weights between the blocks; use training.compile=regional"
-            )
         case "full":
             compile_networks(model, "full")
         case _:
             pass
 
 
-def predictors(model: TextToImageModel) -> Sequence[nn.Module]:
-    """Return the network that predicts, and its frozen copy where there is one."""
-    return model.roles.networks() if isinstance(model, PipelineModel) else (model.trained,)
-
-
-def autoencoders(model: TextToImageModel) -> Sequence[nn.Module]:
-    return (model.pipeline.vae,) if isinstance(model, PipelineModel) else ()
-
-
 @torch.no_grad()
 def lay_channels_last(network: nn.Module) -> None:
     """Put the weights of two-dimensional convolutions in the order that tensor cores read."""
     for parameter in network.parameters():
-        # Of 1 x 1 kernels both orders are the same; other strides would only mislead optimisers.
+        # A 1 x 1 kernel lies alike in both orders; other strides would only mislead optimisers.
         last = torch.channels_last
         if parameter.ndim == 4 and not parameter.is_contiguous(memory_format=last):
             parameter.data = parameter.data.contiguous(memory_format=last)
 
 
 def compile_networks(model: TextToImageModel, how: Literal["regional", "full"]) -> None:
-    """Compile what predicts, in place, at its first call.
+    """Compile the predicting networks in place; the work is done at their first call.
 
     Raises:
-        ValueError: if a network has no blocks that are known to repeat.
+        ValueError: if the model names no repeated blocks of a network.
     """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    for network in predictors(model):
-        parts = [network] if how == "full" else list(repeated_blocks(network))
+    networks = model.networks()
+    for network in (networks[role] for role in ("policy", "reference") if role in networks):
+        parts = [network] if how == "full" else repeated_blocks(network, model.repeated)
         if not parts:
             raise ValueError(
                 f"training.compile = regional knows no repeated blocks of "
@@ -96,6 +66,6 @@ def compile_networks(model: TextToImageModel, how: Literal["regional", "full"]) 
             part.compile(dynamic=False)
 
 
-def repeated_blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """Yield the blocks that a network repeats."""
-    yield from (module for module in network.modules() if type(module).__name__ in REPEATED)
+def repeated_blocks(network: nn.Module, names: frozenset[str]) -> list[nn.Module]:
+    """Return the modules of a network whose classes have these names."""
+    return [module for module in network.modules() if type(module).__name__ in names]

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.config import TrainingConfig
-from sfumato.models.texts import recording_kept
 from sfumato.training.module import TrainingModule
+from sfumato.training.sharding import copy_size
 
 T = TypeVar("T")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,8 +36,9 @@ class Distribution:
         self.world = self._accelerator.num_processes
         self.device = self._accelerator.device
         self.is_main = self._accelerator.is_main_process
-        self._shard = config.strategy in {"fsdp", "hsdp"} and self.world > 1
-        self._copy_size = self._processes_of_a_copy(config)
+        self._shard = config.strategy != "ddp" and self.world > 1
+        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
+        self._copy_size = copy_size(config, self.world, per_machine)
         self._precision = AUTOCAST.get(config.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         if self.device.type == "cuda":
@@ -56,18 +57,6 @@ class Distribution:
         with recording_kept(parts):
             for part in parts:
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
-
-    def _processes_of_a_copy(self, config: TrainingConfig) -> int:
-        """Return how many processes share one copy of the weights, where they are sharded."""
-        if config.strategy != "hsdp" or self.world == 1:
-            return self.world
-        size = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
-        if self.world % size:
-            raise ValueError(
-                f"training.shard_size = {size} does not divide {self.world} processes; choose one "
-                "of its divisors"
-            )
-        return size
 
     def _mesh(self) -> DeviceMesh:
         """Return the processes in one row, or under HSDP in a row for each copy."""
@@ -158,6 +147,24 @@ class Distribution:
 
         self._accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def recording_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let text encoders still return their hidden states after `fully_shard`.
+
+    transformers 5 looks up what a model can record by its class, which `fully_shard` replaces.
+    """
+    try:
+        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as REGISTRY
+    except ImportError:  # another version, without this table
+        yield
+        return
+    known: list[tuple[Any, Any]] = [(module, REGISTRY.get(module)) for module in modules]  # type: ignore[arg-type]
+    yield
+    for module, recorded in known:
+        if recorded:
+            REGISTRY[module] = recorded
 
 
 def whole(tensor: Tensor, *, kept: bool = True) -> Tensor:

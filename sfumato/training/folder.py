@@ -1,13 +1,9 @@
 """The run folder: the only interface between training, evaluation and report."""
 
 import json
-import os
 import platform
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,10 +13,12 @@ from typing import Any
 import torch
 
 import sfumato
+from sfumato.config import TrainConfig
+from sfumato.files import read_object, write_text
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
-# What may differ when a run is taken up again: it changes when a run ends and what is kept of it.
+# Settings that may differ in a resumed run: they change how it runs and ends, not its results.
 MAY_CHANGE = (
     "training.max_steps",
     "training.max_time",
@@ -50,9 +48,14 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The places inside runs/NAME."""
+    """Paths inside runs/NAME."""
 
     path: Path
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "RunFolder":
+        """Return the folder of a run with these settings."""
+        return cls(Path(config.runs_dir) / config.name)
 
     @property
     def config(self) -> Path:
@@ -81,11 +84,12 @@ class RunFolder:
         return self.path / "evaluation" / step_name(step)
 
     def describe(self, command: str, facts: dict[str, Any]) -> None:
-        """Append to run.json what ran, with which versions, on what."""
+        """Append to run.json the command, the versions, the device and other facts of a start."""
         file = self.path / "run.json"
-        starts = read_note(file).get("starts", []) if file.exists() else []
+        advice = "remove it and run the same command again"
+        starts = read_object(file, advice).get("starts", []) if file.exists() else []
         if not isinstance(starts, list):
-            raise ValueError(f"{file} is damaged; remove it and run the same command again")
+            raise ValueError(f"{file} is damaged: starts is no list; {advice}")
         starts.append(
             {
                 "command": command,
@@ -99,50 +103,7 @@ class RunFolder:
                 **facts,
             }
         )
-        replace_text(file, json.dumps({"starts": starts}, indent=2) + "\n")
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a file so that a kill or a full disk leaves the old content or the new."""
-    beside = file.with_name(f".{file.name}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def new_folder(place: Path) -> Iterator[Path]:
-    """Give a folder to fill, which then takes `place`; whoever fails leaves `place` as it was."""
-    for stale in place.parent.glob(f".{place.name}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    beside, old = (place.with_name(f".{place.name}.tmp-{os.getpid()}{end}") for end in ("", "-old"))
-    try:
-        beside.mkdir(parents=True)
-        yield beside
-        if place.exists():
-            place.rename(old)
-        beside.rename(place)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def read_note(file: Path) -> dict[str, Any]:
-    """Return one of the run folder's JSON notes.
-
-    Raises:
-        ValueError: naming the file, if it holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged; remove it and run the same command again")
-    return content
+        write_text(file, json.dumps({"starts": starts}, indent=2) + "\n")
 
 
 def step_name(step: int) -> str:
@@ -151,16 +112,16 @@ def step_name(step: int) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the keys whose values differ, as `old -> new`, leaving out those that may."""
-    found: dict[str, str] = {}
+    """Return the keys whose values differ, as `old -> new`, without those of MAY_CHANGE."""
+    changed: dict[str, str] = {}
     for key in sorted({*old, *new}):
         name = f"{prefix}{key}"
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found |= differences(before, after, f"{name}.")
+            changed |= differences(before, after, f"{name}.")
         elif before != after and name not in MAY_CHANGE:
-            found[name] = f"{before} -> {after}"
-    return found
+            changed[name] = f"{before} -> {after}"
+    return changed
 
 
 def _device_name() -> str:

@@ -15,7 +15,7 @@ from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import Rng, derive
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.objective import Loss, Objective
-from sfumato.training.checkpoint import list_checkpoints, read_checkpoint, tidy
+from sfumato.training.checkpoint import CheckpointWriter, list_checkpoints, read_checkpoint
 from sfumato.training.distribution import Distribution, whole
 from sfumato.training.folder import RunFolder
 from sfumato.training.module import TrainingModule
@@ -24,13 +24,29 @@ from sfumato.training.state import TrainState
 from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import Trackers
 from sfumato.training.validation import Validation
-from sfumato.training.writing import CheckpointWriter
 
 HEADLINE = ("reward", "kl", "mse")  # what the progress bar shows
 
 
 class TrainingError(ValueError):
     """Training that cannot go on; the message says at which step and with which prompts."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and on what.
+
+    Attributes:
+        settings: `config` as plain data, for the trackers.
+        stream: gives the global batches.
+    """
+
+    config: TrainConfig
+    settings: Mapping[str, Any]
+    model: TextToImageModel
+    objective: Objective[Any]
+    stream: Stream[Any]
+    validation: Validation
 
 
 @dataclass(frozen=True)
@@ -41,51 +57,39 @@ class Outcome:
     stopped_by: str | None  # None: the run is complete
 
 
-def fit(
-    config: TrainConfig,
-    model: TextToImageModel,
-    objective: Objective[Any],
-    stream: Stream[Any],
-    validation: Validation,
-    folder: RunFolder,
-    distribution: Distribution,
-    settings: dict[str, Any],
-    watch: StopWatch,
-) -> Outcome:
+def fit(job: Job, folder: RunFolder, distribution: Distribution, watch: StopWatch) -> Outcome:
     """Train from the last checkpoint of the run folder, or from the start, to `max_steps`.
 
     Args:
-        stream: gives the global batches.
-        settings: the resolved configuration, for the trackers.
         watch: says when to stop before that.
 
     Raises:
         CheckpointError: if a checkpoint is damaged or cannot be written.
         TrainingError: if the loss is not finite.
     """
-    training = config.training
-    module = TrainingModule(model, objective)
+    config, training, model = job.config, job.config.training, job.model
+    module = TrainingModule(model, job.objective)
     distribution.shard(module)
-    state = TrainState(config, model, stream, distribution)
+    state = TrainState(config, model, job.stream, distribution)
     resume(state, folder, distribution)
     wrapped = distribution.wrap(module).train()
-    first = state.step + 1 if state.step else 0  # step 0 has only a validation
-    trackers = Trackers(folder, training, settings, first_step=first, active=distribution.is_main)
+    first, active = (state.step + 1 if state.step else 0), distribution.is_main
+    trackers = Trackers(folder, training, job.settings, first_step=first, active=active)
     bar = tqdm(
         total=training.max_steps,
         initial=state.step,
         desc=config.name,
         unit="step",
-        disable=not distribution.is_main,
+        disable=not active,
         dynamic_ncols=True,
     )
-    writer = CheckpointWriter(folder.checkpoints, training, active=distribution.is_main)
+    writer = CheckpointWriter(folder.checkpoints, training, active=active)
     saved = state.step
     stopped_by = None
     with watch.listening(), bar, writer.closing():
         if state.step == 0:
             started = time.monotonic()
-            validate(validation, model, state, folder, trackers, {})
+            validate(job.validation, model, state, folder, trackers, {})
             watch.took(time.monotonic() - started)
         while state.step < training.max_steps:
             stopped_by = watch.reason()
@@ -99,7 +103,7 @@ def fit(
             bar.update()
             best = False
             if is_due(state.step, config.validation.every_steps, training.max_steps):
-                metrics = validate(validation, model, state, folder, trackers, metrics)
+                metrics = validate(job.validation, model, state, folder, trackers, metrics)
                 best = state.improves(metrics)
             else:
                 trackers.log(state.step, metrics)
@@ -159,7 +163,7 @@ def local_means(metrics: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
 
 
 def ratios(partial: Sequence[Mapping[str, Tensor]], distribution: Distribution) -> dict[str, float]:
-    """Return sum over count of what only some rows gave, over the global batch."""
+    """Average the metrics that only some rows have (sum / count), over the global batch."""
     if not partial[0]:
         return {}
     sums = torch.stack([torch.stack(list(row.values())).double() for row in partial]).sum(0)
@@ -222,18 +226,15 @@ def resume(state: TrainState, folder: RunFolder, distribution: Distribution) -> 
         CheckpointError: if it is damaged; the last good one is named.
         ValueError: if the data is not what it was, or not the same on every process.
     """
-    found = list_checkpoints(folder.checkpoints)
     with distribution.together():
-        if found:
-            state.restore(read_checkpoint(found[-1]))
-    places = distribution.gather([state.stream.state()])
-    if any(place != places[0] for place in places):
+        if checkpoints := list_checkpoints(folder.checkpoints):
+            state.restore(read_checkpoint(checkpoints[-1]))
+    positions = distribution.gather([state.stream.state()])
+    if any(position != positions[0] for position in positions):
         raise ValueError(
             "the processes read different data; check that every machine sees the same files under "
             "the same paths"
         )
-    if distribution.is_main:
-        tidy(folder.checkpoints)
 
 
 def save(state: TrainState, writer: CheckpointWriter, distribution: Distribution) -> None:

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.config import TrainingConfig
-from sfumato.training.folder import RunFolder, replace_text
+from sfumato.files import parse_object, write_text
+from sfumato.training.folder import RunFolder
 
 
 def check_trackers(config: TrainingConfig) -> None:
@@ -108,22 +109,15 @@ class Trackers:
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, int | float]]:
-    """Return the rows of metrics.jsonl; what is none, as a last line cut short, is left out."""
-    rows = []
-    for line in folder.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    """Return the rows of metrics.jsonl, without damaged ones, such as a last line cut short."""
+    rows = map(parse_object, folder.metrics.read_bytes().splitlines())
+    return [row for row in rows if row is not None and isinstance(row.get("step"), int)]
 
 
 def _drop_from(folder: RunFolder, step: int) -> None:
     if folder.metrics.exists():
         kept = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] < step]
-        replace_text(folder.metrics, "".join(kept))
+        write_text(folder.metrics, "".join(kept))
 
 
 def _start_wandb(project: str, folder: RunFolder, settings: Mapping[str, Any]) -> Any:
@@ -131,7 +125,7 @@ def _start_wandb(project: str, folder: RunFolder, settings: Mapping[str, Any]) -
 
     note = folder.path / "wandb_id"  # a folder's name may come again elsewhere
     if not note.exists():
-        replace_text(note, secrets.token_hex(8))
+        write_text(note, secrets.token_hex(8))
     return wandb.init(
         project=project,
         name=folder.path.name,

@@ -13,13 +13,14 @@ from torch import Tensor
 from sfumato.config import TrainConfig
 from sfumato.data.sample import Sample
 from sfumato.diffusion.randomness import derive
+from sfumato.files import new_folder
 from sfumato.images import load_images, save_image
 from sfumato.models.generate import generate_in_batches
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.supervised import Supervised
 from sfumato.rewards.reward import Reward
 from sfumato.training.distribution import Distribution
-from sfumato.training.folder import RunFolder, new_folder
+from sfumato.training.folder import RunFolder
 from sfumato.training.tracking import Trackers
 
 SIDES = ("tuned", "base")

@@ -165,8 +165,6 @@ def first_captions(config: ShardDataConfig, count: int) -> list[str]:
 def check_shard_config(config: ShardDataConfig) -> None:
     """Refuse impossible settings with a ValueError that names the setting."""
     check_reading(KEY, config, named_sources(KEY, config, config.sources))
-    if config.buffer < 1:
-        raise ValueError(f"{KEY}.buffer={config.buffer} is too small; give 1 or more")
     if config.cached and config.crop == "random":
         raise ValueError(
             "data.shards.crop=random cannot be had from a cache, whose pictures were cropped in "

@@ -1,9 +1,9 @@
-"""Files of named tensors: safetensors, or pickles that are read without running their code."""
+"""Readers of tensor files: safetensors, and pickles without running their code."""
 
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -17,7 +17,7 @@ PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 
 @final
 class Placeholder:
-    """What stands for an object that is none of torch's: it keeps nothing and does nothing."""
+    """Stand-in for a pickled object that is not torch's; stores nothing and does nothing."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -30,14 +30,15 @@ class Placeholder:
 
 
 def read_tensors(file: Path, setting: str, *, allow_pickle: bool) -> dict[str, Tensor]:
-    """Return the tensors of a file by name, on the CPU; those of `state_dict` where there is one.
+    """Return the tensors of a file by name, on the CPU; those of `state_dict` if it has one.
 
     Args:
         setting: key and value that name the file, for messages.
-        allow_pickle: read .pt, .pth, .ckpt and .bin too, of which tensors alone are taken.
+        allow_pickle: read also .pt, .pth, .ckpt and .bin, and take only tensors from them.
 
     Raises:
-        ValueError: if it is not there, damaged, holds no tensors, or is a pickle and not allowed.
+        ValueError: if the file is missing or damaged, holds no tensors, or is a pickle that is not
+            allowed.
     """
     if not file.is_file():
         raise ValueError(f"{setting}: there is no file {file}")
@@ -53,30 +54,32 @@ def read_tensors(file: Path, setting: str, *, allow_pickle: bool) -> dict[str, T
     return tensors
 
 
-def check_suffix(file: Path, setting: str, *, allow_pickle: bool) -> None:
-    """Refuse a file that is not of weights, by its name, and pickles unless they are allowed.
+def read_files(files: Iterable[Path], setting: str, *, allow_pickle: bool) -> dict[str, Tensor]:
+    """Return the tensors of several files, such as shards, in one dictionary."""
+    states = [read_tensors(file, setting, allow_pickle=allow_pickle) for file in files]
+    return {key: tensor for state in states for key, tensor in state.items()}
 
-    Raises:
-        ValueError: saying what to give.
-    """
+
+def check_suffix(file: Path, setting: str, *, allow_pickle: bool) -> None:
+    """Refuse a file whose name is not that of weights, and pickles unless they are allowed."""
     if file.suffix == ".safetensors":
         return
     if file.suffix not in PICKLED:
         raise ValueError(
-            f"{setting}: {file.name} is no file of weights; give a .safetensors, or one of "
+            f"{setting}: {file.name} is no file of weights; give a .safetensors file, or one of "
             f"{', '.join(PICKLED)} (a .nemo is a tar: unpack it, and give the .ckpt in it)"
         )
     if not allow_pickle:
         raise ValueError(
-            f"{setting}: {file.name} is a pickle, and loading these can run code; give a "
+            f"{setting}: {file.name} is a pickle, and loading pickles can run code; give a "
             ".safetensors file, or set model.allow_pickle=true (only its tensors are then read)"
         )
 
 
 def _unpickle(file: Path, setting: str) -> Any:
-    """Read a pickle with torch's own reader, which calls nothing that it does not know."""
+    """Read a pickle with torch's weights-only reader, which calls only functions it knows."""
     try:
-        # Lightning and NeMo keep callbacks and settings beside the weights.
+        # Lightning and NeMo store callbacks and settings with the weights.
         strangers: list[Any] = []
         if zipfile.is_zipfile(file):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
@@ -84,12 +87,12 @@ def _unpickle(file: Path, setting: str) -> Any:
         with torch.serialization.safe_globals(strangers):
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        found = re.search(r"WeightsUnpickler error: (.+)", str(error))
-        reason = found[1] if found else str(error).partition("\n")[0]
+        match = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        reason = match[1] if match else str(error).partition("\n")[0]
         raise ValueError(
             f"{setting}: {file} cannot be read ({reason}); it is damaged, or holds more than "
-            "weights: where you trust it, torch.save(torch.load(FILE, weights_only=False)"
-            "['state_dict'], NEW) leaves the weights alone"
+            "weights. If you trust it, save only the weights: "
+            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
         ) from error
 
 

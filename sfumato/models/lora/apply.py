@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from sfumato.config import MergeConfig, ModelConfig
 from sfumato.models.adapters import LoraRoles, Roles
-from sfumato.models.kohya import KOHYA_FILE, KohyaLayout, clip_name, kohya_state
-from sfumato.models.lora_files import (
+from sfumato.models.lora.kohya import KOHYA_FILE, KohyaLayout, clip_name, kohya_state
+from sfumato.models.lora.read import (
     LoraFile,
     LowRank,
     find_lora,

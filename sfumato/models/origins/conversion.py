@@ -1,4 +1,4 @@
-"""Autoencoders in LDM's files and text encoders in OpenCLIP's, as diffusers folders have them."""
+"""Conversion of LDM autoencoders and OpenCLIP text towers to diffusers folders."""
 
 import json
 import re
@@ -16,7 +16,7 @@ HEAD_WIDTH = 64  # of every text tower of OpenCLIP
 
 
 def write_autoencoder(state: Mapping[str, Tensor], folder: Path, setting: str) -> None:
-    """Write an LDM autoencoder as diffusers has it; its sizes are those of its tensors.
+    """Write an LDM autoencoder in diffusers' layout, with sizes taken from its tensors.
 
     Raises:
         ValueError: if the tensors are not those of an AutoencoderKL.
@@ -43,8 +43,9 @@ def write_autoencoder(state: Mapping[str, Tensor], folder: Path, setting: str) -
 
 
 def _autoencoder_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    found = [m for key in state if (m := re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.", key))]
-    levels, blocks = (1 + max((int(m[i]) for m in found), default=0) for i in (1, 2))
+    pattern = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.")
+    matches = [match for key in state if (match := pattern.match(key))]
+    levels, blocks = (1 + max((int(match[i]) for match in matches), default=0) for i in (1, 2))
     widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)]
     return {
         "act_fn": "silu",
@@ -61,10 +62,10 @@ def _autoencoder_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def write_open_clip(state: Mapping[str, Tensor], folder: Path, setting: str) -> None:
+def write_open_clip(state: Mapping[str, Tensor], folder: Path, setting: str) -> dict[str, Any]:
     """Write an OpenCLIP text tower without its last layer, as Stable Diffusion 2 uses it.
 
-    Its states are those of the layer before the last, after the final norm.
+    The final norm then follows the layer before the last. Returns the settings.
 
     Raises:
         ValueError: if the tensors are not those of an OpenCLIP model.
@@ -96,25 +97,31 @@ def write_open_clip(state: Mapping[str, Tensor], folder: Path, setting: str) -> 
     own["text_projection"] = own.get("text_projection", own["positional_embedding"].T)
     named = convert_open_clip_checkpoint(_Sized(config), own, prefix="")
     named.pop("text_projection.weight")
-    write_text_encoder(config, named, folder)
+    return write_text_encoder(config, named, folder)
 
 
 class _Sized:
-    """What diffusers' converter asks of a text model."""
+    """The attribute of a text model that diffusers' converter reads."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
 
-def write_text_encoder(config: Any, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a CLIPTextModel under the names that every version of transformers reads."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_text_encoder(config: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+    """Write a CLIPTextModel by names that every version of transformers reads; return settings."""
     settings = {**config.to_dict(), "architectures": ["CLIPTextModel"]}
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", settings, sort_keys=True)
     tensors = {
         f"text_model.{key.removeprefix('text_model.')}": tensor.contiguous()
         for key, tensor in state.items()
         if not key.endswith("position_ids")
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return settings
+
+
+def write_json(file: Path, content: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+    """Write one of a folder's JSON files."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(content), indent=2, sort_keys=sort_keys) + "\n"
+    file.write_text(text, encoding="utf-8")

@@ -1,0 +1,355 @@
+"""Settings of training."""
+
+# ruff: noqa: RUF009 -- the calls return fields
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sfumato.config.fields import (
+    Rule,
+    choice,
+    count,
+    entries,
+    fraction,
+    not_negative,
+    positive,
+    setting,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+CONF = Path(__file__).parents[1] / "conf"
+MISSING: Any = "???"
+MAX_PIXELS = 178_956_970  # Pillow refuses more as a decompression bomb
+PIXELS = Rule(least=1, most=MAX_PIXELS)
+UNIT = Rule(least=0, most=1)
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters: W + (alpha / rank) B A, with B = 0 at the start."""
+
+    rank: int = count(32)
+    alpha: float | None = positive(None)  # null means alpha = rank
+    dropout: float = fraction(0.0)
+    targets: list[str] | None = None  # network layers, as regular expressions; null: the family's
+    encoder_targets: list[str] | None = None  # layers of text encoders; null: the family's
+    start: str | None = None  # a LoRA file, or its folder, to continue training from
+
+
+@dataclass
+class MergeConfig:
+    """A LoRA file to merge into the base before training: W + scale x its change."""
+
+    path: str = MISSING  # a .safetensors file, or its folder
+    scale: float = 1.0  # not 0
+
+
+@dataclass
+class NetworkConfig:
+    """Where the network comes from, if not from `model.pretrained`."""
+
+    config: str | None = None  # sd1 | sd2 | a diffusers config.json: built at random, to pretrain
+    from_pretrained: str | None = None  # weights only: a run, a diffusers folder, an original file
+    from_NeMo: bool | None = None  # noqa: N815  the file has NeMo's names; null: recognise them
+    ema: bool = True  # prefer averaged weights, if the file has both
+
+
+@dataclass
+class ModelConfig:
+    """Which weights to load, and which of them to train."""
+
+    pretrained: str | None = MISSING  # a diffusers folder or hub id; null with model.network.config
+    variant: str | None = None  # file variant such as fp16
+    allow_pickle: bool = False  # pickled weights can run code; safetensors cannot
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    autoencoder: str | None = None  # with network.config: a diffusers folder or an original file
+    text_encoder: str | None = None  # with network.config: a transformers folder or OpenCLIP file
+    tokenizer: str | None = None  # with network.config; null is text_encoder's own
+    scheduler: str | None = None  # with network.config: a diffusers folder; null is SD's DDIM
+    prediction_type: str = choice("epsilon", "v_prediction")  # with network.config
+    image_size: int | None = count(None)  # with network.config: pixels of a side
+    family: str | None = None  # refuse a folder of another family; null accepts any
+    trainable: str = choice("lora", "full")  # adapters, or all weights
+    parts: list[str] = field(default_factory=lambda: ["network"])  # and text encoders, by name
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    reference: bool = True  # with full: keep a frozen copy, if the objective needs one
+    dtype: str = choice(*DTYPES)  # of frozen weights
+    gradient_checkpointing: bool = False  # of network and decoder
+    channels_last: bool = False  # memory layout of convolutions that tensor cores read fastest
+    merge: dict[str, Any] = entries(MergeConfig)  # NAME: {path: ..., scale: ...}
+
+
+@dataclass
+class SamplerConfig:
+    """How images are sampled: in training, validation and inference."""
+
+    num_inference_steps: int = count(50)
+    guidance_scale: float = 7.5
+    eta: float = setting(0.0, UNIT)  # 0 is deterministic
+    height: int | None = count(None)  # pixels; null is the model's own size
+    width: int | None = count(None)
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is minimised; a saved file names the chosen class in `kind`."""
+
+    kind: str = MISSING
+
+
+@dataclass
+class DraftConfig(ObjectiveConfig):
+    """DRaFT (kl_coeff 0) and DRaFT+ (kl_coeff > 0)."""
+
+    kind: str = "draft"
+    kl_coeff: float = not_negative(1.0)  # 0 is DRaFT, more is DRaFT+
+    truncation_steps: int = count(1)  # K, the last sampling steps that carry a gradient
+    truncation_range: list[int] | None = count(None)  # [low, high]: draw K for each batch
+    lv_samples: int = not_negative(0)  # n of DRaFT-LV, which has K = 1; 0 is off
+    cfg_gradient: str = choice("full", "detach_uncond", "rescale")  # gradient through guidance
+    clamp_images: bool = True  # clip to [0, 1]: saturated pixels then carry no gradient
+
+
+@dataclass
+class SupervisedConfig(ObjectiveConfig):
+    """Regression of the network's prediction, on images with captions."""
+
+    kind: str = "supervised"
+    timesteps: str = choice("uniform", "logit_normal", "table")  # table: the family's, shifted
+    logit_mean: float = 0.0
+    logit_std: float = positive(1.0)
+    weighting: str = choice("none", "min_snr", "bump")  # bump is DiffSynth-Studio's
+    snr_gamma: float = positive(5.0)
+    caption_dropout: float = setting(0.0, UNIT)  # share of captions replaced by the empty prompt
+    noise_offset: float = not_negative(0.0)
+    sample_latents: bool = True  # draw latents from the posterior; false takes its mean
+    guidance_scale: float = 1.0  # input of networks with embedded guidance
+
+
+@dataclass
+class OwnConfig(ObjectiveConfig):
+    """An objective that a script defines; `settings` are recorded with the run."""
+
+    kind: str = "own"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RewardConfig:
+    """What is maximised; a saved file names the chosen class in `kind`."""
+
+    kind: str = MISSING
+
+
+@dataclass
+class NoRewardConfig(RewardConfig):
+    """Nothing is scored: for supervised runs."""
+
+    kind: str = "none"
+
+
+@dataclass
+class ClipRewardConfig(RewardConfig):
+    """exp(logit_scale) x cosine of a CLIP-architecture model: CLIPScore, PickScore."""
+
+    kind: str = "clip"
+    pretrained: str = MISSING
+    processor: str | None = None  # folder or hub id of tokenizer and preprocessing, if elsewhere
+    dtype: str = choice(*DTYPES)
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class ColorRewardConfig(RewardConfig):
+    """scale x (mean of one channel - mean of the two others)."""
+
+    kind: str = "color"
+    color: str = choice("red", "green", "blue")
+    scale: float = 20.0
+
+
+@dataclass
+class BrightnessRewardConfig(RewardConfig):
+    """scale x mean of all channels."""
+
+    kind: str = "brightness"
+    scale: float = 20.0
+
+
+@dataclass
+class JpegRewardConfig(RewardConfig):
+    """Minus the kilobytes of the JPEG file; not differentiable."""
+
+    kind: str = "jpeg"
+
+
+@dataclass
+class WeightedPartConfig:
+    """One part of a weighted sum."""
+
+    reward: RewardConfig
+    weight: float
+
+
+@dataclass
+class WeightedRewardConfig(RewardConfig):
+    """A weighted sum of other rewards."""
+
+    kind: str = "weighted"
+    parts: dict[str, Any] = entries(RewardConfig)  # NAME: {kind: ..., weight: ..., ...}
+
+
+REWARDS: dict[str, type[RewardConfig]] = {
+    "clip": ClipRewardConfig,
+    "color": ColorRewardConfig,
+    "brightness": BrightnessRewardConfig,
+    "jpeg": JpegRewardConfig,
+    "weighted": WeightedRewardConfig,
+    "none": NoRewardConfig,
+}
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "draft": DraftConfig,
+    "supervised": SupervisedConfig,
+    "own": OwnConfig,
+}
+GROUPS = {"objective": OBJECTIVES, "reward": REWARDS}
+
+
+@dataclass
+class ImageSourceConfig:
+    """An image folder, a table beside images, WebDataset tars or a Hugging Face dataset."""
+
+    path: str | None = None
+    base_path: str | None = None  # folder that a table's paths start from; null is the table's own
+    image_column: str | None = None  # null is the first of image, file_name, path
+    caption_column: str | None = None  # null is the first of caption, text, prompt
+    repeats: int = count(1)  # times in an epoch
+    weight: float | None = positive(None)  # share of the rows; null: by size x repeats
+
+
+@dataclass
+class ImageDataConfig(ImageSourceConfig):
+    """Images with captions: one source, or several in `sources`, by any names."""
+
+    sources: dict[str, Any] = entries(ImageSourceConfig)  # NAME: {path: ..., ...}
+    crop: str = choice("center", "random")
+    flip: bool = False  # mirror every second image, at random
+    captions: str = choice("first", "random")  # of a picture that has several
+    buckets: bool = False  # keep aspect ratios: each image is cropped to the nearest of several
+    min_size: int | None = count(None)  # pixels; leave out smaller images; null enlarges them
+    max_pixels: int = setting(MAX_PIXELS, PIXELS)  # leave out larger images; Pillow's limit
+    shuffle: bool = True
+    workers: int = not_negative(4)  # threads that decode; 0 decodes when asked
+    prefetch: int = not_negative(2)  # batches decoded ahead
+
+
+@dataclass
+class ShardSourceConfig:
+    """A folder that `sfumato prepare` wrote."""
+
+    path: str | None = None  # the prepared folder
+    selection: str = "all"  # name of the filter whose samples are read
+    repeats: int = count(1)  # times in an epoch
+    weight: float | None = positive(None)  # share of the rows; null: by size x repeats
+
+
+@dataclass
+class ShardDataConfig(ShardSourceConfig):
+    """Prepared images with captions, as tars or a cache: one folder, or several in `sources`."""
+
+    sources: dict[str, Any] = entries(ShardSourceConfig)  # NAME: {path: ..., ...}
+    cached: bool = False  # latents and text states instead of pictures and captions
+    crop: str = choice("center", "random")  # random from tars only
+    flip: bool = False  # mirror every second image, at random; a cache must hold mirrored ones
+    captions: str = choice("first", "random")  # of a picture that has several
+    buckets: bool = False  # keep aspect ratios; a cache must hold moments of each size
+    min_size: int | None = count(None)  # pixels; leave out smaller images; null enlarges them
+    max_pixels: int = setting(MAX_PIXELS, PIXELS)  # leave out larger images
+    shuffle: bool = True
+    buffer: int = count(10_000)  # samples of the window in which samples are shuffled
+    workers: int = not_negative(4)  # threads that read and decode; 0 reads when asked
+    prefetch: int = not_negative(2)  # batches read ahead
+
+
+@dataclass
+class DataConfig:
+    """Training data: prompts (DRaFT) or images with captions (supervised).
+
+    Prompts are .txt, .csv, .jsonl or WebDataset .tar; a file, folder, glob or brace pattern.
+    """
+
+    prompts: str | None = None
+    column: str | None = None  # of prompts in a .csv or .jsonl
+    shuffle: bool = True  # prompts
+    buffer: int = count(10_000)  # prompts held for shuffling
+    images: ImageDataConfig = field(default_factory=ImageDataConfig)
+    shards: ShardDataConfig = field(default_factory=ShardDataConfig)  # instead of images
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with warm-up."""
+
+    lr: float = positive(1e-4)
+    betas: list[float] = fraction([0.9, 0.999])
+    eps: float = not_negative(1e-8)
+    weight_decay: float = not_negative(0.0)
+    warmup_steps: int = not_negative(10)
+    schedule: str = choice("constant", "linear", "cosine")  # of lr, after the warm-up
+    max_grad_norm: float = positive(10.0)
+
+
+@dataclass
+class ValidationConfig:
+    """Pairs (tuned, base) of fixed prompts and fixed noise, and the loss of held-out images."""
+
+    prompts: str | None = None  # null is the first prompts, or captions, of the data
+    column: str | None = None  # of validation.prompts in a .csv or .jsonl
+    num_images: int = count(8)
+    every_steps: int = not_negative(100)  # 0 is off
+    seed: int = 1234
+    images: ImageDataConfig = field(default_factory=ImageDataConfig)  # held out; supervised only
+    loss_images: int = not_negative(64)  # held-out images for the validation loss; 0 is off
+
+
+@dataclass
+class TrainingConfig:
+    """The loop."""
+
+    max_steps: int = count(1000)
+    micro_batch_size: int = count(1)  # images per process and forward
+    global_batch_size: int = count(4)  # images per optimiser step, over all processes
+    precision: str = choice("no", "bf16", "fp16")  # of autocast
+    strategy: str = choice("ddp", "fsdp", "hsdp")  # with more than one process
+    shard_size: int | None = count(None)  # processes per copy under hsdp; null is one machine's
+    compile: str = choice("none", "regional", "full")  # regional: the repeated blocks only
+    ema_decay: float | None = fraction(0.9999)  # null is off; warms up as (1 + n) / (10 + n)
+    ema_every_steps: int = count(1)  # update the average every N steps, with decay^N
+    ema_on_cpu: bool = False  # keep the average off the device
+    async_checkpoints: bool = True  # write while training goes on
+    peak_tflops: float | None = positive(None)  # of one device; null looks its name up
+    checkpoint_every_steps: int = count(100)
+    keep_checkpoints: int | None = count(3)  # null keeps all
+    max_time: str | None = None  # save and stop after [[DD:]HH:]MM:SS of wall clock
+    seed: int = 0
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclass
+class TrainConfig:
+    """`sfumato train`."""
+
+    name: str = "run"  # of the folder in runs_dir
+    runs_dir: str = "runs"
+    export: str = choice("last", "best")  # best has the lowest validation loss
+    verify: bool = True  # load each export with diffusers and compare an image
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    objective: ObjectiveConfig = MISSING
+    reward: RewardConfig = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -1,0 +1,209 @@
+"""Loading of a family from a diffusers folder: checked without weights, with them, or on meta."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sfumato.config import ModelConfig, SamplerConfig
+from sfumato.models.adapters import CopyRoles, FrozenRoles, LoraRoles, Roles
+from sfumato.models.formats import (
+    check_components,
+    check_index,
+    check_scheduler,
+    read_json,
+    read_model_index,
+    read_pipeline,
+)
+from sfumato.models.limits import check_side, check_steps
+from sfumato.models.lora import check_lora_files, merge_files, start_adapters
+from sfumato.models.model import DTYPES
+from sfumato.models.origins import blank_network, check_whole, start_network
+from sfumato.models.pipeline_model import PipelineModel
+
+
+def check_family(
+    family: type[PipelineModel],
+    folder: Path,
+    config: ModelConfig,
+    sampler: SamplerConfig | None = None,
+) -> None:
+    """Check a folder's components, and that they can do what a sampler asks; read no weight.
+
+    Raises:
+        ValueError: if a component is missing, or pickled and not allowed; if the model has no
+            such part to train; if image size or number of steps are impossible.
+    """
+    blank = family.network_name if config.network.config is not None else None
+    components = family.components(folder)
+    check_components(folder, components, allow_pickle=config.allow_pickle, blank=blank)
+    check_index(folder, components)
+    check_scheduler(folder, family.schedulers)
+    trained_parts(family, config)
+    check_lora_files(config)
+    if sampler is None:
+        return
+    limits = family.read_limits(folder)
+    check_steps(sampler.num_inference_steps, limits)
+    for name, pixels in (("height", sampler.height), ("width", sampler.width)):
+        if pixels is not None:
+            check_side(f"sampler.{name}", pixels, limits)
+        elif limits.size is None:
+            raise ValueError(
+                f"model.pretrained = {str(folder)!r} states no size of its images; set "
+                f"sampler.{name} in pixels, a multiple of {limits.multiple}"
+            )
+
+
+def trained_parts(family: type[PipelineModel], config: ModelConfig) -> list[str]:
+    """Return the components that are trained; `network` means the one that predicts.
+
+    Raises:
+        ValueError: if a part is unknown or has no layers to train.
+    """
+    trainable = [name for name in family.encoders if name in family.lora_targets]
+    for part in config.parts:
+        if part not in {"network", family.network_name, *trainable}:
+            raise ValueError(
+                f"model.parts has {part!r}; of a {family.pipeline_name} these can be trained: "
+                f"{', '.join(['network', *trainable])}"
+            )
+    return [family.network_name if part == "network" else part for part in config.parts]
+
+
+def load_family(
+    family: type[PipelineModel], folder: Path, config: ModelConfig, *, with_network: bool = True
+) -> PipelineModel:
+    """Load a diffusers folder; frozen parts in `config.dtype`, trained ones in float32.
+
+    Under full fine-tuning the frozen copy stays in float32 too: rounding would count as a
+    distance from it.
+
+    Args:
+        with_network: False loads only the encoders; nothing is trained then.
+
+    Raises:
+        ValueError: if a component cannot be read, or a LoRA pattern matches no layer.
+    """
+    trained = trained_parts(family, config) if with_network else []
+    if with_network and not (family.network_name in trained and config.trainable == "full"):
+        check_whole(config)
+    without = family.left_out(folder)
+    if not with_network:
+        without[family.network_name] = None
+    elif config.network.config is not None:
+        without |= blank_network(folder / family.network_name, family.network_name)
+    pipeline = read_pipeline(folder, config, _dtypes(family, folder, config, trained), without)
+    if with_network and config.network.from_pretrained is not None:
+        network = pipeline.components[family.network_name]
+        start_network(network, family.network_name, config)
+    changed = merge_files(pipeline, family.network_name, config.merge)
+    parts = _parts(family, pipeline, config, trained, changed)
+    if config.lora.start is not None:
+        start_adapters(pipeline, family.network_name, parts, config.lora.start)
+    return _prepared(family, pipeline, parts, folder, config, with_network=with_network)
+
+
+def load_on_meta(family: type[PipelineModel], folder: Path, config: ModelConfig) -> PipelineModel:
+    """Build the model that `load_family` loads, from JSON files: its networks have no memory.
+
+    `sfumato plan` counts its parts, and runs it on tensors of the meta device:
+
+        cond = model.blank_prompts(rows)
+        raw = model.predict(model.network, x_t, t, cond, 1.0)  # x_t (rows, c, h, w), t (rows,)
+        moments = model.encode_moments(images)                 # (rows, 3, H, W)
+
+    `model.tokens` has the tokens that each text encoder reads, `model.blocks_of(model.network)`
+    the blocks that FSDP gathers one by one, `model.networks()` the networks by name.
+
+    Args:
+        folder: holds model_index.json, the settings of scheduler and networks, and the
+            tokenizers' tokenizer_config.json; neither weights nor vocabularies are read. Prompts
+            cannot be encoded.
+
+    Raises:
+        ValueError: if a component cannot be built, or a LoRA pattern matches no layer.
+    """
+    trained = trained_parts(family, config)
+    dtypes = _dtypes(family, folder, config, trained)
+    names = (family.network_name, "vae", *family.encoders)
+    networks = {name: _on_meta(folder, name) for name in family.components(folder) if name in names}
+    for name, network in networks.items():
+        # diffusers' own `to` would warn that layers may be needed in float32.
+        nn.Module.to(network, dtypes.get(name, dtypes["default"]))
+    without = {**family.left_out(folder), **dict.fromkeys(family.tokenizers)}
+    pipeline = read_pipeline(folder, config, dtypes, without | networks)
+    parts = _parts(family, pipeline, config, trained, set())
+    return _prepared(family, pipeline, parts, folder, config)
+
+
+def _on_meta(folder: Path, name: str) -> nn.Module:
+    """Return a network of model_index.json on the meta device."""
+    entry: Any = read_model_index(folder)[name]
+    library, class_name = entry
+    kind = getattr(importlib.import_module(library), class_name)
+    with torch.device("meta"):
+        if library == "diffusers":
+            return kind.from_config(read_json(folder / name / "config.json"))
+        return kind(kind.config_class.from_pretrained(folder / name))
+
+
+def _dtypes(
+    family: type[PipelineModel], folder: Path, config: ModelConfig, trained: list[str]
+) -> dict[str, torch.dtype]:
+    """Return the dtype in which each component is loaded, and the others' as `default`."""
+    settings = {name: read_json(folder / name / "config.json") for name in family.upcast}
+    exact = [name for name, each in settings.items() if each.get("force_upcast", True)]
+    exact += trained if config.trainable == "full" else []
+    return {"default": DTYPES[config.dtype], **dict.fromkeys(exact, torch.float32)}
+
+
+def _parts(
+    family: type[PipelineModel],
+    pipeline: Any,
+    config: ModelConfig,
+    trained: list[str],
+    changed: set[str],
+) -> dict[str, Roles]:
+    """Freeze network and text encoders, and give the trained ones their two roles."""
+    parts: dict[str, Roles] = {}
+    for name in (family.network_name, *family.encoders):
+        part = pipeline.components[name]
+        if part is None:
+            continue
+        part.eval().requires_grad_(False)
+        if name in trained:
+            parts[name] = _roles(family, name, part, config)
+        else:
+            parts[name] = FrozenRoles(part, is_changed=name in changed)
+    return parts
+
+
+def _roles(family: type[PipelineModel], name: str, part: Any, config: ModelConfig) -> Roles:
+    if config.gradient_checkpointing and name != family.network_name:
+        part.gradient_checkpointing_enable()
+    if config.trainable == "full":
+        return CopyRoles(part, reference=config.reference)
+    targets = config.lora.targets if name == family.network_name else config.lora.encoder_targets
+    return LoraRoles(part, config.lora, family.lora_targets[name] if targets is None else targets)
+
+
+def _prepared(
+    family: type[PipelineModel],
+    pipeline: Any,
+    parts: Mapping[str, Roles],
+    folder: Path,
+    config: ModelConfig,
+    *,
+    with_network: bool = True,
+) -> PipelineModel:
+    """Freeze the autoencoder, switch checkpointing on, and build the model."""
+    pipeline.vae.eval().requires_grad_(False)
+    if config.gradient_checkpointing and with_network:
+        pipeline.components[family.network_name].enable_gradient_checkpointing()
+        if pipeline.vae._supports_gradient_checkpointing:
+            pipeline.vae.enable_gradient_checkpointing()
+    return family(pipeline, dict(parts), folder, config)
