@@ -34,9 +34,9 @@ from sfumato.data.prepared.format import (
     record_text,
 )
 from sfumato.data.prepared.open import open_shards
+from sfumato.files import sha256_of
 from sfumato.images import to_pil
 from sfumato.preparation.cache_plan import made_of
-from sfumato.preparation.files import sha256_of
 from sfumato.preparation.prepare import prepare
 
 STATES = (77, 768)

@@ -34,8 +34,8 @@ from measure import (
 from parity import Parity, check_parity, compare
 from sft_step import BATCH, HELD, TOLERANCE, supervised_draws, write_model
 
+from sfumato.data.left_out import SkipReport
 from sfumato.data.sample import Encoded, Sample
-from sfumato.data.skips import SkipReport
 from sfumato.data.stream import Stream
 
 MODELS = ("demo", "60m", "860m")  # those with a U-Net

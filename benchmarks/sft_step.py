@@ -31,8 +31,8 @@ from measure import (
 )
 from parity import Parity, check_parity, compare
 
+from sfumato.data.left_out import SkipReport
 from sfumato.data.sample import Sample
-from sfumato.data.skips import SkipReport
 from sfumato.data.stream import Stream
 
 BATCH = {"demo": 16, "60m": 2, "mmdit": 2, "860m": 8}

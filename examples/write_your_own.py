@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sfumato.cli import mistakes_explained
 from sfumato.compose import compose_train
 from sfumato.config import ModelConfig, OwnConfig, SamplerConfig
-from sfumato.data.skips import SkipReport
+from sfumato.data.left_out import SkipReport
 from sfumato.data.stream import Stream, check_rows
 from sfumato.diffusion.guidance import CfgGradient
 from sfumato.diffusion.process import Prediction, RectifiedFlow, Time

@@ -2,13 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 
-from sfumato.config import CLUSTERS, COMMANDS, CONF, GROUPS
+from sfumato.catalog import CHOICES, keys_of
+from sfumato.config import CONF
 
-CHOICES: dict[str, Mapping[str, type]] = {**GROUPS, "cluster": CLUSTERS}
-RECIPES = ("train", "prepare", "launch", "plan")  # the commands that have them
 FOLDERS = (
     "those in ladder/ are for launch, those in prepare/ for prepare, the others for train and plan"
 )
@@ -68,25 +66,6 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     )
     hint = f"did you mean {near[0]}?" if near else "run with --cfg job to see every key"
     return f"unknown key {key}: {hint}"
-
-
-def known_keys(command: str) -> list[str]:
-    """Return the names of all that `sfumato COMMAND` takes as KEY=VALUE."""
-    return [*keys_of(COMMANDS[command]), *(["recipe"] if command in RECIPES else [])]
-
-
-def keys_of(node: type, prefix: str = "") -> list[str]:
-    """Return the dotted names of all settings below a dataclass, of every group choice."""
-    names = []
-    for item in fields(node):
-        name = f"{prefix}{item.name}"
-        names.append(name)
-        choices = list(CHOICES.get(item.name, {}).values())
-        inner = choices or ([item.type] if is_dataclass(item.type) else [])
-        for kind in inner:
-            assert isinstance(kind, type)
-            names += keys_of(kind, f"{name}.")
-    return sorted(set(names))
 
 
 def _unknown_choice(group: str, choice: str, message: str) -> str:

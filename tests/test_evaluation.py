@@ -103,7 +103,7 @@ def test_missing_lpips_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_unknown_features_and_single_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"features = .*nowhere.* must be pixels, lpips"):
         build_distance(str(tmp_path / "nowhere"), CPU)
-    with pytest.raises(ValueError, match="two or more"):
+    with pytest.raises(ValueError, match="num_images to 2 or more"):
         PixelDistance().mean(images_of(1, 16))
 
 

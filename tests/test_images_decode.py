@@ -14,8 +14,8 @@ import torch
 from image_files import encode, gradient, png
 from PIL import Image, ImageFile, ImageOps
 
-from sfumato.data.blobs import FileBlob, SpanBlob
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
+from sfumato.data.entries import FileBlob, SpanBlob
 from sfumato.data.sample import Placement, Sample, covering, resize_and_crop, to_tensor
 
 

@@ -17,14 +17,13 @@ import pytest
 import torch
 from image_files import config_of, skip_counts, write_folder
 
-from sfumato.data.blobs import Blob
-from sfumato.data.entries import Entry, Refusals
+from sfumato.data.entries import Blob, Entry, Refusals
 from sfumato.data.epochs import ListEpochs
 from sfumato.data.images import ImageDataConfig, ImageReader, open_images
+from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Pool, PoolOrder
 from sfumato.data.pools import bucket_sizes, nearest
 from sfumato.data.sample import Choices, Sample
-from sfumato.data.skips import SkipLog
 from sfumato.data.stream import OrderedStream, Stream
 
 # Squares, wide and tall pictures, of uneven numbers.
@@ -359,7 +358,7 @@ def test_broken_samples_are_replaced_counted_and_warned_of_once(
         break_picture(tmp_path / f"{i:03d}.png")
     stream = open_small(config)
     assert stream.skipped.skips == ()
-    with caplog.at_level(logging.WARNING, logger="sfumato.data.skips"):
+    with caplog.at_level(logging.WARNING, logger="sfumato.data.left_out"):
         rows: list[Sample] = []
         for _ in range(54):
             batch = stream.next(2, 0, 2)

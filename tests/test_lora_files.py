@@ -371,7 +371,7 @@ def test_training_goes_on_from_a_file(
 def test_layers_that_a_file_says_nothing_of_start_at_zero(folders: dict[str, Path], tmp_path: Path):
     first = moved(settings(folders["sd"], targets=[r".*attn1\.to_q"]))
     place = saved(first, tmp_path / "lora")
-    message = r"says nothing of 36 of the 40 trained layers, which start at zero, such as unet\.do"
+    message = r"lacks 36 of the 40 trained layers, which start at zero, such as unet\.do"
     with pytest.warns(UserWarning, match=message):
         model = load(settings(folders["sd"], start=str(place)))
     known = deltas(first)
@@ -385,7 +385,7 @@ def test_zeros_that_fill_a_block_diagonal_are_not_gone_on_from(
     layer = r"transformer_blocks\.0\.attn\."
     first = moved(settings(folders["flux"], targets=[f"{layer}to_[qv]"]))
     file = saved(first, tmp_path / "lora") / KOHYA
-    with pytest.warns(UserWarning, match=r"says nothing of 1 of the 3 trained .*\.attn\.to_k"):
+    with pytest.warns(UserWarning, match=r"lacks 1 of the 3 trained .*\.attn\.to_k"):
         model = load(settings(folders["flux"], targets=[f"{layer}to_[qkv]"], start=str(file)))
     assert all(p.any() == ("to_k.lora_B" not in name) for name, p in model.trainable().items())
 
@@ -416,10 +416,9 @@ def test_each_layer_has_its_own_alpha_and_rank(folders: dict[str, Path], tmp_pat
     path = kohya_file(tmp_path / "lora.safetensors", **spelt)
     found = read_lora(load(settings(folders["sd"])).pipeline, "unet", path, "model.merge.a.path")
     assert not found.strangers
-    assert found.layers.keys() == {"unet"}
-    assert found.layers["unet"].keys() == {f"{LAYER}.{part}" for part in pairs}
+    assert found.layers.keys() == {f"unet.{LAYER}.{part}" for part in pairs}
     for part, (down, up, alpha) in pairs.items():
-        delta = found.layers["unet"][f"{LAYER}.{part}"].delta
+        delta = found.layers[f"unet.{LAYER}.{part}"].delta
         torch.testing.assert_close(delta, alpha / len(down) * up @ down)
 
 
@@ -442,7 +441,7 @@ def test_settings_in_the_metadata_are_read_as_diffusers_reads_them(
     save_file(state, file, metadata={"lora_adapter_metadata": json.dumps(settings_there)})
     model = load(settings(folders["sd"]))
     found = read_lora(model.pipeline, "unet", str(tmp_path), "model.merge.a.path")
-    torch.testing.assert_close(found.layers["unet"][layer].delta, scale * up @ down)
+    torch.testing.assert_close(found.layers[f"unet.{layer}"].delta, scale * up @ down)
     theirs = read_pipeline(
         folders["sd"], model.config, {"default": torch.float32}, model.left_out(folders["sd"])
     )
@@ -470,7 +469,7 @@ def test_a_run_goes_on_where_its_start_is_gone(sd_folder: Path, tmp_path: Path):
     file.unlink()
     with pytest.raises(ValueError, match=r"model\.lora\.start = '.*': there is no file"):
         compose_train([*given, "name=another"])
-    with pytest.warns(UserWarning, match="not there any more: until a checkpoint is loaded"):
+    with pytest.warns(UserWarning, match="does not exist any more: until a checkpoint is loaded"):
         outcome = start([*given, "training.max_steps=3"])
     assert outcome.step == 3
     assert (tmp_path / "run" / "export" / "lora" / DIFFUSERS).exists()
@@ -564,7 +563,7 @@ def test_merges_are_settings_of_the_command_line(sd_folder: Path, tmp_path: Path
     assert config.model.merge == {"a": MergeConfig("x", 0.5), "b": MergeConfig("y", 1.0)}
     with pytest.raises(ValueError, match=r"model\.merge\.a\.path = 'x': there is no file x; give"):
         load(config.model)
-    with pytest.raises(ValueError, match=r"model\.merge\.a\.scale = 0\.0 must be another number"):
+    with pytest.raises(ValueError, match=r"model\.merge\.a\.scale ?= ?0\.0 "):
         compose_train([*given, "model.merge.a.scale=0"])
     with pytest.raises(ValueError, match=r"model\.lora\.start = 'x' .* = full trains none; merge"):
         compose_train([*given, "model.lora.start=x", "model.trainable=full"])
@@ -580,13 +579,13 @@ def read_into(folder: Path, path: str | Path, **lora: Any) -> None:
 def test_a_file_of_another_model_matches_nothing(folders: dict[str, Path], tmp_path: Path):
     place = saved(moved(settings(folders["qwen"])), tmp_path / "lora") / DIFFUSERS
     message = (
-        r"start = '.*': \d+ layers match none here, such as transformer\.transf.*"
-        r"\(nearest: unet\.\S+, unet\.\S+, unet\.\S+\); let model\.parts"
+        r"start = '.*': \d+ layers match none .*such as transformer\.transf.*"
+        r"\(nearest: unet\.\S+, unet\.\S+, unet\.\S+\); train these"
     )
     with pytest.raises(ValueError, match=message):
         read_into(folders["sd"], place)
     kohya = saved(moved(settings(folders["sd3"])), tmp_path / "sd3") / KOHYA
-    with pytest.raises(ValueError, match=r"layers match none here, such as lora_unet_joint_block"):
+    with pytest.raises(ValueError, match=r"layers match none .*such as lora_unet_joint_block"):
         read_into(folders["sd3"], kohya)
 
 
@@ -598,13 +597,13 @@ def test_a_file_that_matches_in_part_is_refused_with_both_sides(
     given = {f"{SPELT_LAYER}_attn1_to_q": pair, f"{SPELT_LAYER}_attn1_to_z": pair}
     path = kohya_file(tmp_path / "lora.safetensors", **given)
     sides = (
-        rf"1 of 2 layers match none here, such as unet\.{LAYER}.*\(nearest: .*to_q.*"
-        r"\); \d+ of the \d+ here have none in the file, such as .*; "
+        rf"1 of 2 layers match none .*such as unet\.{LAYER}.*\(nearest: .*to_q.*"
+        r"\); the file lacks \d+ of the .* \d+, such as .*; "
     )
     config = settings(folders["sd"])
     if use == "start":
         config.lora.start = path
-        sides = rf"model\.lora\.start.*{sides}let model\.parts"
+        sides = rf"model\.lora\.start.*{sides}train these"
     else:
         config.merge = {"a": MergeConfig(path)}
         sides = rf"model\.merge\.a\.path.*{sides}is the file for another"
@@ -620,7 +619,7 @@ def test_a_file_that_matches_in_part_is_refused_with_both_sides(
 
 def test_layers_that_are_not_trained_are_named(folders: dict[str, Path], tmp_path: Path):
     place = saved(moved(settings(folders["sd"], PARTS["sd"])), tmp_path / "lora")
-    with pytest.raises(ValueError, match=r"8 of 48 layers match none here, such as text_encoder"):
+    with pytest.raises(ValueError, match=r"8 of 48 layers match none .*such as text_encoder"):
         read_into(folders["sd"], place)
 
 
@@ -630,7 +629,7 @@ def test_what_diffusers_drops_without_a_word_is_named(folders: dict[str, Path], 
     t5 = {f"lora_te2_encoder_block_0.lora_{part}.weight": normal(4, 4) for part in ("up", "down")}
     save_file({**load_file(file), **t5}, file)
     config = replace(settings(folders["flux"]), merge={"a": MergeConfig(str(file))})
-    with pytest.raises(ValueError, match=r"1 of 21 layers match none here, such as lora_te2_encod"):
+    with pytest.raises(ValueError, match=r"1 of 21 layers match none .*such as lora_te2_encod"):
         load(config)
 
 
@@ -640,7 +639,7 @@ def test_ranks_and_shapes_have_to_be_those_of_the_file(folders: dict[str, Path],
         read_into(folders["sd"], place, rank=8)
     pair = (normal(4, 65), normal(64, 4), 4.0)
     path = kohya_file(tmp_path / "lora.safetensors", **{f"{SPELT_LAYER}_attn1_to_q": pair})
-    with pytest.raises(ValueError, match=r"attn1\.to_q is 64 x 65 in the file, .* 64 x 64 here"):
+    with pytest.raises(ValueError, match=r"attn1\.to_q is 64 x 65 in .* 64 x 64 in the model"):
         read_into(folders["sd"], path)
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from sfumato.data.left_out import SkipLog
 from sfumato.data.order import shuffle_buffered
 from sfumato.data.prompts import open_prompts
-from sfumato.data.skips import SkipLog
 from sfumato.data.stream import Stream, prompt_stream
 
 

@@ -467,7 +467,7 @@ def test_a_run_of_the_same_seed_is_the_baseline(tmp_path: Path) -> None:
 
 
 def test_runs_of_equal_diversity_are_called_so(tmp_path: Path) -> None:
-    runs = [write_draft(tmp_path / f"kl{kl}", kl, {0: BASE, **DRAFT}) for kl in (0, 1)]
+    runs = [write_draft(tmp_path / f"kl{kl:g}", kl, {0: BASE, **DRAFT}) for kl in (0.0, 1.0)]
     assert "At equal reward, kl1 is as diverse as kl0 on average" in report(runs, tmp_path).html
 
 

@@ -27,11 +27,11 @@ from safetensors.torch import load_file, save_file
 from sfumato.config import ShardDataConfig
 from sfumato.data.epochs import RowPick
 from sfumato.data.images import open_images
+from sfumato.data.left_out import SkipReport
 from sfumato.data.order import WindowOrder
 from sfumato.data.prepared.format import CACHE, SELECTIONS, SHARDS, read_kept_record, record_text
 from sfumato.data.prepared.open import open_shards
 from sfumato.data.sample import Sample
-from sfumato.data.skips import SkipReport
 from sfumato.data.stream import OrderedStream
 from sfumato.preparation.index import write_index
 

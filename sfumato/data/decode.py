@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sfumato.data.blobs import Blob
+from sfumato.data.entries import Blob
 
 # Pillow knows many more, among them some that start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")

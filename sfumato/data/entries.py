@@ -1,24 +1,82 @@
-"""What a source lists before any picture is opened: where each one lies and what it shows."""
+"""Entry: a picture in its container, and the captions and columns of its row."""
 
+import abc
+import errno
 import os
-from dataclasses import dataclass
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from types import MappingProxyType
+from typing import IO, Any, final
 
-from sfumato.data.blobs import Blob
-from sfumato.data.skips import SkipLog, Tally
-from sfumato.data.text_files import is_utf8
+from PIL.ContainerIO import ContainerIO
+
+from sfumato.data.left_out import FileSkips, SkipLog
 
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 IMAGE_COLUMNS = ("image", "file_name", "path")
+_NO_COLUMNS: Mapping[str, Any] = MappingProxyType({})
+
+
+class Blob(abc.ABC):
+    """Bytes that can be read again and again, from any thread."""
+
+    @abc.abstractmethod
+    def open(self) -> AbstractContextManager[IO[bytes]]:
+        """Open the bytes for reading at their beginning.
+
+        Raises:
+            OSError: they cannot be read; FileNotFoundError if the file is missing.
+        """
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FileBlob(Blob):
+    """A whole file."""
+
+    path: Path
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """Open the file; refuse what is no regular file, as reading a pipe would never end."""
+        if not stat.S_ISREG(os.stat(self.path).st_mode):  # noqa: PTH116, quicker by the million
+            raise OSError(errno.EINVAL, "not a regular file", str(self.path))
+        with self.path.open("rb") as file:
+            yield file
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SpanBlob(Blob):
+    """`size` bytes of a file from `offset` on, such as a member of a tar."""
+
+    path: Path
+    offset: int
+    size: int
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """Open a view of the span; nothing before or after the span is read."""
+        with self.path.open("rb") as file:
+            yield ContainerIO(file, self.offset, self.size)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold images and captions; None takes the first of the usual names."""
+    """Columns that are read.
+
+    Attributes:
+        image: holds the images, or their paths; None takes the first of the usual names.
+        caption: holds a caption, or several in a list; None takes the first of the usual names.
+        further: what an entry has beside its captions.
+    """
 
     image: str | None = None
     caption: str | None = None
+    further: tuple[str, ...] = ()
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -30,27 +88,33 @@ class Columns:
         """The names to look for."""
         return CAPTION_COLUMNS if self.caption is None else (self.caption,)
 
+    def further_of(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the further columns of a row; None stands for a missing one."""
+        return {name: row.get(name) for name in self.further} if self.further else _NO_COLUMNS
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A picture with its captions.
 
     Attributes:
-        container: the folder, metadata file, tar or dataset that lists it.
-        place: which of it, the same wherever the container lies.
+        container: the folder, table, tar or dataset that lists it.
+        place: which of the container's pictures; the same wherever the container lies.
         captions: at least one, the main one first; none is blank or has white space around it.
         blob: the bytes of the picture.
+        columns: further columns of its row, as read.
     """
 
     container: Path
     place: str
     captions: tuple[str, ...]
     blob: Blob
+    columns: Mapping[str, Any] = field(default_factory=lambda: _NO_COLUMNS, compare=False)
 
     @property
     def name(self) -> str:
-        """Where it lies, for messages."""
-        # A name that is no UTF-8 could be neither printed nor logged.
+        """The container and the place in it, for messages."""
+        # A name that is not UTF-8 could be neither printed nor logged.
         return f"{self.container} {self.place}".encode(errors="backslashreplace").decode()
 
 
@@ -73,52 +137,79 @@ class MissingColumnError(ValueError):
     """A table or a tar without the column that was asked for."""
 
 
-def choose_column(wanted: tuple[str, ...], there: list[str], where: Path, holds: str) -> str:
-    """Return the first of the wanted columns that is there.
+def choose_column(
+    wanted: tuple[str, ...], names: Iterable[str], container: Path, holds: str
+) -> str:
+    """Return the first of the wanted columns that is among the names.
 
     Raises:
-        MissingColumnError: none is; `holds` says what it should hold.
+        MissingColumnError: none is; `holds` says what the column should hold.
     """
+    names = list(dict.fromkeys(names))
     for name in wanted:
-        if name in there:
+        if name in names:
             return name
     raise MissingColumnError(
-        f"{where} has no column {' or '.join(map(repr, wanted))}; the columns there are "
-        f"{', '.join(map(repr, there)) or 'none'}. Name the one that holds the {holds}"
+        f"{container} has no column {' or '.join(map(repr, wanted))}; its columns are "
+        f"{', '.join(map(repr, names)) or 'none'}. Name the one that holds the {holds}"
     )
 
 
-def caption_of(value: object, place: int | str, tally: Tally) -> str | None:
-    """Return a caption stripped of white space, or count what is wrong with it."""
+def captions_of(value: object, place: int | str, skips: FileSkips) -> tuple[str, ...]:
+    """Return the captions that a value holds, or count why it holds none.
+
+    Args:
+        value: a text, its bytes, or a list of texts, of which the good ones are taken.
+        place: of the row, for the count.
+        skips: counts the row.
+    """
+    several = value if isinstance(value, list | tuple) else [value]
+    texts = [text_or_fault(each, "caption") for each in several or [None]]
+    captions = dict.fromkeys(text for text, fault in texts if not fault)
+    if not captions:
+        skips.add(texts[0][1], place)
+    return tuple(captions)
+
+
+def text_or_fault(value: object, kind: str) -> tuple[str, str]:
+    """Return a text without the white space around it, and what is wrong with it, if anything.
+
+    Args:
+        value: a text, or its bytes.
+        kind: what the text is, for the fault: caption or prompt.
+    """
     if value is None:
-        tally.add("no caption", place)
-        return None
+        return "", f"no {kind}"
     if isinstance(value, bytes):
         value = value.decode("utf-8-sig", errors="surrogateescape")
     if not isinstance(value, str):
-        tally.add("caption that is no text", place)
-        return None
-    caption = value.strip()
-    if not caption:
-        tally.add("blank caption", place)
-    elif not is_utf8(caption):
-        tally.add("caption that is not UTF-8", place)
-    else:
-        return caption
-    return None
+        return "", f"{kind} that is no text"
+    text = value.strip()
+    if not text:
+        return "", f"blank {kind}"
+    return text, "" if is_utf8(text) else f"{kind} that is not UTF-8"
 
 
-def inside(base: Path, path: str, where: str) -> Path:
-    """Return the place of a listed path; symbolic links below the base may lead anywhere.
+def is_utf8(text: str) -> bool:
+    """Tell text from undecodable bytes (kept as lone surrogates) and from UTF-16's zeros."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def inside(base: Path, path: str, row: str) -> Path:
+    """Return the file that a path in a table names; symbolic links below the base may lead away.
 
     Raises:
-        ValueError: it leaves the base path; `where` names the row.
+        ValueError: the path leaves the base; `row` names the row.
     """
     folder = os.path.abspath(base)  # noqa: PTH100, Path keeps `..`
     whole = os.path.normpath(os.path.join(folder, path))  # noqa: PTH118
     if not Path(whole).is_relative_to(folder):
         raise ValueError(
-            f"{where}: the image path {path!r} leaves the base path {folder}; correct the row, or "
+            f"{row}: the image path {path!r} leaves the base path {folder}; correct the row, or "
             "set base_path to a folder that holds all images"
         )
     return Path(whole)

@@ -11,12 +11,12 @@ from sfumato.config import ImageDataConfig, ImageSourceConfig
 from sfumato.data.decode import Bounds, RefusedImageError, read_size
 from sfumato.data.entries import Columns, Entry, Refusals
 from sfumato.data.epochs import ListEpochs, RowPick
-from sfumato.data.image_sources import list_source
+from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Guard, PoolOrder
 from sfumato.data.pools import SourceShare, bucket_sizes, build_pools, check_size, nearest
 from sfumato.data.sample import Choices, Placement, Sample, Size, make_sample
 from sfumato.data.settings import bounds_of, check_reading, choices_of, named_sources
-from sfumato.data.skips import SkipLog
+from sfumato.data.sources import list_source
 from sfumato.data.stream import BrokenRowError, OrderedStream, Reader
 
 _HEADER_THREADS = 4  # they wait for files; more would wait for each other

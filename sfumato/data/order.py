@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
 from sfumato.data.epochs import Epochs, RowPick, ShardEpochs
-from sfumato.data.skips import SkipLog
+from sfumato.data.left_out import SkipLog
 from sfumato.diffusion.randomness import derive
 
 Pick = TypeVar("Pick")

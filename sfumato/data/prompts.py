@@ -1,18 +1,20 @@
-"""Open prompt files: a path, a directory of tars, a glob or a brace pattern."""
+"""Prompts of files: opened as a stream for training, or read in file order."""
 
-import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from braceexpand import braceexpand
-
-from sfumato.data.readers import COLUMN_SUFFIXES, READERS, read_shard
-from sfumato.data.skips import SkipLog
+from sfumato.data.entries import text_or_fault
+from sfumato.data.left_out import FileSkips, SkipLog
+from sfumato.data.paths import find_files
 from sfumato.data.stream import Stream, prompt_stream
+from sfumato.data.tables import TEXT, WITH_COLUMNS, UnreadableTableError, open_table
+from sfumato.data.webdataset import members
 
-_NAMED_FILES = 5
+_COLUMNS = ("prompt", "caption", "text")
+_SUFFIXES = (".txt", *WITH_COLUMNS, ".tar")
+_SETTING = "the path of the prompts"
 
 
 def open_prompts(
@@ -25,27 +27,25 @@ def open_prompts(
 ) -> Stream[str]:
     """Open prompts for training: endless, shuffled, resumable, in bounded memory.
 
-    Formats are told by suffix: `.txt` (one prompt a line), `.csv` and `.jsonl` (one column), and
-    WebDataset `.tar` (members `KEY.txt`).
+    Formats are told by suffix: `.txt` (one prompt a line), tables with columns (`.csv`, `.tsv`,
+    `.json`, `.jsonl`, `.parquet`), and WebDataset `.tar` (members `KEY.txt`).
 
     Args:
         path: a file, a directory of `.tar` files, a glob (`shards/*.tar`, `**` for any depth) or
             a brace pattern (`shards/{000..012}.tar`).
-        column: the column of a `.csv` or `.jsonl` file; None takes the first of `prompt`,
-            `caption` and `text` that is there.
+        column: the column of a table; None takes the first of `prompt`, `caption` and `text`
+            that is there.
         seed: with the epoch, decides the order.
         shuffle: False keeps the file order in every epoch.
         buffer: the largest number of prompts held for shuffling.
 
     Raises:
         ValueError: a file is missing, its suffix unknown, the column not there, or no prompt can
-            be read. Only the beginnings of files are looked at.
+            be read. Only the beginnings of files are looked at, and a .jsonl up to its column.
     """
-    shards = find_shards(path)
-    log = SkipLog()
-    _check(path, shards, column, log)
-    read = partial(read_shard, column=column, log=log)
-    return prompt_stream(shards, read, log, seed=seed, shuffle=shuffle, buffer=buffer)
+    files, columns, log = _open(path, column)
+    read = partial(_read, columns=columns, log=log)
+    return prompt_stream(files, read, log, seed=seed, shuffle=shuffle, buffer=buffer)
 
 
 def read_prompts(path: str, *, column: str | None = None, limit: int | None = None) -> list[str]:
@@ -56,100 +56,67 @@ def read_prompts(path: str, *, column: str | None = None, limit: int | None = No
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} prompts would be none; give 1 or more, or None for all")
-    shards = find_shards(path)
-    log = SkipLog()
-    _check(path, shards, column, log)
-    return list(islice(_chain(shards, column, log), limit))
+    return list(islice(_chain(*_open(path, column)), limit))
 
 
-def find_shards(path: str) -> tuple[Path, ...]:
-    """List the files that `path` stands for, sorted where a directory or a glob names them.
+def _open(path: str, column: str | None) -> tuple[Sequence[Path], Mapping[Path, str], SkipLog]:
+    """Return the files, the columns of the tables among them, and a log.
 
-    Raises:
-        ValueError: one that is named is missing, a glob finds none, or a suffix is unknown.
+    Fail now rather than hours into a run: every column is there, one prompt can be read.
     """
-    whole = Path(path).expanduser()
-    if not path.strip():
-        raise ValueError("the path of the prompts is empty; name a file, a directory or a pattern")
-    if _is_file(whole):
-        shards = (whole,)
-    elif _is_directory(whole):
-        shards = _glob(f"{glob.escape(str(whole))}/*.tar")
-    else:
-        shards = tuple(dict.fromkeys(expand_pattern(str(whole))))
-    if not shards:
-        raise ValueError(
-            f"no file matches {path!r}; give a file, a directory with .tar files in it, or a "
-            "pattern that matches files"
-        )
-    for shard in shards:
-        if shard.suffix.lower() not in READERS:
-            raise ValueError(
-                f"{shard} has the suffix {shard.suffix!r}; prompts are read from "
-                + ", ".join(READERS)
-            )
-    return shards
-
-
-def expand_pattern(pattern: str) -> Iterator[Path]:
-    """Yield the files of a brace pattern whose alternatives may be globs.
-
-    Raises:
-        ValueError: its braces are not balanced, or a file that it names is missing.
-    """
-    try:
-        names = tuple(braceexpand(pattern, escape=False))
-    except ValueError:
-        raise ValueError(
-            f"{pattern!r} is neither a file nor a brace pattern: its braces are not balanced"
-        ) from None
-    missing = [name for name in names if not glob.has_magic(name) and not _is_file(Path(name))]
-    if missing:
-        more = f" and {len(missing) - _NAMED_FILES} more" if len(missing) > _NAMED_FILES else ""
-        raise ValueError(
-            f"no such file: {', '.join(missing[:_NAMED_FILES])}{more}; check the path of the "
-            f"prompts, {pattern!r}"
-        )
-    for name in names:
-        yield from _glob(name) if glob.has_magic(name) else (Path(name),)
-
-
-def _glob(pattern: str) -> tuple[Path, ...]:
-    # Not Path.glob: it takes no absolute pattern, and it finds hidden files (macOS's ._000.tar).
-    found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-    return tuple(Path(name) for name in found if _is_file(Path(name)))
-
-
-def _is_file(path: Path) -> bool:
-    # A pattern can be longer than any file name, and then asking is an error.
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def _is_directory(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
-
-
-def _check(path: str, shards: Sequence[Path], column: str | None, log: SkipLog) -> None:
-    """Fail now rather than hours into a run: every column is there, one prompt can be read."""
-    with_columns = [shard for shard in shards if shard.suffix.lower() in COLUMN_SUFFIXES]
-    if column is not None and not with_columns:
+    files, log = find_files(path, _SETTING, _SUFFIXES), SkipLog()
+    tables = [file for file in files if file.suffix.lower() in WITH_COLUMNS]
+    if column is not None and not tables:
         raise ValueError(
             f"column={column!r} was given, but {path!r} has no columns; leave it out, or give "
-            "a .csv or .jsonl file"
+            f"a table ({', '.join(WITH_COLUMNS)})"
         )
-    readable = [next(read_shard(shard, column, log), None) for shard in with_columns]
-    if any(prompt is not None for prompt in readable):
-        return
-    if next(_chain(shards, column, log), None) is None:
+    wanted = _COLUMNS if column is None else (column,)
+    columns = {file: open_table(file).choose(wanted, "prompts") for file in tables}
+    if next(_chain(files, columns, log), None) is None:
         raise ValueError(f"no prompt can be read from {path!r}: {log.report().summary()}")
+    return files, columns, log
 
 
-def _chain(shards: Sequence[Path], column: str | None, log: SkipLog) -> Iterator[str]:
-    for shard in shards:
-        yield from read_shard(shard, column, log)
+def _chain(files: Sequence[Path], columns: Mapping[Path, str], log: SkipLog) -> Iterator[str]:
+    for file in files:
+        yield from _read(file, columns, log)
+
+
+def _read(path: Path, columns: Mapping[Path, str], log: SkipLog) -> Iterator[str]:
+    """Yield the prompts of one file; a row without one is counted, as is damage."""
+    skips, empty = log.begin(path), True
+    try:
+        is_tar = path.suffix.lower() == ".tar"
+        rows = _tar_texts(path, skips) if is_tar else _table_texts(path, columns, skips)
+        for place, value in rows:
+            prompt, fault = text_or_fault(value, "prompt")
+            if fault:
+                skips.add(fault, place)
+            else:
+                empty = False
+                yield prompt
+    except OSError as error:
+        skips.add("unreadable file", f"({error.strerror or error})")
+    except UnreadableTableError as error:
+        skips.add("unreadable file", f"({error})")
+    if empty and not skips.any:
+        skips.add("file without a prompt")
+
+
+def _table_texts(
+    path: Path, columns: Mapping[Path, str], skips: FileSkips
+) -> Iterator[tuple[int | str, object]]:
+    column = columns.get(path, TEXT)
+    for place, row in open_table(path).rows([column], skips):
+        yield place, row[column]
+
+
+def _tar_texts(path: Path, skips: FileSkips) -> Iterator[tuple[str, bytes]]:
+    """Yield the members that WebDataset calls `txt`."""
+    with path.open("rb") as file:
+        for member in members(file, path, skips):
+            if member.field == "txt":
+                yield member.name, member.read(file)
+            elif member.field.endswith(".txt"):
+                skips.add("name with a second dot (WebDataset: not the field txt)", member.name)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
 from sfumato.data.entries import Entry, Refusals
+from sfumato.data.left_out import SkipLog, SkipReport
 from sfumato.data.order import Order, PromptOrder
-from sfumato.data.skips import SkipLog, SkipReport
 
 Pick = TypeVar("Pick")
 Row = TypeVar("Row")

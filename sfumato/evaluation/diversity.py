@@ -1,4 +1,4 @@
-"""How different images of the same prompt are: the mean distance over all pairs of them.
+"""Diversity of images of one prompt: their mean pairwise distance, by one of three measures.
 
 diversity = mean over i < j of distance(image_i, image_j), per prompt, then over prompts
 """
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from sfumato.rewards.clip import ClipReward
 
-PIXEL_GRID = 16  # pixels a side: composition and colour count, texture does not
-LPIPS_PAIRS = 16  # pairs that are in AlexNet at once
+PIXEL_GRID = 16  # pixels per side: composition and colour count, texture does not
+LPIPS_PAIRS = 16  # pairs per batch of AlexNet
 
 
 class Distance(abc.ABC):
     """Measures every pair of a set of images.
 
     Attributes:
-        label: the name of the mean over pairs, as it stands beside the number.
+        label: the name of the mean over pairs, for display.
     """
 
     label: str
@@ -43,7 +43,7 @@ class Distance(abc.ABC):
         """
         if len(images) < 2:
             raise ValueError(
-                f"{len(images)} image(s) of a prompt have no pairs; make two or more (num_images)"
+                f"{len(images)} image of a prompt has no pairs; set num_images to 2 or more"
             )
         return self.pairs(images).mean().item()
 
@@ -82,7 +82,7 @@ class LpipsDistance(Distance):
     """LPIPS (arXiv 1801.03924) with AlexNet.
 
     Args:
-        network: takes two batches of images in [-1, 1] and returns one distance a row.
+        network: maps two batches of images in [-1, 1] to one distance per row.
     """
 
     label = "mean pairwise LPIPS (AlexNet)"
@@ -108,7 +108,7 @@ def build_distance(features: str, device: torch.device) -> Distance:
         features: `pixels`, `lpips`, or a CLIP folder or hub id.
 
     Raises:
-        ValueError: if the model behind it is not there or cannot be read.
+        ValueError: if the model is missing or cannot be read.
     """
     if features == "pixels":
         return PixelDistance()
@@ -124,7 +124,7 @@ def build_distance(features: str, device: torch.device) -> Distance:
 
 
 def _load_lpips(device: torch.device) -> Any:
-    """Load the optional package; torchvision, which it imports, raises RuntimeError if unfit."""
+    """Load the optional package; an unfit torchvision raises RuntimeError when it is imported."""
     try:
         import lpips  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:

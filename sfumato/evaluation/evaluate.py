@@ -21,8 +21,8 @@ from sfumato.evaluation.results import (
     SCORES,
     SUMMARY,
     Evaluation,
+    read_evaluation,
     read_evaluations,
-    read_summary,
 )
 from sfumato.files import new_folder
 from sfumato.images import save_image
@@ -165,9 +165,9 @@ def check_request(prompts: Sequence[str], num_images: int, batch_size: int) -> N
     if not prompts:
         raise ValueError("there are no prompts to evaluate; name a file with at least one")
     if num_images < 2:
-        raise ValueError(f"num_images = {num_images}; diversity needs two or more per prompt")
+        raise ValueError(f"num_images = {num_images} must be 2 or more, to measure diversity")
     if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}; make one image or more at a time")
+        raise ValueError(f"batch_size = {batch_size} must be 1 or more")
 
 
 def _is_current(run: RunFolder, step: int, settings: Mapping[str, Any]) -> bool:
@@ -176,12 +176,12 @@ def _is_current(run: RunFolder, step: int, settings: Mapping[str, Any]) -> bool:
     A checkpoint that no longer exists is not compared.
     """
     try:
-        summary = read_summary(run.evaluation(step))
+        done = read_evaluation(run.evaluation(step))
     except ValueError:
         return False
     checkpoint = run.checkpoints / step_name(step)
-    same = not checkpoint.is_dir() or summary.checkpoint == fingerprint(checkpoint)
-    return same and summary.settings == settings
+    same = not checkpoint.is_dir() or done.checkpoint == fingerprint(checkpoint)
+    return same and done.settings == settings
 
 
 def _write_step(
@@ -218,16 +218,16 @@ def _write_images(
     """Return the rows of scores.jsonl and the diversity of each prompt; hold few images at once."""
     rows: list[dict[str, Any]] = []
     diversity: list[float] = []
-    pending: list[_Shot] = []
+    pending: list[Tensor] = []
     for start in range(0, len(study.jobs), batch_size):
         batch = _generate_batch(study, step, study.jobs[start : start + batch_size])
         for shot in batch:
             save_image(shot.image, folder / shot.row["image"])
             rows.append(shot.row)
-        pending += batch
+        pending += [shot.image for shot in batch]
         bar.update(len(batch))
         while len(pending) >= study.num_images:
-            images = torch.stack([shot.image for shot in pending[: study.num_images]])
+            images = torch.stack(pending[: study.num_images])
             diversity.append(distance.mean(images.to(study.model.device)))
             del pending[: study.num_images]
     return rows, diversity

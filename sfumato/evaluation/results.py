@@ -23,6 +23,7 @@ class Evaluation:
         diversity: mean over prompts of the distance that `diversity_label` names.
         held_out: mean of each score that was not trained on.
         settings: the settings that the numbers depend on.
+        checkpoint: fingerprint of the checkpoint; None for the base model.
     """
 
     step: int
@@ -32,6 +33,7 @@ class Evaluation:
     diversity_label: str
     held_out: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    checkpoint: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,17 @@ class EqualReward:
 
 
 @dataclass(frozen=True)
-class Diversity:
-    """Diversity in summary.json."""
-
+class _Diversity:
     label: str
     mean: float
 
 
 @dataclass(frozen=True)
-class Summary:
+class _Summary:
     """summary.json of one evaluated step."""
 
     step: int
-    diversity: Diversity
+    diversity: _Diversity
     held_out: dict[str, float]
     settings: dict[str, Any]
     reward: float | None = None
@@ -75,34 +75,31 @@ def read_evaluations(run: RunFolder) -> list[Evaluation]:
     Raises:
         ValueError: if a summary cannot be read.
     """
-    folders = sorted((run.path / "evaluation").glob("step-*"))
-    return [
-        Evaluation(
-            one.step,
-            one.reward,
-            one.reward_error,
-            one.diversity.mean,
-            one.diversity.label,
-            one.held_out,
-            one.settings,
-        )
-        for one in map(read_summary, folders)
-    ]
+    return list(map(read_evaluation, sorted((run.path / "evaluation").glob("step-*"))))
 
 
-def read_summary(folder: Path) -> Summary:
-    """Return the summary of one evaluated step.
+def read_evaluation(folder: Path) -> Evaluation:
+    """Return the evaluation of one step.
 
     Raises:
-        ValueError: if the file is missing or damaged.
+        ValueError: if summary.json is missing or damaged.
     """
     path, advice = folder / SUMMARY, f"remove {folder} and evaluate again"
-    summary = read_record(path, Summary, advice)
+    one = read_record(path, _Summary, advice)
     # Older versions wrote no reward settings, but always a reward.
-    has_reward = summary.settings.get("reward", "of an older version") is not None
-    if has_reward and (summary.reward is None or summary.reward_error is None):
+    has_reward = one.settings.get("reward", "of an older version") is not None
+    if has_reward and (one.reward is None or one.reward_error is None):
         raise ValueError(f"{path} is damaged: reward or reward_error is missing; {advice}")
-    return summary
+    return Evaluation(
+        one.step,
+        one.reward,
+        one.reward_error,
+        one.diversity.mean,
+        one.diversity.label,
+        one.held_out,
+        one.settings,
+        one.checkpoint,
+    )
 
 
 def at_equal_reward(
@@ -130,8 +127,8 @@ def at_equal_reward(
     curves = [_points(baseline), _points(other)]
     if not all(curves):
         return None
-    low = max(curve[0].reward for curve in curves)
-    high = min(max(point.reward for point in curve) for curve in curves)
+    low = max(curve[0][0] for curve in curves)
+    high = min(max(reward for reward, _ in curve) for curve in curves)
     if high <= low:
         return None
     inner = (low + (high - low) * k / num_levels for k in range(1, num_levels))
@@ -141,21 +138,15 @@ def at_equal_reward(
     return EqualReward(levels, first, second, sum(differences) / len(differences))
 
 
-@dataclass(frozen=True)
-class _Point:
-    reward: float
-    diversity: float
-
-
-def _points(curve: Sequence[Evaluation]) -> list[_Point]:
+def _points(curve: Sequence[Evaluation]) -> list[tuple[float, float]]:
+    """Return reward and diversity in the order of steps."""
     ordered = sorted(curve, key=lambda one: one.step)
-    return [_Point(one.reward, one.diversity) for one in ordered if one.reward is not None]
+    return [(one.reward, one.diversity) for one in ordered if one.reward is not None]
 
 
-def _diversity_at(curve: Sequence[_Point], level: float) -> float:
+def _diversity_at(curve: Sequence[tuple[float, float]], level: float) -> float:
     """Return the diversity where a curve that starts below a level first reaches it."""
-    for before, after in itertools.pairwise(curve):
-        if after.reward >= level:
-            share = (level - before.reward) / (after.reward - before.reward)
-            return before.diversity + share * (after.diversity - before.diversity)
+    for (low, before), (high, after) in itertools.pairwise(curve):
+        if high >= level:
+            return before + (level - low) / (high - low) * (after - before)
     raise AssertionError(f"the curve does not reach {level}")

@@ -1,7 +1,7 @@
-"""One training step of a network without memory: its FLOPs, and the bytes that it holds.
+"""Cost of one training step of a network on the meta device: FLOPs, and bytes of memory.
 
-Tensors on the meta device have shapes and storages, but no bytes; what is computed is followed
-operator by operator, and what is alive at any time is summed, each storage once.
+Tensors on the meta device have shapes and storages, but no bytes. The step runs operator by
+operator on such tensors, and the sizes of the storages that live at the same time are summed.
 """
 
 import weakref
@@ -15,19 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sfumato.planning.precision import MetaPrecision
-from sfumato.training.flops import flops_of
+from sfumato.training.flops import FlopCounter
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one micro-batch's forward and backward takes.
+    """Cost of one micro-batch's forward and backward.
 
     Attributes:
         forward: FLOPs of the forward.
-        flops: of forward and backward, without what is computed again.
-        executed: with what gradient checkpointing computes again.
-        activations: bytes at the peak beside weights, inputs and gradients.
-        with_gradients: bytes at the peak, where gradients come into being as activations go.
+        flops: FLOPs of forward and backward, without recomputation.
+        executed: FLOPs with what gradient checkpointing computes again.
+        activations: peak bytes beside weights, inputs and gradients.
+        with_gradients: peak bytes including gradients, when gradients are allocated while
+            activations are freed (no accumulation).
     """
 
     forward: int
@@ -39,15 +40,14 @@ class StepCost:
 
 @final
 class Ledger(TorchDispatchMode):
-    """Follows what is computed and what is alive; the peaks so far are its attributes.
+    """Sums the storages that are alive; its attributes are the peaks so far.
 
     Args:
-        known: tensors that were there before, which do not count.
+        known: tensors that existed before and do not count.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.model_flops = self.executed_flops = 0
         self.activations = self.with_gradients = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
         self._live = self._gradients = 0
@@ -60,11 +60,6 @@ class Ledger(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        flops = flops_of(func, args, kwargs or {}, out)
-        self.executed_flops += flops
-        # Inside a backward only what is computed again records a graph.
-        if torch._C._current_graph_task_id() == -1 or not torch.is_grad_enabled():
-            self.model_flops += flops
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
@@ -85,7 +80,7 @@ class Ledger(TorchDispatchMode):
         self._live -= self._sizes.pop(key)
 
     def gained(self, parameter: nn.Parameter) -> None:
-        """Count a parameter's gradient, which has just come into being, among the gradients."""
+        """Count a parameter's gradient, which was just allocated, among the gradients."""
         assert parameter.grad is not None
         key = parameter.grad.untyped_storage()._cdata
         size, self._sizes[key] = self._sizes.get(key, 0), 0
@@ -100,16 +95,16 @@ def measure_step(
 
     Args:
         predict: calls the network with a micro-batch, and returns its prediction.
-        dtype: of autocast; None is none.
+        dtype: of autocast; None for no autocast.
     """
     parameters = list(network.parameters())
-    ledger = Ledger([*parameters, *network.buffers()])
+    counter, ledger = FlopCounter(), Ledger([*parameters, *network.buffers()])
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     hooks = [each.register_post_accumulate_grad_hook(ledger.gained) for each in trained]
     try:
-        with ledger, MetaPrecision(dtype).inside(network):
+        with ledger, counter, MetaPrecision(dtype).inside(network):
             loss = predict().float().square().mean()
-            forward = ledger.model_flops
+            forward = counter.flops
             loss.backward()
     finally:
         for hook in hooks:
@@ -118,8 +113,8 @@ def measure_step(
             parameter.grad = None
     return StepCost(
         forward=forward,
-        flops=ledger.model_flops,
-        executed=ledger.executed_flops,
+        flops=counter.flops,
+        executed=counter.executed,
         activations=ledger.activations,
         with_gradients=ledger.with_gradients,
     )
@@ -128,7 +123,6 @@ def measure_step(
 @torch.no_grad()
 def forward_flops(run: Callable[[], object]) -> int:
     """Return the FLOPs of a forward on the meta device."""
-    ledger = Ledger([])
-    with ledger, MetaPrecision(None):
+    with FlopCounter() as counter, MetaPrecision(None):
         run()
-    return ledger.model_flops
+    return counter.flops

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.config import DownloadConfig
+from sfumato.data.left_out import tally
 from sfumato.data.prepared.format import PreparedError
-from sfumato.preparation.bins import tally
 from sfumato.preparation.url_table import TABLE, TableRecord, read_table_record, write_table
 
 DOWNLOAD, LOG = "download", "img2dataset.log"

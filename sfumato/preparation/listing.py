@@ -13,7 +13,7 @@ from sfumato.data.prepared.format import (
     PreparedError,
     TarRecord,
 )
-from sfumato.preparation.files import digest
+from sfumato.files import digest
 
 HALF = 32  # hex digits of each half of `made_of`
 

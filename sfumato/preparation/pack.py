@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import IO, final
 
 from sfumato.config import DownloadConfig, PackConfig
-from sfumato.data.blobs import Blob
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
+from sfumato.data.entries import Blob, Entry
+from sfumato.data.left_out import tally
 from sfumato.data.prepared.format import (
     SHARDS,
     UNFINISHED,
@@ -28,9 +29,8 @@ from sfumato.data.prepared.format import (
     read_tar_record,
     record_text,
 )
-from sfumato.preparation.bins import tally
-from sfumato.preparation.files import digest, placed, sha256_of, write_text
-from sfumato.preparation.sources import Container, Row, containers
+from sfumato.files import digest, new_file, sha256_of, write_text
+from sfumato.preparation.sources import Container, containers
 from sfumato.preparation.tars import Sample, write_tar
 from sfumato.preparation.url_table import further_columns
 
@@ -132,7 +132,7 @@ class _Packer:
             self._judged, self._next = self._judge(start), None
         tar, place = (self._folder / SHARDS / f"{name}.{suffix}" for suffix in ("tar", "json"))
         dropped = Counter[str]()
-        with placed(tar) as beside:
+        with new_file(tar, failure=PreparedError) as beside:
             members = write_tar(beside, first, self._take(dropped))
             if not members:
                 said = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
@@ -147,7 +147,7 @@ class _Packer:
         bins = dict(sorted(dropped.items()))
         record = TarRecord(name, size, sha256, "", tuple(members), bins, ends)
         record = replace(record, made_of=self._made_of(record, start, first))
-        write_text(place, record_text(record))
+        write_text(place, record_text(record), failure=PreparedError)
         return record
 
     def _take(self, dropped: Counter[str]) -> Iterator[Sample]:
@@ -195,9 +195,8 @@ class _Packer:
         return digest([self._settings, place, parts, pictures, dict(record.dropped)])
 
 
-def _look_at(row: Row, place: Place, bounds: Bounds) -> _Judged:
+def _look_at(entry: Entry, place: Place, bounds: Bounds) -> _Judged:
     """Decode a picture, for its size and to know that it is whole; keep its bytes."""
-    entry = row.entry
     try:
         read_size(entry.blob, bounds)
         with entry.blob.open() as file:
@@ -208,12 +207,9 @@ def _look_at(row: Row, place: Place, bounds: Bounds) -> _Judged:
     except OSError:
         return _Judged(place, None, {"unreadable file": 1})
     suffix = next(suffix for magic, suffix in _MAGIC if data.startswith(magic))
-    captions = (*entry.captions, *row.captions)
-    sha256 = hashlib.sha256(data).hexdigest()
-    columns = dict(row.columns)
-    return _Judged(
-        place, Sample(data, suffix, captions, picture.height, picture.width, sha256, columns)
-    )
+    sha256, columns = hashlib.sha256(data).hexdigest(), dict(entry.columns)
+    size = (picture.height, picture.width)
+    return _Judged(place, Sample(data, suffix, entry.captions, *size, sha256, columns))
 
 
 def _refuse_foreign(shards: Path) -> None:

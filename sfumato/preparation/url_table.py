@@ -1,11 +1,11 @@
-"""The table that is downloaded: every usable row of the given one, in parquet of one layout.
+"""Table that is downloaded: every usable row of the given table, in parquet of one layout.
 
 table/000000.parquet   url, caption and further columns
-table/table.json       TableRecord: what it was made of, and the rows that are not in it
+table/table.json       TableRecord: the given table, and the rows that are left out
 """
 
 import json
-from collections import Counter
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.config import DownloadConfig
-from sfumato.data.entries import caption_of
+from sfumato.data.entries import captions_of
+from sfumato.data.left_out import FileSkips, SkipLog
+from sfumato.data.paths import find_files, is_file, is_folder
 from sfumato.data.prepared.format import FORMAT, PreparedError, read_fields
-from sfumato.data.skips import SkipLog, Tally
-from sfumato.preparation.files import digest, placed, sha256_of, write_text
-from sfumato.preparation.tables import read_rows, table_files
+from sfumato.data.tables import WITH_COLUMNS, open_table
+from sfumato.files import digest, fetch, new_file, sha256_of, write_text
 
 TABLE, RECORD = "table", "table.json"
+_SETTING = "download.table"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# A folder of tables often has other files of JSON beside them.
+_IN_FOLDER = tuple(suffix for suffix in WITH_COLUMNS if suffix != ".json")
 _ROWS = 1_000_000  # in a file, about
-_INFERRED = 10_000  # rows whose values decide the types of .csv and .jsonl
+_INFERRED = 10_000  # rows whose values decide the types of untyped columns
 _RESERVED = frozenset(
     {
         *("url", "caption", "key", "status", "error_message", "width", "height", "exif"),
@@ -32,12 +37,12 @@ _RESERVED = frozenset(
 
 @dataclass(frozen=True)
 class TableRecord:
-    """What is in the folder of the table.
+    """What the folder of the table holds.
 
     Attributes:
         made_of: a hash of the given files' bytes and of the settings.
-        stamps: name, bytes and time of change of each given file; if they are as they were, its
-            bytes are not read again.
+        stamps: name, bytes and time of change of each given file; while they stay the same, the
+            file's bytes are not read again.
         digests: the SHA-256 of each given file.
         files: rows in each file of the folder.
         dropped: rows that are in none of them, by reason.
@@ -51,10 +56,10 @@ class TableRecord:
 
 
 def write_table(config: DownloadConfig, folder: Path) -> TableRecord:
-    """Write the table of the rows that can be downloaded, unless it is there.
+    """Write the table of the rows that can be downloaded, unless it exists.
 
     Raises:
-        ValueError: it cannot be read, or lacks a column.
+        ValueError: the given table cannot be read, or lacks a column.
         PreparedError: another table was begun in this folder.
     """
     assert config.table is not None
@@ -63,7 +68,7 @@ def write_table(config: DownloadConfig, folder: Path) -> TableRecord:
             f"download.columns has {', '.join(bad)}, which img2dataset writes itself; rename "
             "them in the table"
         )
-    files = table_files(config.table)
+    files = _table_files(config.table)
     known = read_table_record(folder) if (folder / TABLE / RECORD).exists() else None
     stamps = tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
     seen = known is not None and known.stamps == stamps
@@ -83,31 +88,29 @@ def write_table(config: DownloadConfig, folder: Path) -> TableRecord:
     log = SkipLog()
     rows = chain.from_iterable(_usable(file, config, log) for file in files)
     counts = tuple(_write(rows, config, folder / TABLE))
-    dropped = Counter[str]()
-    for skip in log.report().skips:
-        dropped[skip.reason] += skip.count
     if not counts:
         raise ValueError(
             f"download.table={config.table!r} has no row that can be downloaded: "
             f"{log.report().summary()}"
         )
-    record = TableRecord(made_of, stamps, digests, counts, dict(dropped))
+    record = TableRecord(made_of, stamps, digests, counts, dict(log.counts()))
     _save(folder, record)
     return record
 
 
 def _save(folder: Path, record: TableRecord) -> None:
-    write_text(folder / TABLE / RECORD, json.dumps({"format": FORMAT, **asdict(record)}) + "\n")
+    text = json.dumps({"format": FORMAT, **asdict(record)}) + "\n"
+    write_text(folder / TABLE / RECORD, text, failure=PreparedError)
 
 
 def read_table_record(folder: Path) -> TableRecord:
-    """Read what is in the table of a prepared folder.
+    """Read the record of the table in a prepared folder.
 
     Raises:
         PreparedError: the record is missing or damaged.
     """
-    place = folder / TABLE / RECORD
-    content = read_fields(place)
+    path = folder / TABLE / RECORD
+    content = read_fields(path)
     try:
         return TableRecord(
             content["made_of"],
@@ -117,11 +120,11 @@ def read_table_record(folder: Path) -> TableRecord:
             content["dropped"],
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise PreparedError(f"{place} is damaged ({error}); remove it and prepare again") from error
+        raise PreparedError(f"{path} is damaged ({error}); remove it and prepare again") from error
 
 
 def further_columns(folder: Path) -> list[str]:
-    """Return what the table of a prepared folder has beside URLs and captions; none without one."""
+    """Return the columns of a downloaded table beside URLs and captions; none without a table."""
     file = folder / TABLE / "000000.parquet"
     if not file.exists():
         return []
@@ -130,28 +133,53 @@ def further_columns(folder: Path) -> list[str]:
     return parquet.read_schema(file).names[2:]
 
 
+def _table_files(table: str) -> list[Path]:
+    """List the files that a table stands for: see `find_files`; or a folder, or a hub data set.
+
+    Raises:
+        ValueError: there are none, or they are of several kinds.
+    """
+    folder = Path(table).expanduser()
+    is_id = _HUB_ID.fullmatch(table) and folder.suffix.lower() not in WITH_COLUMNS
+    if is_id and not is_folder(folder) and not is_file(folder):
+        # A cache that a kill left half-filled must not be taken for the whole data set.
+        folder = fetch(table, _SETTING, ["*.parquet"], kind="dataset", complete=lambda _: False)
+    if is_folder(folder):
+        files = [path for path in folder.rglob("[!.]*") if path.suffix.lower() in _IN_FOLDER]
+    else:
+        files = find_files(table, _SETTING, WITH_COLUMNS)
+    kinds = sorted({file.suffix.lower() for file in files})
+    if len(kinds) != 1:
+        raise ValueError(
+            f"download.table={table!r} stands for {len(files)} files with the suffixes "
+            f"{', '.join(map(repr, kinds)) or 'none'}; give files of one kind of "
+            + ", ".join(_IN_FOLDER)
+        )
+    return sorted(files)
+
+
 def _usable(file: Path, config: DownloadConfig, log: SkipLog) -> Iterator[dict[str, Any]]:
-    tally = log.begin(file)
-    wanted = [config.url_column, config.caption_column, *config.columns]
-    for place, row in read_rows(file, wanted, tally):
-        url = _url(row[config.url_column], place, tally)
-        if url is None:
-            continue
-        caption = caption_of(row[config.caption_column], place, tally)
-        if caption is not None:
+    table, skips = open_table(file), log.begin(file)
+    columns = [config.url_column, config.caption_column, *config.columns]
+    for name in columns:
+        table.choose((name,), "URLs, captions or download.columns")
+    for place, row in table.rows(columns, skips):
+        url = _url(row[config.url_column], place, skips)
+        captions = captions_of(row[config.caption_column], place, skips) if url else ()
+        if captions:
             others = {name: _printable(row[name]) for name in config.columns}
-            yield {"url": url, "caption": caption, **others}
+            yield {"url": url, "caption": captions[0], **others}
 
 
-def _url(value: Any, place: int | str, tally: Tally) -> str | None:
+def _url(value: Any, place: int | str, skips: FileSkips) -> str | None:
     url = value.strip() if isinstance(value, str) else ""
     if not url:
-        tally.add("no URL", place)
+        skips.add("no URL", place)
     elif not url.isprintable() or "://" not in url:
-        tally.add("not a URL", place)
+        skips.add("not a URL", place)
     elif not url.lower().startswith(("http://", "https://")):
         # file:// would copy files of this machine into the data.
-        tally.add("URL that is not of http or https", place)
+        skips.add("URL that is not of http or https", place)
     else:
         return url
     return None
@@ -177,14 +205,14 @@ def _write(rows: Iterator[dict[str, Any]], config: DownloadConfig, folder: Path)
         schema = _schema(first, config)
         while some := list(islice(rows, whole)):
             table = pyarrow.Table.from_pylist(some, schema)
-            with placed(folder / f"{number:06d}.parquet") as beside:
+            with new_file(folder / f"{number:06d}.parquet", failure=PreparedError) as beside:
                 parquet.write_table(table, beside)
             yield len(some)
             number += 1
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise ValueError(
             f"a column of download.table={config.table!r} holds values of several kinds ({error}); "
-            "make them of one, or leave the column out of download.columns"
+            "make them of one kind, or leave the column out of download.columns"
         ) from None
 
 
@@ -198,6 +226,6 @@ def _schema(rows: Sequence[Mapping[str, Any]], config: DownloadConfig) -> Any:
     for name in config.columns:
         kind = pyarrow.array([row[name] for row in rows]).type
         if pyarrow.types.is_integer(kind) and untyped:
-            kind = pyarrow.float64()  # a later number may be no integer
+            kind = pyarrow.float64()  # a later number may not be an integer
         fields.append((name, pyarrow.string() if pyarrow.types.is_null(kind) else kind))
     return pyarrow.schema(fields)

@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfumato.data.blobs import SpanBlob
-from sfumato.data.entries import Entry
+from sfumato.data.entries import Entry, SpanBlob
 from sfumato.data.epochs import RowPick
 from sfumato.data.prepared.format import (
     CACHE,

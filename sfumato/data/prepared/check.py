@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from sfumato.data.left_out import SkipLog
 from sfumato.data.prepared.cache import Caches, cached_rows
 from sfumato.data.prepared.format import (
     CACHE,
@@ -18,7 +19,6 @@ from sfumato.data.prepared.format import (
     read_shapes,
 )
 from sfumato.data.prepared.tars import Selected
-from sfumato.data.skips import SkipLog
 
 _THREADS = 16  # they wait for the file system
 _AT_ONCE = 256

@@ -12,6 +12,7 @@ from sfumato.config import ShardDataConfig, ShardSourceConfig
 from sfumato.data.decode import Bounds
 from sfumato.data.entries import Refusals
 from sfumato.data.epochs import RowPick, ShardEpochs
+from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Guard, Order, PoolOrder, WindowOrder
 from sfumato.data.pools import SourceShare, bucket_sizes, build_pools, check_size
 from sfumato.data.prepared.cache import CacheReader, find_caches
@@ -26,7 +27,6 @@ from sfumato.data.prepared.format import CacheIdentity, Index, read_index, read_
 from sfumato.data.prepared.tars import Selected, TarReader
 from sfumato.data.sample import Sample, Size
 from sfumato.data.settings import bounds_of, check_reading, choices_of, named_sources
-from sfumato.data.skips import SkipLog
 from sfumato.data.stream import OrderedStream, Reader
 from sfumato.files import digest
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar, final
 
-from sfumato.data.blobs import SpanBlob
 from sfumato.data.decode import Bounds
-from sfumato.data.entries import Entry
+from sfumato.data.entries import Entry, SpanBlob
 from sfumato.data.epochs import RowPick
 from sfumato.data.pools import nearest
 from sfumato.data.prepared.format import (

@@ -1,13 +1,12 @@
-"""LoRA files that are read, of every layout that diffusers converts.
+"""Reader of LoRA files in every layout that diffusers converts.
 
 A file changes a layer's weight W to
 
     W + (alpha / rank) up down
 
-where it states alpha for each layer (kohya), in its metadata (peft), or not at all: alpha = rank.
+with alpha stated for each layer (kohya), in the metadata (peft), or not at all: alpha = rank.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,8 +19,10 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sfumato.files import parse_object
+
 FOLDER_FILE = "pytorch_lora_weights.safetensors"
-METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings, as JSON
+METADATA = "lora_adapter_metadata"  # the key of peft's settings, as JSON
 PAIR = re.compile(r"(lora\w*\.(down|up)|lora_(down|up|A|B)(\.default)?)\.weight$|\.alpha$")
 UPS = (
     ".lora_up.weight",
@@ -31,22 +32,16 @@ UPS = (
     "_lora.up.weight",
     ".lora_linear_layer.up.weight",
 )
-
-
-# What diffusers' converters raise at names and shapes that they do not expect.
+# What diffusers' converters raise for unexpected names and shapes.
 CONVERSION_ERRORS = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    NotImplementedError,
+    *(ValueError, LookupError, TypeError, AttributeError),
+    *(AssertionError, NotImplementedError),
 )
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one layer's weight; a convolution has its kernel in `down`."""
+    """Change of one layer's weight; `down` has the kernel of a convolution."""
 
     down: Float[Tensor, "r i *kernel"]
     up: Float[Tensor, "o r *one"]
@@ -54,26 +49,26 @@ class LowRank:
 
     @property
     def delta(self) -> Float[Tensor, "o _"]:
-        """The change, a convolution's weight flattened to a matrix."""
+        """The change as a matrix; a convolution's weight is flattened."""
         return self.scale * (self.up.flatten(1) @ self.down.flatten(1))
 
     @property
     def is_zero(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether the layer is not changed."""
         return not (self.down.any() and self.up.any())
 
 
-LoraLayers: TypeAlias = dict[str, dict[str, LowRank]]  # by component, and layer there
+LoraLayers: TypeAlias = dict[str, LowRank]  # by COMPONENT.LAYER
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What a file says to a pipeline.
+    """A file's changes of a pipeline's networks.
 
     Attributes:
-        setting: that named the file, with its value, for messages.
-        layers: by the names that the pipeline's networks have.
-        strangers: other layers of the file, of which diffusers makes nothing here.
+        setting: key and value that named the file, for messages.
+        layers: by the names in the pipeline's networks, such as unet.conv_in.
+        strangers: the file's other layers, which diffusers does not convert for this pipeline.
     """
 
     setting: str
@@ -81,22 +76,22 @@ class LoraFile:
     strangers: list[str]
 
 
-def lora_place(path: str) -> Path:
-    """Return where the LoRA file of a path would be: there, or in that folder."""
-    place = Path(path).expanduser()
-    return place / FOLDER_FILE if place.is_dir() else place
+def lora_path(value: str) -> Path:
+    """Return the path of a LoRA file: a folder has it under diffusers' name."""
+    path = Path(value).expanduser()
+    return path / FOLDER_FILE if path.is_dir() else path
 
 
 def find_lora(path: str, setting: str) -> Path:
-    """Return the LoRA file of a path: itself, or the one that diffusers names in a folder.
+    """Return the LoRA file of a path, which may be a folder that diffusers wrote.
 
     Args:
         setting: whose value the path is, for messages.
 
     Raises:
-        ValueError: if there is none, or only a pickled one.
+        ValueError: if the file does not exist, or is a pickle.
     """
-    file = lora_place(path)
+    file = lora_path(path)
     if not file.is_file():
         raise ValueError(
             f"{setting} = {path!r}: there is no file {file}; give a .safetensors file, or a folder "
@@ -104,8 +99,8 @@ def find_lora(path: str, setting: str) -> Path:
         )
     if file.suffix != ".safetensors":
         raise ValueError(
-            f"{setting} = {path!r} is no .safetensors file; pickled ones (.bin, .ckpt, .pt) can "
-            "run code when they are loaded, so convert it first"
+            f"{setting} = {path!r} is no .safetensors file; loading pickled files (.bin, .ckpt, "
+            ".pt) can run code, so convert it first"
         )
     return file
 
@@ -114,52 +109,53 @@ def read_lora(pipeline: Any, network_name: str, path: str, setting: str) -> Lora
     """Read a LoRA file of any layout that diffusers converts for this pipeline.
 
     Args:
-        pipeline: its networks are looked at for their names alone, and need no adapters.
+        pipeline: whose networks' names are compared; no adapters are needed.
         network_name: the component that predicts.
 
     Raises:
-        ValueError: if it cannot be read, or holds more than pairs of matrices.
+        ValueError: if the file cannot be read, or holds more than pairs of matrices.
     """
     file = find_lora(path, setting)
-    said = f"{setting} = {path!r}"
+    setting = f"{setting} = {path!r}"
     try:
         with safe_open(file, "pt") as tensors:
-            notes: dict[str, Any] = json.loads((tensors.metadata() or {}).get(METADATA, "{}"))
+            peft = parse_object((tensors.metadata() or {}).get(METADATA, "{}"))
             state = {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{said} is damaged ({error}); get it again") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{setting} is damaged ({error}); get it again") from error
+    if peft is None:
+        raise ValueError(f"{setting} is damaged: its {METADATA} is no JSON object; get it again")
     odd = [key for key, tensor in state.items() if not PAIR.search(key) and tensor.any()]
-    if odd or any(value for key, value in notes.items() if key.endswith(".use_dora")):
+    if odd or any(value for key, value in peft.items() if key.endswith(".use_dora")):
         raise ValueError(
-            f"{said} is no plain LoRA: {len(odd)} of its tensors are not of pairs of matrices"
+            f"{setting} is no plain LoRA: {len(odd)} of its tensors are not of pairs of matrices"
             f"{such_as(odd)}; DoRA, LoHa, LoKr and changes of norms or biases are not read"
         )
     state = _fold_alphas({key: state[key] for key in state if PAIR.search(key)})
 
-    def convert(given: dict[str, Tensor]) -> LoraLayers:
-        return _convert(pipeline, network_name, given, notes)
+    def convert(state: dict[str, Tensor]) -> LoraLayers:
+        return _convert(pipeline, network_name, state, peft)
 
     try:
-        found = convert(state)
-        return LoraFile(said, found, _lost(convert, state))
+        return LoraFile(setting, convert(state), _lost(convert, state))
     except CONVERSION_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{said} could not be read as a LoRA file of a {type(pipeline).__name__} ({reason}); "
-            "is it for another model?"
+            f"{setting} could not be read as a LoRA file of a {type(pipeline).__name__} "
+            f"({reason}); is it for another model?"
         ) from error
 
 
 def such_as(names: Sequence[str]) -> str:
-    """Return the first three names, to be put behind a count."""
+    """Return the first three names, to follow a count in a message."""
     return f", such as {', '.join(names[:3])}" if names else ""
 
 
 def _fold_alphas(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same change with alpha = rank everywhere.
+    """Return the same change with alpha = rank in all layers.
 
-    diffusers 0.42 gives all attention layers of a U-Net one alpha, the commonest, where a file
-    has several.
+    If a file has several values of alpha, diffusers 0.42 gives all attention layers of a U-Net
+    the most common one.
     """
     folded = dict(state)
     for key in state:
@@ -174,31 +170,31 @@ def _fold_alphas(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _convert(
-    pipeline: Any, network_name: str, state: dict[str, Tensor], notes: Mapping[str, Any]
+    pipeline: Any, network_name: str, state: dict[str, Tensor], peft: Mapping[str, Any]
 ) -> LoraLayers:
-    """Return the layers by the names of the pipeline's networks; what is of none is left out."""
+    """Return the layers by the names in the pipeline's networks, without layers of no network."""
     config = pipeline.components[network_name].config
     kind: Any = type(pipeline)
     read = kind.lora_state_dict(dict(state), unet_config=config, return_alphas=True)
     converted: dict[str, Tensor] = read[0] if isinstance(read, tuple) else read
-    found: LoraLayers = {}
+    layers: LoraLayers = {}
     for component, network in pipeline.components.items():
-        start = f"{component}."
-        tensors = {
-            key.removeprefix(start): tensor
-            for key, tensor in converted.items()
-            if key.startswith(start) and not key.endswith(".alpha")
-        }
+        tensors = _below(f"{component}.", converted)
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
         if not isinstance(network, nn.Module) or not tensors:
             continue
         names = {name for name, _ in network.named_modules()}
         tensors = _peft_names(tensors, is_network=component == network_name)
-        found[component] = {}
         for layer in [key.partition(".lora_A.")[0] for key in tensors if ".lora_A." in key]:
             down, up = (tensors[f"{layer}.lora_{part}.weight"] for part in "AB")
-            scale = _noted_scale(notes, component, layer, len(down))
-            found[component][_own_name(layer, names)] = LowRank(down, up, scale)
-    return found
+            scale = _peft_scale(_below(f"{component}.", peft), layer, len(down))
+            layers[f"{component}.{_own_name(layer, names)}"] = LowRank(down, up, scale)
+    return layers
+
+
+def _below(prefix: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries whose keys begin with a prefix, by the rest of their keys."""
+    return {k.removeprefix(prefix): value for k, value in content.items() if k.startswith(prefix)}
 
 
 def _peft_names(tensors: dict[str, Tensor], *, is_network: bool) -> dict[str, Tensor]:
@@ -217,42 +213,36 @@ def _peft_names(tensors: dict[str, Tensor], *, is_network: bool) -> dict[str, Te
 
 
 def _own_name(layer: str, names: Collection[str]) -> str:
-    """Return a layer's name in the network: transformers 5 drops `text_model.` from CLIP's."""
+    """Return a layer's name in the network: transformers 5 drops CLIP's `text_model.`."""
     bare = layer.removeprefix("text_model.")
     return next((name for name in (layer, bare, f"text_model.{bare}") if name in names), layer)
 
 
-def _noted_scale(notes: Mapping[str, Any], component: str, layer: str, rank: int) -> float:
-    """Return alpha / rank as peft's settings in a file's metadata say it; 1 without them."""
-    own = {
-        key.removeprefix(f"{component}."): value
-        for key, value in notes.items()
-        if key.startswith(f"{component}.")
-    }
-    alpha = own.get("lora_alpha", rank)
-    for pattern, value in (own.get("alpha_pattern") or {}).items():
+def _peft_scale(settings: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Return alpha / rank by a component's peft settings; 1 without settings."""
+    alpha = settings.get("lora_alpha", rank)
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):  # as peft reads patterns
             alpha = value
             break
-    return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def _lost(
     convert: Callable[[dict[str, Tensor]], LoraLayers], state: dict[str, Tensor]
 ) -> list[str]:
-    """Return the layers that the conversion leaves out, found by sending numbers through.
+    """Return the layers that the conversion drops.
 
-    diffusers drops what it does not know without an error, T5's layers of a Flux file for one.
-    Zeros may get lost: they change nothing.
+    diffusers drops unknown layers without an error, such as T5's in a Flux file. To find them, each
+    tensor is filled with a label of its own, and the labels that survive the conversion are
+    collected. Layers of zeros change nothing and are not reported.
     """
     keys = [key for key in state if not key.endswith(".alpha")]
-    numbered = {key: torch.full_like(state[key], i) for i, key in enumerate(keys, 1)}
-    found = convert({**state, **numbered})
-    kept = {
+    labelled = {key: torch.full_like(state[key], i) for i, key in enumerate(keys, 1)}
+    survivors = {
         int(tensor.flatten()[0])
-        for layers in found.values()
-        for layer in layers.values()
+        for layer in convert({**state, **labelled}).values()
         for tensor in (layer.down, layer.up)
     }
-    lost = [key for i, key in enumerate(keys, 1) if i not in kept and state[key].any()]
+    lost = [key for i, key in enumerate(keys, 1) if i not in survivors and state[key].any()]
     return list(dict.fromkeys(PAIR.sub("", key).rstrip("._") for key in lost))

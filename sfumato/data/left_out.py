@@ -1,13 +1,15 @@
-"""What could not be read as a prompt, counted by reason and named by place."""
+"""Counter of what was left out: pictures, rows, members and files, by reason, named by place."""
 
 import logging
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 _LOGGER = logging.getLogger(__name__)
 _NAMED_PLACES = 5
+KEPT = "kept"
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Skip:
     """What was left out for one reason.
 
     Attributes:
-        reason: what was wrong, such as "blank" or "truncated tar".
+        reason: what was wrong, such as "blank caption" or "truncated or damaged tar".
         count: rows, members or files left out in one pass over the data.
         files: in how many files.
         places: the first place in each of these files, at most five of them.
@@ -45,59 +47,57 @@ class SkipReport:
         return "skipped " + "; ".join(str(skip) for skip in self.skips)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    count: int
-    place: str
-
-
 @final
 class SkipLog:
     """Collect what readers leave out; warn once per file and reason.
 
     Args:
-        warns: False for a second look at what another log warns of.
+        warns: False for a second look at files that another log warns of.
     """
 
     def __init__(self, *, warns: bool = True) -> None:
         self._warns = warns
-        self._entries: dict[tuple[Path, str], _Entry] = {}
+        self._skips: dict[tuple[Path, str], Skip] = {}
 
-    def begin(self, path: Path) -> "Tally":
+    def begin(self, path: Path) -> "FileSkips":
         """Start one pass over a file."""
-        return Tally(self, path)
+        return FileSkips(self, path)
 
     def note(self, path: Path, reason: str, count: int, place: str) -> None:
         """Record that one pass over `path` met `reason` for the `count`-th time, at `place`."""
-        known = self._entries.get((path, reason))
+        known = self._skips.get((path, reason))
         if known is None:
-            self._entries[path, reason] = _Entry(count, place)
+            self._skips[path, reason] = Skip(reason, count, 1, (place,))
             if self._warns:
-                said = "%s: %s; left out, as are others like it in this file"
-                _LOGGER.warning(said, place, reason)
+                message = "%s: %s; left out, as are others like it in this file"
+                _LOGGER.warning(message, place, reason)
         elif count > known.count:
-            self._entries[path, reason] = _Entry(count, known.place)
+            self._skips[path, reason] = Skip(reason, count, 1, known.places)
 
     def report(self) -> SkipReport:
         """Sum over files, reason by reason, in the order in which the reasons were first met."""
-        by_reason: dict[str, list[_Entry]] = {}
-        for (_, reason), entry in self._entries.items():
-            by_reason.setdefault(reason, []).append(entry)
+        by_reason: dict[str, list[Skip]] = {}
+        for skip in self._skips.values():
+            by_reason.setdefault(skip.reason, []).append(skip)
         return SkipReport(
             tuple(
                 Skip(
                     reason,
-                    sum(entry.count for entry in entries),
-                    len(entries),
-                    tuple(entry.place for entry in entries[:_NAMED_PLACES]),
+                    sum(skip.count for skip in skips),
+                    len(skips),
+                    tuple(skip.places[0] for skip in skips[:_NAMED_PLACES]),
                 )
-                for reason, entries in by_reason.items()
+                for reason, skips in by_reason.items()
             )
         )
 
+    def counts(self) -> Counter[str]:
+        """Return how much was left out, by reason."""
+        return Counter({skip.reason: skip.count for skip in self.report().skips})
+
 
 @final
-class Tally:
+class FileSkips:
     """Count what one pass over one file leaves out."""
 
     def __init__(self, log: SkipLog, path: Path) -> None:
@@ -115,6 +115,23 @@ class Tally:
         self._counts[reason] += 1
         where = f"line {place}" if isinstance(place, int) else place
         named = f"{self._path} {where}".strip()
-        # A name that is no UTF-8 could be neither printed nor logged.
+        # A name that is not UTF-8 could be neither printed nor logged.
         printable = named.encode(errors="backslashreplace").decode()
         self._log.note(self._path, reason, self._counts[reason], printable)
+
+
+def tally(kept: int, dropped: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Sum up a stage's bins: what it kept, and what it dropped by reason, sorted and not 0."""
+    total: Counter[str] = Counter()
+    for reasons in dropped:
+        total.update(reasons)
+    assert KEPT not in total, "a reason to drop is not named kept"
+    return {KEPT: kept, **{reason: total[reason] for reason in sorted(total) if total[reason]}}
+
+
+def line(stage: str, bins: Mapping[str, int]) -> str:
+    """Say in one line what became of all that went into a stage."""
+    whole, kept = sum(bins.values()), bins.get(KEPT, 0)
+    lost = sorted((count, reason) for reason, count in bins.items() if reason != KEPT)
+    reasons = ", ".join(f"{count:,} {reason}" for count, reason in reversed(lost))
+    return f"{stage}: {kept:,} of {whole:,} kept" + (f"; dropped {reasons}" if reasons else "")

@@ -1,0 +1,94 @@
+"""Paths that stand for files: a file, a folder, a glob or a brace pattern."""
+
+import glob
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+_NAMED_FILES = 5
+
+
+def find_files(path: str, setting: str, suffixes: Sequence[str]) -> tuple[Path, ...]:
+    """List the files that a path stands for, sorted where a folder or a glob names them.
+
+    Args:
+        path: a file; a folder, for the .tar files in it; a glob (`shards/*.tar`, `**` for any
+            depth) or a brace pattern (`shards/{000..012}.tar`).
+        setting: whose path it is, for messages.
+        suffixes: of the files that can be read.
+
+    Raises:
+        ValueError: a file that is named is missing, a glob finds none, or a suffix is unknown.
+    """
+    whole = Path(path).expanduser()
+    if not path.strip():
+        raise ValueError(f"{setting} is empty; name a file, a folder or a pattern")
+    if is_file(whole):
+        files = (whole,)
+    elif is_folder(whole):
+        files = _glob(f"{glob.escape(str(whole))}/*.tar")
+    else:
+        files = tuple(dict.fromkeys(expand_pattern(str(whole), setting)))
+    if not files:
+        raise ValueError(
+            f"no file matches {path!r}; check {setting}: give a file, a folder with .tar files "
+            "in it, or a pattern that matches files"
+        )
+    refuse_suffixes(files, setting, suffixes)
+    return files
+
+
+def refuse_suffixes(files: Sequence[Path], setting: str, suffixes: Sequence[str]) -> None:
+    """Refuse files of another suffix with a ValueError."""
+    for file in files:
+        if file.suffix.lower() not in suffixes:
+            raise ValueError(
+                f"{file} has the suffix {file.suffix!r}, which {setting} cannot have; give a "
+                f"folder, or a file of {', '.join(suffixes)}"
+            )
+
+
+def expand_pattern(pattern: str, setting: str) -> Iterator[Path]:
+    """Yield the files of a brace pattern whose alternatives may be globs.
+
+    Raises:
+        ValueError: its braces are not balanced, or a file that it names is missing.
+    """
+    try:
+        names = tuple(braceexpand(pattern, escape=False))
+    except ValueError:
+        raise ValueError(
+            f"{setting} = {pattern!r} is neither a file nor a brace pattern: its braces are not "
+            "balanced"
+        ) from None
+    missing = [name for name in names if not glob.has_magic(name) and not is_file(Path(name))]
+    if missing:
+        more = f" and {len(missing) - _NAMED_FILES} more" if len(missing) > _NAMED_FILES else ""
+        raise ValueError(
+            f"no such file: {', '.join(missing[:_NAMED_FILES])}{more}; check {setting}, {pattern!r}"
+        )
+    for name in names:
+        yield from _glob(name) if glob.has_magic(name) else (Path(name),)
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether a path is a file; a pattern can be longer than any file name."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Tell whether a path is a folder."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _glob(pattern: str) -> tuple[Path, ...]:
+    # Not Path.glob: it takes no absolute pattern, and it finds hidden files (macOS's ._000.tar).
+    names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+    return tuple(Path(name) for name in names if is_file(Path(name)))

@@ -1,0 +1,151 @@
+"""Datasets that Hugging Face `datasets` saved to disk."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, final
+
+from sfumato.data.entries import (
+    Blob,
+    Columns,
+    Entry,
+    FileBlob,
+    captions_of,
+    choose_column,
+    inside,
+)
+from sfumato.data.left_out import SkipLog
+from sfumato.data.tables import arrow_values, is_text
+
+_END = bytes.fromhex("ffffffff00000000")  # of an Arrow stream
+_AT_ONCE = 1000  # rows
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _RowBlob(Blob):
+    """The bytes of the image in one row of a dataset; its files are mapped into memory."""
+
+    images: Any  # a datasets.Dataset of one column that gives Arrow's tables
+    row: int
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """Open the value; no other row is read."""
+        data, _ = _parts(self.images[self.row].column(0).chunk(0))
+        yield io.BytesIO(data[0].as_buffer())
+
+
+def is_dataset(folder: Path) -> bool:
+    """Tell whether `datasets.save_to_disk` wrote a folder."""
+    one = all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return one or (folder / "dataset_dict.json").is_file()
+
+
+def list_dataset(folder: Path, base: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
+    """Yield the entries of a dataset in its order.
+
+    The image column holds bytes, or paths inside `base`, or Hugging Face's pair of both.
+
+    Raises:
+        ValueError: a column or a file is missing or damaged, or there are several splits.
+    """
+    dataset = _load(folder)
+    names = dataset.column_names
+    image = choose_column(columns.images, names, folder, "images")
+    caption = choose_column(columns.captions, names, folder, "captions")
+    for name in columns.further:
+        choose_column((name,), names, folder, "further captions or columns")
+    rows = dataset.with_format("arrow")
+    images, skips, number = rows.select_columns([image]), log.begin(folder), 0
+    _check_kind(folder, image, rows.data.schema.field(image).type)
+    for table in rows.iter(_AT_ONCE):
+        for batch in table.to_batches():
+            blobs = _blobs(batch.column(image), images, number, folder, base)
+            captions = arrow_values(batch.column(caption))
+            further = [arrow_values(batch.column(name)) for name in columns.further]
+            for blob, value, *others in zip(blobs, captions, *further, strict=True):
+                place = f"row {number}"
+                number += 1
+                if blob is None:
+                    skips.add(f"no image in column {image!r}", place)
+                    continue
+                texts = captions_of(value, place, skips)
+                if texts:
+                    fields = columns.further_of(dict(zip(columns.further, others, strict=True)))
+                    yield Entry(folder, place, texts, blob, fields)
+
+
+def _load(folder: Path) -> Any:
+    """Return the dataset in a folder, mapped into memory."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"{folder} is read with Hugging Face datasets, which is not installed; pip install "
+            "'sfumato[datasets]'"
+        ) from None
+    _refuse_truncated(folder)
+    try:
+        dataset = datasets.load_from_disk(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the dataset {folder} cannot be read ({error}); copy it again, or save it again"
+        ) from error
+    if not isinstance(dataset, datasets.DatasetDict):
+        return dataset
+    splits = [str(name) for name in dataset]
+    if len(splits) != 1:
+        raise ValueError(
+            f"{folder} holds the splits {', '.join(splits) or 'none'}; give one of them as the "
+            f"path, such as {folder / (splits or ['train'])[0]}"
+        )
+    return next(iter(dataset.values()))
+
+
+def _refuse_truncated(folder: Path) -> None:
+    """Refuse a file that was cut off: Arrow takes one that stops between two batches for whole."""
+    for path in sorted(folder.rglob("*.arrow")):
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - len(_END)))
+            if file.read() != _END:
+                raise ValueError(f"{path} is truncated or damaged; copy the dataset again")
+
+
+def _check_kind(folder: Path, image: str, kind: Any) -> None:
+    fields = {kind.field(i).name for i in range(kind.num_fields)}
+    if not (is_text(str(kind)) or _is_bytes(kind) or {"bytes", "path"} <= fields):
+        raise ValueError(
+            f"column {image!r} of {folder} holds {kind}; give one of images, bytes or paths"
+        )
+
+
+def _blobs(column: Any, images: Any, first: int, folder: Path, base: Path) -> Iterator[Blob | None]:
+    """Yield the image of each row, None where it is missing."""
+    data, paths = _parts(column)
+    for index in range(len(column)):
+        if data is not None and data[index].is_valid:
+            yield _RowBlob(images, first + index)
+        elif paths is not None and paths[index].is_valid:
+            row = f"{folder} row {first + index}"
+            yield FileBlob(inside(base, paths[index].as_py(), row))
+        else:
+            yield None
+
+
+def _parts(column: Any) -> tuple[Any, Any]:
+    """Return the bytes and the paths of a column of images, None for what it does not hold."""
+    if is_text(str(column.type)):
+        return None, column
+    if _is_bytes(column.type):
+        return column, None
+    fields = [column.type.field(i).name for i in range(column.type.num_fields)]
+    # flatten, unlike field, carries a missing image over to its parts.
+    parts = dict(zip(fields, column.flatten(), strict=True))
+    return parts["bytes"], parts["path"]
+
+
+def _is_bytes(kind: Any) -> bool:
+    return str(kind) in {"binary", "large_binary", "binary_view"}

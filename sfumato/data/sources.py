@@ -1,0 +1,179 @@
+"""Sources of images with captions: folder, table, WebDataset tars or Hugging Face dataset."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sfumato.data.decode import SUFFIXES
+from sfumato.data.entries import (
+    Columns,
+    Entry,
+    FileBlob,
+    MissingColumnError,
+    captions_of,
+    inside,
+)
+from sfumato.data.left_out import FileSkips, SkipLog
+from sfumato.data.paths import find_files, is_folder
+from sfumato.data.saved_dataset import is_dataset, list_dataset
+from sfumato.data.tables import WITH_COLUMNS, is_text, open_table
+from sfumato.data.webdataset import list_tar
+
+# What looks like an image but is not read; it is counted rather than passed over.
+_OTHER_SUFFIXES = frozenset({".tif", ".tiff", ".gif", ".avif", ".heic", ".jxl"})
+# Hugging Face's imagefolder, and what DiffSynth's examples have.
+_FOLDER_TABLES = tuple(
+    f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".json", ".parquet", ".tsv")
+)
+
+
+def list_source(
+    path: str,
+    base_path: str | None,
+    columns: Columns,
+    log: SkipLog,
+    setting: str = "the path of the images",
+) -> list[Entry]:
+    """List the pictures with captions that a path stands for, in file order.
+
+    Args:
+        path: one of
+            - a folder of images with captions in `NAME.txt` beside them, subfolders included,
+              hidden names not; with a `metadata.csv` (jsonl, json, parquet, tsv) in it, only that
+              is read;
+            - a table (`WITH_COLUMNS`) with columns of paths and captions, or a pattern of them;
+            - WebDataset `.tar` files: one, a folder of them, a glob or a brace pattern;
+            - a folder written by `datasets.save_to_disk`.
+        base_path: where the paths in a table begin; None is the table's own folder.
+        columns: which columns are read.
+        log: where rows, members and files without caption or image are counted.
+        setting: whose path it is, for messages.
+
+    Raises:
+        ValueError: nothing of the kind is there, or it cannot be read with these settings.
+    """
+    folder, files = Path(path).expanduser(), find_files_of(path, setting)
+    base = Path(base_path).expanduser() if base_path is not None else None
+    if base is not None and not base.is_dir():
+        raise ValueError(f"base_path={base_path!r} is no folder; give the one of the images")
+    if base is not None and any(is_tar(file) for file in files):
+        raise ValueError(f"base_path={base_path!r} was given, but {path!r} are tars; leave it out")
+    if files:
+        return _list_files(files, base, columns, log)
+    if is_dataset(folder):
+        return list(list_dataset(folder, base or folder, columns, log))
+    for value, name in (
+        (base_path, "base_path"),
+        (columns.image, "image_column"),
+        (", ".join(columns.further) or None, "further captions or columns"),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} was given, but {folder} holds images and no table; leave it "
+                "out, or give a table"
+            )
+    return list(_walk(folder, log.begin(folder)))
+
+
+def find_files_of(path: str, setting: str) -> tuple[Path, ...]:
+    """List the tables and tars that a source of images stands for; none if it is another folder.
+
+    Raises:
+        ValueError: nothing is there, or a file has an unknown suffix.
+    """
+    folder = Path(path).expanduser()
+    if not path.strip() or not is_folder(folder):
+        return find_files(path, setting, (*WITH_COLUMNS, ".tar"))
+    if is_dataset(folder):
+        return ()
+    tables = (folder / name for name in _FOLDER_TABLES if (folder / name).is_file())
+    if (table := next(tables, None)) is not None:
+        return (table,)
+    has_tars = any(is_tar(file) for file in folder.iterdir())
+    return find_files(path, setting, (".tar",)) if has_tars else ()
+
+
+def is_tar(path: Path) -> bool:
+    """Tell a tar by its suffix."""
+    return path.suffix.lower() == ".tar"
+
+
+def _list_files(
+    files: Sequence[Path], base: Path | None, columns: Columns, log: SkipLog
+) -> list[Entry]:
+    entries: list[Entry] = []
+    missing: list[MissingColumnError] = []
+    for file in files:
+        if not is_tar(file):
+            entries += _list_table(file, base or file.parent, columns, log)
+            continue
+        try:
+            entries += list_tar(file, columns, log)
+        except MissingColumnError as error:  # its members are counted; others may have captions
+            missing.append(error)
+    if missing and not entries:
+        raise missing[0]
+    return entries
+
+
+def _list_table(path: Path, base: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
+    table, skips = open_table(path), log.begin(path)
+    image = table.choose(columns.images, "image paths")
+    caption = table.choose(columns.captions, "captions")
+    for name in columns.further:
+        table.choose((name,), "further captions or columns")
+    kind = table.kind(image)
+    if kind is not None and not is_text(kind):
+        raise ValueError(
+            f"column {image!r} of {path} holds {kind}, not paths; pictures inside parquet cannot "
+            "be read one by one: load the file with `datasets`, call save_to_disk, and give that "
+            "folder"
+        )
+    names = list(dict.fromkeys([image, caption, *columns.further]))
+    for place, row in table.rows(names, skips):
+        name = row[image]
+        if not isinstance(name, str) or not name.strip():
+            skips.add(f"no path in column {image!r}", place)
+            continue
+        where = f"{path} line {place}" if isinstance(place, int) else f"{path} {place}"
+        file = inside(base, name, where)
+        captions = captions_of(row[caption], place, skips)
+        if captions:
+            fields = columns.further_of(row)
+            yield Entry(path, os.path.relpath(file, base), captions, FileBlob(file), fields)
+
+
+def _walk(folder: Path, skips: FileSkips) -> Iterator[Entry]:
+    """Yield the images below a folder; every folder is entered once, whatever links lead to it."""
+    entered: set[tuple[int, int]] = set()
+
+    def unreadable(error: OSError) -> None:
+        skips.add("unreadable folder", str(error.filename))
+
+    for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        place = Path(root).relative_to(folder)
+        status = os.stat(root)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in entered:
+            skips.add("folder met before (symbolic link)", str(place))
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            suffix = Path(name).suffix.lower()
+            if name.startswith("."):
+                continue
+            if suffix in SUFFIXES:
+                yield from _with_caption(folder, place / name, skips)
+            elif suffix in _OTHER_SUFFIXES:
+                skips.add(f"format {suffix} is not read", str(place / name))
+
+
+def _with_caption(folder: Path, place: Path, skips: FileSkips) -> Iterator[Entry]:
+    try:
+        text: bytes | None = (folder / place).with_suffix(".txt").read_bytes()
+    except OSError:
+        text = None
+    captions = captions_of(text, str(place), skips)
+    if captions:
+        yield Entry(folder, place.as_posix(), captions, FileBlob(folder / place))

@@ -1,0 +1,152 @@
+"""WebDataset tars: members that share a key, by one walk over the headers."""
+
+import os
+import tarfile
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from sfumato.data.decode import SUFFIXES
+from sfumato.data.entries import Columns, Entry, SpanBlob, captions_of, choose_column
+from sfumato.data.left_out import FileSkips, SkipLog
+from sfumato.files import parse_object
+
+# What tarfile raises on damaged headers, beside its own errors: bad numbers and bad sizes.
+_DAMAGE = (tarfile.TarError, ValueError, OverflowError, EOFError)
+_END = bytes(tarfile.BLOCKSIZE)
+_IMAGE_FIELDS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file in a tar: a/000.seg.png has the key a/000 and the field seg.png."""
+
+    name: str
+    key: str
+    field: str
+    span: SpanBlob
+
+    def read(self, file: IO[bytes]) -> bytes:
+        """Return the bytes, from the open tar."""
+        file.seek(self.span.offset)
+        return file.read(self.span.size)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The members of one key, by field."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+
+
+def members(file: IO[bytes], path: Path, skips: FileSkips) -> Iterator[Member]:
+    """Yield the members of a tar that are whole, in its order; their bytes are passed over unread.
+
+    Args:
+        file: the open tar, which may be read between two members.
+        path: of the tar.
+        skips: counts damage, at which the walk ends.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+    except _DAMAGE as error:
+        skips.add("not a tar", f"({error})")
+        return
+    with tar:
+        whole = yield from _walk(tar, path, size)
+        # tarfile takes a damaged or missing header for the end of the archive.
+        end = max(0, min(tar.offset, size))
+        file.seek(end)
+        if not whole or file.read(tarfile.BLOCKSIZE) != _END:
+            skips.add("truncated or damaged tar", f"(at byte {end})")
+
+
+def list_tar(path: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
+    """Yield the entries of a tar in its order; pictures are passed over unread.
+
+    A key is a member's name up to the first dot of its last part. The picture is the member
+    `KEY.jpg` (jpeg, png, webp, bmp), or `KEY.{columns.image}`. The caption is `KEY.txt`, or a
+    column of the object in `KEY.json` where there is no text or a column is named. Further
+    columns are those of `KEY.json`.
+
+    Raises:
+        MissingColumnError: there are objects, but no caption in any of their columns; or there
+            are entries, but a further column is in no object.
+    """
+    skips = log.begin(path)
+    try:
+        with path.open("rb") as file:
+            yield from _entries(_groups(file, path, skips), file, path, columns, skips)
+    except OSError as error:
+        skips.add("unreadable file", f"({error.strerror or error})")
+
+
+def _walk(tar: tarfile.TarFile, path: Path, size: int) -> Generator[Member, None, bool]:
+    """Yield whole members; return whether no damage stopped the walk."""
+    try:
+        while (member := tar.next()) is not None:
+            # tarfile remembers each member; nothing here goes back to one.
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+            name = PurePosixPath(member.name)
+            stem, _, suffix = name.name.partition(".")
+            if not (member.isfile() and stem) or member.issparse():
+                continue
+            if member.offset_data + member.size > size:
+                return False
+            span = SpanBlob(path, member.offset_data, member.size)
+            yield Member(member.name, str(name.with_name(stem)), suffix.lower(), span)
+    except _DAMAGE:
+        return False
+    return True
+
+
+def _groups(file: IO[bytes], path: Path, skips: FileSkips) -> list[_Group]:
+    groups: dict[str, _Group] = {}
+    for member in members(file, path, skips):
+        group = groups.setdefault(member.key, _Group(member.key))
+        if member.field in group.members:
+            skips.add("second member of the same name", member.name)
+        else:
+            group.members[member.field] = member
+    return list(groups.values())
+
+
+def _entries(
+    groups: list[_Group], file: IO[bytes], path: Path, columns: Columns, skips: FileSkips
+) -> Iterator[Entry]:
+    captioned, listed = False, False
+    names, caption_names = dict[str, None](), dict[str, None]()
+    fields = _IMAGE_FIELDS if columns.image is None else (columns.image.lower(),)
+    for group in groups:
+        has_text = "txt" in group.members and columns.caption in {None, "txt"}
+        record: dict[str, Any] | None = {}
+        if "json" in group.members and (columns.further or not has_text):
+            record = parse_object(group.members["json"].read(file))
+            names |= dict.fromkeys(record or ())
+        image = next((name for name in fields if name in group.members), None)
+        if image is None:
+            skips.add("no image with this key", group.key)
+            continue
+        if has_text:
+            value: object = group.members["txt"].read(file)
+        elif record is None:
+            skips.add("not a JSON object", f"{group.key}.json")
+            continue
+        else:
+            caption_names |= dict.fromkeys(record)
+            name = next((name for name in columns.captions if name in record), None)
+            captioned = captioned or name is not None
+            value = record.get(name) if name is not None else None
+        captions = captions_of(value, group.key, skips)
+        if captions:
+            listed = True
+            blob, further = group.members[image].span, columns.further_of(record or {})
+            yield Entry(path, f"{group.key}.{image}", captions, blob, further)
+    if caption_names and not captioned and not listed:
+        choose_column(columns.captions, caption_names, path, "captions")
+    for name in columns.further if listed else ():
+        choose_column((name,), names, path, "further captions or columns")
