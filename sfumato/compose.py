@@ -119,7 +119,7 @@ def _unread(config: DictConfig) -> list[str]:
     match config.objective.kind:
         case "draft" if _is_open(data, "prompts", None):
             missing.append("data.prompts")
-        case "supervised" if not data.images.sources:
+        case "supervised" if not (data.images.sources or data.shards.sources):
             if all(_is_open(source, "path", None, "") for source in (data.images, data.shards)):
                 missing.append("data.shards.path" if data.shards.cached else "data.images.path")
     return missing

@@ -449,7 +449,7 @@ def test_without_datasets_the_extra_is_named(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "path of the images is empty"),
+        ("", "path is missing"),
         ("absent", "no such file: absent; check the path of the images"),
         ("absent/*.tar", "no file matches"),
         ("{000..001}.tar", "no such file"),

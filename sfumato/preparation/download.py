@@ -23,7 +23,7 @@ from typing import Any
 
 from sfumato.config import DownloadConfig
 from sfumato.data.left_out import tally
-from sfumato.data.prepared import PreparedError
+from sfumato.data.prepared.format import PreparedError
 from sfumato.preparation.url_table import TABLE, TableRecord, read_table_record, write_table
 from sfumato.records import read_record
 

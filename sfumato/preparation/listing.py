@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.data.cached import MANIFEST
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     CACHE,
+    MANIFEST,
     SELECTIONS,
     SHARDS,
     UNFINISHED,

@@ -22,7 +22,7 @@ from sfumato.config import DownloadConfig, PackConfig
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
 from sfumato.data.entries import Blob, Entry
 from sfumato.data.left_out import tally
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     SHARDS,
     UNFINISHED,
     PreparedError,

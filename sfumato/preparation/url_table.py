@@ -16,7 +16,7 @@ from sfumato.config import DownloadConfig
 from sfumato.data.entries import captions_of
 from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.paths import find_files, is_file, is_folder
-from sfumato.data.prepared import FORMAT, PreparedError
+from sfumato.data.prepared.format import FORMAT, PreparedError
 from sfumato.data.tables import WITH_COLUMNS, open_table
 from sfumato.files import digest, fetch, new_file, sha256_of, write_text
 from sfumato.records import read_record
