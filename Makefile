@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test nightly clean
 
 setup: $(VENV)/.done
 
@@ -22,6 +22,9 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+nightly: setup
+	$(BIN)/pytest -m nightly
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info

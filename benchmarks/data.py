@@ -26,9 +26,9 @@ from sfumato.data.cached import EMPTY, MANIFEST, CacheIdentity
 from sfumato.data.prepared import CACHE, FORMAT, SHARDS, CachedRecord, read_tar_record, record_text
 from sfumato.data.shard_stream import ShardStream
 from sfumato.data.shards import open_shards
+from sfumato.files import sha256_of
 from sfumato.images import to_pil
 from sfumato.preparation.cache_plan import made_of
-from sfumato.preparation.files import sha256_of
 from sfumato.preparation.prepare import prepare
 
 STATES = (77, 768)

@@ -1,13 +1,14 @@
-"""A Slurm of one machine for tests: sbatch, srun, squeue, scancel and scontrol on the PATH.
+"""Slurm of one machine for tests: sbatch, srun, squeue, scancel and scontrol on the PATH.
 
-It does what the launch relies on, as Slurm 22.05 was seen to do it: afterok and
-kill-on-invalid-dep, a warning signal to every process below srun, requeue and restart count, kill
-at the time limit, and "Invalid job id" once no job that is asked for is left.
+It imitates Slurm 22.05 as far as a launch relies on it: afterok and kill-on-invalid-dep, a warning
+signal to every process below srun, requeue and restart count, the kill at the time limit, and
+"Invalid job id" once every named job has ended.
 """
 
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -49,13 +50,14 @@ def flag(kind: str, number: str) -> Path:
     return root() / f"{kind}-{number}"
 
 
-def sbatch(script: str) -> None:
+def sbatch(*arguments: str) -> None:
+    *typed, script = arguments
     text = Path(script).read_text()
+    lines = [line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line]
     options = {}
-    for line in text.splitlines():
-        if line.startswith("#SBATCH --"):
-            key, _, value = line.removeprefix("#SBATCH --").partition("=")
-            options[key] = value.strip("'")
+    for option in (word for line in [*lines, *typed] for word in shlex.split(line)):
+        key, _, value = option.removeprefix("--").partition("=")
+        options[key] = value
     if options.get("partition") == "closed":
         sys.exit("sbatch: error: Batch job submission failed: Invalid partition name specified")
     number = str(1 + len(list(root().glob("job-*.json"))))
@@ -69,7 +71,8 @@ def sbatch(script: str) -> None:
             stdout=log,
             stderr=log,
         )
-    print(f"Submitted batch job {number}")
+    assert "parsable" in options
+    print(f"{number};fake")
 
 
 def control(number: str) -> None:
@@ -175,9 +178,8 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
 def srun(*arguments: str) -> None:
     paths, command = {}, list(arguments)
     while command[0].startswith("-"):
-        option = command.pop(0)
-        if option in {"--output", "--error"}:
-            paths[option] = command.pop(0)
+        option, _, value = command.pop(0).partition("=")
+        paths[option] = value
     tasks = []
     for rank in range(int(os.environ["SLURM_NTASKS"])):
         place = {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank), "SLURM_LOCALID": "0"}
@@ -208,9 +210,15 @@ def scancel(*numbers: str) -> None:
         flag("cancel", number).touch()
 
 
-def scontrol(action: str, number: str) -> None:
-    assert action == "requeue" and "requeue" in read(number)["options"]
-    flag("requeue", number).touch()
+def scontrol(*arguments: str) -> None:
+    match arguments:
+        case ("requeue", number):
+            assert "requeue" in read(number)["options"]
+            flag("requeue", number).touch()
+        case ("show", "hostnames", nodes):
+            print("\n".join(nodes.split(",")))
+        case _:
+            sys.exit(f"scontrol: {arguments}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A launch on Slurm: through a fake one to its end, requeued once; what is refused, and printed."""
 
 import json
-import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,11 +15,10 @@ from runs import metrics
 from test_launch import arguments, read, stage, training
 
 from sfumato.compose import compose_command
-from sfumato.config import SlurmClusterConfig
 from sfumato.launch import slurm as slurm_module
 from sfumato.launch.launch import launch
-from sfumato.launch.record import JobRecord, LaunchError, LaunchFolder, write_job_record
-from sfumato.launch.worker import Worker
+from sfumato.launch.record import JobRecord, LaunchFolder, write_job_record
+from sfumato.launch.worker import Task, work
 
 SLURM = ("cluster=slurm", "cluster.gpus_per_node=0", "cluster.cpus_per_task=1")
 
@@ -72,11 +71,12 @@ def test_two_stages_run_on_two_machines_to_their_end_through_a_requeue(
     tmp_path: Path, slurm: Path, jobs: dict[str, str], capfd: pytest.CaptureFixture[str]
 ):
     (slurm / "warn-train").write_text(str(tmp_path / "a" / "checkpoints" / "step-000002"))
+    jobs = {**jobs, "look": stage("demo", "--help")}
     submit(tmp_path, jobs, "cluster.nodes=2")
     said = capfd.readouterr().out
     assert "train: submitted as job 1\n" in said
     assert "look: submitted as job 2, after train" in said
-    with pytest.raises(LaunchError, match=r"still queued or running \(train: 1, look: 2\); .* 1 2"):
+    with pytest.raises(ValueError, match=r"queued or running \(train: 1, look: 2\); .* 1 2"):
         submit(tmp_path, jobs)
     wait_until_ended(slurm)
     assert states(slurm) == {"1": "COMPLETED", "2": "COMPLETED"}, logs(tmp_path, "train")
@@ -84,12 +84,12 @@ def test_two_stages_run_on_two_machines_to_their_end_through_a_requeue(
     record = json.loads((tmp_path / "ladder" / "launch" / "job-train.json").read_text())
     assert record["requeues"] == 1 and record["finished"]
     assert json.loads((slurm / "job-1.json").read_text())["restarts"] == 1
-    assert "of 12; back into the queue, for the 1. time" in logs(tmp_path, "train")
+    assert "of 12; back into the queue, requeue 1 of 100" in logs(tmp_path, "train")
     starts = json.loads((tmp_path / "a" / "run.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [2, 2]
     steps = [row["step"] for row in metrics(tmp_path / "a")]
     assert sorted({*steps} - {0}) == list(range(1, 13)) and len(steps) == len({*steps})
-    assert (tmp_path / "a" / "evaluation" / "step-000012").is_dir()
+    assert "usage: sfumato demo" in logs(tmp_path, "look")
 
     submit(tmp_path, jobs)
     assert capfd.readouterr().out.splitlines()[-2:] == ["train: done", "look: done"]
@@ -99,73 +99,121 @@ def test_two_stages_run_on_two_machines_to_their_end_through_a_requeue(
 def test_a_stage_does_not_run_when_the_one_before_it_failed(
     tmp_path: Path, sd_folder: Path, slurm: Path
 ):
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    jobs = {
-        "look": stage("evaluate", f"run={folder}"),
-        "train": training(tmp_path, sd_folder),
-        "again": stage("evaluate", f"run={tmp_path / 'a'}"),
-    }
+    jobs = {"wrong": stage("demo", "--no-such-option"), "train": training(tmp_path, sd_folder)}
+    jobs["look"] = stage("evaluate", f"run={tmp_path / 'a'}")
     submit(tmp_path, jobs)
     wait_until_ended(slurm)
     assert states(slurm) == {"1": "FAILED", "2": "CANCELLED", "3": "CANCELLED"}
-    assert "job look failed: it ended with exit code 2" in logs(tmp_path, "look")
+    assert "job wrong failed: it ended with exit code 2" in logs(tmp_path, "wrong")
     assert not (tmp_path / "a").exists()
 
 
-def test_a_job_looks_for_its_predecessor_when_it_starts(
-    tmp_path: Path,
-    jobs: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-):
-    for key, value in {"JOB_ID": "7", "NODEID": "0", "JOB_NODELIST": "localhost"}.items():
+@pytest.fixture
+def task(
+    tmp_path: Path, slurm: Path, jobs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Task]:
+    """Return the task of the training job, on the first of two machines, running as job 1."""
+    for key, value in {"JOB_ID": "1", "NODEID": "0", "JOB_NODELIST": "n1,n2"}.items():
         monkeypatch.setenv(f"SLURM_{key}", value)
-    first, second = read(tmp_path, jobs)
-    folder = LaunchFolder(tmp_path / "launch")
-    worker = Worker(second, (first.name, first.made_of), folder, SlurmClusterConfig())
-    finished = JobRecord(first.made_of, finished="2026-01-01")
+    fake_slurm.write("1", {"state": "RUNNING", "options": {"requeue": ""}})
+    job, folder = read(tmp_path, jobs)[0], str(tmp_path / "launch")
+    job = replace(job, settings=None)
+    yield Task(job, None, folder, save_seconds=5, max_restarts=0, max_requeues=1)
+    fake_slurm.write("1", {"state": "COMPLETED"})
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, code: str) -> list[Any]:
+    """Let workers run Python code instead of the job's command; return what it was made of."""
+    asked: list[Any] = []
+
+    def command(*given: Any) -> list[str]:
+        asked.append(given)
+        return [sys.executable, "-S", "-c", code]
+
+    monkeypatch.setattr("sfumato.launch.worker.command_line", command)
+    return asked
+
+
+def test_a_job_looks_for_its_predecessor_when_it_starts(task: Task):
+    folder = LaunchFolder(Path(task.folder))
+    finished = JobRecord("hash", finished="2026-01-01")
     for record in (None, replace(finished, finished=None), replace(finished, made_of="other")):
         if record:
-            write_job_record(folder, first.name, record)
-        with pytest.raises(SystemExit):
-            worker()
-        assert "job look comes after train, which did not finish" in capfd.readouterr().err
+            write_job_record(folder, "before", record)
+        with pytest.raises(ValueError, match="job train comes after before, which did not finish"):
+            work(replace(task, previous=("before", "hash")))
 
 
 def test_a_job_that_stops_early_is_requeued_so_often_and_not_more(
-    tmp_path: Path,
-    slurm: Path,
-    jobs: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    task: Task, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    for key, value in {"JOB_ID": "1", "NODEID": "0", "JOB_NODELIST": "localhost"}.items():
-        monkeypatch.setenv(f"SLURM_{key}", value)
-    fake_slurm.write("1", {"state": "RUNNING", "options": {"requeue": ""}})
-    stops = [sys.executable, "-c", ""]
-    monkeypatch.setattr("sfumato.launch.worker.on_nodes", lambda *_: stops)
-    folder, job = LaunchFolder(tmp_path / "launch"), read(tmp_path, jobs)[0]
-    worker = Worker(job, None, folder, SlurmClusterConfig(max_requeues=1))
-    with pytest.raises(SystemExit):
-        worker()
-    assert "is at step 0 of 12; back into the queue, for the 1. time" in capfd.readouterr().out
-    # A warning that comes while the interpreter ends would fail what is done.
-    assert signal.signal(signal.SIGUSR2, signal.SIG_DFL) == signal.SIG_IGN
+    stand_in(monkeypatch, "")
+    with pytest.raises(SystemExit) as end:
+        work(task)
+    assert end.value.code == 1
+    assert "is at step 0 of 12; back into the queue, requeue 1 of 1" in capfd.readouterr().out
     fake_slurm.flag("requeue", "1").unlink()
-    with pytest.raises(SystemExit):
-        worker()
-    said = capfd.readouterr().err
-    assert "job train was requeued 1 times (cluster.max_requeues = 1) and is not complete" in said
+    with pytest.raises(ValueError, match=r"job train was requeued 1 times .*max_requeues = 1"):
+        work(task)
     assert not fake_slurm.flag("requeue", "1").exists()
-    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
-    fake_slurm.write("1", {"state": "COMPLETED"})
+
+
+def test_a_warning_lets_the_job_save_and_go_back_into_the_queue(
+    tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    saves = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(open('saved', 'x').close()))\n"
+        "os.kill(os.getpid(), signal.SIGUSR2)\n"  # which the child ignores
+        "os.kill(os.getppid(), signal.SIGUSR2)\n"
+        "while True: signal.pause()"
+    )
+    monkeypatch.chdir(tmp_path)
+    stand_in(monkeypatch, saves)
+    with pytest.raises(SystemExit):
+        work(task)
+    assert (tmp_path / "saved").exists() and fake_slurm.flag("requeue", "1").exists()
+    assert "requeue 1 of 1" in capfd.readouterr().out
+
+
+def test_a_cancelled_job_is_not_requeued(task: Task, monkeypatch: pytest.MonkeyPatch):
+    cancels = "import os, signal; os.kill(os.getppid(), signal.SIGTERM)"
+    stand_in(monkeypatch, cancels)
+    with pytest.raises(ValueError, match="job train was stopped by SIGTERM"):
+        work(task)
+    assert not fake_slurm.flag("requeue", "1").exists()
+
+
+def test_a_warning_after_the_command_has_ended_fails_nothing(tmp_path: Path):
+    code = (
+        "import os, signal, sys\n"
+        "from sfumato.launch import worker\n"
+        "worker.work = lambda _: os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "worker.read_record = lambda *_: None\n"
+        "worker.main()"
+    )
+    assert subprocess.run([sys.executable, "-c", code, "task.json"], check=False).returncode == 0
+
+
+def test_machines_meet_at_the_first_of_them(task: Task, monkeypatch: pytest.MonkeyPatch):
+    asked = stand_in(monkeypatch, "raise SystemExit(3)")
+    with pytest.raises(ValueError, match="it ended with exit code 3"):
+        work(replace(task, job=replace(task.job, nodes=2)))
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
+    with pytest.raises(SystemExit) as end:
+        work(replace(task, job=replace(task.job, nodes=2)))
+    assert end.value.code == 3
+    (first, _), (second, _) = [(given[3], given[0]) for given in asked]
+    for meeting, attempt, host in ((first, "1-0", "true"), (second, "1-4", "false")):
+        assert "--rdzv-endpoint=n1:20001" in meeting
+        assert f"--rdzv-id={attempt}" in meeting and f"--rdzv-conf=is_host={host}" in meeting
 
 
 def test_a_refused_job_leaves_nothing_in_the_queue(
     tmp_path: Path, slurm: Path, jobs: dict[str, str]
 ):
-    with pytest.raises(LaunchError, match=r"Slurm refused job train: .*Invalid partition name"):
+    with pytest.raises(ValueError, match=r"Slurm refused job train: .*Invalid partition name"):
         submit(tmp_path, jobs, "cluster.partition=closed")
     assert states(slurm) == {}
 
@@ -178,7 +226,7 @@ def test_jobs_in_the_queue_refuse_another_launch(
     fake_slurm.write("1", {"state": "PENDING"})
     again = [f"cluster={cluster}", *(SLURM[1:] if cluster == "slurm" else ())]
     settings, _ = compose_command("launch", arguments(tmp_path, jobs, *again))
-    with pytest.raises(LaunchError, match=r"still queued or running \(train: 1.*scancel 1"):
+    with pytest.raises(ValueError, match=r"still queued or running \(train: 1.*scancel 1"):
         launch(settings)
 
 
@@ -197,7 +245,7 @@ def test_a_launch_that_was_killed_while_it_submitted_is_not_repeated_blindly(
         with pytest.raises(KeyboardInterrupt):
             launch(settings)
     assert list(states(slurm)) == ["1"]
-    with pytest.raises(LaunchError, match=r"killed while it submitted job train; .*squeue --me"):
+    with pytest.raises(ValueError, match=r"killed while it submitted job train; .*squeue --me"):
         launch(settings)
 
 
@@ -208,7 +256,7 @@ def test_a_damaged_note_of_what_was_submitted_is_named(
     folder = tmp_path / "ladder" / "launch"
     folder.mkdir(parents=True)
     (folder / "submitted.json").write_text(content)
-    with pytest.raises(LaunchError, match=r"submitted\.json is damaged"):
+    with pytest.raises(ValueError, match=r"submitted\.json is damaged"):
         submit(tmp_path, jobs)
     assert states(slurm) == {}
 
@@ -216,17 +264,19 @@ def test_a_damaged_note_of_what_was_submitted_is_named(
 def test_a_dry_run_prints_the_script_that_is_submitted(
     tmp_path: Path, slurm: Path, jobs: dict[str, str], capfd: pytest.CaptureFixture[str]
 ):
-    submit(tmp_path, jobs, "dry_run=true", "cluster.setup=[echo hello]", "cluster.time=1-02:00:00")
+    more = ["cluster.setup=[echo hello]", "cluster.time=1-02:00:00"]
+    more += ["cluster.additional.exclude='node7 node8'", "cluster.additional.exclusive=true"]
+    submit(tmp_path, jobs, "dry_run=true", *more)
     printed = capfd.readouterr().out
     assert states(slurm) == {} and not (tmp_path / "ladder").exists()
-    assert "#SBATCH --dependency=afterok:JOB_OF_train\n" in printed
+    assert "sbatch --parsable --dependency=afterok:JOB_OF_train " in printed
     assert "#SBATCH --signal=USR2@300\n" in printed and "#SBATCH --requeue\n" in printed
-    assert "\n# setup\necho hello\n" in printed and "#SBATCH --time=1-02:00:00\n" in printed
+    assert "\necho hello\n" in printed and "#SBATCH --time=1-02:00:00\n" in printed
+    assert "#SBATCH --exclude='node7 node8'\n" in printed and "#SBATCH --exclusive\n" in printed
 
-    submit(tmp_path, jobs, "cluster.setup=[echo hello]", "cluster.time=1-02:00:00")
-    assert (slurm / "script-1.sh").read_text() in printed
-    second = (slurm / "script-2.sh").read_text()
-    assert second.replace("afterok:1", "afterok:JOB_OF_train") in printed
+    submit(tmp_path, jobs, *more)
+    assert all((slurm / f"script-{number}.sh").read_text() in printed for number in (1, 2))
+    assert json.loads((slurm / "job-2.json").read_text())["options"]["dependency"] == "afterok:1"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +285,7 @@ def test_a_dry_run_prints_the_script_that_is_submitted(
         ("cluster.time=4h", "cluster.time = '4h' is no time limit; write [[DD-]HH:]MM:SS"),
         (
             "cluster.time=05:00",
-            "cluster.signal_seconds = 300 leaves nothing of cluster.time = 05:00",
+            "cluster.signal_seconds = 300 must be below cluster.time = 05:00",
         ),
         ("cluster.nodes=0", "cluster.nodes=0 is too small; give 1 or more"),
         ("cluster.max_requeues=-1", "cluster.max_requeues=-1 is too small; give 0 or more"),
@@ -249,13 +299,9 @@ def test_impossible_clusters_are_refused(
     assert said in str(caught.value)
 
 
-def test_without_slurm_or_submitit_it_says_so(
+def test_without_slurm_it_says_so(
     tmp_path: Path, jobs: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LaunchError, match="needs Slurm, and sbatch is not on the PATH"):
+    with pytest.raises(ValueError, match="needs Slurm, and sbatch is not on the PATH"):
         submit(tmp_path, jobs)
-    for name in ("submitit", "submitit.slurm", "submitit.slurm.slurm"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(LaunchError, match="submitit, which is not installed: pip install"):
-        submit(tmp_path, jobs, "dry_run=true")

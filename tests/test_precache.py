@@ -468,7 +468,7 @@ def test_a_full_disk_ends_it_clearly_and_loses_nothing(
     for kilobytes in (2, 12, 24, 40, 56):
         filler.unlink(missing_ok=True)
         filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - kilobytes * 1024))
-        with pytest.raises(PreparedError, match=r"could not be written: No space left.*Free some"):
+        with pytest.raises(PreparedError, match=r"written: no space is left.*Free some"):
             run(config)
         assert_whole(folder)
         assert not list((folder / "cache").rglob(".*.tmp"))
@@ -490,7 +490,7 @@ def test_a_full_disk_of_one_process_ends_both(
         save(tensors, file)
 
     def act(rank: int) -> None:
-        expected = "another process failed" if rank == 0 else "No space left on device"
+        expected = "another process failed" if rank == 0 else "no space is left"
         with pytest.raises(ValueError, match=expected):
             run(settings(folder, sd_folder))
 
@@ -590,7 +590,7 @@ def test_a_tar_that_was_changed_is_refused(tmp_path: Path, sd_folder: Path, whol
     changed[member["offset"] + 40] ^= 1
     for damage, said in (
         (bytes(changed), rf"00001.tar: {member['key']}.png is not the picture that was packed"),
-        (content[:-512], rf"00001.tar has {len(content) - 512} bytes instead of {len(content)}"),
+        (content[:-512], rf"00001.tar has {len(content) - 512} bytes, .* says {len(content)}"),
         (None, "00001.tar is missing"),
     ):
         tar.unlink()
@@ -636,7 +636,10 @@ def test_an_encoder_that_overflows_is_named_as_such(tmp_path: Path, sd_folder: P
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"selection": "larg"}, r"precache.selection = 'larg' is none of .*, which has all;"),
+        (
+            {"selection": "larg"},
+            r"precache.selection = 'larg' is not a selection of .* all;",
+        ),
         ({"height": 30}, r"precache.height = 30 must be a multiple of 4 pixels.*nearest is 32"),
         ({"width": 1}, r"precache.width = 1 must be"),
         ({"crop": "random"}, r"precache.crop='random'.*data.shards.cached=false"),
@@ -681,8 +684,8 @@ def test_a_selection_beyond_its_tar_is_refused_before_anything_is_encoded(
     record = read_kept_record(data, "all", "00001")
     assert record.tar == "test" or record.tar == ""
     place.write_text(record_text(replace(record, kept=(*record.kept, 4), tar="")))
-    with pytest.raises(PreparedError, match="'all' was made of another tar 00001"):
+    with pytest.raises(PreparedError, match="'all' belongs to an older tar 00001"):
         run(settings(data, sd_folder))
     place.write_text(record_text(replace(record, tar="other")))
-    with pytest.raises(PreparedError, match="'all' was made of another tar 00001"):
+    with pytest.raises(PreparedError, match="'all' belongs to an older tar 00001"):
         run(settings(data, sd_folder))

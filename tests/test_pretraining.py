@@ -125,8 +125,7 @@ def ladder(place: Path, runs: Path, cached: bool, *more: str) -> list[list[str]]
     return [first, stage(place, runs, "second", 64, cached, start, *more)]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("cached", "world"), [(False, 1), (True, 2)])
 def test_a_ladder_that_is_killed_twice_ends_bitwise_equal(
     place: Path, tmp_path: Path, cached: bool, world: int
 ) -> None:

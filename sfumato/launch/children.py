@@ -1,4 +1,4 @@
-"""A job's process: its command line, and signals that are passed on to it."""
+"""Child process of a job: its command line, and the signals that reach it."""
 
 import os
 import shlex
@@ -11,8 +11,7 @@ from types import FrameType
 
 from sfumato.launch.jobs import Job
 
-TORCHRUN = ("-m", "sfumato.launch.torchrun")
-# Else processes that torchrun starts anew find the addresses of those before them in its store.
+# With a shared store, restarted processes find the addresses of the dead ones.
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -22,7 +21,7 @@ class Ended:
 
     Attributes:
         code: its exit code, or minus the signal that ended it.
-        asked: the signals that came meanwhile, in their order.
+        asked: the signals that arrived while it ran, in their order.
     """
 
     code: int
@@ -30,64 +29,53 @@ class Ended:
 
     @property
     def in_words(self) -> str:
-        """Say how it ended, as in: it ended with exit code 1."""
+        """Describe the end, as in: it ended with exit code 1."""
         if self.code < 0:
             return f"it was ended by {signal.Signals(-self.code).name}"
         return f"it ended with exit code {self.code}"
 
 
 def one_line(job: Job) -> str:
-    """Return the job's command as typed in a shell, in one process."""
+    """Return the job's command for one process, as typed in a shell."""
     return shlex.join(["sfumato", job.command, *job.arguments])
 
 
-def here(job: Job, max_restarts: int, save_seconds: int) -> list[str]:
-    """Return the command line of a job on one machine: torchrun's for several processes.
-
-    Args:
-        max_restarts: times that torchrun starts all processes anew, when one has died.
-        save_seconds: that torchrun leaves its processes to save in, once told to stop.
-    """
-    command = [sys.executable]
-    if job.processes > 1:
-        command += [*TORCHRUN, "--standalone", *_shared(job, max_restarts, save_seconds)]
-    return [*command, "-m", "sfumato", job.command, *job.arguments]
-
-
-def on_nodes(
-    job: Job, host: str, port: str, identity: str, first: bool, max_restarts: int, save_seconds: int
+def command_line(
+    job: Job, max_restarts: int, save_seconds: int, meeting: Sequence[str] = ("--standalone",)
 ) -> list[str]:
-    """Return the command line that each machine of a job runs: processes that meet at host:port.
+    """Return the command that each machine of a job runs: torchrun's for several processes.
 
     Args:
-        host: the first machine, where the store of the c10d rendezvous is.
-        identity: of this attempt at the job.
-        first: whether this is that machine.
-        max_restarts: as in `here`; `save_seconds` likewise.
+        max_restarts: how often torchrun restarts all processes after one has died.
+        save_seconds: how long torchrun lets its processes save before it kills them.
+        meeting: torchrun's options on where the processes meet; see `rendezvous`.
     """
-    if job.nodes == 1:
-        return here(job, max_restarts, save_seconds)
+    command = ["-m", "sfumato", job.command, *job.arguments]
+    if job.nodes == 1 and job.processes == 1:
+        return [sys.executable, *command]
     return [
-        sys.executable,
-        *TORCHRUN,
-        f"--nnodes={job.nodes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={host}:{port}",
-        f"--rdzv-id={identity}",
-        f"--rdzv-conf=is_host={'true' if first else 'false'}",
-        *_shared(job, max_restarts, save_seconds),
-        "-m",
-        "sfumato",
-        job.command,
-        *job.arguments,
-    ]
-
-
-def _shared(job: Job, max_restarts: int, save_seconds: int) -> list[str]:
-    return [
+        *(sys.executable, "-m", "sfumato.launch.torchrun", *meeting),
         f"--nproc-per-node={job.processes}",
         f"--max-restarts={max_restarts}",
         f"--shutdown-timeout={save_seconds}",
+        *command,
+    ]
+
+
+def rendezvous(nodes: int, host: str, port: str, attempt: str, first: bool) -> list[str]:
+    """Return torchrun's options for processes on several machines.
+
+    Args:
+        host: the first machine, which runs the store where the processes meet, at a port.
+        attempt: an id of this attempt at the job.
+        first: whether this machine is the host.
+    """
+    return [
+        f"--nnodes={nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={host}:{port}",
+        f"--rdzv-id={attempt}",
+        f"--rdzv-conf=is_host={str(first).lower()}",
     ]
 
 
@@ -98,46 +86,46 @@ def run_child(
     ignored: Sequence[signal.Signals] = (),
     held: Sequence[int] = (),
 ) -> Ended:
-    """Run a command to its end, in a session of its own, whatever signals come meanwhile.
+    """Run a command to its end in its own session; pass on signals that arrive meanwhile.
 
-    A terminal's Ctrl-C reaches this process alone; the child gets what is passed on, once.
+    A terminal's Ctrl-C reaches this process only; the child gets the signal once, from here.
 
     Args:
-        passed_on: a signal that may come, and what the child is then sent; None sends nothing.
-        ignored: signals that the child, and its children, are deaf to.
-        held: open files that the child keeps open.
+        passed_on: a signal that may arrive, and the signal to send to the child; None sends none.
+        ignored: signals that the child and its children ignore.
+        held: file descriptors that the child keeps open.
     """
     asked: list[signal.Signals] = []
-    early: list[signal.Signals] = []  # came before there was a child
+    early: list[signal.Signals] = []  # arrived before the child existed
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        asked.append(signal.Signals(number))
-        sent = passed_on[signal.Signals(number)]
+        arrived = signal.Signals(number)
+        asked.append(arrived)
+        sent = passed_on[arrived]
         if child is None:
-            early.append(signal.Signals(number))
+            early.append(arrived)
         elif sent is not None:
             child.send_signal(sent)
 
-    def deafen() -> None:
+    def ignore() -> None:
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
 
-    before = {number: signal.signal(number, pass_on) for number in passed_on}
+    handlers = {number: signal.signal(number, pass_on) for number in passed_on}
     try:
         child = subprocess.Popen(
             command,
             env={**os.environ, **OWN_STORE},
             start_new_session=True,
             pass_fds=held,
-            preexec_fn=deafen if ignored else None,
+            preexec_fn=ignore if ignored else None,
         )
-        for number in early:
-            sent = passed_on[number]
+        for sent in (passed_on[arrived] for arrived in early):
             if sent is not None:
                 child.send_signal(sent)
         code = child.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     return Ended(code, tuple(asked))

@@ -1,44 +1,35 @@
-"""Jobs here: one after the other, each in a process of its own."""
+"""Launch on this machine: jobs one after another, each in its own process."""
 
+import shlex
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
 
 from sfumato.config import LocalClusterConfig
-from sfumato.launch.children import here, one_line, run_child
+from sfumato.launch.children import Ended, command_line, one_line, run_child
 from sfumato.launch.jobs import Job
-from sfumato.launch.record import (
-    LaunchError,
-    LaunchFolder,
-    begin,
-    hold,
-    is_complete,
-    is_done,
-    now,
-    what_is_missing,
-    write_job_record,
-)
+from sfumato.launch.record import LaunchFolder, begin, finish, hold, is_done
+from sfumato.launch.results import is_complete, what_is_missing
 from sfumato.launch.slurm import refuse_queued
 
-SAVE_SECONDS = 600  # that torchrun leaves its processes, once told to stop
+SAVE_SECONDS = 600  # for training to save in, before torchrun kills it
 
 
-def passed_on() -> dict[signal.Signals, signal.Signals]:
-    """Return what a job is sent when a signal comes: it saves, also when its terminal is closed."""
-    found = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
-        found[signal.SIGHUP] = signal.SIGTERM
-    return found
+def show_here(jobs: Sequence[Job], folder: LaunchFolder, cluster: LocalClusterConfig) -> None:
+    """Print the command of each job, ready for a shell."""
+    for number, job in enumerate(jobs, start=1):
+        state = "done" if is_done(folder, job) else "to do"
+        print(f"# job {number} of {len(jobs)}, {job.name}: {state}")
+        print(shlex.join(command_line(job, cluster.max_restarts, SAVE_SECONDS)))
 
 
 def run_here(jobs: Sequence[Job], folder: LaunchFolder, cluster: LocalClusterConfig) -> bool:
-    """Run the jobs that are not done yet; return whether all are done in the end.
+    """Run the jobs that are not done; return whether all are done in the end.
 
     Returns:
-        False if one was stopped, by a signal or a limit of its own, before it was complete.
+        False if a signal or its own limit stopped a job before it was complete.
 
     Raises:
-        LaunchError: if a job fails, or another launch is running here.
+        ValueError: if a job fails, or another launch holds the folder.
     """
     with hold(folder) as held:
         refuse_queued(folder)
@@ -49,28 +40,38 @@ def run_here(jobs: Sequence[Job], folder: LaunchFolder, cluster: LocalClusterCon
                 continue
             print(f"{title}: {one_line(job)}", flush=True)
             record = begin(folder, job)
-            ended = run_child(
-                here(job, cluster.max_restarts, SAVE_SECONDS), passed_on(), held=[held.fileno()]
-            )
-            why = f"stopped by {ended.asked[0].name}" if ended.asked else "stopped"
-            if is_complete(job, ended.code, bool(ended.asked)):
-                write_job_record(folder, job.name, replace(record, finished=now()))
+            command = command_line(job, cluster.max_restarts, SAVE_SECONDS)
+            ended = run_child(command, _passed_on(), held=[held.fileno()])
+            complete = is_complete(job, ended.code, bool(ended.asked))
+            if complete:
+                finish(folder, job, record)
                 print(f"{title}: done", flush=True)
-                if not ended.asked:
-                    continue
-            elif ended.code == 0 or ended.asked:  # a run's own limit ends it with 0 too
-                why = f"{title} was {why} ({what_is_missing(job) or ended.in_words})"
-            else:
-                raise LaunchError(
-                    f"{title} failed: {ended.in_words}; {_what_is_left(jobs, folder)}"
-                )
-            print(f"{why}; {_what_is_left(jobs, folder)}", flush=True)
-            return all(is_done(folder, job) for job in jobs)
+            if ended.asked or not complete:
+                return _stop(title, job, ended, [j.name for j in jobs if not is_done(folder, j)])
     return True
 
 
-def _what_is_left(jobs: Sequence[Job], folder: LaunchFolder) -> str:
-    left = [job.name for job in jobs if not is_done(folder, job)]
-    if not left:
-        return "nothing is left to do"
-    return f"left to do: {', '.join(left)}. To go on, run the same command again"
+def _passed_on() -> dict[signal.Signals, signal.Signals]:
+    """Return the signal that a job gets for each that arrives; all of them let it save."""
+    signals = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signals[signal.SIGHUP] = signal.SIGTERM  # the terminal was closed
+    return signals
+
+
+def _stop(title: str, job: Job, ended: Ended, left: Sequence[str]) -> bool:
+    """Print why the launch stops and which jobs are left; return whether none is.
+
+    Raises:
+        ValueError: the job failed.
+    """
+    advice = "nothing is left to do"
+    if left:
+        advice = f"left to do: {', '.join(left)}. To go on, run the same command again"
+    if ended.code and not ended.asked:
+        raise ValueError(f"{title} failed: {ended.in_words}; {advice}")
+    reason = f"stopped by {ended.asked[0].name}" if ended.asked else "stopped"
+    if job.name in left:
+        reason = f"{title} was {reason} ({what_is_missing(job) or ended.in_words})"
+    print(f"{reason}; {advice}", flush=True)
+    return not left

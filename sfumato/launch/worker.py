@@ -1,132 +1,142 @@
-"""What a Slurm job runs on each of its machines: one command, saved and requeued in time."""
+"""Worker of a Slurm job: `python -m sfumato.launch.worker TASK.json`, once on each machine.
+
+The worker runs the job's command, and requeues the job if it stops before it is complete.
+"""
 
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from pathlib import Path
 
-from sfumato.config import SlurmClusterConfig
-from sfumato.launch.children import Ended, on_nodes, run_child
-from sfumato.launch.jobs import Job
+from sfumato.launch.children import Ended, command_line, rendezvous, run_child
+from sfumato.launch.jobs import Job, with_settings
 from sfumato.launch.record import (
     JobRecord,
-    LaunchError,
     LaunchFolder,
     begin,
-    is_complete,
+    finish,
     is_done,
-    now,
     read_job_record,
-    what_is_missing,
     write_job_record,
 )
+from sfumato.launch.results import is_complete, what_is_missing
+from sfumato.records import read_record
 
-MARGIN = 15  # seconds between torchrun's patience and the time limit
+# Slurm sends it to all processes of a job before the time limit, and SIGTERM on scancel.
+WARNING = signal.SIGUSR2
 
 
 @dataclass(frozen=True)
-class Worker:
-    """The function that submitit calls, once on each machine.
-
-    Slurm signals all processes of a job: before the time limit with the signal that submitit asks
-    it for, on scancel with SIGTERM. The child is deaf to the first, and sent SIGTERM instead.
+class Task:
+    """A job, and how its workers run it.
 
     Attributes:
+        job: without its settings, which the worker composes anew.
         previous: name and `made_of` of the job before, which must be finished.
+        folder: of the launch's records.
+        save_seconds: see `command_line`, as for `max_restarts`.
+        max_requeues: how often the job may put itself back into the queue.
     """
 
     job: Job
     previous: tuple[str, str] | None
-    folder: LaunchFolder
-    cluster: SlurmClusterConfig
+    folder: str
+    save_seconds: int
+    max_restarts: int
+    max_requeues: int
 
-    @property
-    def save_seconds(self) -> int:
-        """Return the time that training has to save in."""
-        return max(1, self.cluster.signal_seconds - MARGIN)
 
-    def __call__(self) -> None:
-        """Run the job; go back into the queue if it has to stop before it is complete."""
-        from submitit.slurm.slurm import SlurmJobEnvironment
+def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's programs; return its exit code and output."""
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
-        place = SlurmJobEnvironment()
-        first = place.node == 0
-        if is_done(self.folder, self.job):
-            print(f"{self.job.name}: done", flush=True)
-            return
-        self._check_previous()
-        record = self._begin() if first else None
-        command = on_nodes(
-            self.job,
-            place.hostnames[0],
-            str(20_000 + int(place.raw_job_id) % 20_000),
-            f"{place.raw_job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}",
-            first,
-            self.cluster.max_restarts,
-            self.save_seconds,
+
+def work(task: Task) -> None:
+    """Run a task on this machine; requeue its job if it stops before it is complete.
+
+    Raises:
+        ValueError: the job failed, was cancelled or cannot be requeued.
+    """
+    folder, first = LaunchFolder(Path(task.folder)), os.environ["SLURM_NODEID"] == "0"
+    job = with_settings(task.job)
+    if is_done(folder, job):
+        print(f"{job.name}: done", flush=True)
+        return
+    _check_previous(task, folder)
+    record = begin(folder, job) if first else None
+    meeting = _meeting(job, first) if job.nodes > 1 else ("--standalone",)
+    command = command_line(job, task.max_restarts, task.save_seconds, meeting)
+    # Slurm warns the child too; the child ignores that and gets one SIGTERM from here.
+    ended = run_child(command, {WARNING: signal.SIGTERM, signal.SIGTERM: None}, ignored=[WARNING])
+    if record is not None:
+        _conclude(task, job, folder, record, ended)
+    elif ended.code and not ended.asked:
+        sys.exit(ended.code)
+
+
+def _check_previous(task: Task, folder: LaunchFolder) -> None:
+    if task.previous is None:
+        return
+    name, made_of = task.previous
+    record = read_job_record(folder, name)
+    if record is None or record.finished is None or record.made_of != made_of:
+        raise ValueError(
+            f"job {task.job.name} comes after {name}, which did not finish; launch again to go on "
+            f"with {name}"
         )
-        warning = signal.Signals[f"SIG{SlurmJobEnvironment.USR_SIG}"]
-        signal.signal(warning, signal.SIG_IGN)  # once the child has ended, it is no reason to fail
-        ended = run_child(
-            command, {warning: signal.SIGTERM, signal.SIGTERM: None}, ignored=[warning]
+
+
+def _meeting(job: Job, first: bool) -> list[str]:
+    number = os.environ["SLURM_JOB_ID"]
+    answer = ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"])
+    if answer.returncode:
+        raise ValueError(f"scontrol does not name the machines of job {number}: {answer.stderr}")
+    attempt = f"{number}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    port = 20_000 + int(number) % 20_000
+    return rendezvous(job.nodes, answer.stdout.split()[0], str(port), attempt, first)
+
+
+def _conclude(task: Task, job: Job, folder: LaunchFolder, record: JobRecord, ended: Ended) -> None:
+    """Record that the job is finished, requeue it, or fail."""
+    missing = what_is_missing(job) or ended.in_words
+    if is_complete(job, ended.code, bool(ended.asked)):
+        finish(folder, job, record)
+        print(f"{job.name}: done", flush=True)
+    elif signal.SIGTERM in ended.asked:
+        raise ValueError(f"job {job.name} was stopped by SIGTERM ({missing})")
+    elif ended.code and not ended.asked:
+        raise ValueError(f"job {job.name} failed: {ended.in_words}")
+    else:
+        _requeue(task, folder, record, missing)
+
+
+def _requeue(task: Task, folder: LaunchFolder, record: JobRecord, missing: str) -> None:
+    name, limit, count = task.job.name, task.max_requeues, record.requeues + 1
+    if count > limit:
+        raise ValueError(
+            f"job {name} was requeued {record.requeues} times (cluster.max_requeues = {limit}) and "
+            f"is not complete ({missing}); launch again to go on"
         )
-        if record is not None:
-            self._conclude(record, ended, place.raw_job_id)
-        elif ended.code and not ended.asked:
-            sys.exit(ended.code)
-
-    def _check_previous(self) -> None:
-        if self.previous is None:
-            return
-        name, made_of = self.previous
-        record = read_job_record(self.folder, name)
-        if record is None or record.finished is None or record.made_of != made_of:
-            _fail(
-                f"job {self.job.name} comes after {name}, which did not finish; launch again, and "
-                f"it goes on with {name}"
-            )
-
-    def _begin(self) -> JobRecord:
-        try:
-            return begin(self.folder, self.job)
-        except LaunchError as error:
-            _fail(str(error))
-
-    def _conclude(self, record: JobRecord, ended: Ended, number: str) -> None:
-        """Note that the job is finished, or requeue it, or fail."""
-        name, missing = self.job.name, what_is_missing(self.job)
-        if is_complete(self.job, ended.code, bool(ended.asked)):
-            write_job_record(self.folder, name, replace(record, finished=now()))
-            print(f"{name}: done", flush=True)
-        elif signal.SIGTERM in ended.asked:
-            _fail(f"job {name} was stopped by SIGTERM ({missing or ended.in_words})")
-        elif ended.code == 0 or ended.asked:
-            self._requeue(record, missing or ended.in_words, number)
-        else:
-            _fail(f"job {name} failed: {ended.in_words}")
-
-    def _requeue(self, record: JobRecord, missing: str, number: str) -> None:
-        name, limit = self.job.name, self.cluster.max_requeues
-        if record.requeues >= limit:
-            _fail(
-                f"job {name} was requeued {record.requeues} times (cluster.max_requeues = {limit}) "
-                f"and is not complete ({missing}); launch again to go on"
-            )
-        write_job_record(self.folder, name, replace(record, requeues=record.requeues + 1))
-        print(
-            f"{name}: {missing}; back into the queue, for the {record.requeues + 1}. time",
-            flush=True,
-        )
-        asked = subprocess.run(
-            ["scontrol", "requeue", number], capture_output=True, text=True, check=False
-        )
-        if asked.returncode:
-            _fail(f"job {name} cannot be requeued: {asked.stderr.strip()}; launch again to go on")
-        sys.exit(1)  # Slurm ends this attempt; were it to succeed, the next job would begin
+    write_job_record(folder, name, replace(record, requeues=count))
+    print(f"{name}: {missing}; back into the queue, requeue {count} of {limit}", flush=True)
+    answer = ask("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+    if answer.returncode:
+        reason = answer.stderr.strip()
+        raise ValueError(f"job {name} cannot be requeued: {reason}; launch again to go on")
+    sys.exit(1)  # Slurm ends this attempt; if it succeeded, the next job would begin
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"sfumato: {message}", file=sys.stderr, flush=True)
-    sys.exit(1)
+def main() -> None:
+    """Work on the task that the command line names."""
+    signal.signal(WARNING, signal.SIG_IGN)  # outside of `run_child` it would end this process
+    try:
+        work(read_record(Path(sys.argv[1]), Task, "launch again, which writes it anew"))
+    except ValueError as error:
+        print(f"sfumato: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Samples of one tar to the tensors of one shard: pictures to moments, captions to their states.
+"""Encoder of one shard: from a tar's pictures and captions to moments and text states.
 
 moments, mirrored (rows, m, h, w)    offsets (rows + 1)    each state (captions in all, ...)
 """
@@ -29,14 +29,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Storage:
-    """How pictures and captions are encoded and stored; what names the cache, and what does not.
+    """How pictures and captions are encoded and stored; only the first three name the cache.
 
     Attributes:
         size: height and width of the pictures, in pixels.
         flip: store mirrored pictures too.
-        dtype: of what is stored, by name.
+        dtype: of the stored tensors, by name.
         batch_size: pictures, or captions, that are encoded together.
-        workers: threads that decode; 0 decodes when asked.
+        workers: threads that decode; 0 decodes in the calling thread.
     """
 
     size: Size
@@ -48,7 +48,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Shard:
-    """The tensors of one shard, the samples that they hold, and how many have none, by reason."""
+    """The tensors of one shard, the samples in them, and how many were dropped, by reason."""
 
     tensors: Mapping[str, Shaped[Tensor, "_ ..."]]
     rows: tuple[int, ...]
@@ -57,7 +57,7 @@ class Shard:
 
 @final
 class Encoder:
-    """Encode the samples of a tar; the same samples give the same bits, wherever it runs."""
+    """Encoder of the samples of a tar; the same samples give the same bits on every process."""
 
     def __init__(self, model: TextToImageModel, storage: Storage) -> None:
         self._model = model
@@ -75,7 +75,7 @@ class Encoder:
             told: called with the number of pictures after each batch.
 
         Raises:
-            ValueError: if a picture is not what was packed, or its moments are not finite.
+            ValueError: if a picture's bytes have changed, or its moments are not finite.
         """
         storage = self._storage
         rows: list[int] = []
@@ -83,16 +83,16 @@ class Encoder:
         dropped: Counter[str] = Counter()
         items = list(samples.items())
         count = _AHEAD * storage.batch_size
-        made = _ahead(lambda item: self._pictures(tar, item[1]), items, storage.workers, count)
-        with closing(made):
+        decoded = _ahead(lambda item: self._pictures(tar, item[1]), items, storage.workers, count)
+        with closing(decoded):
             for first in range(0, len(items), storage.batch_size):
                 batch = items[first : first + storage.batch_size]
-                found = [(index, member, next(made)) for index, member in batch]
-                good = [(i, member, each) for i, member, each in found if not isinstance(each, str)]
-                dropped.update(each for _, _, each in found if isinstance(each, str))
+                results = [(index, member, next(decoded)) for index, member in batch]
+                good = [(i, m, views) for i, m, views in results if not isinstance(views, str)]
+                dropped.update(reason for *_, reason in results if isinstance(reason, str))
                 names = [f"{tar}: {member.key}.{member.suffix}" for _, member, _ in good]
-                for place, name in enumerate(parts if good else ()):
-                    images = torch.stack([each[place] for _, _, each in good])
+                for number, name in enumerate(parts if good else ()):
+                    images = torch.stack([views[number] for _, _, views in good])
                     parts[name].append(self._encode(images, names))
                 rows += [index for index, _, _ in good]
                 told(len(batch))
@@ -126,17 +126,17 @@ class Encoder:
         return {"moments": Placement(), **mirrored}
 
     def _pictures(self, tar: Path, member: Member) -> list[Float[Tensor, "3 H W"]] | str:
-        """Decode and cut one picture, once a placement; or say why it cannot be used.
+        """Return one picture, decoded and cut for each placement; or the reason to drop it.
 
         Raises:
-            PreparedError: if its bytes are not those that were packed.
+            PreparedError: if its bytes have changed since they were packed.
         """
         blob = SpanBlob(tar, member.offset, member.size)
         with blob.open() as file:
             if hashlib.sha256(file.read()).hexdigest() != member.sha256:
                 raise PreparedError(
                     f"{tar}: {member.key}.{member.suffix} is not the picture that was packed; put "
-                    "the tar back as it was, or remove it with its record and prepare again"
+                    "the old tar back, or remove the tar with its record and prepare again"
                 )
         try:
             picture = read_rgb(blob, Bounds())
@@ -168,7 +168,7 @@ class Encoder:
     def _stored(
         self, tensor: Shaped[Tensor, "b ..."], names: Sequence[str]
     ) -> Shaped[Tensor, "b ..."]:
-        """Return a tensor as it is stored, on the CPU; numbers that are no floats as they are.
+        """Return a tensor in the stored dtype, on the CPU; integers keep theirs.
 
         Raises:
             ValueError: naming the first row that is not finite.
@@ -176,9 +176,9 @@ class Encoder:
         if not tensor.is_floating_point():
             return tensor.cpu()
         stored = tensor.to(self._dtype).cpu()
-        whole = stored.reshape(len(stored), -1).isfinite().all(1).tolist()
-        if not all(whole):
-            row = whole.index(False)
+        finite = stored.reshape(len(stored), -1).isfinite().all(1).tolist()
+        if not all(finite):
+            row = finite.index(False)
             if not tensor[row].isfinite().all():
                 raise ValueError(
                     f"{names[row]}: the encoder gives values that are not finite; check its "
@@ -195,7 +195,7 @@ class Encoder:
 def _ahead(
     function: Callable[[T], R], items: Sequence[T], workers: int, count: int
 ) -> Generator[R, None, None]:
-    """Give what a function makes of each item, in order; threads work at most `count` ahead."""
+    """Yield a function's result for each item, in order; threads work at most `count` ahead."""
     if not workers:
         yield from map(function, items)
         return
@@ -214,10 +214,9 @@ def _ahead(
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Leave cuDNN no choice of algorithm, and record nothing for a gradient.
+    """Fix cuDNN's algorithms and the number of CPU threads, and record no gradient.
 
-    On the CPU one thread encodes: sums are cut among threads, of which torchrun's processes have
-    fewer than a process alone.
+    One CPU thread encodes: threads split sums, and processes under torchrun have fewer threads.
     """
     cudnn = torch.backends.cudnn
     before, threads = (cudnn.deterministic, cudnn.benchmark), torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Stage filter: which samples of the tars are kept, each of the others for one named reason."""
+"""Stage filter: keeps samples of the tars; each dropped sample has one named reason."""
 
 import math
 from collections import Counter
@@ -21,21 +21,21 @@ from sfumato.data.prepared import (
     read_tar_record,
     record_text,
 )
-from sfumato.preparation.files import digest, write_text
+from sfumato.files import digest, write_text
 from sfumato.preparation.listing import tar_names
 
-_MADE_BY = 1  # raised when the same settings shall keep other samples
+_MADE_BY = 1  # raised when the same settings come to keep other samples
 
 
 def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:
-    """Write the selection's records that are not there yet, and return each sample's bin.
+    """Write the missing records of a selection; return the samples in each bin.
 
     Raises:
         PreparedError: nothing is packed, or a record is damaged.
         ValueError: no sample has the score.
     """
     settings = {**asdict(config), "name": None, "made by": _MADE_BY}
-    place = folder / SELECTIONS / config.name
+    root = folder / SELECTIONS / config.name
     seen, before = _Seen(), ""
     names, total = tar_names(folder), 0
     dropped: list[Mapping[str, int]] = []
@@ -47,23 +47,24 @@ def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:
         record = _known(folder, config.name, name, made_of)
         if record is None:
             record = _judge(config, tar, made_of, _repeated(config, hashes, seen))
-            write_text(place / f"{name}.json", record_text(record))
+            path = root / f"{name}.json"
+            write_text(path, record_text(record), failure=PreparedError)
         if config.duplicates == "drop":
             # Whether a sample is a duplicate depends on all tars before its own.
             before = made_of
             seen.add(hashes[list(record.kept)])
         total += len(record.kept)
         dropped.append(record.dropped)
-    _forget_others(place, set(names))
+    _forget_others(root, set(names))
     return tally(total, dropped)
 
 
 def _check_score(config: FilterConfig, tar: TarRecord) -> None:
-    there = {name: None for member in tar.samples for name in member.columns}
-    if config.score is not None and config.score not in there:
+    columns = {name: None for member in tar.samples for name in member.columns}
+    if config.score is not None and config.score not in columns:
         raise ValueError(
             f"filter.score={config.score!r} is no column of the packed tars, which have "
-            f"{', '.join(map(repr, there)) or 'none'}; name it in pack.columns and pack again"
+            f"{', '.join(map(repr, columns)) or 'none'}; name it in pack.columns and pack again"
         )
 
 
@@ -115,7 +116,7 @@ def _reason(config: FilterConfig, member: Member) -> str | None:
 
 
 def _number(value: Any) -> float | None:
-    """Return a score; tables of text hold numbers as text."""
+    """Return a score as a number; tables of text hold numbers as text."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -127,17 +128,17 @@ def _number(value: Any) -> float | None:
 
 @final
 class _Seen:
-    """The first 8 bytes of many hashes, and no more memory than that.
+    """Set of many hashes, by their first 8 bytes; takes no more memory than these.
 
-    Sorted stretches are merged while the last is not half as long as the one before, so that
-    there are few of them, and each hash is moved few times.
+    Two sorted stretches are merged once the last is more than half as long as the one before. So
+    there are few stretches, and each hash is moved few times.
     """
 
     def __init__(self) -> None:
         self._sorted: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> None:
-        """Remember hashes, uint64."""
+        """Add hashes, uint64."""
         self._sorted.append(np.sort(hashes))
         while len(self._sorted) > 1 and 2 * len(self._sorted[-1]) > len(self._sorted[-2]):
             last = self._sorted.pop()
@@ -145,12 +146,12 @@ class _Seen:
 
     def has(self, hashes: np.ndarray) -> np.ndarray:
         """Return which of the hashes have been added, as bool."""
-        found = np.zeros(len(hashes), bool)
+        known = np.zeros(len(hashes), bool)
         for stretch in self._sorted:
-            place = np.searchsorted(stretch, hashes)
-            inside = place < len(stretch)
-            found[inside] |= stretch[place[inside]] == hashes[inside]
-        return found
+            position = np.searchsorted(stretch, hashes)
+            inside = position < len(stretch)
+            known[inside] |= stretch[position[inside]] == hashes[inside]
+        return known
 
 
 def _hashes(tar: TarRecord) -> np.ndarray:
@@ -163,8 +164,8 @@ def _repeated(config: FilterConfig, hashes: np.ndarray, seen: _Seen) -> list[boo
     return seen.has(hashes).tolist()
 
 
-def _forget_others(place: Path, names: set[str]) -> None:
-    """Remove the records of tars that are no more, and what a kill left half-written."""
-    for file in [*place.glob("*.json"), *place.glob(".*.tmp")]:
+def _forget_others(root: Path, names: set[str]) -> None:
+    """Remove the records of tars that no longer exist, and unfinished files."""
+    for file in [*root.glob("*.json"), *root.glob(".*.tmp")]:
         if file.stem not in names:
             file.unlink()

@@ -1,9 +1,14 @@
-"""Stage index: what training opens, counted anew from the records of all that is there."""
+"""Index of a prepared folder: one walk over the records of its tars, selections and caches.
+
+The stage index stops at the first fault that the walk refuses; verify prints all faults.
+"""
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar, final
 
 from sfumato.data.left_out import tally
 from sfumato.data.prepared import (
@@ -11,7 +16,6 @@ from sfumato.data.prepared import (
     INDEX,
     SELECTIONS,
     SHARDS,
-    CachedRecord,
     Index,
     IndexedShard,
     KeptRecord,
@@ -22,9 +26,159 @@ from sfumato.data.prepared import (
     read_tar_record,
     record_text,
 )
+from sfumato.files import write_text
+from sfumato.preparation import faults
 from sfumato.preparation.download import DOWNLOAD, download_bins
-from sfumato.preparation.files import write_text
 from sfumato.preparation.listing import cache_names, is_of, selection_names, tar_names
+
+T = TypeVar("T")
+Refuse = Callable[[str, str], None]  # takes a stage, and a fault with which there is no index
+# Takes a stage and further faults. Finding those means reading every byte, unless nobody iterates.
+Report = Callable[[str, Iterable[str]], None]
+
+
+@dataclass
+class Part:
+    """Counts of one stage: samples that it kept of each tar, and the others by reason."""
+
+    shards: list[IndexedShard] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    state: Any = field(default_factory=hashlib.sha256)  # of which samples a selection keeps
+    covered: set[str] = field(default_factory=set)  # selections that are all in a cache
+
+    @property
+    def bins(self) -> dict[str, int]:
+        return tally(sum(self.kept), [self.dropped])
+
+
+@final
+class Walk:
+    """One walk over all records of a prepared folder, of which only counts stay in memory.
+
+    Attributes:
+        tars: counts of the tars; `selections` and `caches` by name.
+    """
+
+    def __init__(self, folder: Path, refuse: Refuse, report: Report) -> None:
+        self._folder, self._refuse, self._report = folder, refuse, report
+        self.tars, self._samples = Part(), 0
+        self.selections = {name: Part() for name in selection_names(folder)}
+        self.caches = {name: Part(covered={*self.selections}) for name in cache_names(folder)}
+        self._read("pack", lambda: tar_names(folder))
+        for name in sorted(path.stem for path in (folder / SHARDS).glob("[!.]*.json")):
+            tar = self._read("pack", lambda name=name: read_tar_record(folder, name))
+            if tar is not None:
+                self._visit(tar)
+        names = {shard.name for shard in self.tars.shards}
+        report("pack", faults.tars_without_record(folder / SHARDS))
+        for name in self.selections:
+            report(f"filter {name}", faults.strangers(folder / SELECTIONS / name, names))
+        for name, part in self.caches.items():
+            path = folder / CACHE / name
+            report(name, faults.of_manifest(path))
+            report(name, faults.strangers(path, names))
+            if len(part.kept) == len(names) and not part.covered:
+                fault = f"{path} lacks samples of every selection; run the stage precache again"
+                report(name, [fault])
+
+    def index(self, downloaded: Mapping[str, int] | None) -> Index:
+        """Return the index; caches that lack a tar are left out.
+
+        Args:
+            downloaded: the bins of the download, if there was one.
+        """
+        tars = tuple(self.tars.shards)
+        whole = {name: part for name, part in self.caches.items() if len(part.shards) == len(tars)}
+        parts = {"pack": self.tars}
+        parts |= {f"filter {name}": part for name, part in self.selections.items()} | whole
+        return Index(
+            tars,
+            {name: tuple(part.kept) for name, part in self.selections.items()},
+            {name: tuple(part.shards) for name, part in whole.items()},
+            ({} if downloaded is None else {"download": downloaded})
+            | {stage: part.bins for stage, part in parts.items()},
+            {name: part.state.hexdigest() for name, part in self.selections.items()},
+        )
+
+    def _read(self, stage: str, read: Callable[[], T]) -> T | None:
+        """Return a record; None if it cannot be read."""
+        try:
+            return read()
+        except PreparedError as error:
+            self._refuse(stage, str(error))
+            return None
+
+    def _visit(self, tar: TarRecord) -> None:
+        path = self._folder / SHARDS / f"{tar.name}.tar"
+        if fault := faults.wrong_size(path, tar.bytes):
+            self._refuse("pack", fault)
+        self._report("pack", faults.of_tar(path, tar, self._samples))
+        self._samples += len(tar.samples)
+        self.tars.shards.append(IndexedShard(tar.name, len(tar.samples), tar.bytes, tar.sha256))
+        self.tars.kept.append(len(tar.samples))
+        self.tars.dropped.update(tar.dropped)
+        kept = {name: self._visit_selection(name, tar) for name in self.selections}
+        for name in self.caches:
+            self._visit_cache(name, tar, kept)
+
+    def _visit_selection(self, name: str, tar: TarRecord) -> KeptRecord | None:
+        stage, root = f"filter {name}", self._folder / SELECTIONS / name
+        path, part = root / f"{tar.name}.json", self.selections[name]
+        again = (
+            f"run: sfumato prepare out={self._folder} stages=[filter,index] with "
+            f"filter.name={name} and its bounds, or remove {root}"
+        )
+        if not path.exists():
+            missing = f"{path} is missing: the selection {name!r} has no record of {tar.name}"
+            self._refuse(stage, f"{missing}; {again}")
+            return None
+        record = self._read(stage, lambda: read_kept_record(self._folder, name, tar.name))
+        if record is None:
+            return None
+        if record.tar not in ("", tar.made_of):
+            changed = f"{path} was made of another tar {tar.name}, which was packed again since"
+            self._refuse(stage, f"{changed}; {again}")
+        dropped, whole = sum(record.dropped.values()), len(tar.samples)
+        if len(record.kept) + dropped != whole:
+            counts = f"{len(record.kept) + dropped} samples in its bins, and the tar has {whole}"
+            self._refuse(stage, f"{path} has {counts}; {again}")
+        self._report(stage, faults.of_numbers(path, record.kept, whole))
+        part.kept.append(len(record.kept))
+        part.dropped.update(record.dropped)
+        part.state.update(f"{tar.name} {record.kept}\n".encode())
+        return record
+
+    def _visit_cache(
+        self, name: str, tar: TarRecord, selections: Mapping[str, KeptRecord | None]
+    ) -> None:
+        path, part = self._folder / CACHE / name / f"{tar.name}.json", self.caches[name]
+        if not path.exists():
+            self._report(name, [f"{path} is missing; run the stage precache again"])
+            return
+        record = self._read(name, lambda: read_cached_record(self._folder, name, tar.name))
+        if record is None:
+            return
+        file, fits = path.with_suffix(".safetensors"), is_of(name, record, tar)
+        fault = faults.wrong_size(file, record.bytes)
+        if fits:
+            if fault:
+                self._refuse(name, fault)
+            shard = IndexedShard(record.name, len(record.rows), record.bytes, record.sha256)
+            part.shards.append(shard)
+        else:
+            another = f"{file} was made of another tar; run the stage precache again"
+            self._report(name, filter(None, [another, fault]))
+        self._report(name, faults.of_cached(file, record, tar))
+        part.kept.append(len(record.rows))
+        part.dropped.update(record.dropped)
+        lost = sum(record.dropped.values())
+        for selection, kept in selections.items():
+            # Most often the two are equal, which is quick to see.
+            if kept is None or (
+                kept.kept != record.rows and len({*kept.kept}.difference(record.rows)) > lost
+            ):
+                part.covered.discard(selection)
 
 
 def write_index(folder: Path) -> Index:
@@ -33,95 +187,11 @@ def write_index(folder: Path) -> Index:
     Raises:
         PreparedError: nothing is packed, a selection is not of these tars, or a file is missing.
     """
-    index = build_index(folder)
-    write_text(folder / INDEX, record_text(index))
+
+    def refuse(_: str, fault: str) -> None:
+        raise PreparedError(fault)
+
+    downloaded = download_bins(folder) if (folder / DOWNLOAD).is_dir() else None
+    index = Walk(folder, refuse, lambda *_: None).index(downloaded)
+    write_text(folder / INDEX, record_text(index), failure=PreparedError)
     return index
-
-
-def build_index(folder: Path) -> Index:
-    """Return what there is to open; caches that lack a tar are left out.
-
-    Raises:
-        PreparedError: as `write_index`.
-    """
-    tars: list[IndexedShard] = []
-    bins: dict[str, Mapping[str, int]] = {}
-    if (folder / DOWNLOAD).is_dir():
-        bins["download"] = download_bins(folder)
-    selections: dict[str, list[int]] = {name: [] for name in selection_names(folder)}
-    caches: dict[str, list[IndexedShard]] = {name: [] for name in cache_names(folder)}
-    dropped: dict[str, list[Mapping[str, int]]] = defaultdict(list)
-    hashes = {name: hashlib.sha256() for name in selections}
-    for name in tar_names(folder):
-        # Of each record the counts alone are kept: there may be many, and each has many rows.
-        record = read_tar_record(folder, name)
-        _check_size(folder / SHARDS / f"{name}.tar", record.bytes)
-        tars.append(IndexedShard(name, len(record.samples), record.bytes, record.sha256))
-        dropped["pack"].append(record.dropped)
-        for selection, counts in selections.items():
-            kept = _kept(folder, selection, record)
-            counts.append(len(kept.kept))
-            hashes[selection].update(f"{name} {kept.kept}\n".encode())
-            dropped[f"filter {selection}"].append(kept.dropped)
-        for cache, shards in caches.items():
-            for cached in _cached(folder, cache, record):
-                shards.append(_indexed(cached))
-                dropped[cache].append(cached.dropped)
-    whole = {name: tuple(shards) for name, shards in caches.items() if len(shards) == len(tars)}
-    bins["pack"] = tally(sum(tar.samples for tar in tars), dropped["pack"])
-    for name, counts in selections.items():
-        bins[f"filter {name}"] = tally(sum(counts), dropped[f"filter {name}"])
-    for name, shards in whole.items():
-        bins[name] = tally(sum(shard.samples for shard in shards), dropped[name])
-    return Index(
-        tuple(tars),
-        {name: tuple(counts) for name, counts in selections.items()},
-        whole,
-        bins,
-        {name: digest.hexdigest() for name, digest in hashes.items()},
-    )
-
-
-def _kept(folder: Path, selection: str, tar: TarRecord) -> KeptRecord:
-    place = folder / SELECTIONS / selection
-    again = (
-        f"run: sfumato prepare out={folder} stages=[filter,index] with filter.name={selection} and "
-        f"its bounds, or remove {place}"
-    )
-    if not (place / f"{tar.name}.json").exists():
-        raise PreparedError(f"the selection {selection!r} has no record of {tar.name}; {again}")
-    record = read_kept_record(folder, selection, tar.name)
-    if record.tar not in ("", tar.made_of):
-        raise PreparedError(
-            f"the selection {selection!r} was made of another tar {tar.name}, which has been "
-            f"packed again since; {again}"
-        )
-    if len(record.kept) + sum(record.dropped.values()) != len(tar.samples):
-        raise PreparedError(
-            f"the selection {selection!r} keeps {len(record.kept)} samples of {tar.name} and drops "
-            f"{sum(record.dropped.values())}, which is not all of {len(tar.samples)}; {again}"
-        )
-    return record
-
-
-def _cached(folder: Path, cache: str, tar: TarRecord) -> Iterator[CachedRecord]:
-    place = folder / CACHE / cache
-    if (place / f"{tar.name}.json").exists():
-        record = read_cached_record(folder, cache, tar.name)
-        if is_of(cache, record, tar):
-            _check_size(place / f"{tar.name}.safetensors", record.bytes)
-            yield record
-
-
-def _indexed(record: CachedRecord) -> IndexedShard:
-    return IndexedShard(record.name, len(record.rows), record.bytes, record.sha256)
-
-
-def _check_size(file: Path, expected: int) -> None:
-    found = file.stat().st_size if file.is_file() else None
-    if found != expected:
-        raise PreparedError(
-            f"{file} {'is missing' if found is None else f'has {found} bytes'}, and its record "
-            f"says {expected} bytes; put it back, or run the same sfumato prepare again, which "
-            "makes it anew"
-        )

@@ -1,17 +1,14 @@
-"""Encode the pictures and captions of a selection once for all steps, shard by shard.
+"""Stage precache: encodes the pictures and captions of a selection, shard by shard.
 
-A shard of a cache is a function of its tar, of the samples that are encoded and of the cache's
-identity: batches never cross shards, so that it is the same to the byte whichever process makes it.
+A shard of a cache depends only on its tar, the encoded samples and the cache's identity. Batches
+never cross shards, so every process makes the same bytes.
 """
 
-import errno
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -27,35 +24,36 @@ from sfumato.data.prepared import (
     read_tar_record,
     record_text,
 )
+from sfumato.files import new_file, sha256_of, write_text
 from sfumato.models.registry import load_encoders
 from sfumato.preparation.cache_plan import (
     CacheJob,
     count_samples,
-    encoding_alone,
+    encoding_only,
     lacking,
     plan_cache,
 )
 from sfumato.preparation.encoding import Encoder
-from sfumato.preparation.files import placed, sha256_of, write_text
+from sfumato.preparation.faults import wrong_size
 from sfumato.preparation.listing import made_of
 from sfumato.training.distribution import Distribution
 
 
 def precache(config: PrepareConfig, distribution: Distribution) -> dict[str, int]:
-    """Encode what a selection keeps, each process its own shards; what is there is not made again.
+    """Encode the samples of a selection that the cache lacks; each process makes its own shards.
 
-    The encoders work in float32 (TF32 where the GPU has it), whatever `model.dtype` says of
-    training. Samples that were encoded for another selection stay in the cache.
+    The encoders work in float32 (TF32 where the GPU has it); `model.dtype` is for training.
+    Samples that were encoded for another selection stay in the cache.
 
     Returns:
         How many of the selection's samples are kept, and how many dropped by each reason.
 
     Raises:
-        ValueError: if a setting is impossible, tars or selection are missing or changed, what is
-            encoded is not finite, or the disk is full. Finished shards stay.
+        ValueError: if a setting is impossible, tars or selection are missing or changed, an encoded
+            value is not finite, or the disk is full. Finished shards stay.
     """
     with distribution.together():
-        model = encoding_alone(config.model)
+        model = encoding_only(config.model)
         job = plan_cache(config, model)
         mine = job.names[distribution.rank :: distribution.world]
         moments, _ = job.caches
@@ -72,72 +70,68 @@ def precache(config: PrepareConfig, distribution: Distribution) -> dict[str, int
 
 
 def _begin(job: CacheJob) -> None:
-    """Say in each cache's folder what it is, and remove what a killed process left there."""
+    """Write each cache's manifest, and remove the unfinished files of a killed process."""
     identity = job.identity
     for cache, kind, content in zip(
         job.caches, ("moments", "text"), (identity.moments, identity.text), strict=True
     ):
-        for unfinished in job.place(cache, "").glob(".*.tmp"):
+        for unfinished in job.path(cache, "").glob(".*.tmp"):
             unfinished.unlink()
         manifest = {"format": FORMAT, "kind": kind, **content}
-        write_text(job.place(cache, MANIFEST), json.dumps(manifest, indent=2) + "\n")
+        text = json.dumps(manifest, indent=2) + "\n"
+        write_text(job.path(cache, MANIFEST), text, failure=PreparedError)
 
 
 def _make(
     job: CacheJob, model: ModelConfig, todo: Sequence[tuple[str, int]], distribution: Distribution
 ) -> None:
-    """Make shards, given with their numbers of pictures: one on each process, then the next."""
+    """Make shards in turns, one on each process.
+
+    Args:
+        todo: names of shards, with their numbers of pictures.
+    """
     own = todo[distribution.rank :: distribution.world]
-    empty = job.place(job.caches[1], EMPTY)
+    empty = job.path(job.caches[1], EMPTY)
     encoder = None
     with distribution.together():
-        alone = distribution.is_main and not empty.exists()
-        if own or alone:
+        lacks_empty = distribution.is_main and not empty.exists()
+        if own or lacks_empty:
             loaded = load_encoders(model)
             loaded.to(distribution.device)
             encoder = Encoder(loaded, job.storage)
-        if encoder is not None and alone:
+        if encoder is not None and lacks_empty:
             _save(encoder.empty, empty)
     hidden = not (distribution.is_main and own)
     with tqdm(total=sum(n for _, n in own), unit="image", disable=hidden) as bar:
         for turn in range(math.ceil(len(todo) / distribution.world)):
-            # Whoever fails ends all after this turn, and not when their last shard is made.
+            # After a failure all processes end with this turn, not with their last shard.
             with distribution.together():
                 if encoder is not None and turn < len(own):
                     _make_shard(job, encoder, own[turn][0], bar.update)
 
 
 def _make_shard(job: CacheJob, encoder: Encoder, name: str, told: Callable[[int], object]) -> None:
-    """Make what the caches lack of one shard."""
+    """Make the samples of one shard that the caches lack."""
     tar = read_tar_record(job.folder, name)
     file = job.folder / SHARDS / f"{name}.tar"
-    size = file.stat().st_size if file.exists() else None
-    if size != tar.bytes:
-        raise PreparedError(
-            f"{file} {'is missing' if size is None else f'has {size} bytes instead of {tar.bytes}'}"
-            "; put it back as it was, or remove its record and prepare again"
-        )
-    for cache, wanted in lacking(job, name).items():
-        samples = {index: tar.samples[index] for index in wanted}
+    if fault := wrong_size(file, tar.bytes):
+        raise PreparedError(fault)
+    for cache, indices in lacking(job, name).items():
+        samples = {index: tar.samples[index] for index in indices}
         if cache == job.identity.moments_folder:
             shard = encoder.moments(file, samples, told)
         else:
             shard = encoder.text(file, samples)
-        place = job.place(cache, f"{name}.safetensors")
-        size, sha256 = _save(shard.tensors, place)
+        path = job.path(cache, f"{name}.safetensors")
+        size, sha256 = _save(shard.tensors, path)
         record = CachedRecord(
-            name, made_of(cache, tar, wanted), size, sha256, shard.rows, shard.dropped
+            name, made_of(cache, tar, indices), size, sha256, shard.rows, shard.dropped
         )
-        write_text(place.with_suffix(".json"), record_text(record))
+        write_text(path.with_suffix(".json"), record_text(record), failure=PreparedError)
 
 
-def _save(tensors: Mapping[str, Tensor], place: Path) -> tuple[int, str]:
+def _save(tensors: Mapping[str, Tensor], path: Path) -> tuple[int, str]:
     """Write tensors as a file, whole or not at all; return its bytes and their SHA-256."""
-    with placed(place) as beside:
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
-        except SafetensorError as error:
-            # It has no number of its own.
-            full = os.strerror(errno.ENOSPC) in str(error)
-            raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(place)) from error
+    with new_file(path, failure=PreparedError) as beside:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
         return beside.stat().st_size, sha256_of(beside)

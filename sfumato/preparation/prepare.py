@@ -1,4 +1,4 @@
-"""`sfumato prepare`: stages one after another, each of which goes on where it was stopped."""
+"""Stages of `sfumato prepare`, one after another; each goes on where it was stopped."""
 
 import os
 import time
@@ -23,29 +23,29 @@ from sfumato.preparation.settings import check_prepare
 if TYPE_CHECKING:
     from sfumato.training.distribution import Distribution
 
-_BREATH = 0.5  # seconds between two looks at the first process
+_PAUSE = 0.5  # seconds between two looks at the first process
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Run the chosen stages in their order, and print what became of all that went in.
+    """Run the chosen stages in their order, and print how many samples each kept and dropped.
 
-    Under torchrun all processes precache; the other stages are the first one's.
+    Under torchrun all processes precache; the first process runs the other stages.
 
     Raises:
-        ValueError: a setting is impossible, what is read cannot be, or the disk is full.
+        ValueError: a setting is impossible, the input cannot be read, or the disk is full.
     """
     check_prepare(config)
     folder = Path(config.out).expanduser()
     config = replace(config, out=str(folder))
     distribution, held = _distribution(config), ExitStack()
     try:
-        with_first = _first_alone(distribution)
+        on_first = _on_first(distribution)
 
         def before() -> None:
             held.enter_context(hold(folder))
             _before_precaching(config, folder)
 
-        with_first(before)
+        on_first(before)
         if "precache" in config.stages:
             assert distribution is not None
             from sfumato.preparation.precache import precache
@@ -54,7 +54,7 @@ def prepare(config: PrepareConfig) -> None:
             if distribution.is_main:
                 print(line("precache", bins), flush=True)
         if "index" in config.stages:
-            with_first(lambda: _index(folder))
+            on_first(lambda: _index(folder))
     finally:
         held.close()
         if distribution is not None:
@@ -62,10 +62,10 @@ def prepare(config: PrepareConfig) -> None:
 
 
 def hold(folder: Path) -> IO[str]:
-    """Hold a folder of prepared data, until what is returned is closed.
+    """Hold a prepared folder until the returned file is closed.
 
     Raises:
-        PreparedError: if another process holds it, or it cannot be made.
+        PreparedError: if another process holds the folder, or it cannot be made.
     """
     busy = f"another sfumato prepare works on {folder}; wait for it, or give another out"
     return lock(folder, busy=busy, unmade="give another out", failure=PreparedError)
@@ -85,7 +85,7 @@ def _index(folder: Path) -> None:
     index = write_index(folder)
     for name in cache_names(folder):
         if name not in index.caches:
-            print(f"index: {name} is not of these tars, or not finished, and is left out; "
+            print(f"index: {name} is left out, as it is not finished or not of these tars; "
                   "run the stages precache and index to have it", flush=True)  # fmt: skip
     samples = sum(tar.samples for tar in index.tars)
     print(
@@ -103,8 +103,8 @@ def _distribution(config: PrepareConfig) -> "Distribution | None":
     return Distribution(TrainingConfig())
 
 
-def _first_alone(distribution: "Distribution | None") -> Callable[[Callable[[], None]], None]:
-    """Return what runs work on the first process, while the others wait."""
+def _on_first(distribution: "Distribution | None") -> Callable[[Callable[[], None]], None]:
+    """Return a function that runs work on the first process while the others wait."""
 
     def run(work: Callable[[], None]) -> None:
         if distribution is None or distribution.world == 1:
@@ -112,9 +112,9 @@ def _first_alone(distribution: "Distribution | None") -> Callable[[Callable[[], 
             return
         with ThreadPoolExecutor(1) as threads:
             running = threads.submit(work) if distribution.is_main else None
-            # Processes that wait for one another for many minutes at once take it for dead.
+            # A process that waits many minutes in one call takes the others for dead.
             while not distribution.any(running is not None and running.done()):
-                time.sleep(_BREATH)
+                time.sleep(_PAUSE)
         with distribution.together():
             if running is not None:
                 running.result()

@@ -1,6 +1,6 @@
-"""Uniform tars: the same samples are the same bytes, whenever and wherever they are written.
+"""Writer of uniform tars: the same samples give the same bytes.
 
-KEY.jpg     the picture's own bytes, under the suffix of what they are
+KEY.jpg     the picture's own bytes, under the suffix of their format
 KEY.json    all captions, height, width, sha256 and columns
 KEY.txt     the main caption
 """
@@ -17,7 +17,7 @@ from sfumato.data.prepared import Member
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture that is good, with all that goes into a tar beside it."""
+    """A decoded picture, with all that goes into a tar beside it."""
 
     data: bytes
     suffix: str
@@ -28,14 +28,14 @@ class Sample:
     columns: dict[str, object]
 
 
-def write_tar(place: Path, first: int, samples: Iterator[Sample]) -> list[Member]:
-    """Write a tar of all the samples, whose keys count on from `first`.
+def write_tar(path: Path, first: int, samples: Iterator[Sample]) -> list[Member]:
+    """Write a tar of all the samples; keys count from `first`.
 
     Raises:
         OSError: the disk is full, or cannot be written.
     """
     members: list[Member] = []
-    with tarfile.open(place, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, sample in enumerate(samples, first):
             key = f"{number:09d}"
             # Each member begins with one block of header.
@@ -59,7 +59,7 @@ def write_tar(place: Path, first: int, samples: Iterator[Sample]) -> list[Member
 
 
 def texts(member: Member) -> dict[str, bytes]:
-    """Return what lies in a tar beside a picture, by suffix."""
+    """Return the texts beside a picture in a tar, by suffix."""
     content = {
         "captions": member.captions,
         "height": member.height,
