@@ -1,4 +1,4 @@
-"""The commands: sfumato prepare | plan | train | launch | sample | evaluate | report | demo."""
+"""Command line: `sfumato COMMAND ...` is read, explained and handed to the room of the work."""
 
 import errno
 import os
@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 HYDRA_COMMANDS = ("train", "sample", "evaluate", "plan")
+HELP = {"-h", "--help"}
 USAGE = """\
 usage: sfumato COMMAND [...]
 
@@ -24,10 +25,11 @@ usage: sfumato COMMAND [...]
   launch    run stages one after another, here or on Slurm:
             sfumato launch recipe=LADDER cluster=slurm --dry-run
   report    compare runs in one HTML page:      sfumato report runs/A runs/B --out report.html
+  recipes   list recipes:                       sfumato recipes
   demo      the whole road in a tiny world:     sfumato demo
 
-All but report and demo take KEY=VALUE settings; `--cfg job` prints them all, `-m` sweeps over
-comma-separated values. Every command answers --help.
+The first six take KEY=VALUE settings: `--help` lists them, `--help KEY` explains one, `--cfg job`
+prints them as composed, `-m` sweeps over comma-separated values. Every command answers --help.
 """
 
 
@@ -63,6 +65,7 @@ def run_command(arguments: Sequence[str]) -> None:
         "prepare": prepare,
         "launch": launch,
         "report": report,
+        "recipes": recipes,
         "demo": demo,
     }
     name, rest = arguments[0], arguments[1:]
@@ -72,7 +75,31 @@ def run_command(arguments: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
         fail(f"unknown command {name!r}; {hint}")
-    commands[name](rest)
+    composed = name not in {"report", "recipes", "demo"} and rest[:1] != ["verify"]
+    if composed and not HELP.isdisjoint(rest):
+        show_help(name, [text for text in rest if text not in HELP])
+    else:
+        commands[name](rest)
+
+
+def show_help(command: str, keys: Sequence[str]) -> None:
+    """Print the help of a command, or of some of its settings."""
+    from sfumato.help import command_page
+
+    with mistakes_explained():
+        for key in [text for text in keys if "=" not in text and text[0] != "-"] or [None]:
+            print(command_page(command, key))
+
+
+def recipes(arguments: Sequence[str]) -> None:
+    """List the recipes of every command."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="sfumato recipes", description=recipes.__doc__)
+    parser.parse_args(arguments)
+    from sfumato.help import recipes_page
+
+    print(recipes_page())
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -84,19 +111,25 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def hydra_command(command: str, arguments: Sequence[str]) -> None:
-    """Compose the settings of a command and run it; `--cfg`, `--help` and `-m` are Hydra's."""
+    """Compose the settings of a command and run it; `--cfg` and `-m` are Hydra's."""
     import hydra
 
-    from sfumato.compose import COMPOSITION_ERRORS, is_sweep, quoted, register
+    from sfumato.catalog import known_keys
+    from sfumato.compose import COMPOSITION_ERRORS, is_sweep, register
     from sfumato.config import CONF
-    from sfumato.explain import explain, known_keys
+    from sfumato.explain import explain
+    from sfumato.overrides import rewritten
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and not as Hydra prints them
     quiet_libraries()
     settings = [text for text in arguments if "=" in text and not text.startswith("-")]
     others = [text for text in arguments if text not in settings]
-    sys.argv = [f"sfumato {command}", *others, *quoted(settings, sweep=is_sweep(others))]
+    sys.argv = [
+        f"sfumato {command}",
+        *others,
+        *rewritten(command, settings, sweep=is_sweep(others)),
+    ]
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(
         lambda config: run_composed(command, config)
     )

@@ -1,47 +1,44 @@
-"""From recipes and command-line overrides to settings, before any weight is loaded."""
+"""Composer of settings: recipes and command-line overrides become checked dataclasses."""
 
-import json
 import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError, safe_load
 
+from sfumato.catalog import CHOICES, keys_of, known_keys
 from sfumato.check import check_train
 from sfumato.config import (
-    CLUSTERS,
     COMMANDS,
     CONF,
     GROUPS,
     REWARDS,
-    ImageSourceConfig,
     JobConfig,
     LaunchConfig,
-    MergeConfig,
     PlanConfig,
+    RewardConfig,
     TrainConfig,
     WeightedPartConfig,
-    WeightedRewardConfig,
     check_values,
+    rule_of,
 )
-from sfumato.explain import explain, first_line, keys_of, known_keys, unknown_key
+from sfumato.explain import explain, first_line, unknown_key, unreadable_value
+from sfumato.overrides import escaped, rewritten
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
 DEMO_IMAGES = Path(__file__).parent / "demo" / "images"
-OPEN = (
-    r"(?:data|validation)\.images\.sources|reward\.parts|model\.merge|objective\.settings"
-    r"|jobs|given|cluster\.additional"
-)
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
+QUOTES = "'\""
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def register() -> None:
@@ -57,7 +54,7 @@ def register() -> None:
     store = ConfigStore.instance()
     for name, node in COMMANDS.items():
         store.store(name=f"{name}_schema", node=node)
-    for group, choices in {**GROUPS, "cluster": CLUSTERS}.items():
+    for group, choices in CHOICES.items():
         for name, node in choices.items():
             store.store(group=group, name=name, node=node)
 
@@ -88,28 +85,28 @@ def to_settings(config: Any, prefix: str = "") -> Any:
             raise ValueError(unknown_key(f"{prefix}{odd[0]}", known))
         settings: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{prefix}{error.full_key}: {first_line(str(error))}") from error
-    if isinstance(settings, LaunchConfig):
-        settings.jobs = {
-            name: None if given is None else _resolve(f"jobs.{name}", given, JobConfig)
-            for name, given in settings.jobs.items()
-        }
-    if isinstance(settings, TrainConfig):
-        if isinstance(settings.reward, WeightedRewardConfig):
-            _resolve_parts(settings.reward)
-        for place, images in (
-            ("data.images.sources", settings.data.images),
-            ("validation.images.sources", settings.validation.images),
-        ):
-            images.sources = {
-                name: _resolve(f"{place}.{name}", given, ImageSourceConfig)
-                for name, given in images.sources.items()
-                if given is not None  # null takes a recipe's source out
-            }
-        for name, given in settings.model.merge.items():
-            settings.model.merge[name] = _resolve(f"model.merge.{name}", given, MergeConfig)
+        raise ValueError(unreadable_value(f"{prefix}{error.full_key}", error)) from error
+    _resolve_entries(settings, prefix)
     check_values(settings, prefix)
     return settings
+
+
+def _resolve_entries(settings: Any, prefix: str) -> None:
+    """Turn the entries of dictionaries into settings, each checked against its own dataclass."""
+    for item in fields(settings):
+        key, value = f"{prefix}{item.name}", vars(settings)[item.name]
+        kind = rule_of(item).entries
+        if is_dataclass(value):
+            _resolve_entries(value, f"{key}.")
+        if kind is RewardConfig and not value:
+            raise ValueError(f"{key} is empty; write '{key}.NAME={{kind: clip, weight: 1.0, ...}}'")
+        if is_dataclass(kind):
+            resolve = _resolve_part if kind is RewardConfig else partial(_resolve, kind=kind)
+            vars(settings)[item.name] = {
+                name: None if entry is None else resolve(f"{key}.{name}", entry)
+                for name, entry in value.items()
+                if entry is not None or kind is JobConfig  # null takes a recipe's entry out
+            }
 
 
 def _unread(config: DictConfig) -> list[str]:
@@ -117,15 +114,19 @@ def _unread(config: DictConfig) -> list[str]:
     if OmegaConf.get_type(config) is not TrainConfig or OmegaConf.is_missing(config, "objective"):
         return []
     data, model = config.data, config.model
-    built = model.network.config is not None
-    parts = ("autoencoder", "text_encoder") if built else ()
-    missing = [f"model.{name}" for name in parts if model[name] is None]
+    parts = ("autoencoder", "text_encoder") if model.network.config is not None else ()
+    missing = [f"model.{name}" for name in parts if _is_open(model, name, None)]
     match config.objective.kind:
-        case "draft" if data.prompts is None:
+        case "draft" if _is_open(data, "prompts", None):
             missing.append("data.prompts")
-        case "supervised" if not (data.images.path or data.images.sources or data.shards.path):
-            missing.append("data.shards.path" if data.shards.cached else "data.images.path")
+        case "supervised" if not data.images.sources:
+            if all(_is_open(source, "path", None, "") for source in (data.images, data.shards)):
+                missing.append("data.shards.path" if data.shards.cached else "data.images.path")
     return missing
+
+
+def _is_open(node: DictConfig, name: str, *empty: str | None) -> bool:
+    return not OmegaConf.is_missing(node, name) and node[name] in empty
 
 
 def _leave_out_jobs(config: DictConfig) -> None:
@@ -208,7 +209,7 @@ def compose_command(command: str, overrides: Sequence[str]) -> tuple[Any, dict[s
     GlobalHydra.instance().clear()  # of a command that composes others' settings
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose(command, quoted(overrides, sweep=False))
+            config = compose(command, rewritten(command, overrides))
         settings = to_settings(config)
         plain: Any = OmegaConf.to_container(config, resolve=True)
     except COMPOSITION_ERRORS as error:
@@ -216,56 +217,9 @@ def compose_command(command: str, overrides: Sequence[str]) -> tuple[Any, dict[s
     return settings, plain
 
 
-def opened(arguments: Sequence[str]) -> list[str]:
-    """Let names of one's own be given without Hydra's `+`, where a setting is a dictionary."""
-    return [f"++{text}" if re.match(rf"(?:{OPEN})[.=]", text) else text for text in arguments]
-
-
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Say whether commas in these arguments separate the values of a sweep."""
     return not {"-m", "--multirun"}.isdisjoint(arguments)
-
-
-def quoted(arguments: Sequence[str], *, sweep: bool) -> list[str]:
-    """Put values that Hydra's grammar refuses in quotes: ~/models, shards/{0..9}.tar, a prompt.
-
-    Args:
-        sweep: whether commas separate the values of a sweep, in a prompt too.
-    """
-    parser = OverridesParser.create()
-    result = []
-    for argument in opened(arguments):
-        key, _, value = argument.partition("=")
-        try:
-            has_commas = parser.parse_override(argument).is_sweep_override()
-            readable = sweep or not (has_commas and key == "prompt")
-        except HydraException:
-            readable = False
-        if not readable and re.match(r"\+*jobs\.", key):
-            argument, readable = f"{key}={_in_grammar(safe_load(value))}", True
-        result.append(argument if readable else literal(key, value))
-    return result
-
-
-def _in_grammar(value: Any) -> str:
-    """Return what YAML reads, as Hydra's grammar writes it: `[a.b=1]` becomes `['a.b=1']`."""
-    match value:
-        case dict():
-            return (
-                "{" + ",".join(f"{key}: {_in_grammar(item)}" for key, item in value.items()) + "}"
-            )
-        case list():
-            return "[" + ",".join(map(_in_grammar, value)) + "]"
-        case str():
-            return literal("", value)[1:]
-        case _:
-            return json.dumps(value)
-
-
-def literal(key: str, value: str) -> str:
-    """Return the override that sets a key to this very text, whatever characters it has."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
 
 
 def swept_name(name: str, arguments: Sequence[str], chosen: Sequence[str]) -> str:
@@ -284,7 +238,7 @@ def swept_name(name: str, arguments: Sequence[str], chosen: Sequence[str]) -> st
     for text in chosen:
         key, _, value = text.lstrip("+").partition("=")
         if key in swept:
-            parts.append(f"{key.rpartition('.')[2]}={value}")
+            parts.append(f"{key.rpartition('.')[2]}={value.strip(QUOTES)}")
     return re.sub(r"[^\w.=+-]+", "_", "-".join(parts))
 
 
@@ -297,28 +251,33 @@ def load_settings(file: Path) -> TrainConfig:
     if not file.exists():
         raise ValueError(f"{file.parent} is no run folder: it has no {file.name}")
     try:
-        content: Any = OmegaConf.load(file)
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it has no settings, such as objective")
         root = OmegaConf.structured(TrainConfig)
         for group, choices in GROUPS.items():
             kind = content[group]["kind"]
-            if kind not in choices:
+            if kind not in list(choices):  # a list has no hash
                 raise ValueError(f"{group}.kind = {kind!r}; there are {', '.join(choices)}")
             root[group] = choices[kind]
-        return to_settings(OmegaConf.merge(root, content))
+        return to_settings(OmegaConf.merge(root, _literal(content)))
     except (*COMPOSITION_ERRORS, LookupError, TypeError, ValueError, OSError) as error:
         raise ValueError(
             f"{file} is not a configuration of `sfumato train`: {first_line(str(error))}"
         ) from error
 
 
-def _resolve_parts(config: WeightedRewardConfig) -> None:
-    """Turn the parts of a weighted sum into settings, each checked against its own dataclass."""
-    if not config.parts:
-        raise ValueError(
-            "reward.parts is empty; write 'reward.parts.NAME={kind: clip, weight: 1.0, ...}'"
-        )
-    for name, given in config.parts.items():
-        config.parts[name] = _resolve_part(f"reward.parts.{name}", given)
+def _literal(content: Any) -> Any:
+    """Return settings in which ${ in a text is no interpolation."""
+    match content:
+        case dict():
+            return {key: _literal(value) for key, value in content.items()}
+        case list():
+            return [_literal(value) for value in content]
+        case str():
+            return escaped(content)
+        case _:
+            return content
 
 
 def _resolve_part(place: str, given: Any) -> WeightedPartConfig:
@@ -330,7 +289,7 @@ def _resolve_part(place: str, given: Any) -> WeightedPartConfig:
     if kind not in choices:
         raise ValueError(f"{place}.kind = {kind!r}; choose one of {', '.join(choices)}")
     if not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise ValueError(f"{place}.weight = {weight!r} must be a finite number")
+        raise ValueError(f"{place}.weight = {weight!r} must be finite; give a number")
     return WeightedPartConfig(_resolve(place, settings, REWARDS[kind]), float(weight))
 
 
@@ -344,7 +303,7 @@ def _resolve(place: str, given: Any, kind: type) -> Any:
             named = [f"{place}.{name}" for name in known]
             raise ValueError(unknown_key(f"{place}.{key}", named))
     try:
-        node = OmegaConf.merge(OmegaConf.structured(kind), given)
+        node = OmegaConf.merge(OmegaConf.structured(kind), _literal(given))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{place}.{error.full_key}: {first_line(str(error))}") from error
+        raise ValueError(unreadable_value(f"{place}.{error.full_key}", error)) from error
     return to_settings(node, f"{place}.")

@@ -22,7 +22,10 @@ ROOMS: dict[str, set[str]] = {
     "files": set(),
     "images": set(),
     "records": set(),
-    "explain": set(),
+    "catalog": set(),
+    "explain": {"catalog"},
+    "overrides": {"catalog"},
+    "help": {"catalog", "explain"},
     "diffusion": set(),
     "models": {"diffusion"},
     "rewards": {"diffusion"},
@@ -71,7 +74,6 @@ CROSSINGS: dict[str, tuple[str, ...]] = {
     # A folder may be put together from parts; its network may start from another file.
     "models.registry": ("models.origins",),
     "models.loading": ("models.origins",),
-    "models.pipeline_files": ("models.origins",),
     # Settings of a prepared folder, and files that settings name, are checked before all else.
     "check": ("data.shards", "models.lora"),
 }
@@ -95,10 +97,10 @@ FILES = (
 PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "torch": (("diffusion", "data", *TENSOR_ROOMS, "cli"), "tensors belong behind the rims"),
     "jaxtyping": (("diffusion", "data", *TENSOR_ROOMS), "tensors belong behind the rims"),
-    "diffusers": (("models", "demo", "planning.encoders"), "networks belong in models/"),
+    "diffusers": (("models", "demo"), "networks belong in models/"),
     "peft": (("models",), "adapters belong in models/adapters.py"),
     "transformers": (
-        ("models", "rewards", "demo", "planning.encoders", "training.distribution"),
+        ("models", "rewards", "demo", "planning.described", "training.distribution"),
         "text encoders and CLIP belong in the rims",
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),
@@ -115,7 +117,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
         FILES,
     ),
     "accelerate": (("training.distribution",), "processes belong in training/distribution.py"),
-    "hydra": (("compose", "cli"), SETTINGS),
+    "hydra": (("compose", "overrides", "cli"), SETTINGS),
     "omegaconf": (("compose", "cli"), SETTINGS),
     "yaml": (
         ("compose", "cli", "run.run", "report.records", "models.origins.network_weights"),
@@ -135,7 +137,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "numpy": (("images", "data", "evaluation", "demo", "preparation.filter"), "use torch"),
     "PIL": (("images", "data", "rewards", "report", "demo"), "pictures belong in images.py"),
     "pyarrow": (
-        ("data.tables", "preparation.url_table"),
+        ("data.tables", "data.saved_dataset", "preparation.url_table"),
         "tables are read in data/tables.py, tables of URLs written in preparation/url_table.py",
     ),
     "datasets": (("data.saved_dataset",), "saved datasets are read in data/saved_dataset.py"),

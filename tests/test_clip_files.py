@@ -53,7 +53,7 @@ def test_hub_id_is_found_in_the_local_cache(
     images = random_images(3, 3, 32, 32)
     expected = ClipReward.from_pretrained(str(clip_folder))(images, PROMPTS)
     assert torch.equal(reward(images, PROMPTS), expected)
-    with pytest.raises(ValueError, match="someone/other is no folder here"):
+    with pytest.raises(ValueError, match=r"reward\.pretrained = 'someone/other' is no folder here"):
         ClipReward.from_pretrained("someone/other")
 
 

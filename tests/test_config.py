@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from refusals import assert_explained
 
+from sfumato.catalog import keys_of, known_keys
 from sfumato.check import check_train
-from sfumato.compose import compose_command, compose_train, load_settings, quoted, swept_name
+from sfumato.compose import compose_command, compose_train, load_settings, swept_name
 from sfumato.config import (
     CONF,
     REWARDS,
@@ -26,7 +28,9 @@ from sfumato.config import (
     TrainConfig,
     WeightedPartConfig,
 )
-from sfumato.explain import keys_of, known_keys, unknown_key
+from sfumato.explain import unknown_key
+from sfumato.help import recipe_heads
+from sfumato.overrides import rewritten
 from sfumato.rewards.build import build_reward
 
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
@@ -65,8 +69,14 @@ def settings() -> TrainConfig:
 # Recipes
 
 
-def test_there_are_recipes_for_both_stable_diffusions():
-    assert {"sd15_draft_plus", "sd15_draft", "sd21_draft_plus"} <= set(RECIPES)
+def test_the_first_line_of_a_recipe_is_one_short_sentence():
+    heads = recipe_heads()
+    assert set(RECIPES) < set(heads)
+    for path in (CONF / "recipe").rglob("*.yaml"):
+        assert path.read_text().startswith("# @package _global_\n# ")
+    for name, head in heads.items():
+        assert re.fullmatch(r"[A-Z].{10,80}\.", head), name
+    assert len(set(heads.values())) == len(heads)
 
 
 def missing_keys(recipe: str) -> list[str]:
@@ -81,8 +91,7 @@ def missing_keys(recipe: str) -> list[str]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_composes_once_its_missing_keys_are_given(recipe: str):
     text = (CONF / "recipe" / f"{recipe}.yaml").read_text()
-    assert text.startswith("# @package _global_\n# Reproduces: ")
-    assert "# Hardware: " in text
+    assert "# Reproduces: " in text and "# Hardware: " in text
     missing = missing_keys(recipe)
     give = text.partition("\ndefaults:")[0].partition("# Give: ")[2]
     assert all(name in give for name in missing), f"the head of {recipe} says: give {give}"
@@ -345,12 +354,12 @@ def test_draft_takes_the_rewards_that_have_a_gradient(settings: TrainConfig, kin
         ("{kind: color, colr: red}", "unknown key reward.parts.a.colr: did you mean .*a.color"),
         ("{kind: color, scale: big}", "reward.parts.a.scale: Value 'big' .* Float"),
         ("{kind: color, scale: nan}", "reward.parts.a.scale=nan must be finite"),
-        ("{kind: color, weight: much}", "reward.parts.a.weight = 'much' must be a finite number"),
-        ("{kind: color, weight: nan}", "reward.parts.a.weight = nan must be a finite number"),
-        ("{kind: color, weight: [1]}", r"reward.parts.a.weight = \[1\] must be a finite number"),
+        ("{kind: color, weight: much}", "reward.parts.a.weight = 'much' must be finite"),
+        ("{kind: color, weight: nan}", "reward.parts.a.weight = nan must be finite"),
+        ("{kind: color, weight: [1]}", r"reward.parts.a.weight = \[1\] must be finite"),
         ("{kind: clip}", "missing settings: reward.parts.a.pretrained"),
         ("{kind: clipp}", "reward.parts.a.kind = 'clipp'; choose one of clip, color"),
-        ("{kind: [x]}", r"reward.parts.a.kind = \['x'\]; choose one of clip, color"),
+        ("{kind: [x]}", r"reward.parts.a.kind = '\[x\]'; choose one of clip, color"),
         ("{kind: weighted}", "reward.parts.a.kind = 'weighted'; choose one of clip, color"),
         ("{weight: 1}", "reward.parts.a.kind = None; choose one of clip, color"),
         ("7", "reward.parts.a = 7; write {kind: ..., weight: ...}"),
@@ -373,7 +382,7 @@ def test_a_wrong_part_is_named(part: str, expected: str):
         ("training.lr", "did you mean optimizer.lr?"),
         ("model.lora.ranks", "did you mean model.lora.rank?"),
         ("recip", "did you mean recipe?"),
-        ("qqq.zzz", "run with --cfg job to see every key"),
+        ("qqq.zzz", "run with --help to see every key"),
     ],
 )
 def test_an_unknown_key_has_its_nearest(key: str, hint: str):
@@ -404,7 +413,11 @@ def test_every_setting_has_a_name():
         ),
         (["-m", "reward=color,clip"], ["reward=color"], "run-reward=color"),
         (["-m", "+a.b=1,2"], ["+a.b=2"], "run-b=2"),
-        (["-m", "model.pretrained=m/a,m/b"], ["model.pretrained=m/b"], "run-pretrained=m_b"),
+        (
+            ["-m", "model.pretrained=choice('m/a','m/b')"],
+            ["model.pretrained='m/b'"],
+            "run-pretrained=m_b",
+        ),
         (["--config-dir", "my", "-m", "a=1,2"], ["a=1"], "run-a=1"),
     ],
 )
@@ -414,22 +427,142 @@ def test_runs_of_a_sweep_have_names_of_their_own(
     assert swept_name("run", arguments, chosen) == expected
 
 
-@pytest.mark.parametrize(
-    "value",
-    ["~/models/sd", "shards/{000..012}.tar", "a (b)'s file.txt", r"C:\models\new", "d[1].txt"],
-)
-def test_values_need_no_quotes_of_hydras(value: str):
-    settings, _ = compose_train(
-        quoted(["reward=color", "model.pretrained=M", f"data.prompts={value}"], sweep=False)
+# Every refusal has a key, a value and a remedy
+
+
+REFUSED = [
+    *("objective.kl_coef=1", "+objective.kl_coef=1", "+nmae=x", "reward.pretrained=R"),
+    *("training.max_steps=abc", "training.max_steps=1.5", "training.max_steps=null"),
+    *("objective.kl_coeff=[1]", "training.tensorboard=perhaps", "optimizer.betas=0.9"),
+    *("model.parts=network", "model=big", "~objective.kl_coeff", "objective.kl_coeff=0,1"),
+    *("objective.kl_coeff=${nope}", "objective.kl_coeff=nan", "optimizer.lr=inf"),
+    *("training.max_time=soon", "name=a/b", "objective=drafft", "recipe=sd15", "max_steps"),
+    *("reward=jpeg", "objective.cfg_gradient=full,rescale", "data.images.sources.a=3"),
+    *("data.images.sources.a.repeats=0", "model.merge.a={paht: x}", "model.merge.a.scale=x"),
+]
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_a_refusal_names_key_value_and_remedy(override: str):
+    key, _, value = override.lstrip("+~").partition("=")
+    with pytest.raises(ValueError, match=re.escape(key)) as caught:
+        compose_train([*GIVEN, *([] if key == "reward" else ["reward=color"]), override])
+    unknown = "unknown key" in str(caught.value) or "is a setting of" in str(caught.value)
+    assert_explained(str(caught.value), key, None if unknown else value.strip("${}"))
+
+
+# Text stays text
+
+
+TEXTS = [
+    *("1.10", "1_000", "5e-5", "007", "2024.10", "2024-10-01", "true", "no", "~", "-"),
+    *(
+        "~/models/sd",
+        "shards/{000..012}.tar",
+        "cats,dogs",
+        "a=b",
+        "a: b",
+        "[a,b]",
+        "{a: b}",
+        "d[1]",
+    ),
+    *("a (b)'s file", 'say "hi"', "'single'", '"double"', "'", "\\'", r"C:\models\new", "end\\"),
+    *("${x}", r"\${x}", "a\\\\${runs_dir}", "${oc.env:HOME}", "choice(a,b)", "range(3)", "ü ☃"),
+    *("", " ", " a ", "a\nb", "a star, red", "Null", "None", "???x", "d[1]", "+a", "#1", "a # b"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_taken_as_typed(text: str, tmp_path: Path):
+    """On the command line, in lists, in dictionaries, and through config.yaml."""
+    listed = f"'{text}'" if "'" not in text and text[-1:] != "\\" else None
+    inner = [f"model.parts=[network,{listed}]", f"model.merge.b={{path: {listed}}}"]
+    settings, plain = compose_train(
+        [
+            *("objective=supervised", "model.pretrained=M", f"data.images.sources.a.path={text}"),
+            *(f"validation.column={text}", f"model.merge.a.path={text}", f"runs_dir={text}"),
+            *(inner if listed else []),
+        ]
     )
-    assert settings.data.prompts == value
+    assert settings.data.images.sources["a"].path == text
+    assert (settings.validation.column, settings.runs_dir) == (text, text)
+    assert settings.model.merge["a"].path == text
+    if listed:
+        assert settings.model.parts == ["network", text]
+        assert settings.model.merge["b"].path == text
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    assert load_settings(file) == settings
 
 
-def test_what_hydra_can_read_is_left_alone():
-    arguments = ["a=1,2", "b=[1,2]", "prompt='x, y'", "c={d: 1}", "d=", "e=a b"]
-    assert quoted(arguments, sweep=True) == arguments
-    assert quoted(["prompt=a star, red"], sweep=False) == ["prompt='a star, red'"]
-    assert quoted(["prompt=a star, a ring"], sweep=True) == ["prompt=a star, a ring"]
+@pytest.mark.parametrize(
+    ("command", "key", "more"),
+    [
+        ("sample", "prompt", ["pretrained=M"]),
+        ("evaluate", "prompts", ["run=R"]),
+        ("prepare", "pack.path", ["out=O"]),
+        ("plan", "data.shards.path", ["model.pretrained=M", "objective=supervised"]),
+        ("launch", "given.x", ["jobs.a={command: evaluate, settings: ['run=${given.x}']}"]),
+    ],
+)
+def test_texts_of_every_command_are_taken_as_typed(command: str, key: str, more: list[str]):
+    for text in ("1.10", "true", "${y}", "cats,dogs", "[a", "it's"):
+        settings: Any = compose_command(command, [*more, f"{key}={text}"])[0]
+        name, _, leaf = key.partition(".")
+        value = vars(settings)[name]
+        if command == "launch":
+            assert value == {"x": text}
+            assert settings.jobs["a"].settings == [f"run={text}"]
+        elif leaf:
+            assert value_of(settings, key) == text
+        else:
+            assert value == text
+
+
+def test_null_is_none_where_a_setting_may_be_none():
+    given = ["reward=color", *GIVEN]
+    assert compose_train([*given, "data.column=null"])[0].data.column is None
+    for typed in ("'null'", '"null"'):
+        assert compose_train([*given, f"data.column={typed}"])[0].data.column == "null"
+    assert compose_train([*given, "name=null"])[0].name == "null"
+    with pytest.raises(ValueError, match=r"missing settings: data\.prompts"):
+        compose_train(["reward=color", "model.pretrained=M", "data.prompts=???"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("[]", []),
+        ("[network, 1.10, true,null]", ["network", "1.10", "true", "null"]),
+        (r"[.*attn\d?\.to_[qkv],a{1,2}(b,c)]", [r".*attn\d?\.to_[qkv]", "a{1,2}(b,c)"]),
+        ("""['a,b', "c,d", it's, '${x}']""", ["a,b", "c,d", "it's", "${x}"]),
+        (r"""['it\'s', 'end\\']""", ["it's", "end\\"]),
+    ],
+)
+def test_lists_of_texts(typed: str, expected: list[str]):
+    settings, _ = compose_command("prepare", ["out=O", f"pack.columns={typed}"])
+    assert settings.pack.columns == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("training.max_steps=1,2", ["1", "2"]),
+        ("training.seed=range(0,3)", ["0", "1", "2"]),
+        ("objective.cfg_gradient=full,rescale", ["'full'", "'rescale'"]),
+        ("name=cats,dogs", ["'cats,dogs'"]),
+        ("name=choice(1.10)", ["'1.10'"]),
+        ("name=choice(1.10,'a,b',${x})", ["'1.10'", "'a,b'", r"'\${x}'"]),
+        ("model.parts=[network],[network,t]", ["['network']", "['network','t']"]),
+        ("model.parts=[network]", ["['network']"]),
+        ("reward=color,clip", ["color", "clip"]),
+    ],
+)
+def test_values_of_a_sweep(typed: str, expected: list[str]):
+    (override,) = rewritten("train", [typed], sweep=True)
+    parsed = OverridesParser.create().parse_override(override)
+    values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else None
+    assert (values or [override.partition("=")[2]]) == expected
 
 
 # Names of one's own

@@ -18,24 +18,26 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfumato.compose import compose_train, quoted, register
+from sfumato.catalog import find_slot, known_keys
+from sfumato.compose import compose_train, register
 from sfumato.config import (
+    COMMANDS,
     CONF,
     GROUPS,
     ColorRewardConfig,
     DraftConfig,
+    LoraConfig,
     ModelConfig,
     OwnConfig,
     SamplerConfig,
-    TrainConfig,
-    rule_of,
 )
 from sfumato.diffusion.randomness import Rng
-from sfumato.explain import known_keys
+from sfumato.help import command_page, markdown, settings_of
 from sfumato.models import registry
 from sfumato.models.registry import find_family
 from sfumato.models.stable_diffusion import StableDiffusion
 from sfumato.objectives.draft import Draft
+from sfumato.overrides import rewritten
 from sfumato.rewards.build import build_reward
 from sfumato.training.folder import RunFolder
 from sfumato.training.tracking import read_metrics
@@ -126,11 +128,11 @@ def test_commands_compose(words: list[str], monkeypatch: pytest.MonkeyPatch, own
         assert isinstance(objective, OwnConfig)
         own.MyObjective(**objective.settings)
     elif words[start + 1] == "train":
-        assert compose_train(quoted(overrides, sweep=False))
+        assert compose_train(overrides)
     else:
         register()
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            assert compose(words[start + 1], quoted(overrides, sweep=False))
+            assert compose(words[start + 1], rewritten(words[start + 1], overrides))
 
 
 # --- What the tables say
@@ -143,16 +145,6 @@ def rows(page: str) -> list[list[str]]:
     return [row for row in cells if row[1] != "Sfumato"]
 
 
-def choices_of(key: str) -> tuple[str, ...]:
-    """Return what a setting of `sfumato train` may be; empty where it is free."""
-    group, _, name = key.rpartition(".")
-    nodes = [*GROUPS.get(group, {}).values()] or [
-        item.type for item in fields(TrainConfig) if item.name == group
-    ]
-    rules = [rule_of(item) for node in nodes for item in fields(node) if item.name == name]
-    return rules[0].choices if rules else ()
-
-
 def is_setting(text: str) -> bool:
     """Say whether `sfumato train` takes this as KEY or KEY=VALUE."""
     key, _, value = text.partition("=")
@@ -160,7 +152,7 @@ def is_setting(text: str) -> bool:
         return (CONF / "recipe" / f"{value}.yaml").exists()
     if key in GROUPS:
         return not value or value in GROUPS[key]
-    if value and (choices := choices_of(key)):
+    if value and (choices := find_slot("train", key).rule.choices):
         return value in choices
     free = ("model.merge.", "data.images.sources.", "reward.parts.", "objective.settings.")
     return key in known_keys("train") or key.startswith(free)
@@ -200,6 +192,33 @@ def test_settings_that_the_text_names_are_known(page: str) -> None:
     files = (".yaml", ".py", ".md")
     keys = [key for key in keys if not key.endswith(files)]
     assert [key for key in keys if not is_setting(key)] == []
+
+
+# --- The page of settings
+
+
+def test_the_page_of_settings_is_current() -> None:
+    assert PAGES["docs/settings.md"] == markdown(), "run python -m sfumato.help > docs/settings.md"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_of_settings_is_complete(command: str) -> None:
+    """Every key that composes has a setting with its type, default, choices, bounds, comment."""
+    settings = {each.key: each for each in settings_of(command)}
+    owners = {key.rpartition(".")[0] for key in known_keys(command)}
+    keys = {key for key in known_keys(command) if key not in owners or key in GROUPS}
+    assert {key for key in keys if not key.endswith("kind")} <= set(settings)
+    assert all(each.kind and each.default for each in settings.values())
+
+
+def test_a_setting_is_explained() -> None:
+    page = command_page("train", "training.ema_decay")
+    assert "number or null" in page and "0.9999" in page and "0 or more, less than 1" in page
+    assert "(1 + n) / (10 + n)" in page
+    assert "one of fp16" not in command_page("train", "training.precision")
+    assert "one of no, bf16, fp16" in command_page("train", "training.precision")
+    below = command_page("train", "model.lora").splitlines()
+    assert len(below) == len(fields(LoraConfig))
 
 
 # --- The example

@@ -563,7 +563,7 @@ def test_merges_are_settings_of_the_command_line(sd_folder: Path, tmp_path: Path
     assert config.model.merge == {"a": MergeConfig("x", 0.5), "b": MergeConfig("y", 1.0)}
     with pytest.raises(ValueError, match=r"model\.merge\.a\.path = 'x': there is no file x; give"):
         load(config.model)
-    with pytest.raises(ValueError, match=r"model\.merge\.a\.scale = 0\.0 must be another number"):
+    with pytest.raises(ValueError, match=r"model\.merge\.a\.scale ?= ?0\.0 "):
         compose_train([*given, "model.merge.a.scale=0"])
     with pytest.raises(ValueError, match=r"model\.lora\.start = 'x' .* = full trains none; merge"):
         compose_train([*given, "model.lora.start=x", "model.trainable=full"])
@@ -639,9 +639,7 @@ def test_ranks_and_shapes_have_to_be_those_of_the_file(folders: dict[str, Path],
         read_into(folders["sd"], place, rank=8)
     pair = (normal(4, 65), normal(64, 4), 4.0)
     path = kohya_file(tmp_path / "lora.safetensors", **{f"{SPELT_LAYER}_attn1_to_q": pair})
-    with pytest.raises(
-        ValueError, match=r"attn1\.to_q is 64 x 65 in the file, .* 64 x 64 in the model"
-    ):
+    with pytest.raises(ValueError, match=r"attn1\.to_q is 64 x 65 in .* 64 x 64 in the model"):
         read_into(folders["sd"], path)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from toy import ToyModel
 
 from sfumato.compose import compose_train
 from sfumato.config import ModelConfig, TrainConfig, TrainingConfig
@@ -183,9 +184,17 @@ def test_compiling_keeps_the_names_of_weights(sd_folder: Path) -> None:
         assert compiled == (blocks if how == "regional" else [model.network])
 
 
-def test_a_network_without_known_blocks_is_refused() -> None:
-    from toy import ToyModel
+def test_a_model_of_a_script_is_laid_out_and_compiled_whole(captured: list[str]) -> None:
+    model = ToyModel(ModelConfig())
+    model.reference.add_module("convolution", nn.Conv2d(3, 4, 3))
+    settings = ModelConfig(channels_last=True), TrainingConfig(compile="full")
+    arrange(model, TrainConfig(model=settings[0], training=settings[1]), world=1)
+    kernel = model.reference.get_parameter("convolution.weight")
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert captured == ["ToyNetwork", "ToyNetwork"]
 
+
+def test_a_network_without_known_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"regional knows no repeated blocks of ToyNetwork"):
         config = TrainConfig(training=TrainingConfig(compile="regional"))
         arrange(ToyModel(ModelConfig()), config, world=1)

@@ -38,7 +38,7 @@ class SampleConfig:
     run: str | None = None  # a run folder
     step: str | None = None  # number of a checkpoint, or best; null is the last
     pretrained: str | None = None  # a diffusers folder or hub id, instead of a run
-    prompt: str | None = None
+    prompt: str | None = None  # one prompt
     prompts: str | None = None  # a prompt file, instead of one prompt
     column: str | None = None  # of prompts in a .csv or .jsonl
     num_images: int = count(4)  # per prompt
@@ -94,7 +94,7 @@ class PackConfig(ImageSourceConfig):
 class FilterConfig:
     """Which samples of the tars to keep, as a named selection; null is no bound."""
 
-    name: str = "all"
+    name: str = "all"  # of the selection
     min_size: int | None = None  # pixels of the smaller side
     max_size: int | None = None  # pixels of the larger side
     max_aspect: float | None = setting(None, Rule(least=1))  # longer side / shorter side
@@ -125,7 +125,7 @@ class PrepareConfig:
     """`sfumato prepare`: turn URLs or images into tars and caches that training reads."""
 
     out: str = MISSING  # the folder to prepare
-    stages: list[str] = setting(list(STAGES), Rule(choices=STAGES))
+    stages: list[str] = setting(list(STAGES), Rule(choices=STAGES))  # to run
     download: DownloadConfig = field(default_factory=DownloadConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
@@ -181,8 +181,8 @@ class JobConfig:
 
     command: str = setting(MISSING, Rule(choices=JOB_COMMANDS))
     recipe: str | None = None
-    settings: list[str] = field(default_factory=list)  # KEY=VALUE, as on the command line
-    also: list[str] = field(default_factory=list)  # KEY=VALUE to add to a recipe's settings
+    settings: list[str] = setting([], Rule(interpolated=True))  # KEY=VALUE, as on the command line
+    also: list[str] = setting([], Rule(interpolated=True))  # more KEY=VALUE, for a recipe's job
     processes: int | None = count(None)  # per machine; null: the cluster's for prepare and train
     nodes: int | None = count(None)  # Slurm machines; null: the cluster's for prepare and train
 

@@ -11,7 +11,12 @@ Number = int | float
 
 @dataclass(frozen=True)
 class Rule:
-    """What one setting may be; `entries` is the class of each value of a dictionary."""
+    """What one setting may be.
+
+    Attributes:
+        entries: the class of each value of a dictionary; str for texts.
+        interpolated: whether texts read other settings as ${KEY}.
+    """
 
     choices: tuple[str, ...] = ()
     least: Number | None = None
@@ -19,6 +24,7 @@ class Rule:
     most: Number | None = None
     below: Number | None = None
     entries: type | None = None
+    interpolated: bool = False
 
     def __str__(self) -> str:
         """Return the rule in words: "0 or more, less than 1"; empty without a rule."""

@@ -49,7 +49,7 @@ class MergeConfig:
 class NetworkConfig:
     """Where the network comes from, if not from `model.pretrained`."""
 
-    config: str | None = None  # sd1 | sd2 | a diffusers config.json: built at random, to pretrain
+    config: str | None = None  # sd1, sd2 or a diffusers config.json: random weights, to pretrain
     from_pretrained: str | None = None  # weights only: a run, a diffusers folder, an original file
     from_NeMo: bool | None = None  # noqa: N815  the file has NeMo's names; null: recognise them
     ema: bool = True  # prefer averaged weights, if the file has both
@@ -132,7 +132,7 @@ class OwnConfig(ObjectiveConfig):
     """An objective that a script defines; `settings` are recorded with the run."""
 
     kind: str = "own"
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # NAME: a value of any type
 
 
 @dataclass
@@ -154,7 +154,7 @@ class ClipRewardConfig(RewardConfig):
     """exp(logit_scale) x cosine of a CLIP-architecture model: CLIPScore, PickScore."""
 
     kind: str = "clip"
-    pretrained: str = MISSING
+    pretrained: str = MISSING  # a CLIP model: folder or hub id
     processor: str | None = None  # folder or hub id of tokenizer and preprocessing, if elsewhere
     dtype: str = choice(*DTYPES)
     gradient_checkpointing: bool = False
@@ -220,7 +220,7 @@ GROUPS = {"objective": OBJECTIVES, "reward": REWARDS}
 class ImageSourceConfig:
     """An image folder, a table beside images, WebDataset tars or a Hugging Face dataset."""
 
-    path: str | None = None
+    path: str | None = None  # folder, table, tars or dataset; also a glob or brace pattern
     base_path: str | None = None  # folder that a table's paths start from; null is the table's own
     image_column: str | None = None  # null is the first of image, file_name, path
     caption_column: str | None = None  # null is the first of caption, text, prompt
@@ -261,12 +261,9 @@ class ShardDataConfig:
 
 @dataclass
 class DataConfig:
-    """Training data: prompts (DRaFT) or images with captions (supervised).
+    """Training data: prompts (DRaFT) or images with captions (supervised)."""
 
-    Prompts are .txt, .csv, .jsonl or WebDataset .tar; a file, folder, glob or brace pattern.
-    """
-
-    prompts: str | None = None
+    prompts: str | None = None  # .txt, .csv, .jsonl, .tar; a folder, glob or brace pattern
     column: str | None = None  # of prompts in a .csv or .jsonl
     shuffle: bool = True  # prompts
     buffer: int = count(10_000)  # prompts held for shuffling
@@ -326,10 +323,10 @@ class TrainingConfig:
 
 @dataclass
 class TrainConfig:
-    """`sfumato train`."""
+    """`sfumato train`: fine-tune, align or pretrain a text-to-image model."""
 
     name: str = "run"  # of the folder in runs_dir
-    runs_dir: str = "runs"
+    runs_dir: str = "runs"  # folder of all runs
     export: str = choice("last", "best")  # best has the lowest validation loss
     verify: bool = True  # load each export with diffusers and compare an image
     model: ModelConfig = field(default_factory=ModelConfig)

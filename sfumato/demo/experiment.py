@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.compose import DEMO_MODELS, compose_train, literal
+from sfumato.compose import DEMO_MODELS, compose_train
 from sfumato.config import TrainConfig
 from sfumato.demo.reader import attribute_accuracy
 from sfumato.demo.world import SHAPES, parse_caption, partial, random_scene
@@ -71,8 +71,8 @@ def run_demo(out: Path, *, seed: int = 0) -> Path | None:
         overrides = [
             "recipe=demo_draft_plus",
             f"name={name}",
-            literal("runs_dir", str(out)),
-            literal("data.prompts", str(prompts)),
+            f"runs_dir={out}",
+            f"data.prompts={prompts}",
             f"objective.kl_coeff={kl_coeff}",
             f"training.seed={seed}",
         ]

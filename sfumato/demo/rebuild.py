@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sfumato.compose import compose_command, literal
+from sfumato.compose import compose_command
 from sfumato.demo.autoencoder import train_autoencoder, train_decoder
 from sfumato.demo.pictures import write_pictures
 from sfumato.demo.preference import train_preference
@@ -39,7 +39,7 @@ def rebuild(out: Path) -> None:
     Raises:
         ValueError: if a stage fails or is stopped.
     """
-    settings, _ = compose_command("launch", ["recipe=ladder/demo", literal("given.out", str(out))])
+    settings, _ = compose_command("launch", ["recipe=ladder/demo", f"given.out={out}"])
     if not launch(settings):
         raise ValueError("the rebuild was stopped; the same command goes on where it was")
 

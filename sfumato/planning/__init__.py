@@ -1,1 +1,1 @@
-"""What a training recipe costs, before it is paid for: counted on networks without memory."""
+"""Costs of a training recipe, counted on networks without memory."""

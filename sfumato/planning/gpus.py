@@ -1,10 +1,10 @@
-"""What the accelerators can do, as their data sheets state it."""
+"""Peak speed and memory of accelerators, from their data sheets."""
 
 from dataclasses import dataclass
 
 from sfumato.training.flops import PEAKS
 
-TF32 = 0.5  # of the half-precision peak: what float32 products reach on these
+TF32 = 0.5  # of the half-precision peak, for float32 products
 
 
 @dataclass(frozen=True)
@@ -12,9 +12,9 @@ class Gpu:
     """One accelerator.
 
     Attributes:
-        name: as messages show it.
-        tflops: dense half-precision peak, in TFLOP/s; None where nothing is known.
-        memory: bytes that torch reports as the device's own; None likewise.
+        name: for messages.
+        tflops: dense half-precision peak, in TFLOP/s; None if unknown.
+        memory: bytes that torch reports for the device; None if unknown.
     """
 
     name: str
@@ -22,7 +22,7 @@ class Gpu:
     memory: int | None
 
 
-# GiB as torch.cuda.get_device_properties reports them, rounded down: less than is sold.
+# GiB as torch.cuda.get_device_properties reports them, rounded down; the sold sizes are larger.
 GPUS = {
     "a100": Gpu("A100 80 GB", PEAKS["A100"], 79 * 2**30),
     "h100": Gpu("H100 80 GB", PEAKS["H100"], 79 * 2**30),
@@ -33,7 +33,7 @@ GPUS = {
 
 
 def peak_flops(gpu: Gpu, precision: str, stated: float | None) -> float | None:
-    """Return the peak in FLOP/s at a precision (no | bf16 | fp16); None where it is unknown.
+    """Return the peak in FLOP/s at a precision (no | bf16 | fp16); None if unknown.
 
     Args:
         stated: training.peak_tflops, which holds for any precision.

@@ -1,4 +1,4 @@
-"""What lies in one GPU's memory during a step, and how many rows fit."""
+"""Memory of one GPU during a step, and the largest micro-batch that fits."""
 
 from bisect import bisect_right
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from sfumato.planning.blueprint import Blueprint
 from sfumato.planning.step import StepCost
 from sfumato.training.sharding import copy_size
 
-USABLE = 0.92  # of the memory: the rest is CUDA's, NCCL's, workspaces and the allocator's gaps
-GPUS_OF_A_MACHINE = 8  # that share one copy under hsdp, where shard_size is not stated
+USABLE = 0.92  # of the memory; CUDA, NCCL, workspaces and the allocator's gaps take the rest
+GPUS_OF_A_MACHINE = 8  # share one copy under hsdp, if shard_size is not set
 MOMENTS = 2  # of AdamW
-LARGEST = 4096  # rows that are looked for
+LARGEST = 4096  # rows that are tried
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class Held:
     """Bytes in one GPU's memory between steps, and during the backward.
 
     Attributes:
-        weights: of the network, its share under fsdp and hsdp; `frozen` are the encoders'.
-        gathered: under fsdp and hsdp, the blocks that are whole while they run.
-        gradients: None where they come into being as activations go.
+        weights: of the network; under fsdp and hsdp this GPU's share.
+        frozen: weights of the encoders.
+        gathered: under fsdp and hsdp, blocks that are whole while they run.
+        gradients: None if they are allocated while activations are freed (no accumulation).
     """
 
     weights: int
@@ -45,21 +46,21 @@ class Held:
         return self.total + self.activations(cost)
 
     def activations(self, cost: StepCost) -> int:
-        """Return the bytes of activations, with the gradients where these have no row."""
+        """Return the bytes of activations, including gradients if these have no row."""
         return cost.activations if self.gradients is not None else cost.with_gradients
 
 
 def held(
     blueprint: Blueprint, training: TrainingConfig, gpus: int, accumulation: int, dtype: str
 ) -> Held:
-    """Return what one of several GPUs holds.
+    """Return the bytes that one of several GPUs holds.
 
     Args:
         accumulation: micro-batches per step on a GPU.
         dtype: of frozen encoders.
     """
-    network = blueprint.network
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    network = blueprint.model.network
+    trained = count_parameters(network, trained=True)
     copies = shards(training, gpus)
     return Held(
         weights=_share(bytes_of(network), copies),
@@ -83,9 +84,12 @@ def bytes_of(module: nn.Module) -> int:
 
 def parameters_of_encoders(blueprint: Blueprint) -> int:
     """Return how many parameters the autoencoder and the text encoders have."""
-    encoders = blueprint.encoders
-    modules = [encoders.autoencoder, *encoders.texts.values()]
-    return sum(p.numel() for module in modules for p in module.parameters())
+    return sum(count_parameters(module) for module in blueprint.encoders.values())
+
+
+def count_parameters(module: nn.Module, *, trained: bool | None = None) -> int:
+    """Return how many parameters a module has: all, or only trained or frozen ones."""
+    return sum(p.numel() for p in module.parameters() if trained in (None, p.requires_grad))
 
 
 def _share(size: int, copies: int) -> int:
@@ -95,10 +99,11 @@ def _share(size: int, copies: int) -> int:
 def _gathered(blueprint: Blueprint) -> int:
     """Return the bytes of the two largest blocks, the one that runs and the one fetched ahead.
 
-    What lies outside of all blocks is gathered as one more.
+    The layers outside of all blocks count as one more block.
     """
-    sizes = [bytes_of(block) for block in blueprint.blocks]
-    sizes.append(bytes_of(blueprint.network) - sum(sizes))
+    network = blueprint.model.network
+    sizes = [bytes_of(block) for block in blueprint.model.blocks_of(network)]
+    sizes.append(bytes_of(network) - sum(sizes))
     return sum(sorted(sizes)[-2:])
 
 
@@ -116,12 +121,12 @@ def _ema(size: int, training: TrainingConfig, copies: int) -> int:
 
 
 def largest_rows(cost: Callable[[int], int], room: int, rows: int) -> int:
-    """Return the largest number of rows whose bytes are within `room`; 0 where one is too many.
+    """Return the largest number of rows whose bytes are within `room`; 0 if one row is too many.
 
     Args:
-        cost: bytes of a number of rows; convex, and soon a line, so that extending the line gives
-            too many rows rather than too few.
-        rows: whose cost is asked for anyway.
+        cost: bytes of a number of rows; convex and soon linear, so that a linear guess gives too
+            many rows rather than too few.
+        rows: of the micro-batch, whose cost is computed anyway.
     """
     near = max(rows, 8)
     slope = (cost(2 * near) - cost(near)) / near

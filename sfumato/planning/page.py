@@ -1,4 +1,4 @@
-"""A plan as one page of text: what is counted, what is estimated, and what was assumed."""
+"""Page of text that shows a plan: counted numbers, estimates and assumptions."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ DAY = 86_400  # seconds
 
 
 def plan(config: PlanConfig) -> None:
-    """Print what a recipe costs.
+    """Print the costs of a recipe.
 
     Raises:
         ValueError: if the settings cannot work, or cannot be planned.
@@ -69,7 +69,7 @@ def memory(plan: Plan) -> Iterator[str]:
 
 
 def _held(first: Memory, second: Memory) -> dict[str, tuple[int, int]]:
-    """Return the rows of the table of memory, bytes of both columns."""
+    """Return the rows of the memory table, as bytes of both columns."""
     parts = {
         "weights": "weights",
         "encoders, frozen": "frozen",
@@ -124,7 +124,7 @@ def storage(plan: Plan) -> Iterator[str]:
 
 
 def _feed(plan: Plan, size: int) -> str:
-    """Return what one GPU must be fed, in MB/s."""
+    """Return the rate at which one GPU reads data, in MB/s."""
     if plan.seconds is None:
         return "unknown"
     return f"{size * plan.seen / plan.seconds / plan.config.gpus / 1e6:,.2f}"

@@ -1,31 +1,27 @@
-"""What a training recipe costs: `sfumato plan`."""
+"""Plan of a training recipe's costs, for `sfumato plan`."""
 
 from dataclasses import dataclass
 from functools import cache
-
-import torch
+from typing import Any
 
 from sfumato.check import check_train
 from sfumato.config import PlanConfig, SupervisedConfig
 from sfumato.planning.blueprint import Blueprint, read_blueprint
-from sfumato.planning.encoders import encoding_flops
 from sfumato.planning.gpus import GPUS, Gpu, peak_flops
-from sfumato.planning.inputs import predictor
-from sfumato.planning.memory import USABLE, Held, held, largest_rows
+from sfumato.planning.memory import USABLE, Held, count_parameters, held, largest_rows
 from sfumato.planning.step import StepCost, measure_step
 from sfumato.planning.storage import moment_bytes, raw_bytes, text_bytes
-
-AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from sfumato.training.distribution import AUTOCAST
 
 
 @dataclass(frozen=True)
 class Memory:
-    """One GPU's memory with or without gradient checkpointing.
+    """Memory of one GPU with or without gradient checkpointing.
 
     Attributes:
-        rows: of the micro-batch that `cost` is of.
-        largest: rows of a micro-batch that fit, with accumulation if that is what they need;
-            None where the GPU's memory is unknown.
+        rows: of the micro-batch that `cost` belongs to.
+        largest: rows of the largest micro-batch that fits, with accumulation if it needs that;
+            None if the GPU's memory is unknown.
     """
 
     checkpointing: bool
@@ -37,18 +33,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe costs; bytes, FLOPs, seconds.
+    """Costs of a recipe, in bytes, FLOPs and seconds.
 
     Attributes:
         parameters: by part; `trained` first.
-        step_flops: of one sample: forward and backward of the network.
-        executed: of one sample: that, what checkpointing computes again, and the encoders, where
-            they run in the step.
-        encoding: of one sample: autoencoder and text encoders, forward.
-        memory: as the recipe has it, then with gradient checkpointing the other way.
+        step_flops: of one sample, forward and backward of the network.
+        executed: of one sample, `step_flops` with recomputation by checkpointing, and with the
+            encoders if they run in the step.
+        encoding: of one sample, forward of autoencoder and text encoders.
+        memory: with gradient checkpointing as in the recipe, then the opposite.
         accumulation: micro-batches per step on a GPU.
-        seconds: of all steps at the stated utilisation; None where the peak is unknown.
-        raw: bytes of a sample in a tar; `moments` and `text` of a cached one.
+        seconds: of all steps at the stated utilisation; None if the peak is unknown.
+        raw: bytes of a sample in a tar; `moments` and `text` are those of a cached sample.
         assumed: what the recipe leaves open, in words.
     """
 
@@ -86,7 +82,7 @@ class Plan:
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    """Count what a recipe costs, on networks without memory.
+    """Count the costs of a recipe on networks without memory.
 
     Raises:
         ValueError: if the settings cannot work, or cannot be planned.
@@ -98,7 +94,7 @@ def make_plan(config: PlanConfig) -> Plan:
     chosen = config.model.gradient_checkpointing
     memory = memory_of(config, blueprint, chosen), memory_of(config, blueprint, not chosen)
     cost, rows = memory[0].cost, training.micro_batch_size
-    encoding = encoding_flops(blueprint.encoders, *blueprint.size)
+    encoding = blueprint.encoding_flops()
     in_step = 0 if config.data.shards.cached else encoding
     executed = cost.executed // rows + in_step
     peak = peak_flops(gpu, training.precision, training.peak_tflops)
@@ -107,7 +103,7 @@ def make_plan(config: PlanConfig) -> Plan:
     return Plan(
         config=config,
         gpu=gpu,
-        network=type(blueprint.network).__name__,
+        network=type(blueprint.model.network).__name__,
         size=blueprint.size,
         parameters=parameters_of(blueprint),
         forward_flops=cost.forward // rows,
@@ -125,7 +121,7 @@ def make_plan(config: PlanConfig) -> Plan:
 
 
 def check_plan(config: PlanConfig) -> None:
-    """Refuse what cannot be planned, and what could not be trained.
+    """Refuse a recipe that cannot be planned or trained.
 
     Raises:
         ValueError: naming the setting.
@@ -147,12 +143,16 @@ def check_plan(config: PlanConfig) -> None:
 def memory_of(config: PlanConfig, blueprint: Blueprint, checkpointing: bool) -> Memory:
     """Measure a step of the recipe's micro-batch, and find the largest that fits."""
     training = config.training
-    switch_checkpointing(blueprint, checkpointing)
+    network: Any = blueprint.model.network
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    else:
+        network.disable_gradient_checkpointing()
 
     @cache
     def cost(rows: int) -> StepCost:
-        run = predictor(blueprint.network, blueprint.latent, blueprint.conditioning, rows)
-        return measure_step(blueprint.network, run, AUTOCAST[training.precision])
+        dtype = AUTOCAST.get(training.precision)
+        return measure_step(network, blueprint.predictor(rows), dtype)
 
     def holding(rows: int) -> Held:
         accumulation = -(-training.global_batch_size // (rows * config.gpus))
@@ -165,20 +165,10 @@ def memory_of(config: PlanConfig, blueprint: Blueprint, checkpointing: bool) -> 
     return Memory(checkpointing, rows, holding(rows), cost(rows), largest)
 
 
-def switch_checkpointing(blueprint: Blueprint, on: bool) -> None:
-    """Let the network keep its activations, or compute them again."""
-    if on:
-        blueprint.network.enable_gradient_checkpointing()
-    else:
-        blueprint.network.disable_gradient_checkpointing()
-
-
 def parameters_of(blueprint: Blueprint) -> dict[str, int]:
     """Return the number of parameters by part."""
-    own = list(blueprint.network.parameters())
-    parts = {"trained": sum(p.numel() for p in own if p.requires_grad)}
-    if frozen := sum(p.numel() for p in own if not p.requires_grad):
+    network = blueprint.model.network
+    parts = {"trained": count_parameters(network, trained=True)}
+    if frozen := count_parameters(network, trained=False):
         parts["frozen, of the network"] = frozen
-    modules = {"autoencoder": blueprint.encoders.autoencoder, **blueprint.encoders.texts}
-    frozen_parts = {n: sum(p.numel() for p in m.parameters()) for n, m in modules.items()}
-    return parts | frozen_parts
+    return parts | {name: count_parameters(each) for name, each in blueprint.encoders.items()}

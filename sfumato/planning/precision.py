@@ -1,7 +1,7 @@
-"""Mixed precision and fused attention for tensors that have no memory.
+"""Mixed precision and fused attention for tensors on the meta device.
 
-torch.autocast leaves tensors on the meta device alone; here they are cast by CUDA's rules, so that
-each saved activation has the size that it has on a GPU.
+torch.autocast ignores the meta device. This module casts by CUDA's rules, so that each saved
+activation has the size that it has on a GPU.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# The operators of CUDA's autocast, as torch's documentation lists them, that networks call.
+# The operators of CUDA's autocast, from torch's documentation, that networks call.
 LOWERED = {
     *("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "einsum"),
     *("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm"),
@@ -27,7 +27,7 @@ RAISED = {
 
 @final
 class MetaPrecision(TorchFunctionMode):
-    """Runs networks as under CUDA's autocast, with attention in one fused kernel.
+    """Runs networks by the rules of CUDA's autocast, with attention in one fused kernel.
 
     Args:
         dtype: of products and convolutions; None casts nothing.
@@ -36,12 +36,12 @@ class MetaPrecision(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
         self._dtype = dtype
-        self._casts: dict[int, Tensor] = {}  # of weights, each once in a forward
+        self._casts: dict[int, Tensor] = {}  # of weights, each cast once per forward
         self._depth = 0
 
     @contextmanager
     def inside(self, network: nn.Module) -> Iterator[None]:
-        """Hold in each forward of a network, and where a backward computes a part of it again."""
+        """Apply to each forward of a network, also to parts that a backward computes again."""
         handles = []
         for module in network.modules():
             handles.append(module.register_forward_pre_hook(self._enter_module))
@@ -82,7 +82,7 @@ class MetaPrecision(TorchFunctionMode):
     def _cast_all(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Return arguments with their floating-point tensors, also those in lists, in `dtype`."""
+        """Return arguments with floating-point tensors cast to `dtype`, also inside lists."""
 
         def cast(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -112,10 +112,10 @@ def fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return attention by a kernel that keeps no scores; what CUDA runs, on the meta device.
+    """Return attention by CUDA's kernel, which stores no scores; on the meta device.
 
     Args:
-        query: (b, heads, n, width); key and value likewise.
+        query: (b, heads, n, width); key and value have this layout too.
     """
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]

@@ -1,6 +1,4 @@
-"""Bytes of one sample: as a picture in a tar, and as cached tensors."""
-
-from math import prod
+"""Size of one sample in bytes: as a picture in a tar, and as cached tensors."""
 
 from sfumato.planning.blueprint import Blueprint
 
@@ -20,11 +18,12 @@ def raw_bytes(image_bytes: int) -> int:
 
 
 def moment_bytes(blueprint: Blueprint, *, mirrored: bool) -> int:
-    """Return the bytes of a sample's mean and log-variance, twice with mirrored ones."""
+    """Return the bytes of a sample's mean and log-variance; twice if mirrored ones are cached."""
     channels, height, width = blueprint.latent
     return 2 * channels * height * width * CACHE_ITEM * (2 if mirrored else 1)
 
 
 def text_bytes(blueprint: Blueprint) -> int:
-    """Return the bytes of one caption's states, and of its place among all captions."""
-    return CACHE_ITEM * sum(prod(s) for s in blueprint.conditioning.values()) + WORD
+    """Return the bytes of one caption's states, and of its index among all captions."""
+    tensors = blueprint.model.blank_prompts(1).tensors.values()
+    return CACHE_ITEM * sum(tensor.numel() for tensor in tensors) + WORD

@@ -1,10 +1,10 @@
-"""What a cache is made with, told from files alone: two hashes that say when it must be made anew.
+"""Hashes of autoencoder and text encoders, which name the caches of their outputs.
 
-An autoencoder or text encoder is hashed as it is loaded in float32, the dtype in which it encodes:
-its tensors by name, shape and values, and the settings that change what comes out. So a folder may
-be moved, copied, sharded or cut otherwise, and weights stored in half precision equal their copy in
-float32; but the half-precision variant of float32 weights, having other values, is another encoder.
-Of an autoencoder only what encodes counts: a decoder may be tuned, and a scaling factor changed.
+Only files are read. The hash covers the tensors in float32, the dtype in which encoders run, by
+name, shape and value, and the settings that change the output. A folder may be moved, copied or
+sharded in another way. Weights in half precision equal their copy in float32; the half-precision
+variant of float32 weights has other values and is another encoder. Of an autoencoder only the
+encoding half counts: a decoder may be tuned, and a scaling factor changed.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def cache_identity(
 
     Args:
         config: of the model; its own `dtype` and network do not matter.
-        height: of the pictures that are encoded, in pixels; `width` likewise.
+        height: of the encoded pictures in pixels, as is `width`.
         flip: whether mirrored pictures are stored too.
         dtype: of what is stored.
         crop: how pictures that are resized to cover the size are cut.
@@ -58,12 +58,12 @@ def cache_identity(
     """
     family, folder = find_family(config)
     _refuse_text_merges(config)
-    there = family.components(folder)
+    components = family.components(folder)
     allow = config.allow_pickle
     encoders = {
         name: _hash_encoder(folder / name, config.variant, allow_pickle=allow, is_read=_any)
         for name in family.encoders
-        if name in there
+        if name in components
     }
     index = read_model_index(folder)
     zeros = "force_zeros_for_empty_prompt"
@@ -82,7 +82,11 @@ def cache_identity(
         text={
             "pipeline": family.pipeline_name,
             **encoders,
-            **{name: _hash_tokenizer(folder / name) for name in family.tokenizers if name in there},
+            **{
+                name: _hash_tokenizer(folder / name)
+                for name in family.tokenizers
+                if name in components
+            },
             **({zeros: index[zeros]} if zeros in index else {}),
             "dtype": dtype,
         },
@@ -140,15 +144,15 @@ def _tensors(file: Path, stack: ExitStack) -> dict[str, Callable[[], Tensor]]:
 
 
 def _weight_files(part: Path, variant: str | None, *, allow_pickle: bool) -> list[Path]:
-    """Return the files that loading reads: of the variant where there are any, else the plain."""
+    """Return the files that loading reads: those of the variant, or the plain ones without any."""
     cut = r"(-\d{5}-of-\d{5})?"
     marks = [rf"({cut}\.{re.escape(variant)}|\.{re.escape(variant)}{cut})"] if variant else []
     files = sorted(part.iterdir())
     for ending in (r"\.safetensors", *([r"\.bin"] if allow_pickle else [])):
         for mark in (*marks, cut):
             name = re.compile(rf"(diffusion_pytorch_model|pytorch_model|model){mark}{ending}")
-            if found := [file for file in files if name.fullmatch(file.name)]:
-                return found
+            if matching := [file for file in files if name.fullmatch(file.name)]:
+                return matching
     raise ValueError(
         f"{part} holds no weights of a known name ({', '.join(f.name for f in files)}); download "
         "or export the model again"

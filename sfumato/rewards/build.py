@@ -1,4 +1,4 @@
-"""From settings to a reward."""
+"""Builder of rewards from settings."""
 
 import torch
 

@@ -1,9 +1,10 @@
-"""Reading a CLIP model from a transformers folder or the Hugging Face hub, checks first."""
+"""Reader of CLIP models: a transformers folder or a hub id, checked before weights are read."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sfumato.files import fetch, read_object
 
 if TYPE_CHECKING:
     import transformers
@@ -16,12 +17,13 @@ PUBLISHED_STEPS = {
     "do_normalize": True,
     "resample": 3,  # bicubic
 }
+_AGAIN = "copy or download it again"
 LEGACY_EOS = 2  # transformers takes it as a sign to pool at the highest token
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Say what an image tower expects: short side and crop in pixels, mean and std per channel."""
+    """What an image tower expects: short side and crop in pixels, mean and std per channel."""
 
     size: int
     crop: int
@@ -31,7 +33,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class ClipParts:
-    """Hold what a CLIP reward is made of; `max_tokens` counts the start and end tokens too."""
+    """Parts of a CLIP reward; `max_tokens` counts the start and end tokens too."""
 
     model: "transformers.CLIPModel"
     tokenizer: "transformers.PreTrainedTokenizerBase"
@@ -43,8 +45,8 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     """Load a CLIPModel with its tokenizer and image settings, weights last and as stored.
 
     Args:
-        path_or_hub_id: a folder as transformers saves it, or a hub id; for an id the local cache
-            is asked first, then the hub. Weights are read from safetensors only.
+        path_or_hub_id: a folder as transformers saves it, or a hub id, which is looked up in the
+            local cache, then on the hub. Weights are read from safetensors only.
         processor: folder or hub id of the tokenizer and preprocessor_config.json; by default
             `path_or_hub_id`.
 
@@ -57,7 +59,10 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     text, vision = config.text_config, config.vision_config
     assert isinstance(text, CLIPTextConfig)
     assert isinstance(vision, CLIPVisionConfig)
-    folder = _fetch(path_or_hub_id if processor is None else processor, _PROCESSOR)
+    if processor is None:
+        folder = _fetch(path_or_hub_id, _PROCESSOR)
+    else:
+        folder = _fetch(processor, _PROCESSOR, "reward.processor")
     tokenizer = _read_tokenizer(folder, text)
     image_size = _pixels(vision.image_size, (), f"image_size of {path_or_hub_id}")
     image_settings = _read_image_settings(folder, image_size)
@@ -67,7 +72,7 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
 
 @dataclass(frozen=True)
 class _Files:
-    """Name files of a model folder: all to fetch, the sets of which one must be there."""
+    """Files of a model folder: patterns to fetch, and sets of which one must exist."""
 
     patterns: tuple[str, ...]
     alternatives: tuple[tuple[str, ...], ...]
@@ -104,52 +109,21 @@ _WEIGHTS = _Files(
 )
 
 
-def _fetch(name: str, files: _Files) -> Path:
+def _fetch(name: str, files: _Files, setting: str = "reward.pretrained") -> Path:
     """Return the folder `name`, or the snapshot of the hub id `name`, that has `files`."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        folder = _download(name, files)
+        folder = fetch(name, setting, files.patterns, complete=files.are_in)
     if not files.are_in(folder):
         wanted = " or ".join(" with ".join(names) for names in files.alternatives)
         raise ValueError(f"{name} has no {wanted}; {files.advice}")
     return folder
 
 
-def _download(name: str, files: _Files) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    patterns = list(files.patterns)
-    try:
-        try:
-            cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-            if files.are_in(cached):
-                return cached
-        except LocalEntryNotFoundError:
-            pass
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
-        raise ValueError(
-            f"{name} is no folder here, and the Hugging Face hub gives no such model "
-            f"({type(error).__name__}); name a folder that has a config.json, or a hub id such as "
-            "yuvalkirstain/PickScore_v1 where the network reaches the hub"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy or download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; copy or download it again")
-    return content
-
-
 def _read_config(folder: Path) -> "transformers.CLIPConfig":
     from transformers import CLIPConfig
 
-    model_type = _read_json(folder / "config.json").get("model_type")
+    model_type = read_object(folder / "config.json", _AGAIN).get("model_type")
     if model_type != "clip":
         raise ValueError(
             f"{folder} holds a model of model_type {model_type!r}, not 'clip'; choose a whole "
@@ -165,7 +139,7 @@ def _read_tokenizer(
 
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
         if (folder / name).is_file():
-            _read_json(folder / name)
+            read_object(folder / name, _AGAIN)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if len(tokenizer) > text.vocab_size:
         raise ValueError(
@@ -186,10 +160,10 @@ def _read_tokenizer(
 def _read_image_settings(folder: Path, image_size: int) -> ImageSettings:
     """Read the settings, with CLIP's published ones where none are stated."""
     path = folder / "preprocessor_config.json"
-    raw = _read_json(path) if path.is_file() else {}
+    raw = read_object(path, _AGAIN) if path.is_file() else {}
     if not raw and (folder / "processor_config.json").is_file():
         path = folder / "processor_config.json"
-        raw = _read_json(path).get("image_processor", {})
+        raw = read_object(path, _AGAIN).get("image_processor", {})
     for key, value in PUBLISHED_STEPS.items():
         if raw.get(key, value) != value:
             raise ValueError(

@@ -39,10 +39,10 @@ class Own:
     """Parts that a script brings to `train`, in place of those that the settings name.
 
     Attributes:
-        load: gives the model, also for the export, of settings in full.
-        objective: what is minimised.
-        stream: the rows that it is given.
-        prompts: what the validation images show, one image each.
+        load: returns the model of the given settings, for training and for the export.
+        objective: is minimised.
+        stream: gives the rows to train on.
+        prompts: of the validation images, one image each.
     """
 
     load: Callable[[ModelConfig], TextToImageModel] | None = None

@@ -45,7 +45,8 @@ def open_data(
     Raises:
         ValueError: if something cannot be read.
     """
-    stream = stream or open_stream(config, limits)
+    if stream is None:
+        stream = open_stream(config, limits)
     held_out = held_out_samples(config, limits)
     return Data(stream, validation_prompts(config, prompts), held_out)
 
@@ -54,10 +55,8 @@ def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
     """Open the rows to train on that the settings name."""
     data, seed = config.data, config.training.seed
     if not isinstance(config.objective, SupervisedConfig):
-        path, column = str(data.prompts), data.column
-        return open_prompts(
-            path, column=column, seed=seed, shuffle=data.shuffle, buffer=data.buffer
-        )
+        path, shuffle, buffer = str(data.prompts), data.shuffle, data.buffer
+        return open_prompts(path, column=data.column, seed=seed, shuffle=shuffle, buffer=buffer)
     if data.shards.path is not None:
         return open_prepared(config, data.shards, limits)
     height, width = frame_size(config, limits)
@@ -85,7 +84,7 @@ def open_prepared(
 
 
 def first_rows(config: TrainConfig, limits: Limits | None, count: int) -> list[Row]:
-    """Return the first rows of a prepared folder, each cropped in the middle; at most all."""
+    """Return the first rows of a prepared folder, or all if it has fewer, with central crops."""
     plain = replace(
         config.data.shards, shuffle=False, crop="center", flip=False, captions="first", workers=0
     )
@@ -109,10 +108,10 @@ def frame_size(config: TrainConfig, limits: Limits | None) -> tuple[int, int]:
 
 
 def bucket_step(limits: Limits | None, height: int, width: int) -> int:
-    """Return what the sides of buckets are multiples of, in pixels.
+    """Return the step of bucket sides, in pixels.
 
-    That is the largest of the model's own multiples that divides both sides and is at most 64 and
-    an eighth of the shorter one; else the model's multiple itself.
+    It is the largest multiple of the model's own step that divides both sides and is at most 64
+    and an eighth of the shorter side; the model's own step if there is none.
     """
     multiple = limits.multiple if limits is not None else 1
     most = min(64, min(height, width) // 8)
@@ -121,7 +120,7 @@ def bucket_step(limits: Limits | None, height: int, width: int) -> int:
 
 
 def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Row]:
-    """Return what the validation loss is of: held-out images, else the first to train on."""
+    """Return the samples of the validation loss: held-out images, or the first training rows."""
     count = config.validation.loss_images
     if not isinstance(config.objective, SupervisedConfig) or not count:
         return []
@@ -134,35 +133,35 @@ def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Row
 
 
 def validation_images(config: TrainConfig) -> ImageDataConfig:
-    """Return the images of validation: its own, else those of training."""
+    """Return the images of validation, or those of training if validation has none."""
     own = config.validation.images
     return own if own.path or own.sources else config.data.images
 
 
 def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None) -> list[str]:
-    """Return one prompt per validation image, going round where there are fewer.
+    """Return one prompt per validation image; fewer prompts repeat in a circle.
 
     Args:
-        brought: by a script, in place of those that the settings name.
+        brought: a script's own prompts, in place of those that the settings name.
 
     Raises:
-        ValueError: if there is none, or what the settings name cannot be read.
+        ValueError: if there is no prompt, or a file cannot be read.
     """
     count = config.validation.num_images
     own, data, images = config.validation, config.data, validation_images(config)
     if brought:
-        found = list(brought)
+        prompts = list(brought)
     elif own.prompts or data.prompts:
         path, column = (own.prompts, own.column) if own.prompts else (data.prompts, data.column)
-        found = read_prompts(str(path), column=column, limit=count)
+        prompts = read_prompts(str(path), column=column, limit=count)
     elif images.path or images.sources:
         samples = validation_samples(images, count, height=8, width=8, warns=False)
-        found = [sample.caption for sample in samples]
+        prompts = [sample.caption for sample in samples]
     elif config.data.shards.path:
-        found = first_captions(config.data.shards, count)
+        prompts = first_captions(config.data.shards, count)
     else:
         raise ValueError(
-            "nothing says what images are to show; give validation.prompts=FILE in training (a "
-            "script of one's own can bring them, as Own(prompts=[...])), prompts=FILE in evaluation"
+            "no prompts of validation images are named; give validation.prompts=FILE in training "
+            "(a script can bring Own(prompts=[...])), or prompts=FILE in evaluation"
         )
-    return [found[i % len(found)] for i in range(count)]
+    return [prompts[i % len(prompts)] for i in range(count)]

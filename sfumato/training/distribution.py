@@ -1,4 +1,4 @@
-"""One process or many: accelerate for devices, DDP or FSDP2 for the gradient."""
+"""Processes of a run: accelerate for devices, DDP or FSDP2 for the gradient."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @final
 class Distribution:
-    """Who this process is, and what it does together with the others.
+    """This process among the others: its rank and device, and what they do together.
 
     Raises:
         ValueError: if the processes do not divide into groups of `shard_size`.
@@ -59,7 +59,7 @@ class Distribution:
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
     def _mesh(self) -> DeviceMesh:
-        """Return the processes in one row, or under HSDP in a row for each copy."""
+        """Return all processes as one group or, under HSDP, as one group for each copy."""
         if self._copy_size == self.world:
             return init_device_mesh(self.device.type, (self.world,), mesh_dim_names=("shard",))
         shape = (self.world // self._copy_size, self._copy_size)
@@ -81,14 +81,14 @@ class Distribution:
             self.device.type,
             dtype=self._precision,
             enabled=self._precision is not None,
-            # A cast kept from an earlier forward has its backward after that of its block, when
-            # FSDP has exchanged the block's gradients: they would be left for the next step.
+            # The backward of a cast that is reused from an earlier forward runs after FSDP has
+            # exchanged the gradients of the block: they would be left for the next step.
             cache_enabled=not self._shard,
         )
 
     @contextmanager
     def accumulating(self, module: nn.Module, *, last: bool) -> Iterator[None]:
-        """Let only the last micro-batch of a step exchange gradients."""
+        """Exchange gradients only in the last micro-batch of a step."""
         if isinstance(module, DistributedDataParallel) and not last:
             with module.no_sync():
                 yield
@@ -111,15 +111,15 @@ class Distribution:
         return dict(zip(values, (tensor / self.world).tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """Say whether the flag is up on any process."""
+        """Say whether the flag is set on any process."""
         return self.mean({"flag": float(flag)})["flag"] > 0
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let a mistake on one process end all of them, so that none waits for it for ever.
+        """Let an error on one process end all of them, so that none waits for ever.
 
         Raises:
-            ValueError: on every process, if one raised it or an OSError inside.
+            ValueError: on every process, if one raised a ValueError or an OSError inside.
         """
         error: ValueError | OSError | None = None
         try:
@@ -142,7 +142,7 @@ class Distribution:
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group, so that a next run in this process may choose anew."""
+        """Leave the process group, so that a later run in this process may choose another."""
         from accelerate.state import AcceleratorState
 
         self._accelerator.end_training()
@@ -173,7 +173,7 @@ def whole(tensor: Tensor, *, kept: bool = True) -> Tensor:
     All processes must call it.
 
     Args:
-        kept: whether this process wants it; else it gets nothing.
+        kept: whether this process gets it; the others get an empty tensor.
     """
     value = tensor.detach()
     value = value.full_tensor() if isinstance(value, DTensor) else value
@@ -187,17 +187,17 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         placed = value.to(parameter.device)
         return distribute_tensor(placed, parameter.device_mesh, parameter.placements)
-    # Fused AdamW walks through weights and moments by their places in memory.
+    # Fused AdamW needs moments that lie in memory as the weights do.
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor, not copied."""
+    """Return the part of a tensor that this process holds, not copied."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def united(share: Tensor, parameter: Tensor) -> Tensor:
-    """Return the tensor of which each process holds a share, cut as `parameter` is."""
+    """Return the tensor whose shares the processes hold, sharded as `parameter` is."""
     if not isinstance(parameter, DTensor):
         return share
     return DTensor.from_local(

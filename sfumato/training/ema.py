@@ -1,4 +1,4 @@
-"""An exponential moving average of what is trained: what gets validated and exported."""
+"""Exponential moving average (EMA) of the trained weights, which is validated and exported."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,12 @@ from sfumato.training.distribution import like, local, united, whole
 class Ema:
     """Shadow weights: shadow <- d shadow + (1 - d) weight, d = min(decay, (1 + n) / (10 + n)).
 
-    With `every` N it moves at every N-th update alone, by the product of the N decays: as far as N
-    single moves towards the weights of that moment.
-
     Args:
         parameters: by name; the shadows start as copies of this process's share of them.
-        decay: None keeps no shadow, and everything here shows the weights themselves.
-        on_cpu: keep the shadows in host memory, where a thread moves them.
+        decay: None keeps no shadow; then the weights themselves are shown.
+        every: update once per N steps, with the product of the N decays. If the weights had not
+            changed in between, the result would equal N single updates.
+        on_cpu: keep the shadows in host memory, where a thread updates them.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class Ema:
                 self._host = HostMover(list(self._weights().values()))
 
     def _weights(self) -> dict[str, Tensor]:
-        # Looked up anew each time: FSDP may put another tensor behind a parameter.
+        # Looked up anew each time: FSDP may exchange the tensor of a parameter.
         return {name: local(parameter.detach()) for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
@@ -58,20 +57,20 @@ class Ema:
         if self.updates % self._every:
             return
         steps = range(self.updates - self._every, self.updates)
-        kept = math.prod(min(self._decay, (1 + n) / (10 + n)) for n in steps)
+        decay = math.prod(min(self._decay, (1 + n) / (10 + n)) for n in steps)
         shadows, weights = list(self.shadow.values()), list(self._weights().values())
         if self._host is not None:
-            self._host.move(shadows, weights, 1 - kept)
+            self._host.move(shadows, weights, 1 - decay)
         else:
-            torch._foreach_lerp_(shadows, weights, 1 - kept)  # pyright: ignore
+            torch._foreach_lerp_(shadows, weights, 1 - decay)  # pyright: ignore
 
     def before_change(self) -> None:
-        """Let a copy of the weights that is under way end before they are changed."""
+        """Let a copy of the weights that is under way end before the weights change."""
         if self._host is not None:
             self._host.before_change()
 
     def settle(self) -> None:
-        """Wait until the shadows hold what the last update meant them to."""
+        """Wait until the last update of the shadows is complete."""
         if self._host is not None:
             self._host.wait()
 
@@ -79,7 +78,7 @@ class Ema:
         """Return whole shadows on the CPU, by name; all processes must call it.
 
         Args:
-            kept: whether this process wants them.
+            kept: whether this process gets them; the others get empty tensors.
         """
         self.settle()
         return {
@@ -102,12 +101,12 @@ class Ema:
             yield
             return
         self.settle()
-        kept = {name: weight.clone() for name, weight in self._weights().items()}
+        trained = {name: weight.clone() for name, weight in self._weights().items()}
         self._write(self.shadow)
         try:
             yield
         finally:
-            self._write(kept)
+            self._write(trained)
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, weight in self._weights().items():
@@ -116,10 +115,10 @@ class Ema:
 
 @final
 class HostMover:
-    """Moves shadows in host memory by a thread, from copies that a stream of its own makes.
+    """Updater of shadows in host memory: a thread works on copies that a CUDA stream makes.
 
     Args:
-        weights: of the shapes, types and device that `move` will be given.
+        weights: of the same shapes, types and device as those that `move` will get.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:

@@ -1,9 +1,10 @@
-"""The run folder: the only interface between training, evaluation and report."""
+"""Run folder: the only interface between training, evaluation and report."""
 
 import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,7 +15,7 @@ import torch
 
 import sfumato
 from sfumato.config import TrainConfig
-from sfumato.files import read_object, write_text
+from sfumato.files import parse_object, read_object, write_text
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
@@ -104,6 +105,17 @@ class RunFolder:
             }
         )
         write_text(file, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON Lines file, without damaged lines (a kill may cut the last)."""
+    rows = map(parse_object, path.read_bytes().splitlines())
+    return [row for row in rows if row is not None]
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return the text of a JSON Lines file."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def step_name(step: int) -> str:

@@ -1,4 +1,4 @@
-"""The training loop, in the order it happens."""
+"""Training loop: steps, validation and checkpoints, in the order in which they happen."""
 
 import math
 import time
@@ -29,12 +29,12 @@ HEADLINE = ("reward", "kl", "mse")  # what the progress bar shows
 
 
 class TrainingError(ValueError):
-    """Training that cannot go on; the message says at which step and with which prompts."""
+    """Training that cannot go on; the message names the step and the prompts."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, and on what.
+    """Parts of a run that training needs.
 
     Attributes:
         settings: `config` as plain data, for the trackers.
@@ -220,11 +220,11 @@ def validate(
 
 
 def resume(state: TrainState, folder: RunFolder, distribution: Distribution) -> None:
-    """Take up the newest checkpoint, if there is one.
+    """Restore the newest checkpoint, if there is one.
 
     Raises:
         CheckpointError: if it is damaged; the last good one is named.
-        ValueError: if the data is not what it was, or not the same on every process.
+        ValueError: if the data changed, or differs between processes.
     """
     with distribution.together():
         if checkpoints := list_checkpoints(folder.checkpoints):
@@ -238,7 +238,7 @@ def resume(state: TrainState, folder: RunFolder, distribution: Distribution) -> 
 
 
 def save(state: TrainState, writer: CheckpointWriter, distribution: Distribution) -> None:
-    """Write a checkpoint, or begin to, once the one before is on disk.
+    """Write a checkpoint, or begin to, once the previous one is on disk.
 
     Raises:
         CheckpointError: if either could not be written; ValueError on the other processes.
@@ -251,7 +251,7 @@ def save(state: TrainState, writer: CheckpointWriter, distribution: Distribution
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Say whether something that happens every N steps, and at the last, happens now."""
+    """Say whether an action of every N steps, and of the last step, is due now."""
     return step == last or (every > 0 and step % every == 0)
 
 

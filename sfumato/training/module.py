@@ -1,4 +1,4 @@
-"""One forward around the whole objective, so that DDP and FSDP see one forward and one backward."""
+"""Module around the whole objective: DDP and FSDP see one forward and one backward per batch."""
 
 from typing import Any, final
 
@@ -11,7 +11,7 @@ from sfumato.objectives.objective import Loss, Objective
 
 @final
 class TrainingModule(nn.Module):
-    """Registers what is trained, and runs the objective, however often that calls the network."""
+    """Module of the trained weights; its forward is the objective, with all its network calls."""
 
     def __init__(self, model: TextToImageModel, objective: Objective[Any]) -> None:
         super().__init__()

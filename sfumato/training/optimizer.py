@@ -12,7 +12,7 @@ from sfumato.config import OptimizerConfig
 def build_optimizer(
     parameters: Sequence[nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.AdamW:
-    """Return AdamW over the parameters, its update fused into one kernel."""
+    """Return AdamW over the parameters, with the fused update."""
     first, second = config.betas
     return torch.optim.AdamW(
         parameters,
@@ -28,7 +28,7 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
     """Return the rate of optimiser step `step`, counted from 0.
 
     It rises linearly over `warmup_steps`, then stays (`constant`) or falls to 0 at `max_steps`
-    (`linear`, `cosine`). A function of the step alone: nothing of it needs to be saved.
+    (`linear`, `cosine`). It depends only on the step, so nothing needs to be saved.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

@@ -1,4 +1,4 @@
-"""Everything that changes during training, and its way into a snapshot and back."""
+"""Training state: everything that changes during training, to and from a snapshot."""
 
 import math
 from collections.abc import Mapping
@@ -44,14 +44,14 @@ class TrainState:
         self.best_step: int | None = None
         self.best_loss = math.inf
         self._keeps = distribution.is_main
-        # A step that is counted runs uncompiled, so it must not come again after a resume.
+        # The counted step runs uncompiled, so a resumed run must not count again.
         self._keeps_flops = training.compile != "none"
 
     def move(self, rate: float) -> bool:
-        """Let the optimiser take its step, at this learning rate, and the average follow.
+        """Take one optimiser step at this learning rate, and update the EMA.
 
         Returns:
-            False if a gradient overflowed under fp16: then nothing moves but the loss scale.
+            False if a gradient overflowed under fp16: then only the loss scale changes.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -67,9 +67,9 @@ class TrainState:
         return moved
 
     def improves(self, metrics: Mapping[str, float]) -> bool:
-        """Remember this step as the best if its validation loss is the lowest so far; say so."""
+        """Say whether the validation loss is the lowest so far, and remember this step if it is."""
         loss = metrics.get("validation/loss", math.inf)
-        if not loss < self.best_loss:  # also where it is not a number
+        if not loss < self.best_loss:  # NaN included
             return False
         self.best_step, self.best_loss = self.step, loss
         return True
@@ -77,7 +77,7 @@ class TrainState:
     def snapshot(self) -> Snapshot:
         """Return whole tensors of the state, copies on the CPU of the main process.
 
-        All processes must call it; those of the others are empty.
+        All processes must call it; the other processes get empty tensors.
         """
         kept = self._keeps
         moments: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ class TrainState:
         """Put a snapshot back.
 
         Raises:
-            CheckpointError: if it was made with other trainable parameters.
+            CheckpointError: if the trainable parameters differ.
         """
         if snapshot.weights.keys() != self.parameters.keys():
             odd = sorted(snapshot.weights.keys() ^ self.parameters.keys())
@@ -121,8 +121,8 @@ class TrainState:
         for key, value in snapshot.optimizer.items():
             kind, _, name = key.partition("/")
             parameter = self.parameters[name]
-            placed = value.to(parameter.device) if value.ndim == 0 else like(value, parameter)
-            self.optimizer.state[parameter][kind] = placed
+            moment = value.to(parameter.device) if value.ndim == 0 else like(value, parameter)
+            self.optimizer.state[parameter][kind] = moment
         self.stream.restore(snapshot.state["data"])
         self.scaler.load_state_dict(snapshot.state["scaler"])
         if self._keeps_flops:

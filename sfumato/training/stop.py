@@ -1,4 +1,4 @@
-"""When to stop early: SIGTERM, Ctrl-C, or a limit of wall-clock time."""
+"""Early stop of training: SIGTERM, Ctrl-C, or a limit of wall-clock time."""
 
 import os
 import signal
@@ -13,18 +13,18 @@ def parse_duration(text: str) -> float:
     """Return the seconds of [[DD:]HH:]MM:SS.
 
     Raises:
-        ValueError: if the text is no such duration.
+        ValueError: if the text has another form.
     """
     parts = text.split(":")
     if not 2 <= len(parts) <= 4 or not all(part.isdigit() for part in parts):
-        raise ValueError(f"training.max_time = {text!r} is no duration; write [DD:]HH:MM:SS")
+        raise ValueError(f"training.max_time={text!r} is no duration; write [DD:]HH:MM:SS")
     units = (86_400, 3_600, 60, 1)[-len(parts) :]
     return float(sum(int(part) * unit for part, unit in zip(parts, units, strict=True)))
 
 
 @final
 class StopWatch:
-    """Collects the reasons to stop after the step in hand.
+    """Watch over the reasons to stop after the current step.
 
     Args:
         max_time: [[DD:]HH:]MM:SS of wall-clock time from now, loading included; or None.

@@ -1,7 +1,6 @@
-"""Where metrics and images go: metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
+"""Trackers of metrics and images: metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
 
 import importlib.util
-import json
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.config import TrainingConfig
-from sfumato.files import parse_object, write_text
-from sfumato.training.folder import RunFolder
+from sfumato.files import write_text
+from sfumato.training.folder import RunFolder, json_lines, read_rows
 
 
 def check_trackers(config: TrainingConfig) -> None:
@@ -30,11 +29,10 @@ def check_trackers(config: TrainingConfig) -> None:
 
 @final
 class Trackers:
-    """Writes on the main process; on the others every call does nothing.
+    """Writer of metrics and images on the main process; on the others every call does nothing.
 
     Args:
-        first_step: the first that will be logged; rows from there on, left by a run that was
-            killed, are dropped.
+        first_step: the first that will be logged; later rows of a killed run are removed.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class Trackers:
         if not self._active:
             return
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.write(json_lines([{"step": step, **metrics}]))
         self._file.flush()
         if self._board is not None:
             for name, value in metrics.items():
@@ -109,21 +107,20 @@ class Trackers:
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, int | float]]:
-    """Return the rows of metrics.jsonl, without damaged ones, such as a last line cut short."""
-    rows = map(parse_object, folder.metrics.read_bytes().splitlines())
-    return [row for row in rows if row is not None and isinstance(row.get("step"), int)]
+    """Return the rows of metrics.jsonl that have a step."""
+    return [row for row in read_rows(folder.metrics) if isinstance(row.get("step"), int)]
 
 
 def _drop_from(folder: RunFolder, step: int) -> None:
     if folder.metrics.exists():
-        kept = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] < step]
-        write_text(folder.metrics, "".join(kept))
+        earlier = (row for row in read_metrics(folder) if row["step"] < step)
+        write_text(folder.metrics, json_lines(earlier))
 
 
 def _start_wandb(project: str, folder: RunFolder, settings: Mapping[str, Any]) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
-    note = folder.path / "wandb_id"  # a folder's name may come again elsewhere
+    note = folder.path / "wandb_id"  # two folders may have one name
     if not note.exists():
         write_text(note, secrets.token_hex(8))
     return wandb.init(

@@ -1,9 +1,9 @@
 """Validation: pairs (tuned, base) of fixed prompts and noise, and the loss of held-out images."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -19,10 +19,10 @@ from sfumato.models.model import TextToImageModel
 from sfumato.objectives.supervised import Row, Supervised
 from sfumato.rewards.reward import Reward
 from sfumato.training.distribution import Distribution
-from sfumato.training.folder import RunFolder
+from sfumato.training.folder import RunFolder, json_lines, read_rows
 from sfumato.training.tracking import Trackers
 
-SIDES = ("tuned", "base")
+SIDES, PAIRS = ("tuned", "base"), "pairs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Images with captions whose loss is measured at noise and times that are always the same."""
+    """Images with captions, whose loss is always measured at the same noise and times."""
 
     objective: Supervised
     samples: Sequence[Row]
@@ -43,12 +43,12 @@ class HeldOut:
 
 @final
 class Validation:
-    """Makes the same images at every validation: prompt i always starts from noise i.
+    """Maker of the same images at every validation: prompt i always starts from noise i.
 
     Args:
         prompts: one per image.
-        reward: scores them, each with its own prompt, if there is one.
-        held_out: what the validation loss is of, if there is one.
+        reward: scores each image with its own prompt; None leaves scores out.
+        held_out: samples of the validation loss; None leaves the loss out.
     """
 
     def __init__(
@@ -84,41 +84,51 @@ class Validation:
             if pictures.rewards is not None:
                 metrics[f"validation/{name}"] = pictures.rewards.mean().item()
         with self._distribution.together():
-            self._record(folder, step, trackers, tuned)
+            if self._distribution.is_main:
+                self._record(folder.samples(step), step, trackers, (tuned, self._base))
         return metrics
 
-    def _record(self, folder: RunFolder, step: int, trackers: Trackers, tuned: Pictures) -> None:
-        """Write the pairs and show them, on the main process."""
-        assert self._base is not None
-        if self._distribution.is_main:
-            records = self._records(tuned)
-            self._write(folder, step, tuned, records)
-            pairs = torch.cat([tuned.images, self._base.images], dim=3)
-            captions = [
-                " | ".join(
-                    [record["prompt"]]
-                    + [f"{k} {record[f'reward_{k}']:.3f}" for k in SIDES if self._reward]
-                )
-                for record in records
-            ]
-            trackers.images(step, "validation/tuned_base", pairs, captions)
+    def _record(
+        self, path: Path, step: int, trackers: Trackers, sides: tuple[Pictures, Pictures]
+    ) -> None:
+        """Write the pairs into a folder and show them in the trackers."""
+        records: list[dict[str, Any]] = []
+        for i, prompt in enumerate(self._prompts):
+            records.append({"index": i, "prompt": prompt, "seed": self._seeds[i]})
+            for name, side in zip(SIDES, sides, strict=True):
+                if side.rewards is not None:
+                    records[i][f"reward_{name}"] = side.rewards[i].item()
+        with new_folder(path) as folder:
+            for name, side in zip(SIDES, sides, strict=True):
+                for i, image in enumerate(side.images):
+                    save_image(image, folder / f"{i:03d}-{name}.png")
+            (folder / PAIRS).write_text(json_lines(records), encoding="utf-8")
+        scored = SIDES if self._reward else ()
+        captions = [
+            " | ".join([row["prompt"], *(f"{k} {row[f'reward_{k}']:.3f}" for k in scored)])
+            for row in records
+        ]
+        images = torch.cat([side.images for side in sides], dim=3)
+        trackers.images(step, "validation/tuned_base", images, captions)
 
     def _first(self, folder: RunFolder) -> Pictures:
         """Read the pictures of step 0, when the policy was still the base model.
 
         Raises:
-            ValueError: if they are not there.
+            ValueError: if they are missing or damaged.
         """
-        place = folder.samples(0)
-        files = [place / f"{i:03d}-base.png" for i in range(len(self._prompts))]
+        path = folder.samples(0)
+        files = [path / f"{i:03d}-base.png" for i in range(len(self._prompts))]
         try:
-            rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+            rows = read_rows(path / PAIRS)
             rewards = torch.tensor([row["reward_base"] for row in rows]) if self._reward else None
+            if len(rows) != len(files):
+                raise ValueError(f"{PAIRS} has {len(rows)} rows instead of {len(files)}")
             return Pictures(load_images(files), rewards)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"{place} cannot be read ({error}), and it holds the base model's pictures, to "
-                "which validation compares; choose another name for the run (name=...)"
+                f"{path} cannot be read ({error}); validation needs the base model's pictures in "
+                "it; choose another name for the run (name=...)"
             ) from error
 
     def _mine(self, total: int) -> list[int]:
@@ -162,33 +172,10 @@ class Validation:
     def _scores(
         self, model: TextToImageModel, images: Tensor, prompts: Sequence[str], size: int
     ) -> list[float]:
+        if self._reward is None:
+            return [math.nan] * len(prompts)
         scores: list[float] = []
         for i in range(0, len(prompts), size):
             rows = slice(i, i + size)
-            if self._reward is None:
-                scores += [math.nan] * len(prompts[rows])
-            else:
-                scores += self._reward(images[rows].to(model.device), prompts[rows]).tolist()
+            scores += self._reward(images[rows].to(model.device), prompts[rows]).tolist()
         return scores
-
-    def _records(self, tuned: Pictures) -> list[dict[str, Any]]:
-        assert self._base is not None
-        records: list[dict[str, Any]] = []
-        for i, prompt in enumerate(self._prompts):
-            record = {"index": i, "prompt": prompt, "seed": self._seeds[i]}
-            for side, pictures in zip(SIDES, (tuned, self._base), strict=True):
-                if pictures.rewards is not None:
-                    record[f"reward_{side}"] = pictures.rewards[i].item()
-            records.append(record)
-        return records
-
-    def _write(
-        self, folder: RunFolder, step: int, tuned: Pictures, records: Sequence[dict[str, Any]]
-    ) -> None:
-        assert self._base is not None
-        with new_folder(folder.samples(step)) as place:
-            for i in range(len(records)):
-                for side, pictures in zip(SIDES, (tuned, self._base), strict=True):
-                    save_image(pictures.images[i], place / f"{i:03d}-{side}.png")
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            (place / "pairs.jsonl").write_text(lines, encoding="utf-8")

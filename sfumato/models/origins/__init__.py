@@ -3,7 +3,8 @@
 Other rooms import from this package only, never from its modules.
 """
 
-from sfumato.models.origins.assembly import assemble_pipeline
+from sfumato.models.origins.assembly import assemble_pipeline, write_settings
+from sfumato.models.origins.conversion import write_json
 from sfumato.models.origins.network_weights import (
     blank_network,
     check_start,
@@ -24,5 +25,7 @@ __all__ = [
     "unet_settings",
     "unlike_original",
     "without_start",
+    "write_json",
     "write_original",
+    "write_settings",
 ]

@@ -215,17 +215,31 @@ def _write(components: Components, config: ModelConfig, folder: Path) -> None:
     text, is_open_clip = _write_encoder(components.text_encoder, folder / "text_encoder", config)
     _write_tokenizer(components.tokenizer, folder / "tokenizer", zero_padded=is_open_clip)
     _check_fit(components, vae, text)
-    network = dict(components.network)
+    write_settings(config, folder, components.network, components.scheduler)
+
+
+def write_settings(
+    config: ModelConfig,
+    folder: Path,
+    network: Mapping[str, Any],
+    scheduler: Mapping[str, Any] = SCHEDULER,
+) -> None:
+    """Write the settings of network and scheduler, and model_index.json, beside an autoencoder.
+
+    Raises:
+        ValueError: if the autoencoder cannot divide `config.image_size`.
+    """
     if config.image_size is not None:
-        factor, size = downsampling(vae), config.image_size
+        factor = downsampling(read_object(folder / "vae" / "config.json", DAMAGED))
+        size = config.image_size
         if size % factor:
             raise ValueError(
                 f"model.image_size = {size} must be a multiple of {factor} pixels; the nearest is "
                 f"{max(factor, round(size / factor) * factor)}"
             )
-        network["sample_size"] = size // factor
+        network = {**network, "sample_size": size // factor}
     write_json(folder / "unet" / "config.json", network)
-    scheduler = {**components.scheduler, "prediction_type": config.prediction_type}
+    scheduler = {**scheduler, "prediction_type": config.prediction_type}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {**INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
     write_json(folder / "model_index.json", index)

@@ -1,0 +1,229 @@
+"""Help pages: commands, settings and recipes, read from config/ and conf/ without Hydra.
+
+`python -m sfumato.help` prints docs/settings.md.
+"""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sfumato.catalog import CHOICES, RECIPES, find_slot, known_keys
+from sfumato.config import COMMANDS, CONF, Rule, rule_of
+from sfumato.explain import unknown_key
+
+NOTES = """\
+  KEY=VALUE        a text is taken as typed; null is none (a text null: KEY="'null'"); lists are
+                   [a,b] and dictionaries {a: 1}, where a text may stand in quotes
+  --help KEY       one setting, or all below a key
+  --cfg job        print the settings as composed, and do nothing
+  -m KEY=A,B       run once per value; for a text write KEY=choice(A,B)
+  --config-dir DIR also take recipes from DIR/recipe/NAME.yaml"""
+TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+FOLDERS = {"prepare": "prepare/", "launch": "ladder/"}  # of recipes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a command, in words."""
+
+    key: str
+    owner: type
+    kind: str
+    default: str
+    rule: str
+    comment: str
+
+    def __str__(self) -> str:
+        """Return one line."""
+        notes = "; ".join(text for text in (self.rule, self.comment) if text)
+        return f"{self.key} = {self.default}".ljust(46) + f"  {notes}".rstrip()
+
+
+def settings_of(command: str) -> list[Setting]:
+    """Return every setting of a command, in the order of config/."""
+    return list(_settings(command, COMMANDS[command], ""))
+
+
+def command_page(command: str, key: str | None = None) -> str:
+    """Return the help of a command, or of one key and those below it.
+
+    Raises:
+        ValueError: if the command has no such key.
+    """
+    settings = settings_of(command)
+    if key is None:
+        head = [f"usage: sfumato {command} [KEY=VALUE ...]", "", _summary(COMMANDS[command])]
+        recipes = ["", "`sfumato recipes` lists recipes."] if command in RECIPES else []
+        return "\n".join([*head, *recipes, "", NOTES, "", *map(str, settings)])
+    chosen = [each for each in settings if re.fullmatch(rf"{re.escape(key)}(\..*)?", each.key)]
+    if not chosen:
+        raise ValueError(unknown_key(key, known_keys(command)))
+    if len(chosen) > 1:
+        return "\n".join(map(str, chosen))
+    (one,) = chosen
+    lines = {"type": one.kind, "default": one.default, "give": one.rule, "": one.comment}
+    return "\n".join([one.key, *(f"  {name:8} {text}" for name, text in lines.items() if text)])
+
+
+def recipes_page() -> str:
+    """Return the recipes of every command, each with the first line of its head."""
+    heads = recipe_heads()
+    lines = []
+    for title, inside in (("train and plan", ""), *FOLDERS.items()):
+        lines += [f"sfumato {title}:"]
+        for name, head in heads.items():
+            folder = next((each for each in FOLDERS.values() if name.startswith(each)), "")
+            if folder == inside:
+                lines.append(f"  recipe={name:48} {head}")
+    return "\n".join(lines)
+
+
+def recipe_heads() -> dict[str, str]:
+    """Return what each recipe is, in one sentence."""
+    root = CONF / "recipe"
+    heads = {}
+    for path in sorted(root.rglob("*.yaml")):
+        with path.open(encoding="utf-8") as file:
+            next(file)  # @package
+            heads[path.relative_to(root).with_suffix("").as_posix()] = next(file).strip("# \n")
+    return heads
+
+
+def markdown() -> str:
+    """Return docs/settings.md."""
+    lines = ["# Settings", "", "Made from `sfumato/config/` by `python -m sfumato.help`.", ""]
+    lines += ["```", NOTES, "```", ""]
+    seen: dict[type, str] = {}
+    for command, owner in COMMANDS.items():
+        settings = settings_of(command)
+        lines += [f"## sfumato {command}", "", _summary(owner), ""]
+        if command == "plan":
+            lines += ["All settings of `sfumato train`, and:", ""]
+            inherited = {each.key for each in settings_of("train")}
+            settings = [each for each in settings if each.key not in inherited]
+        lines += ["| setting | type | default | give | |", "| --- | --- | --- | --- | --- |"]
+        lines += [*_rows(command, settings, seen), ""]
+    return "\n".join(lines)
+
+
+def _rows(command: str, settings: Sequence[Setting], seen: dict[type, str]) -> Iterator[str]:
+    """Return a row per setting, and one row for all settings of a class that has rows already."""
+    repeated = "\0"
+    for each in settings:
+        prefix = each.key.rpartition(".")[0]
+        rows_at = f"`{prefix}.*` of `sfumato {command}`"
+        if each.key.startswith(repeated):
+            continue
+        if seen.setdefault(each.owner, rows_at) == rows_at:
+            cells = (f"`{each.key}`", each.kind, f"`{each.default}`", each.rule, each.comment)
+            yield "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+        else:
+            repeated = f"{prefix}."
+            yield f"| `{prefix}.*` | | | | as {seen[each.owner]} |"
+
+
+def _settings(command: str, node: Any, prefix: str, where: str = "") -> Iterator[Setting]:
+    """Walk a dataclass, or an instance whose values are the defaults.
+
+    Args:
+        where: the choice of a group that has these settings.
+    """
+    owner = node if isinstance(node, type) else type(node)
+    for item in fields(owner):
+        key, rule = f"{prefix}{item.name}", rule_of(item)
+        if item.name == "kind" and prefix:
+            continue  # the choice of the group
+        factory = item.default_factory
+        default = item.default if factory is MISSING else factory()
+        if node is not owner:
+            default = vars(node)[item.name]
+        if item.name in CHOICES and not prefix:
+            yield _group(command, key, owner, item.type)
+            for name, choice in CHOICES[item.name].items():
+                yield from _settings(command, choice(), f"{key}.", f"{key}={name}")
+        elif is_dataclass(default):
+            yield from _settings(command, default, f"{key}.")
+        else:
+            comment = comments()[_definer(owner, item.name)].get(item.name, "")
+            comment = ": ".join(text for text in (where, comment) if text)
+            kind = _type_words(command, key, rule)
+            yield Setting(key, owner, kind, _value(default), str(rule), comment)
+        entries: Any = rule.entries
+        if is_dataclass(entries) and not prefix.startswith("reward."):
+            yield from _settings(command, entries, f"{key}.NAME.")
+    if not prefix and command in RECIPES:
+        yield Setting("recipe", owner, "text", "null", "", "a recipe; `sfumato recipes` lists them")
+
+
+def _group(command: str, key: str, owner: type, base: Any) -> Setting:
+    text = (CONF / f"{command}.yaml").read_text(encoding="utf-8")
+    chosen = re.search(rf"- {key}: (\w+)", text)
+    choices = Rule(choices=tuple(CHOICES[key]))
+    default = chosen[1] if chosen else "???"
+    return Setting(key, owner, "group", default, str(choices), _summary(base))
+
+
+def _type_words(command: str, key: str, rule: Rule) -> str:
+    slot = find_slot(command, key)
+    if rule.choices and slot.kind is str:
+        words = "choice"
+    elif slot.is_texts:
+        words = "list of texts"
+    else:
+        origin = next((kind for kind in TYPES if slot.kind is kind), None)
+        lists = {list[int]: "list of whole numbers", list[float]: "list of numbers"}
+        words = TYPES[origin] if origin is not None else lists.get(slot.kind, "dictionary")
+    return f"{words} or null" if slot.optional else words
+
+
+def _value(default: Any) -> str:
+    match default:
+        case None:
+            return "null"
+        case bool():
+            return str(default).lower()
+        case list():
+            return f"[{', '.join(map(_value, default))}]"
+        case _:
+            return str(default)
+
+
+def _summary(owner: Any) -> str:
+    return (owner.__doc__ or "").strip().splitlines()[0]
+
+
+def _definer(owner: type, name: str) -> str:
+    """Return the class that defines a field last."""
+    return next(cls.__name__ for cls in owner.__mro__ if name in vars(cls)["__annotations__"])
+
+
+@cache
+def comments() -> Mapping[str, Mapping[str, str]]:
+    """Return the comment of each field of each class of config/."""
+    result: dict[str, dict[str, str]] = {}
+    for path in sorted((Path(__file__).parent / "config").glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        texts = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef):
+                result[node.name] = dict(_comments_of(node, texts))
+    return result
+
+
+def _comments_of(node: ast.ClassDef, texts: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            numbers: Sequence[int] = range(line.lineno, (line.end_lineno or line.lineno) + 1)
+            found = " ".join(texts[number] for number in numbers if number in texts)
+            yield line.target.id, re.sub(r"^# *(noqa: \w+ *)?", "", found)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
