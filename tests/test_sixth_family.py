@@ -263,10 +263,7 @@ def shapes(module: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
 # --- No fifth place
 
 
-EXEMPT = (
-    "models/origins",  # its networks are those of Stable Diffusion's original code
-    "planning",
-)
+EXEMPT = "models/origins"  # its networks are those of Stable Diffusion's original code
 
 
 def family_files() -> dict[str, str]:
