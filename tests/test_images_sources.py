@@ -387,7 +387,7 @@ def test_datasets_may_hold_bytes_or_paths(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"paths row 1: the image path '../x' leaves"):
         listed(folder, base=str(base))
     folder = save_dataset(tmp_path / "number", {"path": [1], "text": ["a"]})
-    with pytest.raises(ValueError, match=r"column 'path' of .* holds int64"):
+    with pytest.raises(ValueError, match=r"column 'path' of .* holds .*int64"):
         listed(folder)
 
 
