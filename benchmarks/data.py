@@ -22,10 +22,18 @@ from measure import machine
 from safetensors.torch import save_file
 
 from sfumato.config import FilterConfig, PackConfig, PrepareConfig, ShardDataConfig
-from sfumato.data.cached import EMPTY, MANIFEST, CacheIdentity
-from sfumato.data.prepared import CACHE, FORMAT, SHARDS, CachedRecord, read_tar_record, record_text
-from sfumato.data.shard_stream import ShardStream
-from sfumato.data.shards import open_shards
+from sfumato.data.prepared.format import (
+    CACHE,
+    EMPTY,
+    FORMAT,
+    MANIFEST,
+    SHARDS,
+    CachedRecord,
+    CacheIdentity,
+    read_tar_record,
+    record_text,
+)
+from sfumato.data.prepared.open import open_shards
 from sfumato.files import sha256_of
 from sfumato.images import to_pil
 from sfumato.preparation.cache_plan import made_of
@@ -138,7 +146,7 @@ def write_cache(folder: Path, size: int) -> int:
     return written
 
 
-def open_case(folders: dict[str, Path], source: str, size: int, workers: int) -> ShardStream:
+def open_case(folders: dict[str, Path], source: str, size: int, workers: int) -> Stream[Sample]:
     cached = source == "cache"
     folder = folders["resized" if cached else source]
     config = ShardDataConfig(path=str(folder), cached=cached, workers=workers)
@@ -167,7 +175,7 @@ def measure_rates(folders: dict[str, Path], options: argparse.Namespace) -> list
     ]
 
 
-def rates_of(stream: ShardStream, seconds: float) -> tuple[float, float]:
+def rates_of(stream: Stream[Sample], seconds: float) -> tuple[float, float]:
     """Return samples per second of the wall clock, and per second of the process's own time.
 
     The first calls fill what is read ahead and are not counted; as many batches as that stay under

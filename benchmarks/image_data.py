@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from measure import machine
 
 from sfumato.config import ImageDataConfig
-from sfumato.data.image_stream import ImageStream
 from sfumato.data.images import open_images
+from sfumato.data.sample import Sample
+from sfumato.data.stream import Stream
 from sfumato.images import to_pil
 
 SHAPES = ((1024, 1024), (896, 1152), (1152, 896), (832, 1216))  # height and width of originals
@@ -130,7 +131,7 @@ def open_time(source: str, path: Path, options: argparse.Namespace) -> Opening:
     return Opening(source, statistics.median(walls), statistics.median(cpus))
 
 
-def open_stream(path: Path, size: int, workers: int) -> ImageStream:
+def open_stream(path: Path, size: int, workers: int) -> Stream[Sample]:
     config = ImageDataConfig(path=str(path), crop="random", flip=True, workers=workers)
     return open_images(config, height=size, width=size, divisor=64, seed=0)
 

@@ -34,8 +34,8 @@ from measure import (
 from parity import Parity, check_parity, compare
 from sft_step import BATCH, HELD, TOLERANCE, supervised_draws, write_model
 
-from sfumato.data.cached import CachedSample
 from sfumato.data.left_out import SkipReport
+from sfumato.data.sample import Encoded, Sample
 from sfumato.data.stream import Stream
 
 MODELS = ("demo", "60m", "860m")  # those with a U-Net
@@ -50,13 +50,13 @@ class Pretrain(Step):
 
 
 @final
-class HeldCache(Stream[CachedSample]):
+class HeldCache(Stream[Sample]):
     """Give out cached samples that are in memory, round and round."""
 
-    def __init__(self, samples: list[CachedSample]) -> None:
+    def __init__(self, samples: list[Sample]) -> None:
         self.samples, self.taken = samples, 0
 
-    def next(self, global_batch_size: int, start: int, stop: int) -> list[CachedSample]:
+    def next(self, global_batch_size: int, start: int, stop: int) -> list[Sample]:
         first = self.taken
         self.taken += global_batch_size
         return [self.samples[(first + i) % len(self.samples)] for i in range(start, stop)]
@@ -232,15 +232,15 @@ def open_ours(case: Pretrain, folder: Path) -> Ours:
     assert size is not None
     moments, states = held_cache(folder, HELD * case.batch)
     samples = [
-        CachedSample(
-            moments=moments[i],
-            text={"states": states[i : i + 1]},
-            empty={"states": states[:1]},
-            caption=PROMPTS[i % len(PROMPTS)],
-            size=size,
+        Sample(
+            None,
+            PROMPTS[i % len(PROMPTS)],
             original=size,
             crop=(0, 0),
             name=str(i),
+            encoded=Encoded(
+                moments[i], {"states": states[i : i + 1]}, {"states": states[:1]}, size
+            ),
         )
         for i in range(len(moments))
     ]

@@ -31,8 +31,8 @@ from measure import (
 )
 from parity import Parity, check_parity, compare
 
-from sfumato.data.frame import Sample
 from sfumato.data.left_out import SkipReport
+from sfumato.data.sample import Sample
 from sfumato.data.stream import Stream
 
 BATCH = {"demo": 16, "60m": 2, "mmdit": 2, "860m": 8}
@@ -198,7 +198,7 @@ def open_bare(case: Step, folder: Path) -> Any:
         max_grad_norm=CLIP_NORM,
         ema_decay=EMA,
     )
-    images = torch.stack([sample.image for sample in samples])
+    images = torch.stack([sample.pixels for sample in samples])
     return BareSft(settings, images, [sample.caption for sample in samples], case.batch)
 
 

@@ -77,10 +77,10 @@ def _check_loop(training: TrainingConfig) -> None:
 
 
 def _check_shards(config: TrainConfig) -> None:
-    from sfumato.data.shards import check_shard_config
+    from sfumato.data.prepared.open import check_shard_config
 
     shards, images = config.data.shards, config.data.images
-    if shards.path is None:
+    if shards.path is None and not shards.sources:
         return
     if not isinstance(config.objective, SupervisedConfig):
         raise ValueError(

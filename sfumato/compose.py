@@ -1,4 +1,4 @@
-"""From recipes and command-line overrides to settings, before any weight is loaded."""
+"""Composer of settings: recipes and command-line overrides become checked dataclasses."""
 
 import math
 import os
@@ -32,7 +32,7 @@ from sfumato.config import (
     check_values,
     rule_of,
 )
-from sfumato.explain import explain, first_line, unknown_key
+from sfumato.explain import explain, first_line, unknown_key, unreadable_value
 from sfumato.overrides import escaped, rewritten
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
@@ -85,7 +85,7 @@ def to_settings(config: Any, prefix: str = "") -> Any:
             raise ValueError(unknown_key(f"{prefix}{odd[0]}", known))
         settings: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{prefix}{error.full_key}: {first_line(str(error))}") from error
+        raise ValueError(unreadable_value(f"{prefix}{error.full_key}", error)) from error
     _resolve_entries(settings, prefix)
     check_values(settings, prefix)
     return settings
@@ -119,7 +119,7 @@ def _unread(config: DictConfig) -> list[str]:
     match config.objective.kind:
         case "draft" if _is_open(data, "prompts", None):
             missing.append("data.prompts")
-        case "supervised" if not data.images.sources:
+        case "supervised" if not (data.images.sources or data.shards.sources):
             if all(_is_open(source, "path", None, "") for source in (data.images, data.shards)):
                 missing.append("data.shards.path" if data.shards.cached else "data.images.path")
     return missing
@@ -289,7 +289,7 @@ def _resolve_part(place: str, given: Any) -> WeightedPartConfig:
     if kind not in choices:
         raise ValueError(f"{place}.kind = {kind!r}; choose one of {', '.join(choices)}")
     if not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise ValueError(f"{place}.weight = {weight!r} must be a finite number")
+        raise ValueError(f"{place}.weight = {weight!r} must be finite; give a number")
     return WeightedPartConfig(_resolve(place, settings, REWARDS[kind]), float(weight))
 
 
@@ -305,5 +305,5 @@ def _resolve(place: str, given: Any, kind: type) -> Any:
     try:
         node = OmegaConf.merge(OmegaConf.structured(kind), _literal(given))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{place}.{error.full_key}: {first_line(str(error))}") from error
+        raise ValueError(unreadable_value(f"{place}.{error.full_key}", error)) from error
     return to_settings(node, f"{place}.")

@@ -1,4 +1,4 @@
-"""What Hydra refuses, in one line that says which key, which value and what to do."""
+"""Messages for errors of Hydra and OmegaConf: one line with key, value and remedy."""
 
 import difflib
 import re
@@ -28,13 +28,13 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unreadable"]
     if match := re.search(r"Could not override '([^']+)'", message):
         if match[1] in CHOICES and match[1] not in known:
-            return f"the recipe chooses {match[1]}, and this command has none: {FOLDERS}"
+            return f"the recipe chooses {match[1]}, and this command has none; choose: {FOLDERS}"
         return unknown_key(match[1], known)
     if match := re.search(r"Could not find '([^'/]+)/([^']+)'", message):
         return _unknown_choice(match[1], match[2], message)
     if match := re.search(r"Key '([^']+)' not in '(\w+)Config'", message):
         name = match[2].lower()
-        return f"the recipe sets {match[1]}, which sfumato {name} does not have: {FOLDERS}"
+        return f"the recipe sets {match[1]}, which sfumato {name} does not have; choose: {FOLDERS}"
     if match := re.match(r"Error merging override ~(.+)", lines[0]):
         return f"~{match[1]}: a setting cannot be taken out; give another value"
     if match := re.match(r"Error merging override ([^=]+)=(.*)", lines[0]):
@@ -55,7 +55,7 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     owners = [name for name, node in CHOICES.get(group, {}).items() if rest in keys_of(node)]
     if key in known and owners:
         choices = " or ".join(f"{group}={name}" for name in owners)
-        return f"{key} is a setting of {choices}, and another {group} was chosen"
+        return f"{key} is a setting of {choices}; choose that, or leave {key} out"
     groups = {name.rpartition(".")[0] for name in known}
     names = [name for name in known if name not in groups] if rest else known
     leaf = key.rpartition(".")[2]
@@ -64,7 +64,7 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
         or [name for name in names if name.rpartition(".")[2] == leaf]
         or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     )
-    hint = f"did you mean {near[0]}?" if near else "run with --cfg job to see every key"
+    hint = f"did you mean {near[0]}?" if near else "run with --help to see every key"
     return f"unknown key {key}: {hint}"
 
 
@@ -76,8 +76,8 @@ def _unknown_choice(group: str, choice: str, message: str) -> str:
         inner = choice.rpartition("/")[0]
         listed = sorted(n for n in listed if n.rpartition("/")[0] == inner) or sorted(listed)
     near = difflib.get_close_matches(choice, listed, n=1)
-    hint = f"did you mean {near[0]}? There" if near else "there"
-    return f"{group} = {choice} is unknown; {hint} are {', '.join(listed)}"
+    hint = f"did you mean {near[0]}? There are" if near else "choose one of"
+    return f"{group} = {choice} is unknown; {hint} {', '.join(listed)}"
 
 
 def _wrong_value(key: str, value: str, cause: str, known: Sequence[str]) -> str:
@@ -86,12 +86,17 @@ def _wrong_value(key: str, value: str, cause: str, known: Sequence[str]) -> str:
     if inner:
         return f"{said}: {key} is a group of settings; give one of them, such as {inner[0]}=..."
     if "not Optional" in cause:
-        return f"{said} must have a value"
+        return f"{said} must have a value; give one"
     match = re.search(r"Value '(.*?)' .*(Integer|Float|bool)|is not a ListConfig, (list)", cause)
     if match is None:
-        return f"{said}: {first_line(cause)}"
+        return f"{said}: {first_line(cause)}; run with --help {key} to see what it may be"
     wrong = f": {match[1]}" if match[1] not in (None, value) else ""
-    return f"{said}{wrong} is not {KINDS[match[2] or match[3]]}"
+    return f"{said}{wrong} is not {KINDS[match[2] or match[3]]}; give one"
+
+
+def unreadable_value(key: str, error: BaseException) -> str:
+    """Return the message for a value that OmegaConf cannot convert."""
+    return f"{key}: {first_line(str(error))}; give another value"
 
 
 def first_line(message: str) -> str:

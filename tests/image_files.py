@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from sfumato.config import ImageDataConfig, ImageSourceConfig
-from sfumato.data.image_stream import ImageStream
+from sfumato.data.sample import Sample
+from sfumato.data.stream import Stream
 
 
 def gradient(height: int, width: int, number: int = 0) -> np.ndarray:
@@ -61,5 +62,5 @@ def config_of(*paths: Path | str, **settings: bool | int | str) -> ImageDataConf
     return config
 
 
-def skip_counts(stream: ImageStream) -> dict[str, int]:
+def skip_counts(stream: Stream[Sample]) -> dict[str, int]:
     return {skip.reason: skip.count for skip in stream.skipped.skips}

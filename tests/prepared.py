@@ -13,13 +13,15 @@ from image_files import png
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfumato.data.cached import EMPTY, MANIFEST, CacheIdentity
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     CACHE,
+    EMPTY,
     INDEX,
+    MANIFEST,
     SELECTIONS,
     SHARDS,
     CachedRecord,
+    CacheIdentity,
     Index,
     IndexedShard,
     KeptRecord,

@@ -63,7 +63,7 @@ WINGS = (
 MAX_CORE = 7_700  # lines
 
 # Contracts for the whole core: a stream gives samples, whatever they are read from.
-SAMPLES = ("data.stream", "data.sample", "data.frame", "data.cached")
+SAMPLES = ("data.stream", "data.sample")
 
 # What else of the wings a place of the core may import.
 CROSSINGS: dict[str, tuple[str, ...]] = {
@@ -75,7 +75,7 @@ CROSSINGS: dict[str, tuple[str, ...]] = {
     "models.registry": ("models.origins",),
     "models.loading": ("models.origins",),
     # Settings of a prepared folder, and files that settings name, are checked before all else.
-    "check": ("data.shards", "models.lora"),
+    "check": ("data.prepared.open", "models.lora"),
 }
 
 TENSOR_ROOMS = (
@@ -111,7 +111,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "safetensors": (
         (
             *("files", "models", "rewards", "training.checkpoint", "demo"),
-            *("data.shards", "data.cache_reader", "preparation.precache"),
+            *("data.prepared.cache", "preparation.precache"),
             "preparation.encoder_hash",
         ),
         FILES,
@@ -137,7 +137,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "numpy": (("images", "data", "evaluation", "demo", "preparation.filter"), "use torch"),
     "PIL": (("images", "data", "rewards", "report", "demo"), "pictures belong in images.py"),
     "pyarrow": (
-        ("data.tables", "preparation.url_table"),
+        ("data.tables", "data.saved_dataset", "preparation.url_table"),
         "tables are read in data/tables.py, tables of URLs written in preparation/url_table.py",
     ),
     "datasets": (("data.saved_dataset",), "saved datasets are read in data/saved_dataset.py"),

@@ -19,7 +19,7 @@ from sfumato.config import (
     SamplerConfig,
     SupervisedConfig,
 )
-from sfumato.data.frame import Sample
+from sfumato.data.sample import Sample
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.loading import load_family
 from sfumato.models.model import Conditioning, TextToImageModel

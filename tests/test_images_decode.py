@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
 from sfumato.data.entries import FileBlob, SpanBlob
-from sfumato.data.frame import Placement, Sample, covering, frame, to_tensor
+from sfumato.data.sample import Placement, Sample, covering, resize_and_crop, to_tensor
 
 
 @pytest.fixture
@@ -228,11 +228,11 @@ def test_any_damage_gives_a_picture_or_a_refusal(blob: FileBlob, kind: str) -> N
 def test_a_crop_at_the_same_scale_is_exact() -> None:
     pixels = gradient(20, 32)
     picture = Image.fromarray(pixels)
-    array, crop = frame(picture, (20, 16), Placement(left=0.5))
+    array, crop = resize_and_crop(picture, (20, 16), Placement(left=0.5))
     assert crop == (0, 8) and np.array_equal(array, pixels[:, 8:24])
-    array, crop = frame(picture, (20, 16), Placement(left=0.999))
+    array, crop = resize_and_crop(picture, (20, 16), Placement(left=0.999))
     assert crop == (0, 16) and np.array_equal(array, pixels[:, 16:])
-    array, crop = frame(picture, (20, 16), Placement(left=0.0, mirrored=True))
+    array, crop = resize_and_crop(picture, (20, 16), Placement(left=0.0, mirrored=True))
     mirrored = pixels[:, ::-1]
     assert crop == (0, 0) and np.array_equal(array, mirrored[:, :16])
 
@@ -244,7 +244,7 @@ def test_resizing_and_cropping_at_once_is_one_after_the_other(
 ) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     picture, target = Image.fromarray(noise), (32, 24)
-    array, (top, left) = frame(picture, target, placement)
+    array, (top, left) = resize_and_crop(picture, target, placement)
     height, width = covering(size, target)
     assert height == 32 or width == 24
     assert height >= 32 and width >= 24
@@ -257,7 +257,7 @@ def test_resizing_and_cropping_at_once_is_one_after_the_other(
 
 def test_an_extremely_long_picture_is_cropped_in_little_memory() -> None:
     picture = Image.new("RGB", (200_000, 2), "red")
-    array, (top, left) = frame(picture, (512, 512), Placement())
+    array, (top, left) = resize_and_crop(picture, (512, 512), Placement())
     assert top == 0 and left > 10**7
     assert (array == [255, 0, 0]).all()
 
@@ -265,7 +265,7 @@ def test_an_extremely_long_picture_is_cropped_in_little_memory() -> None:
 def test_random_crops_are_uniform_and_central_ones_central() -> None:
     picture = Image.new("RGB", (11, 8))
     lefts = [
-        frame(picture, (8, 8), Placement.drawn(seed, random_crop=True, flip=False))[1][1]
+        resize_and_crop(picture, (8, 8), Placement.drawn(seed, random_crop=True, flip=False))[1][1]
         for seed in range(4000)
     ]
     counts = np.bincount(lefts)

@@ -387,7 +387,7 @@ def test_datasets_may_hold_bytes_or_paths(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"paths row 1: the image path '../x' leaves"):
         listed(folder, base=str(base))
     folder = save_dataset(tmp_path / "number", {"path": [1], "text": ["a"]})
-    with pytest.raises(ValueError, match=r"column 'path' of .* holds int64"):
+    with pytest.raises(ValueError, match=r"column 'path' of .* holds .*int64"):
         listed(folder)
 
 
@@ -449,7 +449,7 @@ def test_without_datasets_the_extra_is_named(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "path of the images is empty"),
+        ("", "path is missing"),
         ("absent", "no such file: absent; check the path of the images"),
         ("absent/*.tar", "no file matches"),
         ("{000..001}.tar", "no such file"),

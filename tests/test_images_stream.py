@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +17,27 @@ import pytest
 import torch
 from image_files import config_of, skip_counts, write_folder
 
-from sfumato.data.buckets import bucket_sizes, nearest
-from sfumato.data.decode import Bounds
 from sfumato.data.entries import Blob, Entry, Refusals
-from sfumato.data.frame import Sample
-from sfumato.data.image_order import Order, Pool
-from sfumato.data.image_stream import ImageStream, Loading
-from sfumato.data.images import ImageDataConfig, open_images
+from sfumato.data.epochs import ListEpochs
+from sfumato.data.images import ImageDataConfig, ImageReader, open_images
 from sfumato.data.left_out import SkipLog
+from sfumato.data.order import Pool, PoolOrder
+from sfumato.data.pools import bucket_sizes, nearest
+from sfumato.data.sample import Choices, Sample
+from sfumato.data.stream import OrderedStream, Stream
 
 # Squares, wide and tall pictures, of uneven numbers.
 MIXED = [(20, 20)] * 7 + [(20, 40)] * 5 + [(40, 24)] * 4 + [(17, 19)] * 2
 
 
-def open_small(config: ImageDataConfig, seed: int = 0) -> ImageStream:
+def open_small(config: ImageDataConfig, seed: int = 0) -> Stream[Sample]:
     return open_images(config, height=24, width=24, divisor=8, seed=seed)
 
 
 def same(some: list[Sample], others: list[Sample]) -> bool:
     """Tell whether samples agree in every pixel and word."""
     return len(some) == len(others) and all(
-        torch.equal(a.image, b.image)
+        torch.equal(a.pixels, b.pixels)
         and (a.caption, a.original, a.crop, a.name) == (b.caption, b.original, b.crop, b.name)
         for a, b in zip(some, others, strict=True)
     )
@@ -45,6 +45,11 @@ def same(some: list[Sample], others: list[Sample]) -> bool:
 
 def captions(samples: list[Sample]) -> list[str]:
     return [sample.caption for sample in samples]
+
+
+def pool_of(key: str, members: Sequence[int], share: float, bucket: int = 0) -> Pool:
+    """Return a pool in file order."""
+    return Pool(key, bucket, ListEpochs(members, key=key, seed=0, shuffle=False), share)
 
 
 @pytest.fixture
@@ -88,13 +93,13 @@ def test_crops_and_mirrors_change_with_epoch_and_seed(tmp_path: Path) -> None:
     stream = open_small(config)
     samples = stream.next(60, 0, 60)
     assert len({sample.crop for sample in samples}) > 20
-    mirrored = [bool(sample.image[1, 0, 0] > sample.image[1, 0, -1]) for sample in samples]
+    mirrored = [bool(sample.pixels[1, 0, 0] > sample.pixels[1, 0, -1]) for sample in samples]
     assert 15 < sum(mirrored) < 45
     assert not same(open_small(config, seed=1).next(60, 0, 60), samples)
     config.crop, config.flip = "center", False
     plain = open_small(config).next(60, 0, 60)
     assert {sample.crop for sample in plain} == {(0, 36)}
-    assert all(torch.equal(sample.image, plain[0].image) for sample in plain)
+    assert all(torch.equal(sample.pixels, plain[0].pixels) for sample in plain)
 
 
 def test_order_is_the_same_in_another_process(mixed: ImageDataConfig) -> None:
@@ -104,7 +109,7 @@ def test_order_is_the_same_in_another_process(mixed: ImageDataConfig) -> None:
         "zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3])}; "
         "config = ImageDataConfig(sources=sources, crop='random', flip=True, buckets=True); "
         "stream = open_images(config, height=24, width=24, divisor=8, seed=3); "
-        "print([(s.caption, s.crop, s.image.sum().item()) "
+        "print([(s.caption, s.crop, s.pixels.sum().item()) "
         "for _ in range(9) for s in stream.next(4, 0, 4)])"
     )
     arguments = [str(part) for n, s in mixed.sources.items() for part in (n, s.path, s.weight)]
@@ -117,7 +122,7 @@ def test_order_is_the_same_in_another_process(mixed: ImageDataConfig) -> None:
     )
     stream = open_small(mixed, seed=3)
     rows = [sample for _ in range(9) for sample in stream.next(4, 0, 4)]
-    assert run.stdout.strip() == str([(s.caption, s.crop, s.image.sum().item()) for s in rows])
+    assert run.stdout.strip() == str([(s.caption, s.crop, s.pixels.sum().item()) for s in rows])
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -151,9 +156,9 @@ def test_a_process_decodes_its_own_rows_only(tmp_path: Path, workers: int, ahead
     write_folder(tmp_path, [(16, 16)] * 8)
     blobs = [CountedBlob(tmp_path / f"{i:03d}.png") for i in range(8)]
     entries = [Entry(tmp_path, str(i), (f"{i}",), blob) for i, blob in enumerate(blobs)]
-    pool = Pool("all", (16, 16), tuple(range(8)), 8.0)
-    loading = Loading(False, False, Bounds(), workers, ahead)
-    stream = ImageStream(entries, [pool], Refusals(SkipLog()), loading, seed=0, shuffle=False)
+    order = PoolOrder([pool_of("all", range(8), 8.0)], name="images", guards={})
+    reader = ImageReader(entries, Choices([(16, 16)]))
+    stream = OrderedStream(order, reader, Refusals(SkipLog()), workers=workers, prefetch=ahead)
     CountedBlob.opened.clear()
     assert captions(stream.next(8, 2, 4)) == ["2", "3"]
     stream.next(8, 2, 4)
@@ -208,7 +213,7 @@ def test_resume_with_other_samples_is_refused(tmp_path: Path) -> None:
         open_small(config_of(tmp_path)).restore(
             state | {"images": {"8x32": {"drawn": 0, "samples": 5}}}
         )
-    with pytest.raises(ValueError, match="no place in a stream of images"):
+    with pytest.raises(ValueError, match=r"epoch.* is no position .* has images, places"):
         stream.restore({"epoch": 0, "position": 3})
 
 
@@ -268,7 +273,7 @@ def test_a_batch_has_one_size_and_every_bucket_its_epochs(tmp_path: Path) -> Non
     seen: dict[tuple[int, ...], list[str]] = {}
     for _ in range(90):
         batch = stream.next(2, 0, 2)
-        shapes = {tuple(sample.image.shape[1:]) for sample in batch}
+        shapes = {sample.size for sample in batch}
         assert len(shapes) == 1
         seen.setdefault(shapes.pop(), []).extend(captions(batch))
     assert {size: len(set(rows)) for size, rows in seen.items()} == {
@@ -318,10 +323,10 @@ def test_repeats_of_a_sample_are_cropped_differently(tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_counts_never_stray_far_from_shares(batch: int) -> None:
     shares = [0.5, 7.0, 1.3, 90.0]
-    pools = [Pool(str(i), (8 * i + 8, 8), (i,), share) for i, share in enumerate(shares)]
-    order = Order(pools, seed=0, shuffle=True)
+    pools = [pool_of(str(i), [i], share, bucket=i) for i, share in enumerate(shares)]
+    order = PoolOrder(pools, name="images", guards={})
     for step in range(1, 500):
-        order.take(batch)
+        order.take(batch, 0, batch)
         for drawn, share in zip(order.drawn, shares, strict=True):
             assert abs(drawn - step * batch * share / sum(shares)) < 2 * batch
 
@@ -334,7 +339,7 @@ def test_a_bucket_smaller_than_the_batch_is_warned_of_once(
         for _ in range(3):
             stream.next(4, 0, 4)
     (record,) = caplog.records
-    assert "3 samples fall to 24 x 24 pixels, fewer than the global batch of 4" in record.message
+    assert "3 samples fall to 24x24 pixels, fewer than the global batch of 4" in record.message
 
 
 # Broken samples
@@ -357,7 +362,7 @@ def test_broken_samples_are_replaced_counted_and_warned_of_once(
         rows: list[Sample] = []
         for _ in range(54):
             batch = stream.next(2, 0, 2)
-            assert len({sample.image.shape for sample in batch}) == 1
+            assert len({sample.size for sample in batch}) == 1
             rows += batch
     assert len(rows) == 108
     assert set(captions(rows)) == {f"picture {i}" for i in range(18) if i not in (1, 4, 9)}
@@ -365,7 +370,7 @@ def test_broken_samples_are_replaced_counted_and_warned_of_once(
     (record,) = caplog.records
     assert str(tmp_path) in record.message
     # The replacements come from the broken one's own bucket.
-    wide = [s for s in rows if s.image.shape[1:] == (16, 32)]
+    wide = [s for s in rows if s.size == (16, 32)]
     assert {sample.original for sample in wide} == {(20, 40)}
 
 
@@ -391,7 +396,7 @@ def test_a_bucket_that_is_wholly_broken_borrows_from_the_others(tmp_path: Path) 
     config = config_of(write_folder(tmp_path, [(16, 16)] * 3 + [(16, 32)]), buckets=True)
     break_picture(tmp_path / "003.png")
     stream = open_small(config)
-    shapes = Counter(sample.image.shape[1:] for _ in range(8) for sample in stream.next(1, 0, 1))
+    shapes = Counter(sample.size for _ in range(8) for sample in stream.next(1, 0, 1))
     assert shapes == {(24, 24): 6, (16, 32): 2}
     assert skip_counts(stream) == {"truncated or damaged image": 1}
 

@@ -40,7 +40,7 @@ def states(folder: Path) -> dict[str, str]:
     return {path.stem[4:]: json.loads(path.read_text())["state"] for path in found}
 
 
-def wait_until_ended(folder: Path, seconds: float = 280) -> None:
+def wait_until_ended(folder: Path, seconds: float = 500) -> None:
     end = time.monotonic() + seconds
     while set(states(folder).values()) & set(fake_slurm.WAITING):
         assert time.monotonic() < end, states(folder)
@@ -117,8 +117,8 @@ def task(
         monkeypatch.setenv(f"SLURM_{key}", value)
     fake_slurm.write("1", {"state": "RUNNING", "options": {"requeue": ""}})
     job, folder = read(tmp_path, jobs)[0], str(tmp_path / "launch")
-    described = (job.name, job.command, job.arguments, 1, 1, job.made_of)
-    yield Task(*described, None, folder, save_seconds=5, max_restarts=0, max_requeues=1)
+    job = replace(job, settings=None)
+    yield Task(job, None, folder, save_seconds=5, max_restarts=0, max_requeues=1)
     fake_slurm.write("1", {"state": "COMPLETED"})
 
 
@@ -198,11 +198,11 @@ def test_a_warning_after_the_command_has_ended_fails_nothing(tmp_path: Path):
 def test_machines_meet_at_the_first_of_them(task: Task, monkeypatch: pytest.MonkeyPatch):
     asked = stand_in(monkeypatch, "raise SystemExit(3)")
     with pytest.raises(ValueError, match="it ended with exit code 3"):
-        work(replace(task, nodes=2))
+        work(replace(task, job=replace(task.job, nodes=2)))
     monkeypatch.setenv("SLURM_NODEID", "1")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
     with pytest.raises(SystemExit) as end:
-        work(replace(task, nodes=2))
+        work(replace(task, job=replace(task.job, nodes=2)))
     assert end.value.code == 3
     (first, _), (second, _) = [(given[3], given[0]) for given in asked]
     for meeting, attempt, host in ((first, "1-0", "true"), (second, "1-4", "false")):

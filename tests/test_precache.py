@@ -36,16 +36,15 @@ from sfumato.config import (
     ShardDataConfig,
     TrainingConfig,
 )
-from sfumato.data.cached import CachedSample
-from sfumato.data.frame import Sample
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     CachedRecord,
     PreparedError,
     read_cached_record,
     read_kept_record,
     record_text,
 )
-from sfumato.data.shards import open_shards
+from sfumato.data.prepared.open import open_shards
+from sfumato.data.sample import Sample
 from sfumato.models.registry import load_encoders, load_model
 from sfumato.preparation import precache as precaching
 from sfumato.preparation.encoder_hash import cache_identity
@@ -300,16 +299,16 @@ def test_training_reads_the_same_from_tars_and_from_the_cache(
     cached = open_shards(stored, height=32, width=32, seed=3, identity=identity).next(20, 0, 20)
     seen = set()
     for image, row in zip(raw, cached, strict=True):
-        assert isinstance(image, Sample)
-        assert isinstance(row, CachedSample)
+        assert row.encoded is not None
         assert (image.caption, image.original) == (row.caption, row.original)
         with torch.no_grad():
-            assert_rounded(row.moments, loaded.encode_moments(image.image[None])[0])
-        for text, states in ((image.caption, row.text), ("", row.empty)):
+            moments = row.encoded.moments
+            assert_rounded(moments, loaded.encode_moments(image.pixels[None])[0])
+        for text, states in ((image.caption, row.encoded.text), ("", row.encoded.empty)):
             expected = loaded.encode_prompts([text]).tensors
             assert states.keys() == expected.keys()
             assert_rounded(states["states"], expected["states"])
-        seen.add(row.moments.float().sum().item())
+        seen.add(moments.float().sum().item())
     assert len(seen) > 5, "mirrored ones too"
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato.config import LoraConfig, MergeConfig, ModelConfig
-from sfumato.data.cached import CacheIdentity
+from sfumato.data.prepared.format import CacheIdentity
 from sfumato.models.registry import load_encoders
 from sfumato.preparation.encoder_hash import cache_identity
 

@@ -23,7 +23,7 @@ from sfumato.config import (
     PrecacheConfig,
     PrepareConfig,
 )
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     CachedRecord,
     PreparedError,
     read_cached_record,

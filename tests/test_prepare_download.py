@@ -17,7 +17,7 @@ from image_files import encode, gradient, png
 from PIL import Image
 
 from sfumato.config import DownloadConfig, PackConfig
-from sfumato.data.prepared import PreparedError, read_tar_record
+from sfumato.data.prepared.format import PreparedError, read_tar_record
 from sfumato.preparation.download import download
 from sfumato.preparation.pack import pack
 

@@ -19,7 +19,7 @@ from PIL import Image
 from runs import in_child, kill, on_call
 
 from sfumato.config import DownloadConfig, FilterConfig, PackConfig
-from sfumato.data.prepared import PreparedError, TarRecord, read_tar_record
+from sfumato.data.prepared.format import PreparedError, TarRecord, read_tar_record
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.pack import pack
 

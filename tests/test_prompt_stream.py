@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from sfumato.data.left_out import SkipLog
+from sfumato.data.order import shuffle_buffered
 from sfumato.data.prompts import open_prompts
-from sfumato.data.stream import PromptStream, shuffle_buffered
+from sfumato.data.stream import Stream, prompt_stream
 
 
 def numbered(count: int, prefix: str = "prompt") -> list[str]:
@@ -94,7 +95,7 @@ def test_slices_of_processes_make_the_global_batch(three_shards: str, processes:
 
 @pytest.mark.parametrize(("shuffle", "buffer"), [(True, 5), (True, 10_000), (False, 10_000)])
 def test_resume_is_exact_from_every_position(three_shards: str, shuffle: bool, buffer: int) -> None:
-    def stream() -> PromptStream:
+    def stream() -> Stream[str]:
         return open_prompts(three_shards, seed=1, shuffle=shuffle, buffer=buffer)
 
     expected = stream().next(60, 0, 60)
@@ -140,7 +141,7 @@ def test_no_more_prompts_are_held_than_the_buffer() -> None:
     def read(_: Path) -> Iterator[str]:
         return (CountedPrompt(i) for i in range(20_000))
 
-    stream = PromptStream([Path("a"), Path("b")], read, SkipLog(), buffer=500)
+    stream = prompt_stream([Path("a"), Path("b")], read, SkipLog(), buffer=500)
     for _ in range(4_000):
         stream.next(10, 0, 1)
     assert stream.state() == {"epoch": 0, "position": 40_000}

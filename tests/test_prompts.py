@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sfumato.data.prompts import open_prompts, read_prompts
-from sfumato.data.stream import PromptStream
+from sfumato.data.stream import Stream
 
 HARD_PROMPTS = (
     'a "red" fox, asleep',
@@ -44,7 +44,7 @@ def numbered(count: int, prefix: str = "prompt") -> list[str]:
     return [f"{prefix} {i}" for i in range(count)]
 
 
-def skip_counts(stream: PromptStream) -> dict[str, int]:
+def skip_counts(stream: Stream[str]) -> dict[str, int]:
     return {skip.reason: skip.count for skip in stream.skipped.skips}
 
 
@@ -211,7 +211,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
             open_prompts(path).next(size, start, stop)
     with pytest.raises(ValueError, match="position=-1"):
         open_prompts(path).restore({"epoch": 0, "position": -1})
-    with pytest.raises(ValueError, match="no place in a stream of prompts"):
+    with pytest.raises(ValueError, match="no position in this data, which has epoch, position"):
         open_prompts(path).restore({"epoch": 0, "cursors": {}})
 
 

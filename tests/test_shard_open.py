@@ -19,17 +19,28 @@ from prepared import (
 )
 
 from sfumato.config import ShardDataConfig
-from sfumato.data import shard_checks
-from sfumato.data.cached import EMPTY, MANIFEST, CachedSample, CacheIdentity, central_crop
-from sfumato.data.frame import Placement, frame
-from sfumato.data.prepared import CACHE, INDEX, SELECTIONS, SHARDS, PreparedError
-from sfumato.data.shard_stream import ShardStream
-from sfumato.data.shards import first_captions, open_shards
+from sfumato.data.epochs import RowPick
+from sfumato.data.order import WindowOrder
+from sfumato.data.prepared import check
+from sfumato.data.prepared.format import (
+    CACHE,
+    EMPTY,
+    INDEX,
+    MANIFEST,
+    SELECTIONS,
+    SHARDS,
+    CacheIdentity,
+    PreparedError,
+)
+from sfumato.data.prepared.open import first_captions, open_shards
+from sfumato.data.sample import Placement, Sample, central_crop, resize_and_crop
+from sfumato.data.stream import OrderedStream
 
 COUNT = 10  # samples, four a shard
+Rows = OrderedStream[RowPick, Sample]
 
 
-def open_small(config: ShardDataConfig, identity: CacheIdentity | None = None) -> ShardStream:
+def open_small(config: ShardDataConfig, identity: CacheIdentity | None = None) -> Rows:
     return open_shards(config, height=16, width=16, seed=0, identity=identity or toy_identity())
 
 
@@ -48,8 +59,14 @@ def folder(tmp_path: Path) -> Path:
     return write_prepared(tmp_path, pictures(COUNT), selections=selections)
 
 
-def numbers(stream: ShardStream, count: int) -> list[int]:
+def numbers(stream: Rows, count: int) -> list[int]:
     return sorted(int(row.caption.split()[1]) for row in stream.next(count, 0, count))
+
+
+def samples_of(stream: Rows) -> int:
+    """Return how many samples an epoch has."""
+    assert isinstance(stream.order, WindowOrder)
+    return stream.order.rows.samples
 
 
 # Settings and selections
@@ -261,16 +278,16 @@ def test_how_tensors_are_stored_does_not_matter(folder: Path) -> None:
     config = cached(folder)
     write_cache(folder, toy_identity(flip=True, dtype="float16"))
     (row,) = open_small(config).next(1, 0, 1)
-    assert isinstance(row, CachedSample) and row.moments.dtype == torch.float16
-    assert row.text["prompt_embeds"].dtype == torch.float16
+    assert row.encoded is not None and row.encoded.moments.dtype == torch.float16
+    assert row.encoded.text["prompt_embeds"].dtype == torch.float16
     expected = toy_moments(int(row.caption.split()[1])).half()
-    assert torch.equal(row.moments, expected)
+    assert torch.equal(row.encoded.moments, expected)
     # The one of just this identity comes first, then the most exact.
     write_cache(folder, toy_identity(flip=True))
     (row,) = open_small(config, toy_identity(dtype="bfloat16")).next(1, 0, 1)
-    assert isinstance(row, CachedSample) and row.moments.dtype == torch.float32
+    assert row.encoded is not None and row.encoded.moments.dtype == torch.float32
     (row,) = open_small(config, toy_identity(flip=True, dtype="float16")).next(1, 0, 1)
-    assert isinstance(row, CachedSample) and row.moments.dtype == torch.float16
+    assert row.encoded is not None and row.encoded.moments.dtype == torch.float16
 
 
 # What a cache holds of a selection
@@ -282,7 +299,7 @@ def test_what_is_in_both_halves_and_in_the_selection_is_read(
     write_cache(folder, toy_identity(), without_moments={2, 3}, without_text={5, 8})
     with caplog.at_level(logging.WARNING):
         stream = open_small(cached(folder))
-    assert stream.samples == 6 and numbers(stream, 6) == [0, 1, 4, 6, 7, 9]
+    assert samples_of(stream) == 6 and numbers(stream, 6) == [0, 1, 4, 6, 7, 9]
     (skip,) = stream.skipped.skips
     assert skip.reason == "kept by selection 'all', but not in both halves of the cache"
     assert skip.count == 4 and "(of 3 shards, the first is 00000)" in str(skip)
@@ -298,11 +315,11 @@ def test_a_whole_cache_comes_before_a_partial_one_of_this_very_identity(folder: 
     state = open_small(config).state()
     write_cache(folder, toy_identity(), selection="even")
     stream = open_small(config)
-    assert stream.samples == COUNT and not stream.skipped.skips
+    assert samples_of(stream) == COUNT and not stream.skipped.skips
     stream.restore(state)
     config.selection = "even"  # both hold all of it
     (row,) = open_small(config).next(1, 0, 1)
-    assert isinstance(row, CachedSample) and row.moments.dtype == torch.float32
+    assert row.encoded is not None and row.encoded.moments.dtype == torch.float32
 
 
 def test_a_cache_of_another_selection_lends_what_both_have(folder: Path) -> None:
@@ -322,13 +339,13 @@ def test_counts_of_many_shards_are_taken_from_the_index(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_cache(folder, toy_identity(), selection="even")
-    monkeypatch.setattr(shard_checks, "_FEW", 0)
+    monkeypatch.setattr(check, "_FEW", 0)
     config = cached(folder)
     config.selection = "even"
     for record in (folder / CACHE / toy_identity().moments_folder).glob("0*.json"):
         record.rename(record.with_suffix(".away"))
     stream = open_small(config)
-    assert stream.samples == 5
+    assert samples_of(stream) == 5
     with pytest.raises(PreparedError, match=r"0000\d\.json is missing"):
         stream.next(5, 0, 5)
     # Other counts send it to the records.
@@ -341,14 +358,14 @@ def test_records_tell_where_few_counts_differ(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_cache(folder, toy_identity(), without_text={5})
-    monkeypatch.setattr(shard_checks, "_FEW", 0)
-    monkeypatch.setattr(shard_checks, "_NEARLY", 0.5)
+    monkeypatch.setattr(check, "_FEW", 0)
+    monkeypatch.setattr(check, "_NEARLY", 0.5)
     (folder / CACHE / toy_identity().moments_folder / "00002.json").unlink()
     config = cached(folder)
     config.shuffle = False
     stream = open_small(config)
-    assert stream.samples == COUNT - 1 and numbers(stream, 4) == [0, 1, 2, 3]
-    monkeypatch.setattr(shard_checks, "_NEARLY", 0.2)
+    assert samples_of(stream) == COUNT - 1 and numbers(stream, 4) == [0, 1, 2, 3]
+    monkeypatch.setattr(check, "_NEARLY", 0.2)
     with pytest.raises(PreparedError, match=r"00002\.json is missing"):
         open_small(cached(folder))
 
@@ -359,7 +376,7 @@ def test_counts_that_agree_by_accident_are_found_out(
     halves = {"low": lambda i: i % 4 < 2, "high": lambda i: i % 4 >= 2}
     folder = write_prepared(tmp_path, pictures(8), selections=halves)
     write_cache(folder, toy_identity(), selection="low")
-    monkeypatch.setattr(shard_checks, "_FEW", 0)
+    monkeypatch.setattr(check, "_FEW", 0)
     config = cached(folder)
     config.selection = "high"
     with pytest.raises(PreparedError, match=r"has 0 of the 2 samples .* selection 'high'"):
@@ -373,5 +390,5 @@ def test_the_central_crop_is_that_of_framing(
 ) -> None:
     picture = Image.new("RGB", (original[1], original[0]))
     for mirrored in (False, True):
-        _, crop = frame(picture, size, Placement(mirrored=mirrored))
+        _, crop = resize_and_crop(picture, size, Placement(mirrored=mirrored))
         assert central_crop(original, size) == crop

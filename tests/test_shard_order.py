@@ -8,8 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sfumato.data.recent import Recent
-from sfumato.data.shard_order import ShardOrder, ShardPick, permutation
+from sfumato.data.epochs import RowPick, ShardEpochs, permutation
+from sfumato.data.order import WindowOrder
+from sfumato.data.prepared.tars import LruCache
 
 COUNTS = [5, 0, 3, 8, 1, 1, 6, 0, 4]
 ALL = sorted((shard, row) for shard, count in enumerate(COUNTS) for row in range(count))
@@ -17,11 +18,12 @@ ALL = sorted((shard, row) for shard, count in enumerate(COUNTS) for row in range
 
 def order_of(
     counts: list[int] = COUNTS, *, seed: int = 0, shuffle: bool = True, buffer: int = 7
-) -> ShardOrder:
-    return ShardOrder(counts, seed=seed, shuffle=shuffle, buffer=buffer)
+) -> WindowOrder:
+    rows = ShardEpochs(counts, seed=seed, shuffle=shuffle, buffer=buffer)
+    return WindowOrder(rows, guards={})
 
 
-def places(picks: list[ShardPick]) -> list[tuple[int, int]]:
+def places(picks: list[RowPick]) -> list[tuple[int, int]]:
     return [(pick.shard, pick.row) for pick in picks]
 
 
@@ -29,7 +31,7 @@ def places(picks: list[ShardPick]) -> list[tuple[int, int]]:
 def test_every_epoch_is_a_permutation_of_its_own(buffer: int) -> None:
     order = order_of(buffer=buffer)
     epochs = [places(order.take(28, 0, 28)) for _ in range(6)]
-    assert order.samples == 28 and (order.epoch, order.position) == (6, 0)
+    assert order.rows.samples == 28 and order.state() == {"epoch": 6, "position": 0}
     assert all(sorted(epoch) == ALL for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert places(order_of(seed=1, buffer=buffer).take(28, 0, 28)) != epochs[0]
@@ -48,14 +50,15 @@ def test_batches_and_slices_change_nothing() -> None:
     for first in range(0, 90, 6):
         start, stop = (2, 5) if first % 4 else (0, 0)
         assert by_rank.take(6, start, stop) == whole[first + start : first + stop]
-    assert (by_rank.epoch, by_rank.position) == (90 // 28, 90 % 28)
+    assert by_rank.state() == {"epoch": 90 // 28, "position": 90 % 28}
 
 
 def test_any_position_is_reached_at_once() -> None:
     whole = order_of().take(90, 0, 90)
     for place in (89, 0, 27, 28, 41, 3):
         order = order_of()
-        order.epoch, order.position = divmod(place, 28)
+        epoch, position = divmod(place, 28)
+        order.restore({"epoch": epoch, "position": position})
         assert order.take(1, 0, 1) == whole[place : place + 1]
 
 
@@ -123,14 +126,14 @@ def test_chance_of_a_row_is_its_own() -> None:
 
 def test_samples_are_numbered_in_file_order() -> None:
     order = order_of()
-    assert [order.place(number) for number in range(28)] == ALL
+    assert [order.rows.find(number) for number in range(28)] == ALL
 
 
 def test_half_a_million_shards_are_ordered_in_seconds() -> None:
     started = time.process_time()
     order = order_of([1000] * 500_000, buffer=10_000)
     picks = order.take(8192, 0, 64)
-    order.epoch, order.position = 2, 400_000_000
+    order.restore({"epoch": 2, "position": 400_000_000})
     picks += order.take(8192, 0, 64)
     assert time.process_time() - started < 10
     assert len(set(picks)) == 128 and len({pick.shard for pick in picks[:64]}) == 10
@@ -146,7 +149,7 @@ def test_what_was_loaded_last_is_kept_within_its_weight() -> None:
         loaded.append(key)
         return [key] * key
 
-    recent = Recent(load, len, 9)
+    recent = LruCache(load, len, 9)
     assert [recent.get(key) for key in (3, 4, 3)] == [[3] * 3, [4] * 4, [3] * 3]
     assert loaded == [3, 4]
     recent.get(5)  # 4 was met before 3 and has to go
@@ -166,7 +169,7 @@ def test_one_thread_loads_while_others_wait() -> None:
         loaded.append(key)
         return np.arange(key)
 
-    recent = Recent(load, len, 1000)
+    recent = LruCache(load, len, 1000)
     found: list[np.ndarray] = []
     threads = [
         threading.Thread(target=lambda key=key: found.append(recent.get(key)))

@@ -25,21 +25,28 @@ from prepared import (
 from safetensors.torch import load_file, save_file
 
 from sfumato.config import ShardDataConfig
-from sfumato.data.cached import CachedSample
-from sfumato.data.frame import Sample
+from sfumato.data.epochs import RowPick
 from sfumato.data.images import open_images
 from sfumato.data.left_out import SkipReport
-from sfumato.data.prepared import CACHE, SELECTIONS, SHARDS, read_kept_record, record_text
-from sfumato.data.shard_stream import ShardStream
-from sfumato.data.shards import open_shards
+from sfumato.data.order import WindowOrder
+from sfumato.data.prepared.format import CACHE, SELECTIONS, SHARDS, read_kept_record, record_text
+from sfumato.data.prepared.open import open_shards
+from sfumato.data.sample import Sample
+from sfumato.data.stream import OrderedStream
 from sfumato.preparation.index import write_index
 
 COUNT = 22  # samples, four a shard
-Row = Sample | CachedSample
+Rows = OrderedStream[RowPick, Sample]
 
 
-def open_small(config: ShardDataConfig, seed: int = 0) -> ShardStream:
+def open_small(config: ShardDataConfig, seed: int = 0) -> Rows:
     return open_shards(config, height=16, width=16, seed=seed, identity=toy_identity())
+
+
+def samples_of(stream: Rows) -> int:
+    """Return how many samples an epoch has."""
+    assert isinstance(stream.order, WindowOrder)
+    return stream.order.rows.samples
 
 
 def settings(folder: Path, *, cached: bool = False, workers: int = 0) -> ShardDataConfig:
@@ -57,12 +64,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def told(row: Row) -> tuple[object, ...]:
+def told(row: Sample) -> tuple[object, ...]:
     """Return what raw and cached rows both have."""
     return row.caption, row.original, row.crop
 
 
-def same(some: list[Row], others: list[Row]) -> bool:
+def same(some: list[Sample], others: list[Sample]) -> bool:
     """Tell whether rows agree in every number and word."""
     return len(some) == len(others) and all(
         told(a) == told(b) and torch.equal(content(a), content(b))
@@ -70,17 +77,18 @@ def same(some: list[Row], others: list[Row]) -> bool:
     )
 
 
-def content(row: Row) -> torch.Tensor:
-    if isinstance(row, Sample):
-        return row.image
-    return torch.cat([row.moments.flatten(), *(t.flatten() for t in row.text.values())])
+def content(row: Sample) -> torch.Tensor:
+    if row.encoded is None:
+        return row.pixels
+    text = (t.flatten() for t in row.encoded.text.values())
+    return torch.cat([row.encoded.moments.flatten(), *text])
 
 
-def number(row: Row) -> int:
+def number(row: Sample) -> int:
     return int(row.caption.split()[1])
 
 
-def numbers(rows: list[Row]) -> list[int]:
+def numbers(rows: list[Sample]) -> list[int]:
     return [number(row) for row in rows]
 
 
@@ -114,11 +122,12 @@ def test_cached_rows_hold_what_was_cached_of_their_sample(folder: Path, shuffle:
     empty = toy_states("")
     mirrored = 0
     for row in rows:
-        assert isinstance(row, CachedSample)
-        moments = toy_moments(number(row))
-        mirrored += torch.equal(row.moments, moments.flip(-1))
-        assert torch.equal(row.moments, moments) or torch.equal(row.moments, moments.flip(-1))
-        for states, expected in ((row.text, toy_states(row.caption)), (row.empty, empty)):
+        encoded, moments = row.encoded, toy_moments(number(row))
+        assert encoded is not None
+        turned = torch.equal(encoded.moments, moments.flip(-1))
+        mirrored += turned
+        assert torch.equal(encoded.moments, moments) or turned
+        for states, expected in ((encoded.text, toy_states(row.caption)), (encoded.empty, empty)):
             assert states.keys() == expected.keys()
             assert all(torch.equal(states[name], expected[name]) for name in expected)
         assert row.size == (16, 16)
@@ -133,10 +142,10 @@ def test_raw_and_cached_rows_come_in_one_order_with_the_same_chance(folder: Path
     for _ in range(12):
         pairs = list(zip(raw.next(5, 0, 5), cached.next(5, 0, 5), strict=True))
         for picture, row in pairs:
-            assert isinstance(picture, Sample) and isinstance(row, CachedSample)
+            assert row.encoded is not None
             assert told(picture) == told(row)
-            mirrored = bool(picture.image[1, 0, 0] > picture.image[1, 0, -1])
-            assert torch.equal(row.moments, toy_moments(number(row))) is not mirrored
+            mirrored = bool(picture.pixels[1, 0, 0] > picture.pixels[1, 0, -1])
+            assert torch.equal(row.encoded.moments, toy_moments(number(row))) is not mirrored
     assert raw.state() == cached.state()
 
 
@@ -145,8 +154,9 @@ def test_first_captions_and_no_mirrors_are_the_default(folder: Path) -> None:
         config = ShardDataConfig(path=str(folder), cached=cached, workers=0)
         rows = open_small(config).next(2 * COUNT, 0, 2 * COUNT)
         assert {row.caption for row in rows} == {f"picture {i}" for i in range(COUNT)}
-        moments = [row for row in rows if isinstance(row, CachedSample)]
-        assert all(torch.equal(row.moments, toy_moments(number(row))) for row in moments)
+        pairs = [(row.encoded.moments, toy_moments(number(row))) for row in rows if row.encoded]
+        assert len(pairs) == (len(rows) if cached else 0)
+        assert all(torch.equal(moments, expected) for moments, expected in pairs)
 
 
 def test_crops_of_tars_are_random_where_asked(tmp_path: Path) -> None:
@@ -159,9 +169,9 @@ def test_crops_of_tars_are_random_where_asked(tmp_path: Path) -> None:
 
 def test_a_row_is_a_copy_and_not_a_view_of_the_file(folder: Path) -> None:
     (row,) = open_small(settings(folder, cached=True)).next(1, 0, 1)
-    assert isinstance(row, CachedSample)
-    assert row.moments.untyped_storage().nbytes() == row.moments.nbytes
-    assert all(t.untyped_storage().nbytes() == t.nbytes for t in row.text.values())
+    assert row.encoded is not None
+    for tensor in (row.encoded.moments, *row.encoded.text.values()):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_a_sample_is_told_by_its_place_and_caption(folder: Path) -> None:
@@ -207,7 +217,7 @@ def test_other_processes_go_on_without_repeating_or_losing_a_sample(
     folder: Path, cached: bool
 ) -> None:
     config = settings(folder, cached=cached, workers=2)
-    rows: list[Row] = []
+    rows: list[Sample] = []
     state = open_small(config).state()
     # More processes than shards (six), and other batches, in the middle of epochs.
     for processes, each, steps in ((2, 2, 3), (7, 1, 1), (1, 5, 3), (3, 2, 2), (2, 1, 2)):
@@ -229,7 +239,7 @@ def test_other_processes_go_on_without_repeating_or_losing_a_sample(
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_order_is_the_same_in_another_process(folder: Path, cached: bool) -> None:
     program = (
-        "import sys; from sfumato.data.shards import *; "
+        "import sys; from sfumato.data.prepared.open import *; "
         "config = ShardDataConfig(path=sys.argv[1], cached=sys.argv[2] == 'True', flip=True, "
         "captions='random', buffer=6); "
         "from prepared import toy_identity; "
@@ -253,7 +263,7 @@ def test_a_selection_is_all_that_is_read(folder: Path) -> None:
         config = settings(folder, cached=cached)
         config.selection = "odd"
         stream = open_small(config)
-        assert stream.samples == 11
+        assert samples_of(stream) == 11
         rows = [*stream.next(11, 0, 11), *stream.next(11, 0, 11)]
         assert Counter(numbers(rows)) == Counter([*range(1, COUNT, 2)] * 2)
 
@@ -266,10 +276,10 @@ def test_resume_with_other_samples_or_another_order_is_refused(folder: Path, cac
     with pytest.raises(ValueError, match=r"other samples.*data\.shards\.selection"):
         open_small(config).restore(state)
     config.selection, config.buffer = "all", 7
-    with pytest.raises(ValueError, match=r"shuffled within 6 .* by seed 0, and now is .* within 7"):
+    with pytest.raises(ValueError, match=r"order was 'shuffled within 6 .* within 7 "):
         open_small(config).restore(state)
     config.buffer = 6
-    with pytest.raises(ValueError, match="no place in a stream of shards"):
+    with pytest.raises(ValueError, match=r"is no position .* has epoch, position, shards, order"):
         open_small(config).restore({"epoch": 0, "position": 3})
     for epoch, position in ((-1, 0), (0, -1), (0, COUNT)):
         with pytest.raises(ValueError, match=f"position={position} is no place in epochs of 22"):

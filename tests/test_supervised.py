@@ -12,7 +12,7 @@ from torch import Tensor
 from toy import ToyModel
 
 from sfumato.config import ModelConfig, SupervisedConfig
-from sfumato.data.frame import Sample
+from sfumato.data.sample import Sample
 from sfumato.diffusion.process import RectifiedFlow, VariancePreserving
 from sfumato.diffusion.randomness import Rng
 from sfumato.objectives.supervised import Supervised, binned, bump, min_snr

@@ -16,7 +16,7 @@ from sfumato.config import DownloadConfig, ImageSourceConfig, PackConfig
 from sfumato.data.entries import Columns
 from sfumato.data.images import open_images, validation_samples
 from sfumato.data.left_out import SkipLog
-from sfumato.data.prepared import read_tar_record
+from sfumato.data.prepared.format import read_tar_record
 from sfumato.data.prompts import open_prompts, read_prompts
 from sfumato.data.sources import list_source
 from sfumato.preparation.pack import pack

@@ -235,6 +235,7 @@ class ImageDataConfig(ImageSourceConfig):
     sources: dict[str, Any] = entries(ImageSourceConfig)  # NAME: {path: ..., ...}
     crop: str = choice("center", "random")
     flip: bool = False  # mirror every second image, at random
+    captions: str = choice("first", "random")  # of a picture that has several
     buckets: bool = False  # keep aspect ratios: each image is cropped to the nearest of several
     min_size: int | None = count(None)  # pixels; leave out smaller images; null enlarges them
     max_pixels: int = setting(MAX_PIXELS, PIXELS)  # leave out larger images; Pillow's limit
@@ -244,15 +245,27 @@ class ImageDataConfig(ImageSourceConfig):
 
 
 @dataclass
-class ShardDataConfig:
-    """Images with captions that `sfumato prepare` wrote: tars, or a cache of their encodings."""
+class ShardSourceConfig:
+    """A folder that `sfumato prepare` wrote."""
 
     path: str | None = None  # the prepared folder
     selection: str = "all"  # name of the filter whose samples are read
+    repeats: int = count(1)  # times in an epoch
+    weight: float | None = positive(None)  # share of the rows; null: by size x repeats
+
+
+@dataclass
+class ShardDataConfig(ShardSourceConfig):
+    """Prepared images with captions, as tars or a cache: one folder, or several in `sources`."""
+
+    sources: dict[str, Any] = entries(ShardSourceConfig)  # NAME: {path: ..., ...}
     cached: bool = False  # latents and text states instead of pictures and captions
     crop: str = choice("center", "random")  # random from tars only
     flip: bool = False  # mirror every second image, at random; a cache must hold mirrored ones
     captions: str = choice("first", "random")  # of a picture that has several
+    buckets: bool = False  # keep aspect ratios; a cache must hold moments of each size
+    min_size: int | None = count(None)  # pixels; leave out smaller images; null enlarges them
+    max_pixels: int = setting(MAX_PIXELS, PIXELS)  # leave out larger images
     shuffle: bool = True
     buffer: int = count(10_000)  # samples of the window in which samples are shuffled
     workers: int = not_negative(4)  # threads that read and decode; 0 reads when asked
@@ -263,8 +276,8 @@ class ShardDataConfig:
 class DataConfig:
     """Training data: prompts (DRaFT) or images with captions (supervised)."""
 
-    prompts: str | None = None  # .txt, .csv, .jsonl, .tar; a folder, glob or brace pattern
-    column: str | None = None  # of prompts in a .csv or .jsonl
+    prompts: str | None = None  # .txt, tables, .tar; a folder, glob or brace pattern
+    column: str | None = None  # of prompts in a table
     shuffle: bool = True  # prompts
     buffer: int = count(10_000)  # prompts held for shuffling
     images: ImageDataConfig = field(default_factory=ImageDataConfig)
@@ -289,7 +302,7 @@ class ValidationConfig:
     """Pairs (tuned, base) of fixed prompts and fixed noise, and the loss of held-out images."""
 
     prompts: str | None = None  # null is the first prompts, or captions, of the data
-    column: str | None = None  # of validation.prompts in a .csv or .jsonl
+    column: str | None = None  # of validation.prompts in a table
     num_images: int = count(8)
     every_steps: int = not_negative(100)  # 0 is off
     seed: int = 1234

@@ -1,4 +1,4 @@
-"""Bytes to pictures, safely: what a file holds is told before its pixels are allocated."""
+"""Decoder of pictures: a file's size and format are checked before its pixels are allocated."""
 
 import struct
 import zlib
@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sfumato.data.entries import Blob
 
-# Pillow knows many more, among them some that start other programs.
+# Pillow reads many more formats, some of them by starting other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LARGEST = 178_956_970  # pixels: above it Pillow itself refuses a decompression bomb
@@ -46,7 +46,7 @@ _ON_ITS_SIDE = frozenset({5, 6, 7, 8})
 
 @dataclass(frozen=True)
 class Bounds:
-    """Which pictures are taken: `smallest` pixels at the shorter side, `pixels` at most in all."""
+    """Bounds of a picture: `smallest` pixels at the shorter side, `pixels` at most in all."""
 
     smallest: int = 1
     pixels: int = LARGEST
@@ -57,7 +57,7 @@ class RefusedImageError(Exception):
 
 
 def read_size(blob: Blob, bounds: Bounds) -> tuple[int, int]:
-    """Return height and width of a picture as it is meant to be seen, reading only its header.
+    """Return height and width of a picture when upright, reading only its header.
 
     Raises:
         RefusedImageError: it is missing, no picture, or outside the bounds.
@@ -79,7 +79,7 @@ def read_rgb(blob: Blob, bounds: Bounds) -> Image.Image:
     """
     with _opened(blob, bounds) as picture:
         picture.load()
-        # Pillow finds the EXIF of some PNGs only behind their pixels.
+        # Pillow finds the EXIF of some PNGs only after their pixels.
         orientation = _orientation(picture)
         rgb = _to_rgb(picture)
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
@@ -115,7 +115,7 @@ def _opened(blob: Blob, bounds: Bounds) -> Iterator[Image.Image]:
 
 def _orientation(picture: Image.Image) -> int:
     try:
-        # Image's own method: that of PNG files would decode the pixels to look behind them.
+        # Image's own method: that of PNG files would decode the pixels to look after them.
         return Image.Image.getexif(picture).get(_ORIENTATION, 1)
     except _DAMAGE:
         return 1

@@ -163,12 +163,16 @@ def captions_of(value: object, place: int | str, skips: FileSkips) -> tuple[str,
         place: of the row, for the count.
         skips: counts the row.
     """
-    several = value if isinstance(value, list | tuple) else [value]
-    texts = [text_or_fault(each, "caption") for each in several or [None]]
-    captions = dict.fromkeys(text for text, fault in texts if not fault)
+    if not isinstance(value, list | tuple):
+        text, fault = text_or_fault(value, "caption")
+        captions = () if fault else (text,)
+    else:
+        texts = [text_or_fault(each, "caption") for each in value or [None]]
+        captions = tuple(dict.fromkeys(text for text, fault in texts if not fault))
+        fault = texts[0][1]
     if not captions:
-        skips.add(texts[0][1], place)
-    return tuple(captions)
+        skips.add(fault, place)
+    return captions
 
 
 def text_or_fault(value: object, kind: str) -> tuple[str, str]:

@@ -1,26 +1,52 @@
-"""Open images with captions for training, from several sources."""
+"""Streams of images with captions, from folders, tables, tars and saved datasets."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from typing import final
 
-from sfumato.config import ImageDataConfig, ImageSourceConfig, check_values
-from sfumato.data.buckets import assign, bucket_sizes, check_size
+from sfumato.config import ImageDataConfig, ImageSourceConfig
 from sfumato.data.decode import Bounds, RefusedImageError, read_size
 from sfumato.data.entries import Columns, Entry, Refusals
-from sfumato.data.frame import Placement, Sample, Size
-from sfumato.data.image_pools import SourceSamples, build_pools
-from sfumato.data.image_stream import ImageStream, Loading, make_sample
+from sfumato.data.epochs import ListEpochs, RowPick
 from sfumato.data.left_out import SkipLog
+from sfumato.data.order import Guard, PoolOrder
+from sfumato.data.pools import SourceShare, bucket_sizes, build_pools, check_size, nearest
+from sfumato.data.sample import Choices, Placement, Sample, Size, make_sample
+from sfumato.data.settings import bounds_of, check_reading, choices_of, named_sources
 from sfumato.data.sources import list_source
+from sfumato.data.stream import BrokenRowError, OrderedStream, Reader
 
 _HEADER_THREADS = 4  # they wait for files; more would wait for each other
 _HEADERS_AT_ONCE = 1024
 
 
+@dataclass(frozen=True)
+class _Sorted:
+    """The usable entries of one source, by number, in each bucket."""
+
+    share: SourceShare
+    members: Sequence[list[int]]
+
+
+@final
+class ImageReader(Reader[RowPick, Sample]):
+    """Decode pictures of a list of entries."""
+
+    def __init__(self, entries: Sequence[Entry], choices: Choices) -> None:
+        self._entries = entries
+        self._choices = choices
+
+    def read(self, pick: RowPick) -> Sample:
+        """Decode a picture; see `Reader.read`."""
+        return self._choices.sample(self._entries[pick.row], pick.bucket, pick.seed)
+
+
 def open_images(
     config: ImageDataConfig, *, height: int, width: int, divisor: int, seed: int
-) -> ImageStream:
+) -> OrderedStream[RowPick, Sample]:
     """Open images for training: endless, shuffled, resumable at the exact sample.
 
     The header of every picture is read now, so that what cannot be used is known, counted and
@@ -41,23 +67,27 @@ def open_images(
     check_size(height, width, divisor)
     sizes = bucket_sizes(height, width, divisor) if config.buckets else ((height, width),)
     log = SkipLog()
-    refusals = Refusals(log)
     entries: list[Entry] = []
-    sources: list[SourceSamples] = []
-    for name, source in named_sources(config).items():
-        found = list(_usable(_list(source, log), _bounds(config), refusals))
-        if not found:
+    sources: list[_Sorted] = []
+    refusals = Refusals(log)
+    for name, source in named_sources("data.images", config, config.sources).items():
+        usable = list(_usable(_list(source, log), bounds_of(config), refusals))
+        if not usable:
             raise ValueError(
                 f"{name} ({source.path}) has no image that can be used: {log.report().summary()}"
             )
-        buckets = assign([original for _, original in found], sizes)
-        sources.append(SourceSamples(name, len(entries), buckets, source.repeats, source.weight))
-        entries += [entry for entry, _ in found]
-    loading = Loading(
-        config.crop == "random", config.flip, _bounds(config), config.workers, config.prefetch
-    )
-    pools = build_pools(sources, sizes)
-    return ImageStream(entries, pools, refusals, loading, seed=seed, shuffle=config.shuffle)
+        sources.append(_sort(name, source, usable, len(entries), sizes))
+        entries += [entry for entry, _ in usable]
+
+    def rows(key: str, bucket: int, chosen: Sequence[int]) -> ListEpochs:
+        members = [i for s in chosen for i in sources[s].members[bucket] * sources[s].share.repeats]
+        return ListEpochs(members, key=key, seed=seed, shuffle=config.shuffle)
+
+    pools = build_pools([source.share for source in sources], sizes, rows)
+    guards = {"places": _guard(entries)}
+    order = PoolOrder(pools, name="images", guards=guards, anywhere=len(entries))
+    reader = ImageReader(entries, choices_of(config, sizes))
+    return OrderedStream(order, reader, refusals, workers=config.workers, prefetch=config.prefetch)
 
 
 def validation_samples(
@@ -65,8 +95,8 @@ def validation_samples(
 ) -> list[Sample]:
     """Decode the first `count` good samples in file order, all of one size.
 
-    Crops are central and nothing is mirrored, whatever the settings say. Fewer are returned where
-    there are no more.
+    Crops are central, nothing is mirrored and captions are the first, whatever the settings say.
+    Fewer are returned where there are no more.
 
     Args:
         warns: False where the same images are opened for training, which warns of what is left out.
@@ -79,13 +109,15 @@ def validation_samples(
     check_config(config)
     check_size(height, width, 1)
     log = SkipLog(warns=warns)
-    samples: list[Sample] = []
     refusals = Refusals(log)
-    for entry in (e for source in named_sources(config).values() for e in _list(source, log)):
+    samples: list[Sample] = []
+    size, bounds = (height, width), bounds_of(config)
+    sources = named_sources("data.images", config, config.sources).values()
+    for entry in (entry for source in sources for entry in _list(source, log)):
         try:
-            samples.append(make_sample(entry, (height, width), Placement(), _bounds(config)))
-        except RefusedImageError as error:
-            refusals.add(entry, str(error))
+            samples.append(make_sample(entry, entry.captions[0], size, Placement(), bounds))
+        except BrokenRowError as error:
+            refusals.add(entry, error.reason)
         if len(samples) == count:
             break
     if not samples:
@@ -95,57 +127,37 @@ def validation_samples(
 
 def check_config(config: ImageDataConfig) -> None:
     """Refuse impossible settings with a ValueError that names the setting."""
-    sources = named_sources(config)
-    if not sources:
-        raise ValueError("data.images.path is missing; name a folder, a table, tars or a dataset")
-    check_values(config, "data.images.")
-    for name, source in sources.items():
-        _check_source(name, source, weights=_has_weights(config))
+    sources = named_sources("data.images", config, config.sources)
+    check_reading("data.images", config, sources)
 
 
-def named_sources(config: ImageDataConfig) -> dict[str, ImageSourceConfig]:
-    """Return the sources by the names of their settings.
-
-    Raises:
-        ValueError: if there is a single one and several.
-    """
-    several = {f"data.images.sources.{name}": each for name, each in config.sources.items()}
-    if config.path is None:
-        return several
-    if several:
-        out = " ".join(f"{name}=null" for name in several)
-        raise ValueError(
-            f"data.images.path = {config.path!r} is given beside data.images.sources; take these "
-            f"out ({out}), or give it as one more, data.images.sources.NAME.path=..."
-        )
-    return {"data.images": config}
-
-
-def _check_source(key: str, source: ImageSourceConfig, *, weights: bool) -> None:
-    if source.path is None:
-        raise ValueError(f"{key}.path is missing; name a folder, a file or a pattern")
-    if not weights:
-        return
-    if source.weight is None:
-        raise ValueError(f"{key} has no weight, but others have; give all of them one, or none")
-    if source.repeats != 1:
-        raise ValueError(
-            f"{key} has repeats={source.repeats} beside a weight, which alone says how often it "
-            "is drawn; leave one of them out"
-        )
-
-
-def _has_weights(config: ImageDataConfig) -> bool:
-    return any(source.weight is not None for source in named_sources(config).values())
-
-
-def _bounds(config: ImageDataConfig) -> Bounds:
-    return Bounds(config.min_size or 1, config.max_pixels)
+def _sort(
+    name: str,
+    source: ImageSourceConfig,
+    usable: Sequence[tuple[Entry, Size]],
+    first: int,
+    sizes: tuple[Size, ...],
+) -> _Sorted:
+    """Sort the entries of a source, of which the first has the number `first`, into buckets."""
+    members: list[list[int]] = [[] for _ in sizes]
+    for number, (_, original) in enumerate(usable, first):
+        members[nearest(original, sizes)].append(number)
+    counts = [len(bucket) for bucket in members]
+    return _Sorted(SourceShare(name, counts, source.repeats, source.weight), members)
 
 
 def _list(source: ImageSourceConfig, log: SkipLog) -> list[Entry]:
     columns = Columns(source.image_column, source.caption_column)
     return list_source(str(source.path), source.base_path, columns, log)
+
+
+def _guard(entries: Sequence[Entry]) -> Guard:
+    text = "\0".join(f"{entry.container.name}/{entry.place}" for entry in entries)
+    return Guard(
+        hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16],
+        "there are as many samples as before, but others",
+        "Restore the files that the run was started with",
+    )
 
 
 def _usable(
@@ -156,11 +168,11 @@ def _usable(
     with ThreadPoolExecutor(_HEADER_THREADS) as threads:
         for first in range(0, len(entries), _HEADERS_AT_ONCE):
             some = entries[first : first + _HEADERS_AT_ONCE]
-            for entry, found in zip(some, threads.map(measure, some), strict=True):
-                if isinstance(found, str):
-                    refusals.add(entry, found)
+            for entry, size in zip(some, threads.map(measure, some), strict=True):
+                if isinstance(size, str):
+                    refusals.add(entry, size)
                 else:
-                    yield entry, found
+                    yield entry, size
 
 
 def _size_or_reason(entry: Entry, bounds: Bounds) -> Size | str:

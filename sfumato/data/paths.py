@@ -35,18 +35,13 @@ def find_files(path: str, setting: str, suffixes: Sequence[str]) -> tuple[Path, 
             f"no file matches {path!r}; check {setting}: give a file, a folder with .tar files "
             "in it, or a pattern that matches files"
         )
-    refuse_suffixes(files, setting, suffixes)
-    return files
-
-
-def refuse_suffixes(files: Sequence[Path], setting: str, suffixes: Sequence[str]) -> None:
-    """Refuse files of another suffix with a ValueError."""
     for file in files:
         if file.suffix.lower() not in suffixes:
             raise ValueError(
                 f"{file} has the suffix {file.suffix!r}, which {setting} cannot have; give a "
                 f"folder, or a file of {', '.join(suffixes)}"
             )
+    return files
 
 
 def expand_pattern(pattern: str, setting: str) -> Iterator[Path]:

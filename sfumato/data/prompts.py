@@ -8,7 +8,7 @@ from pathlib import Path
 from sfumato.data.entries import text_or_fault
 from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.paths import find_files
-from sfumato.data.stream import PromptStream
+from sfumato.data.stream import Stream, prompt_stream
 from sfumato.data.tables import TEXT, WITH_COLUMNS, UnreadableTableError, open_table
 from sfumato.data.webdataset import members
 
@@ -24,7 +24,7 @@ def open_prompts(
     seed: int = 0,
     shuffle: bool = True,
     buffer: int = 10_000,
-) -> PromptStream:
+) -> Stream[str]:
     """Open prompts for training: endless, shuffled, resumable, in bounded memory.
 
     Formats are told by suffix: `.txt` (one prompt a line), tables with columns (`.csv`, `.tsv`,
@@ -45,7 +45,7 @@ def open_prompts(
     """
     files, columns, log = _open(path, column)
     read = partial(_read, columns=columns, log=log)
-    return PromptStream(files, read, log, seed=seed, shuffle=shuffle, buffer=buffer)
+    return prompt_stream(files, read, log, seed=seed, shuffle=shuffle, buffer=buffer)
 
 
 def read_prompts(path: str, *, column: str | None = None, limit: int | None = None) -> list[str]:

@@ -17,7 +17,7 @@ from sfumato.data.entries import (
     inside,
 )
 from sfumato.data.left_out import SkipLog
-from sfumato.data.tables import arrow_values, is_text
+from sfumato.data.tables import arrow_values
 
 _END = bytes.fromhex("ffffffff00000000")  # of an Arrow stream
 _AT_ONCE = 1000  # rows
@@ -34,7 +34,7 @@ class _RowBlob(Blob):
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
         """Open the value; no other row is read."""
-        data, _ = _parts(self.images[self.row].column(0).chunk(0))
+        data, _ = self.images[self.row].column(0).chunk(0).flatten()
         yield io.BytesIO(data[0].as_buffer())
 
 
@@ -58,9 +58,8 @@ def list_dataset(folder: Path, base: Path, columns: Columns, log: SkipLog) -> It
     caption = choose_column(columns.captions, names, folder, "captions")
     for name in columns.further:
         choose_column((name,), names, folder, "further captions or columns")
-    rows = dataset.with_format("arrow")
+    rows = _undecoded(dataset, image, folder).with_format("arrow")
     images, skips, number = rows.select_columns([image]), log.begin(folder), 0
-    _check_kind(folder, image, rows.data.schema.field(image).type)
     for table in rows.iter(_AT_ONCE):
         for batch in table.to_batches():
             blobs = _blobs(batch.column(image), images, number, folder, base)
@@ -114,38 +113,29 @@ def _refuse_truncated(folder: Path) -> None:
                 raise ValueError(f"{path} is truncated or damaged; copy the dataset again")
 
 
-def _check_kind(folder: Path, image: str, kind: Any) -> None:
-    fields = {kind.field(i).name for i in range(kind.num_fields)}
-    if not (is_text(str(kind)) or _is_bytes(kind) or {"bytes", "path"} <= fields):
+def _undecoded(dataset: Any, image: str, folder: Path) -> Any:
+    """Return the dataset with its images as pairs of bytes and path."""
+    import datasets
+    import pyarrow
+
+    try:
+        return dataset.cast_column(image, datasets.Image(decode=False))
+    except (TypeError, ValueError, pyarrow.ArrowException):
         raise ValueError(
-            f"column {image!r} of {folder} holds {kind}; give one of images, bytes or paths"
-        )
+            f"column {image!r} of {folder} holds {dataset.features[image]}; give one of images, "
+            "bytes or paths"
+        ) from None
 
 
 def _blobs(column: Any, images: Any, first: int, folder: Path, base: Path) -> Iterator[Blob | None]:
     """Yield the image of each row, None where it is missing."""
-    data, paths = _parts(column)
+    # flatten, unlike field, carries a missing image over to its parts.
+    data, paths = column.flatten()
     for index in range(len(column)):
-        if data is not None and data[index].is_valid:
+        if data[index].is_valid:
             yield _RowBlob(images, first + index)
-        elif paths is not None and paths[index].is_valid:
+        elif paths[index].is_valid:
             row = f"{folder} row {first + index}"
             yield FileBlob(inside(base, paths[index].as_py(), row))
         else:
             yield None
-
-
-def _parts(column: Any) -> tuple[Any, Any]:
-    """Return the bytes and the paths of a column of images, None for what it does not hold."""
-    if is_text(str(column.type)):
-        return None, column
-    if _is_bytes(column.type):
-        return column, None
-    fields = [column.type.field(i).name for i in range(column.type.num_fields)]
-    # flatten, unlike field, carries a missing image over to its parts.
-    parts = dict(zip(fields, column.flatten(), strict=True))
-    return parts["bytes"], parts["path"]
-
-
-def _is_bytes(kind: Any) -> bool:
-    return str(kind) in {"binary", "large_binary", "binary_view"}

@@ -1,18 +1,24 @@
-"""Endless, shuffled, resumable orders; that of prompts is a function of (seed, epoch) and position.
+"""Streams of rows: endless, resumable at the exact row, the same on every process.
 
-Shards are read in a shuffled order through a buffer that is shuffled as it fills, so an epoch is
-a permutation of all prompts while no more than the buffer is held in memory. A file smaller than
-the buffer is shuffled fully; in a larger one a prompt can move forward by at most the buffer.
+A stream joins an order (which row comes next) with a reader (what the row holds). Threads read the
+next batches ahead of their use, and a row that turns out broken is counted and replaced. Neither
+changes what comes when.
 """
 
 import abc
-import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
+from sfumato.data.entries import Entry, Refusals
 from sfumato.data.left_out import SkipLog, SkipReport
+from sfumato.data.order import Order, PromptOrder
 
+Pick = TypeVar("Pick")
 Row = TypeVar("Row")
 
 
@@ -39,13 +45,181 @@ class Stream(abc.ABC, Generic[Row]):
         """Go to where `state` was taken.
 
         Raises:
-            ValueError: there is no such place, so the files or settings changed.
+            ValueError: there is no such position, so the files or settings changed.
         """
 
     @property
     @abc.abstractmethod
     def skipped(self) -> SkipReport:
         """What has been left out so far, by reason."""
+
+
+class BrokenRowError(Exception):
+    """A row that cannot be read; a stream counts the entry and replaces the row.
+
+    Attributes:
+        entry: where the row lies.
+        reason: the same for all rows with this fault.
+    """
+
+    def __init__(self, entry: Entry, reason: str) -> None:
+        super().__init__(f"{entry.name}: {reason}")
+        self.entry = entry
+        self.reason = reason
+
+
+class Reader(abc.ABC, Generic[Pick, Row]):
+    """Read rows, in any thread."""
+
+    @abc.abstractmethod
+    def read(self, pick: Pick) -> Row:
+        """Return the row that an order picked.
+
+        Raises:
+            BrokenRowError: the row cannot be read, but others can.
+            ValueError: what is read was changed, so that no row can be trusted.
+        """
+
+
+@dataclass(frozen=True)
+class _Made(Generic[Row]):
+    """A row, and what was tried before it."""
+
+    row: Row
+    broken: tuple[BrokenRowError, ...]
+
+
+@dataclass(frozen=True)
+class _Batch(Generic[Row]):
+    """Rows that are read, or waited for, when they are called; and the state after them."""
+
+    rows: Sequence[Callable[[], _Made[Row]]]
+    futures: Sequence[Future[_Made[Row]]]
+    state: dict[str, Any]
+
+
+@final
+class OrderedStream(Stream[Row], Generic[Pick, Row]):
+    """Give out the rows of an order; a process reads its own rows only.
+
+    A replacement is a function of the broken row's pick, so that no process has to know what
+    another one met.
+
+    Attributes:
+        order: stands after the rows that were read ahead.
+    """
+
+    def __init__(
+        self,
+        order: Order[Pick],
+        reader: Reader[Pick, Row],
+        refusals: Refusals,
+        *,
+        workers: int = 0,
+        prefetch: int = 0,
+    ) -> None:
+        """Stand where the order stands.
+
+        Args:
+            order: which row comes next.
+            reader: reads the rows.
+            refusals: what was left out before; broken rows are added.
+            workers: threads that read; 0 reads when asked.
+            prefetch: batches read ahead, on the guess that the next calls are like the last one.
+        """
+        self.order = order
+        self._reader = reader
+        self._refusals = refusals
+        self._threads = ThreadPoolExecutor(workers) if workers else None
+        self._prefetch = prefetch if workers else 0
+        self._state = order.state()
+        self._call: tuple[int, int, int] | None = None
+        self._batches: deque[_Batch[Row]] = deque()
+
+    @property
+    def skipped(self) -> SkipReport:
+        """What has been left out so far, by reason."""
+        return self._refusals.log.report()
+
+    def next(self, global_batch_size: int, start: int, stop: int) -> list[Row]:
+        """Advance by one global batch; see `Stream.next`.
+
+        Raises:
+            ValueError: the rows are not inside the batch, no replacement of a broken row can be
+                read, or what is read was changed.
+        """
+        check_rows(global_batch_size, start, stop)
+        call = (global_batch_size, start, stop)
+        if call != self._call and self._batches:
+            self.restore(self._state)
+        self._call = call
+        while len(self._batches) <= self._prefetch:
+            self._batches.append(self._begin(self.order.take(*call)))
+        made = [row() for row in self._batches[0].rows]
+        self._state = self._batches.popleft().state
+        for broken in (error for each in made for error in each.broken):
+            self._refusals.add(broken.entry, broken.reason)
+        return [each.row for each in made]
+
+    def state(self) -> dict[str, Any]:
+        """Return the position after the batch that was handed out last; see `Order.state`."""
+        return self._state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to where `state` was taken; drop what was read ahead.
+
+        Raises:
+            ValueError: the rows, or their order, are not those of then.
+        """
+        self.order.restore(state)
+        for future in (future for batch in self._batches for future in batch.futures):
+            future.cancel()
+        self._batches.clear()
+        self._state = self.order.state()
+
+    def _begin(self, picks: Sequence[Pick]) -> _Batch[Row]:
+        state = self.order.state()
+        if self._threads is None:
+            return _Batch([partial(self._make, pick) for pick in picks], (), state)
+        futures = [self._threads.submit(self._make, pick) for pick in picks]
+        return _Batch([future.result for future in futures], futures, state)
+
+    def _make(self, pick: Pick) -> _Made[Row]:
+        """Read a row, or the first of its replacements that can be read."""
+        broken: list[BrokenRowError] = []
+        for each in self.order.tries(pick):
+            try:
+                return _Made(self._reader.read(each), tuple(broken))
+            except BrokenRowError as error:
+                broken.append(error)
+        raise ValueError(
+            f"{len(broken)} samples in a row cannot be decoded, the last is "
+            f"{broken[-1].entry.name} ({broken[-1].reason}); check that the files are still there "
+            "and whole"
+        )
+
+
+@final
+class _TextReader(Reader[str, str]):
+    """Give the prompts that an order picked, which are their own text."""
+
+    def read(self, pick: str) -> str:
+        """Return the prompt."""
+        return pick
+
+
+def prompt_stream(
+    shards: Sequence[Path],
+    read: Callable[[Path], Iterator[str]],
+    skips: SkipLog,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    buffer: int = 10_000,
+) -> OrderedStream[str, str]:
+    """Return a stream of prompts; see `PromptOrder`."""
+    order = PromptOrder(shards, read, skips, seed=seed, shuffle=shuffle, buffer=buffer)
+    return OrderedStream(order, _TextReader(), Refusals(skips))
 
 
 def check_rows(global_batch_size: int, start: int, stop: int) -> None:
@@ -55,129 +229,3 @@ def check_rows(global_batch_size: int, start: int, stop: int) -> None:
             f"rows {start} to {stop} of a global batch of {global_batch_size} do not exist; "
             "give 0 <= start <= stop <= global_batch_size, and a batch of at least 1"
         )
-
-
-def shuffle_buffered(prompts: Iterator[str], rng: random.Random, buffer: int) -> Iterator[str]:
-    """Yield a random order of `prompts`, never holding more than `buffer` of them."""
-    pool: list[str] = []
-    for prompt in prompts:
-        pool.append(prompt)
-        if len(pool) == buffer:
-            yield _draw(pool, rng)
-    while pool:
-        yield _draw(pool, rng)
-
-
-def _draw(pool: list[str], rng: random.Random) -> str:
-    # Of random.Random's methods, only random() is promised to be the same in every Python.
-    chosen = int(rng.random() * len(pool))
-    pool[chosen], pool[-1] = pool[-1], pool[chosen]
-    return pool.pop()
-
-
-@final
-class PromptStream(Stream[str]):
-    """Give out prompts epoch after epoch."""
-
-    def __init__(
-        self,
-        shards: Sequence[Path],
-        read: Callable[[Path], Iterator[str]],
-        skips: SkipLog,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        buffer: int = 10_000,
-    ) -> None:
-        """Stand before the first prompt of epoch 0.
-
-        Args:
-            shards: the files, in file order.
-            read: gives the prompts of one file, in file order.
-            skips: where `read` counts what it leaves out.
-            seed: with the epoch, decides the order.
-            shuffle: False keeps the file order in every epoch.
-            buffer: the largest number of prompts held for shuffling.
-        """
-        if buffer < 1:
-            raise ValueError(f"the shuffle buffer holds {buffer} prompts; give 1 or more")
-        self._shards = tuple(shards)
-        self._read = read
-        self._skips = skips
-        self._seed = seed
-        self._shuffle = shuffle
-        self._buffer = buffer
-        self._begin(0)
-
-    @property
-    def skipped(self) -> SkipReport:
-        """What has been left out so far, by reason."""
-        return self._skips.report()
-
-    def next(self, global_batch_size: int, start: int, stop: int) -> list[str]:
-        """Advance by one global batch, which may straddle epochs; see `Stream.next`.
-
-        Raises:
-            ValueError: the rows are not inside the batch, or an epoch has no prompt at all.
-        """
-        check_rows(global_batch_size, start, stop)
-        batch = [self._advance() for _ in range(global_batch_size)]
-        return batch[start:stop]
-
-    def state(self) -> dict[str, Any]:
-        """Return how many prompts (`position`) of which `epoch` are consumed, from 0."""
-        return {"epoch": self._epoch, "position": self._position}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to `state` by reading over the prompts of its epoch that were consumed.
-
-        Raises:
-            ValueError: the epoch has fewer prompts than were consumed, so the files changed.
-        """
-        if state.keys() != {"epoch", "position"}:
-            raise ValueError(
-                f"{dict(state)} is no place in a stream of prompts, which has an epoch and a "
-                "position; resume with the kind of data that the run was started with"
-            )
-        epoch, position = state["epoch"], state["position"]
-        if epoch < 0 or position < 0:
-            raise ValueError(
-                f"epoch={epoch}, position={position} is no place in a stream; both count from 0"
-            )
-        self._begin(epoch)
-        for passed in range(position):
-            if next(self._prompts, None) is None:
-                raise ValueError(
-                    f"cannot resume at prompt {position} of epoch {epoch}: it now has "
-                    f"only {passed} prompts ({self.skipped.summary()}). Restore the files that "
-                    "the run was started with, or start a new run"
-                )
-        self._position = position
-
-    def _advance(self) -> str:
-        while (prompt := next(self._prompts, None)) is None:
-            if self._position == 0:
-                raise ValueError(
-                    f"epoch {self._epoch} has no readable prompt ({self.skipped.summary()}); "
-                    "check that the files are still there"
-                )
-            self._begin(self._epoch + 1)
-        self._position += 1
-        return prompt
-
-    def _begin(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._position = 0
-        self._prompts = self._order(epoch)
-
-    def _order(self, epoch: int) -> Iterator[str]:
-        if not self._shuffle:
-            return self._chain(self._shards)
-        # A string seeds through SHA-512, whatever PYTHONHASHSEED.
-        rng = random.Random(f"prompts of epoch {epoch}, seed {self._seed}")
-        shards = sorted(self._shards, key=lambda _: rng.random())
-        return shuffle_buffered(self._chain(shards), rng, self._buffer)
-
-    def _chain(self, shards: Sequence[Path]) -> Iterator[str]:
-        for shard in shards:
-            yield from self._read(shard)

@@ -116,14 +116,16 @@ class _Csv(Table):
         with _open_text(self.path, newline="") as file:
             rows = self._split(file, skips)
             _, header = next(rows, (0, list[str]()))
+            positions = {name: position for position, name in enumerate(header)}
+            places = [(name, positions.get(name, len(header))) for name in columns]
             for line, row in rows:
                 if len(row) > len(header):
                     # An unquoted comma inside a caption would cut the caption short.
                     what = "tabs" if self._tabs else "commas"
                     skips.add(f"more fields than columns (quote captions that hold {what})", line)
                 else:
-                    fields = dict(zip(header, row, strict=False))
-                    yield line, {name: fields.get(name) for name in columns}
+                    size = len(row)
+                    yield line, {name: row[i] if i < size else None for name, i in places}
 
     @property
     def _tabs(self) -> bool:
@@ -145,12 +147,9 @@ class _Csv(Table):
                 yield line, row
 
 
+@final
 class _Objects(Table):
-    """JSON objects, each of which may lack columns."""
-
-    @abc.abstractmethod
-    def _read_objects(self) -> Iterator[tuple[int | str, dict[str, Any] | None]]:
-        """Yield the objects with their places, None for something else."""
+    """A .jsonl file, an object a line; or a .json file, a list of objects, held in memory."""
 
     def _read_names(self) -> Iterator[str]:
         empty = True
@@ -168,24 +167,19 @@ class _Objects(Table):
             else:
                 yield place, {name: record.get(name) for name in columns}
 
-
-@final
-class _JsonLines(_Objects):
-    """A .jsonl file: an object a line."""
-
     def _read_objects(self) -> Iterator[tuple[int | str, dict[str, Any] | None]]:
+        """Yield the objects, which may lack columns, with their places; None for another value."""
+        if self.path.suffix.lower() == ".json":
+            for number, record in enumerate(self._list):
+                yield f"row {number}", record if isinstance(record, dict) else None
+            return
         with _open_text(self.path) as file:
             for line, text in enumerate(file, 1):
                 if text.strip():
                     yield line, parse_object(text)
 
-
-@final
-class _JsonList(_Objects):
-    """A .json file: a list of objects, held in memory."""
-
     @cached_property
-    def _records(self) -> list[Any]:
+    def _list(self) -> list[Any]:
         with _open_text(self.path) as file:
             text = file.read()
         try:
@@ -201,10 +195,6 @@ class _JsonList(_Objects):
             "or one object a line in a .jsonl file"
         )
 
-    def _read_objects(self) -> Iterator[tuple[int | str, dict[str, Any] | None]]:
-        for number, record in enumerate(self._records):
-            yield f"row {number}", record if isinstance(record, dict) else None
-
 
 @final
 class _Parquet(Table):
@@ -212,9 +202,14 @@ class _Parquet(Table):
 
     @cached_property
     def _file(self) -> Any:
-        pyarrow = import_pyarrow(self.path)
-        from pyarrow import parquet
-
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            raise ValueError(
+                f"{self.path} is read with pyarrow, which is not installed; "
+                "pip install 'sfumato[datasets]'"
+            ) from None
         try:
             return parquet.ParquetFile(self.path)
         except pyarrow.ArrowInvalid as error:
@@ -229,9 +224,11 @@ class _Parquet(Table):
         yield from self._file.schema_arrow.names
 
     def _read_rows(self, columns: Sequence[str], skips: FileSkips) -> Iterator[Row]:
-        pyarrow, number = import_pyarrow(self.path), 0
+        file, number = self._file, 0
+        import pyarrow
+
         try:
-            for batch in self._file.iter_batches(columns=list(columns)):
+            for batch in file.iter_batches(columns=list(columns)):
                 values = [arrow_values(batch.column(name)) for name in columns]
                 for row in zip(*values, strict=True):
                     yield f"row {number}", dict(zip(columns, row, strict=True))
@@ -246,8 +243,8 @@ _KINDS: Mapping[str, Callable[[Path], Table]] = MappingProxyType(
         ".txt": _Lines,
         ".csv": _Csv,
         ".tsv": _Csv,
-        ".json": _JsonList,
-        ".jsonl": _JsonLines,
+        ".json": _Objects,
+        ".jsonl": _Objects,
         ".parquet": _Parquet,
     }
 )
@@ -286,17 +283,6 @@ def _arrow_value(scalar: Any) -> Any:
         if isinstance(scalar, pyarrow.DictionaryScalar):
             return _arrow_value(scalar.value)
         return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape")
-
-
-def import_pyarrow(path: Path) -> Any:
-    """Import pyarrow to read a file."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise ValueError(
-            f"{path} is read with pyarrow, which is not installed; pip install 'sfumato[datasets]'"
-        ) from None
-    return pyarrow
 
 
 def _open_text(path: Path, newline: str | None = None) -> TextIO:

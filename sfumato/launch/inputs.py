@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sfumato.config import ShardDataConfig
+from sfumato.config import ShardSourceConfig
 from sfumato.data.paths import expand_pattern
-from sfumato.data.prepared import INDEX, read_index
+from sfumato.data.prepared.format import INDEX, read_index
 from sfumato.launch.jobs import STARTS, Job, value_of
 from sfumato.training.checkpoint import fingerprint, list_checkpoints
 from sfumato.training.folder import RunFolder
@@ -21,8 +21,10 @@ def starts_from(job: Job) -> dict[str, str]:
     sizes and times. Missing paths are left out.
     """
     states = {}
-    if job.command == "train" and job.settings.data.shards.path:
-        states |= _samples_of(job.settings.data.shards)
+    if job.command == "train":
+        shards = job.settings.data.shards
+        for source in (shards, *shards.sources.values()):
+            states |= _samples_of(source) if source.path else {}
     for key in STARTS.get(job.command, ()):
         path = value_of(job.settings, key)
         if path is not None and (state := _state_of(path)) is not None:
@@ -59,7 +61,7 @@ def _files(top: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
-def _samples_of(shards: ShardDataConfig) -> dict[str, str]:
+def _samples_of(shards: ShardSourceConfig) -> dict[str, str]:
     """Return the prepared folder of a job, with a hash of the samples that the job reads."""
     folder = Path(str(shards.path)).expanduser()
     if not (folder / INDEX).exists():

@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ class Job:
         arguments: what follows `sfumato COMMAND`.
         processes: on each machine.
         nodes: machines, under Slurm.
-        settings: composed from the arguments; None for `demo`, which has options instead.
         made_of: a hash of the command and of its full settings.
+        settings: composed from the arguments; None for `demo`, which has options instead.
     """
 
     name: str
@@ -66,8 +66,8 @@ class Job:
     arguments: tuple[str, ...]
     processes: int
     nodes: int
-    settings: Any
     made_of: str
+    settings: Any
 
     @property
     def out(self) -> Path | None:
@@ -88,21 +88,10 @@ class Job:
                 return None
 
 
-def compose_job(
-    name: str, command: str, arguments: Sequence[str], processes: int, nodes: int
-) -> Job:
-    """Return a job with its settings.
-
-    Raises:
-        ValueError: if the settings cannot be composed.
-    """
-    content: object = tuple(arguments)
-    settings = None
-    if command != "demo":
-        settings, content = compose_command(command, arguments)
-    text = json.dumps([command, content], sort_keys=True)
-    made_of = hashlib.sha256(text.encode()).hexdigest()
-    return Job(name, command, tuple(arguments), processes, nodes, settings, made_of)
+def with_settings(job: Job) -> Job:
+    """Return a job with its settings, composed anew."""
+    settings = None if job.command == "demo" else compose_command(job.command, job.arguments)[0]
+    return replace(job, settings=settings)
 
 
 def read_jobs(config: LaunchConfig) -> list[Job]:
@@ -150,7 +139,12 @@ def _read_job(name: str, config: JobConfig, launch: LaunchConfig) -> Job:
         raise ValueError(f"recipe = {config.recipe}, but `sfumato demo` has no recipes")
     recipe = [f"recipe={config.recipe}"] if config.recipe else []
     arguments = (*recipe, *config.settings, *config.also)
-    return compose_job(name, config.command, arguments, *_size(config, launch))
+    settings, content = None, arguments
+    if config.command != "demo":
+        settings, content = compose_command(config.command, arguments)
+    text = json.dumps([config.command, content], sort_keys=True)
+    made_of = hashlib.sha256(text.encode()).hexdigest()
+    return Job(name, config.command, arguments, *_size(config, launch), made_of, settings)
 
 
 def _size(config: JobConfig, launch: LaunchConfig) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sfumato.config import PrepareConfig, TrainConfig
-from sfumato.data.prepared import CACHE, INDEX, read_index
+from sfumato.data.prepared.format import CACHE, INDEX, read_index
 from sfumato.files import read_object
 from sfumato.launch.jobs import Job
 from sfumato.training.checkpoint import fingerprint, list_checkpoints, step_of

@@ -182,7 +182,7 @@ def _send(
     if record is not None:
         write_job_record(folder, job.name, replace(record, requeues=0))
     task = Task(
-        *(job.name, job.command, job.arguments, job.processes, job.nodes, job.made_of),
+        replace(job, settings=None),
         previous=(previous.name, previous.made_of) if previous else None,
         folder=str(folder.path),
         save_seconds=_save_seconds(cluster),

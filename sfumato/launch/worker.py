@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sfumato.launch.children import Ended, command_line, rendezvous, run_child
-from sfumato.launch.jobs import Job, compose_job
+from sfumato.launch.jobs import Job, with_settings
 from sfumato.launch.record import (
     JobRecord,
     LaunchFolder,
@@ -33,19 +33,14 @@ class Task:
     """A job, and how its workers run it.
 
     Attributes:
-        name: of the job; see `Job` for this and the next five.
+        job: without its settings, which the worker composes anew.
         previous: name and `made_of` of the job before, which must be finished.
         folder: of the launch's records.
         save_seconds: see `command_line`, as for `max_restarts`.
         max_requeues: how often the job may put itself back into the queue.
     """
 
-    name: str
-    command: str
-    arguments: tuple[str, ...]
-    processes: int
-    nodes: int
-    made_of: str
+    job: Job
     previous: tuple[str, str] | None
     folder: str
     save_seconds: int
@@ -65,8 +60,7 @@ def work(task: Task) -> None:
         ValueError: the job failed, was cancelled or cannot be requeued.
     """
     folder, first = LaunchFolder(Path(task.folder)), os.environ["SLURM_NODEID"] == "0"
-    job = compose_job(task.name, task.command, task.arguments, task.processes, task.nodes)
-    job = replace(job, made_of=task.made_of)  # of the settings at the launch
+    job = with_settings(task.job)
     if is_done(folder, job):
         print(f"{job.name}: done", flush=True)
         return
@@ -89,8 +83,8 @@ def _check_previous(task: Task, folder: LaunchFolder) -> None:
     record = read_job_record(folder, name)
     if record is None or record.finished is None or record.made_of != made_of:
         raise ValueError(
-            f"job {task.name} comes after {name}, which did not finish; launch again, and it goes "
-            f"on with {name}"
+            f"job {task.job.name} comes after {name}, which did not finish; launch again to go on "
+            f"with {name}"
         )
 
 
@@ -119,7 +113,7 @@ def _conclude(task: Task, job: Job, folder: LaunchFolder, record: JobRecord, end
 
 
 def _requeue(task: Task, folder: LaunchFolder, record: JobRecord, missing: str) -> None:
-    name, limit, count = task.name, task.max_requeues, record.requeues + 1
+    name, limit, count = task.job.name, task.max_requeues, record.requeues + 1
     if count > limit:
         raise ValueError(
             f"job {name} was requeued {record.requeues} times (cluster.max_requeues = {limit}) and "

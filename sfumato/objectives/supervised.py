@@ -7,15 +7,14 @@ The target is noise (epsilon), alpha noise - sigma x0 (v), x0 (sample) or noise 
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias, final
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.config import SupervisedConfig
-from sfumato.data.cached import CachedSample
-from sfumato.data.frame import Sample
+from sfumato.data.sample import Sample
 from sfumato.diffusion.process import DiffusionProcess, PredictionType
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.model import Conditioning, Framing, TextToImageModel
@@ -28,11 +27,10 @@ FLOW_HAS_NO_SNR = (
     "predicts flow; use none or bump"
 )
 TABLE = 1000  # entries of a family's shifted table
-Row: TypeAlias = Sample | CachedSample
 
 
 @final
-class Supervised(Objective[Sequence[Row]]):
+class Supervised(Objective[Sequence[Sample]]):
     """Learn images with their captions; a batch is a list of samples of one size and kind."""
 
     needs_reference = False
@@ -54,7 +52,7 @@ class Supervised(Objective[Sequence[Row]]):
                 "embedded guidance, and this model has none; leave it at 1"
             )
 
-    def loss(self, model: TextToImageModel, batch: Sequence[Row], rng: Rng) -> Loss:
+    def loss(self, model: TextToImageModel, batch: Sequence[Sample], rng: Rng) -> Loss:
         device, shape = model.device, _latent_shape(model, batch)
         posterior = rng.normal(*shape) if self.config.sample_latents else None
         noise = rng.normal(*shape, device=device)
@@ -71,7 +69,7 @@ class Supervised(Objective[Sequence[Row]]):
 
     @torch.no_grad()
     def stable_errors(
-        self, model: TextToImageModel, batch: Sequence[Row], positions: Sequence[int], seed: int
+        self, model: TextToImageModel, batch: Sequence[Sample], positions: Sequence[int], seed: int
     ) -> Float[Tensor, " b"]:
         """Return the error of each sample at a noise and a time that are always its own.
 
@@ -89,7 +87,7 @@ class Supervised(Objective[Sequence[Row]]):
     def _errors(
         self,
         model: TextToImageModel,
-        batch: Sequence[Row],
+        batch: Sequence[Sample],
         dropped: Sequence[bool],
         noise: Float[Tensor, "b c h w"],
         t: Float[Tensor, " b"],
@@ -105,7 +103,7 @@ class Supervised(Objective[Sequence[Row]]):
         return (raw - target).square().flatten(1).mean(1)
 
     def _times(
-        self, model: TextToImageModel, batch: Sequence[Row], rng: Rng
+        self, model: TextToImageModel, batch: Sequence[Sample], rng: Rng
     ) -> Float[Tensor, " b"]:
         """Draw one t per row."""
         u = rng.uniform()
@@ -120,7 +118,7 @@ class Supervised(Objective[Sequence[Row]]):
                 table = self._table(model, batch)
                 return table[(u * len(table)).long()]
 
-    def _table(self, model: TextToImageModel, batch: Sequence[Row]) -> Float[Tensor, " n"]:
+    def _table(self, model: TextToImageModel, batch: Sequence[Sample]) -> Float[Tensor, " n"]:
         """Return the family's own training times: its sampling grid of 1000 steps."""
         if not model.process.has_free_times:
             return model.process.on_grid(torch.arange(TABLE) / TABLE)
@@ -128,7 +126,7 @@ class Supervised(Objective[Sequence[Row]]):
         return torch.tensor(model.times(TABLE, height, width)[:-1])
 
     def _weights(
-        self, model: TextToImageModel, t: Float[Tensor, " b"], batch: Sequence[Row]
+        self, model: TextToImageModel, t: Float[Tensor, " b"], batch: Sequence[Sample]
     ) -> Float[Tensor, " b"]:
         match self.config.weighting:
             case "min_snr":
@@ -141,31 +139,31 @@ class Supervised(Objective[Sequence[Row]]):
 
 @torch.no_grad()
 def latents_of(
-    model: TextToImageModel, batch: Sequence[Row], noise: Float[Tensor, "b c h w"] | None
+    model: TextToImageModel, batch: Sequence[Sample], noise: Float[Tensor, "b c h w"] | None
 ) -> Float[Tensor, "b c h w"]:
     """Return the latents of samples, encoded now or beforehand; no noise takes the mean."""
-    cached = [row.moments for row in batch if isinstance(row, CachedSample)]
-    if cached:
+    encoded = [row.encoded.moments for row in batch if row.encoded is not None]
+    if encoded:
         with torch.autocast("cpu", enabled=False):  # bf16's refuses to stack float16
-            moments = torch.stack(cached).to(model.device).float()
+            moments = torch.stack(encoded).to(model.device).float()
         return model.draw_latents(moments, noise)
-    images = [row.image for row in batch if isinstance(row, Sample)]
-    return model.encode_images(torch.stack(images).to(model.device), noise)
+    images = torch.stack([row.pixels for row in batch])
+    return model.encode_images(images.to(model.device), noise)
 
 
 def conditioning_of(
-    model: TextToImageModel, batch: Sequence[Row], dropped: Sequence[bool]
+    model: TextToImageModel, batch: Sequence[Sample], dropped: Sequence[bool]
 ) -> Conditioning:
     """Return the captions of samples, encoded now or beforehand; dropped ones are empty."""
     framing = [Framing(row.original, row.crop) for row in batch]
-    if not isinstance(batch[0], CachedSample):
+    rows = [
+        Conditioning(row.encoded.empty if drop else row.encoded.text)
+        for row, drop in zip(batch, dropped, strict=True)
+        if row.encoded is not None
+    ]
+    if not rows:
         captions = ["" if drop else row.caption for row, drop in zip(batch, dropped, strict=True)]
         return model.encode_prompts(captions, framing=framing)
-    rows = [
-        Conditioning(row.empty if drop else row.text)
-        for row, drop in zip(batch, dropped, strict=True)
-        if isinstance(row, CachedSample)
-    ]
     with torch.autocast("cpu", enabled=False):
         cond = Conditioning.stack(rows)
     there = {name: tensor.to(model.device) for name, tensor in cond.tensors.items()}
@@ -220,5 +218,5 @@ def binned(
     return dict(zip(names, sums, strict=True))
 
 
-def _latent_shape(model: TextToImageModel, batch: Sequence[Row]) -> tuple[int, int, int]:
+def _latent_shape(model: TextToImageModel, batch: Sequence[Sample]) -> tuple[int, int, int]:
     return model.latent_shape(*batch[0].size)

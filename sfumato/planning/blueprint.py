@@ -13,7 +13,7 @@ from sfumato.config import TrainConfig
 from sfumato.models.loading import load_on_meta
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import FAMILIES, find_family
-from sfumato.planning.described import describe_pipeline, is_described
+from sfumato.planning.described import FAMILY, describe_pipeline, is_described
 from sfumato.planning.step import forward_flops
 from sfumato.run.open_data import frame_size
 
@@ -77,7 +77,7 @@ def read_blueprint(config: TrainConfig) -> Blueprint:
         return _blueprint(config, family, folder)
     with TemporaryDirectory() as name:
         assumed = describe_pipeline(config.model, Path(name))
-        return _blueprint(config, FAMILIES["stable_diffusion"], Path(name), assumed)
+        return _blueprint(config, FAMILIES[FAMILY], Path(name), assumed)
 
 
 def _blueprint(

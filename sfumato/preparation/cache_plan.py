@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sfumato.config import ModelConfig, PrecacheConfig, PrepareConfig
-from sfumato.data.cached import CacheIdentity
-from sfumato.data.frame import Size
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     CACHE,
     CachedRecord,
+    CacheIdentity,
     PreparedError,
     TarRecord,
     read_cached_record,
     read_kept_record,
     read_tar_record,
 )
+from sfumato.data.sample import Size
 from sfumato.models.limits import check_side
 from sfumato.models.registry import find_family
 from sfumato.preparation.encoder_hash import cache_identity

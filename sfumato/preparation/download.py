@@ -1,9 +1,9 @@
-"""Stage download: img2dataset, another program, fetches the images of a table into tars.
+"""Stage download: the program img2dataset fetches the images of a table into tars.
 
-table/                 the rows that can be downloaded (url_table.py)
-download/00000.tar     img2dataset's tars, in an order that no two runs share
-download/00000_stats.json    what became of each of a shard's rows; written last
-img2dataset.log        what it said
+table/                       the rows that can be downloaded (url_table.py)
+download/00000.tar           tars of img2dataset, whose samples are in another order each run
+download/00000_stats.json    counts of a shard's rows by outcome; written last
+img2dataset.log              the output of img2dataset
 """
 
 import fcntl
@@ -23,12 +23,13 @@ from typing import Any
 
 from sfumato.config import DownloadConfig
 from sfumato.data.left_out import tally
-from sfumato.data.prepared import PreparedError
+from sfumato.data.prepared.format import PreparedError
 from sfumato.preparation.url_table import TABLE, TableRecord, read_table_record, write_table
+from sfumato.records import read_record
 
 DOWNLOAD, LOG = "download", "img2dataset.log"
 _SHARD = re.compile(r"(\d+)_stats\.json")
-# What img2dataset says of a row, and the bin that it falls into.
+# Messages of img2dataset about a row, and the bin that the row falls into.
 _REASONS = (
     (re.compile(r"HTTP Error (\d+)"), "HTTP {0}"),
     (re.compile(r"timed out", re.IGNORECASE), "timed out"),
@@ -43,7 +44,7 @@ _REASONS = (
 
 @dataclass(frozen=True)
 class ShardStats:
-    """What img2dataset says of one of its shards: its number, and its rows by reason."""
+    """Statistics of one shard of img2dataset: its number, and its rows by outcome."""
 
     number: int
     rows: int
@@ -51,18 +52,27 @@ class ShardStats:
     dropped: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class _Stats:
+    """The part of img2dataset's file of statistics that is read: its messages are counted."""
+
+    count: int
+    successes: int
+    status_dict: Mapping[str, int]
+
+
 def download(config: DownloadConfig, folder: Path) -> dict[str, int]:
-    """Fetch what is not fetched yet, and return each row's bin.
+    """Fetch the shards that are missing, and return the count of rows in each bin.
 
     Raises:
-        ValueError: the table cannot be read, or img2dataset is not there.
+        ValueError: the table cannot be read, or img2dataset is not installed.
         PreparedError: img2dataset ended before all shards were done.
     """
     record = write_table(config, folder)
-    place = folder / DOWNLOAD
-    if _unfinished(record, config.samples_per_shard, place):
+    tars = folder / DOWNLOAD
+    if _unfinished(record, config.samples_per_shard, tars):
         _run(config, folder)
-        if left := _unfinished(record, config.samples_per_shard, place):
+        if left := _unfinished(record, config.samples_per_shard, tars):
             raise PreparedError(
                 f"img2dataset ended, but {len(left)} of its shards are not done (the first is "
                 f"{left[0]:05d}): {_last_words(folder / LOG)}. See {folder / LOG}; run the same "
@@ -72,7 +82,7 @@ def download(config: DownloadConfig, folder: Path) -> dict[str, int]:
 
 
 def download_bins(folder: Path) -> dict[str, int]:
-    """Return the bin of each row of the table, as img2dataset's statistics have it.
+    """Return the count of rows in each bin, by the statistics of img2dataset.
 
     Raises:
         PreparedError: records are missing, or do not sum up to the rows of the table.
@@ -84,79 +94,74 @@ def download_bins(folder: Path) -> dict[str, int]:
         raise PreparedError(
             f"{folder / DOWNLOAD} has statistics of {rows} rows, but {folder / TABLE} has "
             f"{expected}; run: sfumato prepare out={folder} stages=[download] with the settings "
-            "of then"
+            "that the download was started with"
         )
     kept = sum(shard.successes for shard in stats)
     return tally(kept, [record.dropped, *(shard.dropped for shard in stats)])
 
 
-def read_stats(place: Path) -> list[ShardStats]:
+def read_stats(folder: Path) -> list[ShardStats]:
     """Return the statistics of the finished shards, by number.
 
     Raises:
         PreparedError: one is damaged.
     """
-    found = []
-    for file in place.glob("*_stats.json"):
-        stats = _read_stats(file)
-        if stats is None:
-            raise PreparedError(f"{file} is damaged; run the download again, which makes it anew")
-        found.append(stats)
-    return sorted(found, key=lambda shard: shard.number)
+    stats = [_read_stats(path) for path in folder.glob("*_stats.json")]
+    return sorted(stats, key=lambda shard: shard.number)
 
 
-def _read_stats(file: Path) -> ShardStats | None:
-    match = _SHARD.fullmatch(file.name)
-    try:
-        stats: Any = json.loads(file.read_text(encoding="utf-8"))
-        rows, successes = int(stats["count"]), int(stats["successes"])
-        dropped = Counter[str]()
-        for said, count in stats["status_dict"].items():
-            if said != "success":
-                dropped[_reason(said)] += count
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
+def _read_stats(path: Path) -> ShardStats:
+    advice = "run the download again, which replaces it"
+    match = _SHARD.fullmatch(path.name)
     if match is None:
-        return None
-    # The messages that it lists are limited in number, and rows that it gave up have none.
-    if lost := rows - successes - dropped.total():
+        raise PreparedError(f"{path} is not named as the statistics of a shard; {advice}")
+    stats = read_record(path, _Stats, advice, failure=PreparedError)
+    dropped = Counter[str]()
+    for message, count in stats.status_dict.items():
+        if message != "success":
+            dropped[_reason(message)] += count
+    # img2dataset lists a limited number of messages, and none for rows that it gave up.
+    if lost := stats.count - stats.successes - dropped.total():
         dropped["failed for another reason"] += lost
-    return ShardStats(int(match[1]), rows, successes, dropped)
+    return ShardStats(int(match[1]), stats.count, stats.successes, dropped)
 
 
-def _reason(said: str) -> str:
+def _reason(message: str) -> str:
     for pattern, reason in _REASONS:
-        if match := pattern.search(said):
+        if match := pattern.search(message):
             return reason.format(*match.groups())
     return "failed for another reason"
 
 
-def _unfinished(record: TableRecord, size: int, place: Path) -> list[int]:
-    """Return the numbers of the shards to fetch; what a kill or a full disk spoiled is removed."""
+def _unfinished(record: TableRecord, size: int, tars: Path) -> list[int]:
+    """Return the numbers of the shards to fetch; remove what a kill or a full disk spoiled."""
     number = sum(math.ceil(rows / size) for rows in record.files)
     done = set[int]()
-    for file in place.glob("*.json"):
-        stats = _read_stats(file)
-        if stats is not None and (place / f"{stats.number:05d}.tar").is_file():
-            done.add(stats.number)
+    for path in tars.glob("*.json"):
+        try:
+            shard = _read_stats(path).number
+        except PreparedError:
+            shard = None
+        if shard is not None and (tars / f"{shard:05d}.tar").is_file():
+            done.add(shard)
         else:
-            file.unlink()  # img2dataset takes it for a finished shard
+            path.unlink()  # img2dataset would take the shard for finished
     return [shard for shard in range(number) if shard not in done]
 
 
 def _run(config: DownloadConfig, folder: Path) -> None:
-    place = folder / DOWNLOAD
+    tars = folder / DOWNLOAD
     command = [*_program(), *_arguments(config, folder)]
-    place.mkdir(parents=True, exist_ok=True)
-    print(f"download: img2dataset writes to {place}; it reports in {folder / LOG}", flush=True)
+    tars.mkdir(parents=True, exist_ok=True)
+    print(f"download: img2dataset writes to {tars}; it reports in {folder / LOG}", flush=True)
     quiet = {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONUNBUFFERED": "1"}
     with (folder / LOG).open("ab") as log:
         try:
-            # Held by img2dataset too, whose output it is, even if this process is killed.
+            # img2dataset inherits the lock with its output, even if this process is killed.
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PreparedError(
-                f"an img2dataset that was started before still writes to {place}; wait for it, or "
+                f"an img2dataset that was started before still writes to {tars}; wait for it, or "
                 "end it, and run the same command again"
             ) from None
         log.truncate(0)
@@ -172,8 +177,8 @@ def _run(config: DownloadConfig, folder: Path) -> None:
 
 def _program() -> list[str]:
     beside = Path(sys.executable).with_name("img2dataset")
-    if found := shutil.which("img2dataset"):
-        return [found]
+    if path := shutil.which("img2dataset"):
+        return [path]
     if beside.is_file():
         return [str(beside)]
     if importlib.util.find_spec("img2dataset") is not None:
@@ -218,11 +223,11 @@ def _arguments(config: DownloadConfig, folder: Path) -> list[str]:
 
 def _last_words(log: Path) -> str:
     if not log.exists():
-        return "it said nothing"
+        return "it wrote nothing"
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
-        said = file.read().decode(errors="replace")
-    if "No space left on device" in said:
+        text = file.read().decode(errors="replace")
+    if "No space left on device" in text:
         return "no space left on the disk"
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it wrote nothing"

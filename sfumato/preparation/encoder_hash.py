@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfumato.config import ModelConfig
-from sfumato.data.cached import CacheIdentity
+from sfumato.data.prepared.format import CacheIdentity
 from sfumato.models.formats import read_json, read_model_index
 from sfumato.models.lora import find_lora
 from sfumato.models.registry import find_family

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb
 from sfumato.data.entries import SpanBlob
-from sfumato.data.frame import Placement, Size, frame, to_tensor
-from sfumato.data.prepared import Member, PreparedError
+from sfumato.data.prepared.format import Member, PreparedError
+from sfumato.data.sample import Placement, Size, resize_and_crop, to_tensor
 from sfumato.models.model import DTYPES, Conditioning, TextToImageModel
 
 _AHEAD = 2  # batches that are decoded while one is encoded
@@ -143,7 +143,7 @@ class Encoder:
         except RefusedImageError as error:
             return str(error)
         return [
-            to_tensor(frame(picture, self._storage.size, placement)[0])
+            to_tensor(resize_and_crop(picture, self._storage.size, placement)[0])
             for placement in self._placements.values()
         ]
 

@@ -8,8 +8,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from sfumato.data.cached import EMPTY, MANIFEST, cache_key
-from sfumato.data.prepared import CachedRecord, PreparedError, TarRecord, read_record
+from sfumato.data.prepared.format import (
+    EMPTY,
+    MANIFEST,
+    CachedRecord,
+    PreparedError,
+    TarRecord,
+    cache_key,
+    read_fields,
+)
 from sfumato.files import sha256_of
 from sfumato.preparation.tars import texts
 
@@ -100,7 +107,7 @@ def _of_members(tar: Path, record: TarRecord) -> Iterator[str]:
 def of_manifest(cache: Path) -> Iterator[str]:
     """Find a cache whose name does not follow from its manifest, or without an empty prompt."""
     try:
-        content = read_record(cache / MANIFEST)
+        content = read_fields(cache / MANIFEST)
     except PreparedError as error:
         yield str(error)
         return

@@ -11,7 +11,7 @@ import numpy as np
 
 from sfumato.config import FilterConfig
 from sfumato.data.left_out import tally
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     SELECTIONS,
     KeptRecord,
     Member,

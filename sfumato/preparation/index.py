@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, final
 
 from sfumato.data.left_out import tally
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     CACHE,
     INDEX,
     SELECTIONS,

@@ -1,11 +1,11 @@
-"""What lies in a prepared folder: tars, selections and caches, and of which tar a shard is."""
+"""Names of the tars, selections and caches in a prepared folder, and the tar of a cached shard."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.data.cached import MANIFEST
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     CACHE,
+    MANIFEST,
     SELECTIONS,
     SHARDS,
     UNFINISHED,
@@ -27,9 +27,9 @@ def tar_names(folder: Path) -> list[str]:
     if (folder / SHARDS / UNFINISHED).exists():
         raise PreparedError(
             f"packing into {folder} was not finished; run the same sfumato prepare with its stage "
-            "pack, which goes on where it was stopped"
+            "pack, which resumes"
         )
-    names = sorted(place.stem for place in (folder / SHARDS).glob("[!.]*.json"))
+    names = sorted(path.stem for path in (folder / SHARDS).glob("[!.]*.json"))
     if not names:
         raise PreparedError(
             f"{folder} holds no packed tars; run: sfumato prepare out={folder} stages=[pack] with "
@@ -40,19 +40,19 @@ def tar_names(folder: Path) -> list[str]:
 
 def selection_names(folder: Path) -> list[str]:
     """Return the names of the selections, sorted."""
-    return sorted(place.name for place in (folder / SELECTIONS).glob("[!.]*") if place.is_dir())
+    return sorted(path.name for path in (folder / SELECTIONS).glob("[!.]*") if path.is_dir())
 
 
 def cache_names(folder: Path) -> list[str]:
-    """Return the folders of the caches that say what they are, sorted."""
-    return sorted(place.parent.name for place in (folder / CACHE).glob(f"[!.]*/{MANIFEST}"))
+    """Return the folders of the caches that have a manifest, sorted."""
+    return sorted(path.parent.name for path in (folder / CACHE).glob(f"[!.]*/{MANIFEST}"))
 
 
 def made_of(cache: str, tar: TarRecord, samples: Sequence[int]) -> str:
-    """Return a hash in two halves: of tar and cache, and of the samples that are encoded."""
+    """Return a hash in two halves: of tar and cache, and of the encoded samples."""
     return digest([tar.sha256, cache])[:HALF] + digest(list(samples))[:HALF]
 
 
 def is_of(cache: str, cached: CachedRecord, tar: TarRecord) -> bool:
-    """Say whether a shard of a cache was made of this very tar, whichever samples of it."""
+    """Tell whether a shard of a cache was encoded from this very tar, whichever samples of it."""
     return cached.made_of[:HALF] == made_of(cache, tar, ())[:HALF]

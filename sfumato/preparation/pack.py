@@ -1,7 +1,8 @@
 """Stage pack: rows to uniform tars of N samples; every picture is decoded once, here.
 
-A tar is made of a stretch of the rows: from where the one before it ended to the next good row
-behind its N-th. So it depends on nothing but the rows, and is found again after a kill.
+Each tar covers a contiguous range of rows: from the end of the previous tar to just before the
+good row after its N-th. It depends on the rows only, so an interrupted run recognises finished
+tars.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from sfumato.config import DownloadConfig, PackConfig
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
 from sfumato.data.entries import Blob, Entry
 from sfumato.data.left_out import tally
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
     SHARDS,
     UNFINISHED,
     PreparedError,
@@ -34,13 +35,13 @@ from sfumato.preparation.sources import Container, containers
 from sfumato.preparation.tars import Sample, write_tar
 from sfumato.preparation.url_table import further_columns
 
-_MADE_BY = 1  # raised when the same rows shall become other tars
+_MADE_BY = 1  # raised when the same rows are to become other tars
 _OURS = re.compile(r"\d{6,}\.(tar|json)")
 _AHEAD = 4  # pictures in memory for each thread
 _MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"BM", "bmp"))
 
-# A container and a row of it, from 1; 0 is what listing the container left out.
-Place = tuple[int, int]
+# A container and a row of it, from 1; row 0 stands for what listing the container left out.
+Position = tuple[int, int]
 
 
 @final
@@ -55,21 +56,21 @@ class _BytesBlob(Blob):
 
 @dataclass(frozen=True)
 class _Judged:
-    """A row that was looked at, or what was left out of a container by listing it."""
+    """A row whose picture was decoded, or what listing a container left out."""
 
-    place: Place
+    position: Position
     sample: Sample | None
     dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def pack(config: PackConfig, download: DownloadConfig, folder: Path) -> dict[str, int]:
-    """Write the tars that are not there yet, and return each row's bin.
+    """Write the tars that are missing, and return the count of rows in each bin.
 
     Raises:
         ValueError: the source cannot be read, or has no good picture.
         PreparedError: the disk is full.
     """
-    # A download is packed as it was made, whether or not its settings are given again.
+    # A download is packed with the columns that it has, without naming them again.
     further = download.columns or ([] if config.path else further_columns(folder))
     source = containers(config, further, folder)
     _refuse_foreign(folder / SHARDS)
@@ -107,51 +108,51 @@ class _Packer:
                           config.columns, *further]  # fmt: skip
         self._judged: Iterator[_Judged] = iter(())
         self._next: _Judged | None = None  # a good row, which begins the next tar
-        self._end: Place = (len(source), 0)
+        self._end: Position = (len(source), 0)
 
-    def known(self, name: str, start: Place, first: int) -> TarRecord | None:
-        """Return the record of a tar that is there and made of the same."""
+    def known(self, name: str, start: Position, first: int) -> TarRecord | None:
+        """Return the record of a tar that exists and was packed from the same rows."""
         try:
             record = read_tar_record(self._folder, name)
         except PreparedError:
             return None
-        tar, place = (self._folder / SHARDS / f"{name}.{suffix}" for suffix in ("tar", "json"))
-        written = place.stat().st_mtime_ns
-        there = tar.is_file() and tar.stat().st_size == record.bytes
-        fresh = all(each.newest <= written for each in self._stretch(start, record.ends))
+        tar, path = self._paths(name)
+        written = path.stat().st_mtime_ns
+        exists = tar.is_file() and tar.stat().st_size == record.bytes
+        fresh = all(each.newest <= written for each in self._range(start, record.ends))
         same = record.made_of == self._made_of(record, start, first)
-        return record if there and fresh and same else None
+        return record if exists and fresh and same else None
 
-    def make(self, name: str, start: Place, first: int) -> TarRecord:
+    def make(self, name: str, start: Position, first: int) -> TarRecord:
         """Write a tar, and then its record.
 
         Raises:
             ValueError: no row is good.
         """
-        if self._next is None or self._next.place != start:
+        if self._next is None or self._next.position != start:
             self._judged, self._next = self._judge(start), None
-        tar, place = (self._folder / SHARDS / f"{name}.{suffix}" for suffix in ("tar", "json"))
+        tar, path = self._paths(name)
         dropped = Counter[str]()
         with new_file(tar, failure=PreparedError) as beside:
             members = write_tar(beside, first, self._take(dropped))
             if not members:
-                said = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
+                faults = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
                 raise ValueError(
                     f"nothing of {self._config.path or 'what was downloaded'} can be packed: "
-                    f"{said or 'there is no picture with a caption'}"
+                    f"{faults or 'there is no picture with a caption'}"
                 )
             size, sha256 = beside.stat().st_size, sha256_of(beside)
             (tar.parent / UNFINISHED).touch()
-            place.unlink(missing_ok=True)  # it may speak of another tar of this name
-        ends = self._end if self._next is None else self._next.place
+            path.unlink(missing_ok=True)  # it may be the record of another tar of this name
+        ends = self._end if self._next is None else self._next.position
         bins = dict(sorted(dropped.items()))
         record = TarRecord(name, size, sha256, "", tuple(members), bins, ends)
         record = replace(record, made_of=self._made_of(record, start, first))
-        write_text(place, record_text(record), failure=PreparedError)
+        write_text(path, record_text(record), failure=PreparedError)
         return record
 
     def _take(self, dropped: Counter[str]) -> Iterator[Sample]:
-        """Yield the next N good rows; count the others, up to the good one behind them."""
+        """Yield the next N good rows; count the bad ones up to the good row after the N-th."""
         for taken in count():
             while True:
                 judged, self._next = self._next or next(self._judged, None), None
@@ -165,8 +166,8 @@ class _Packer:
                 return
             yield judged.sample
 
-    def _judge(self, start: Place) -> Iterator[_Judged]:
-        """Yield all rows from a place on, in order, whichever thread is the first to be done."""
+    def _judge(self, start: Position) -> Iterator[_Judged]:
+        """Yield all rows from a position on, in order, whichever thread finishes first."""
         under_way: deque[Future[_Judged]] = deque()
         for number in range(start[0], len(self._source)):
             listing = self._source[number].read()
@@ -184,18 +185,23 @@ class _Packer:
         while under_way:
             yield under_way.popleft().result()
 
-    def _stretch(self, start: Place, ends: Place) -> Sequence[Container]:
+    def _paths(self, name: str) -> tuple[Path, Path]:
+        """Return the paths of a tar and of its record."""
+        shards = self._folder / SHARDS
+        return shards / f"{name}.tar", shards / f"{name}.json"
+
+    def _range(self, start: Position, ends: Position) -> Sequence[Container]:
         return self._source[start[0] : ends[0] + 1]
 
-    def _made_of(self, record: TarRecord, start: Place, first: int) -> str:
-        parts = [(each.name, each.identity) for each in self._stretch(start, record.ends)]
+    def _made_of(self, record: TarRecord, start: Position, first: int) -> str:
+        parts = [(each.name, each.identity) for each in self._range(start, record.ends)]
         pictures = [member.sha256 for member in record.samples]
-        # What lay behind the last row of then may be more now.
-        place = [first, start, record.ends, record.ends == self._end]
-        return digest([self._settings, place, parts, pictures, dict(record.dropped)])
+        # Rows may have been added after the row that was the last.
+        position = [first, start, record.ends, record.ends == self._end]
+        return digest([self._settings, position, parts, pictures, dict(record.dropped)])
 
 
-def _look_at(entry: Entry, place: Place, bounds: Bounds) -> _Judged:
+def _look_at(entry: Entry, position: Position, bounds: Bounds) -> _Judged:
     """Decode a picture, for its size and to know that it is whole; keep its bytes."""
     try:
         read_size(entry.blob, bounds)
@@ -203,21 +209,21 @@ def _look_at(entry: Entry, place: Place, bounds: Bounds) -> _Judged:
             data = file.read()
         picture = read_rgb(_BytesBlob(data), bounds)
     except RefusedImageError as error:
-        return _Judged(place, None, {str(error): 1})
+        return _Judged(position, None, {str(error): 1})
     except OSError:
-        return _Judged(place, None, {"unreadable file": 1})
+        return _Judged(position, None, {"unreadable file": 1})
     suffix = next(suffix for magic, suffix in _MAGIC if data.startswith(magic))
     sha256, columns = hashlib.sha256(data).hexdigest(), dict(entry.columns)
     size = (picture.height, picture.width)
-    return _Judged(place, Sample(data, suffix, entry.captions, *size, sha256, columns))
+    return _Judged(position, Sample(data, suffix, entry.captions, *size, sha256, columns))
 
 
 def _refuse_foreign(shards: Path) -> None:
-    """Refuse a folder of files that no packing wrote, as they would be replaced or in the way."""
-    places = sorted(shards.glob("[!.]*"))
-    foreign = [place for place in places if not _OURS.fullmatch(place.name)]
+    """Refuse a folder with files that no packing wrote: packing could replace them."""
+    paths = sorted(shards.glob("[!.]*"))
+    foreign = [path for path in paths if not _OURS.fullmatch(path.name)]
     if not (shards / UNFINISHED).exists():  # a kill may leave a tar without its record
-        foreign += [p for p in places if p.suffix == ".tar" and not p.with_suffix(".json").exists()]
+        foreign += [p for p in paths if p.suffix == ".tar" and not p.with_suffix(".json").exists()]
     if foreign:
         raise PreparedError(
             f"{shards} holds {foreign[0].name}, which sfumato prepare did not write; give another "
@@ -226,7 +232,7 @@ def _refuse_foreign(shards: Path) -> None:
 
 
 def _forget_others(shards: Path, names: set[str]) -> None:
-    """Remove the tars of an earlier, longer packing, and what a kill left half-written."""
-    for place in [*shards.glob("*.json"), *shards.glob("*.tar"), *shards.glob(".*.tmp")]:
-        if place.stem not in names:
-            place.unlink()
+    """Remove the tars of an earlier, longer packing, and half-written files of a killed one."""
+    for path in [*shards.glob("*.json"), *shards.glob("*.tar"), *shards.glob(".*.tmp")]:
+        if path.stem not in names:
+            path.unlink()

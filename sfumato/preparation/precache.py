@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfumato.config import ModelConfig, PrepareConfig
-from sfumato.data.cached import EMPTY, MANIFEST
 from sfumato.data.left_out import tally
-from sfumato.data.prepared import (
+from sfumato.data.prepared.format import (
+    EMPTY,
     FORMAT,
+    MANIFEST,
     SHARDS,
     CachedRecord,
     PreparedError,

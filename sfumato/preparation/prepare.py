@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 from sfumato.config import PrepareConfig, TrainingConfig
 from sfumato.data.left_out import line
-from sfumato.data.prepared import PreparedError
+from sfumato.data.prepared.format import PreparedError
 from sfumato.files import lock
 from sfumato.preparation.download import download
 from sfumato.preparation.filter import filter_samples

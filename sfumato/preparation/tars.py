@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.data.prepared import Member
+from sfumato.data.prepared.format import Member
 
 
 @dataclass(frozen=True)

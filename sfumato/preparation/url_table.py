@@ -16,9 +16,10 @@ from sfumato.config import DownloadConfig
 from sfumato.data.entries import captions_of
 from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.paths import find_files, is_file, is_folder
-from sfumato.data.prepared import FORMAT, PreparedError, read_record
+from sfumato.data.prepared.format import FORMAT, PreparedError
 from sfumato.data.tables import WITH_COLUMNS, open_table
 from sfumato.files import digest, fetch, new_file, sha256_of, write_text
+from sfumato.records import read_record
 
 TABLE, RECORD = "table", "table.json"
 _SETTING = "download.table"
@@ -109,18 +110,10 @@ def read_table_record(folder: Path) -> TableRecord:
     Raises:
         PreparedError: the record is missing or damaged.
     """
-    path = folder / TABLE / RECORD
-    content = read_record(path)
-    try:
-        return TableRecord(
-            content["made_of"],
-            tuple((name, size, time) for name, size, time in content["stamps"]),
-            tuple(content["digests"]),
-            tuple(content["files"]),
-            content["dropped"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise PreparedError(f"{path} is damaged ({error}); remove it and prepare again") from error
+    advice = "remove it and prepare again"
+    return read_record(
+        folder / TABLE / RECORD, TableRecord, advice, version=FORMAT, failure=PreparedError
+    )
 
 
 def further_columns(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import final
 
 from sfumato.data.left_out import line
-from sfumato.data.prepared import INDEX, SHARDS, Index, PreparedError, read_index
+from sfumato.data.prepared.format import INDEX, SHARDS, Index, PreparedError, read_index
 from sfumato.preparation.download import DOWNLOAD, download_bins, read_stats
 from sfumato.preparation.faults import DAMAGE
 from sfumato.preparation.index import Walk

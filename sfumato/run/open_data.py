@@ -1,7 +1,7 @@
 """Data of a run: rows to train on, prompts of validation images, held-out samples."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sfumato.config import (
@@ -11,12 +11,12 @@ from sfumato.config import (
     TrainConfig,
 )
 from sfumato.data.images import open_images, validation_samples
+from sfumato.data.prepared.format import CacheIdentity
+from sfumato.data.prepared.open import first_captions, first_samples, open_shards
 from sfumato.data.prompts import open_prompts, read_prompts
-from sfumato.data.shard_stream import ShardStream
-from sfumato.data.shards import first_captions, open_shards
+from sfumato.data.sample import Sample
 from sfumato.data.stream import Stream
 from sfumato.models.limits import Limits
-from sfumato.objectives.supervised import Row
 from sfumato.preparation.encoder_hash import cache_identity
 
 
@@ -26,7 +26,7 @@ class Data:
 
     stream: Stream[Any]
     prompts: list[str]  # one per validation image
-    held_out: Sequence[Row]
+    held_out: Sequence[Sample]
 
 
 def open_data(
@@ -57,7 +57,7 @@ def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
     if not isinstance(config.objective, SupervisedConfig):
         path, shuffle, buffer = str(data.prompts), data.shuffle, data.buffer
         return open_prompts(path, column=data.column, seed=seed, shuffle=shuffle, buffer=buffer)
-    if data.shards.path is not None:
+    if data.shards.path or data.shards.sources:
         return open_prepared(config, data.shards, limits)
     height, width = frame_size(config, limits)
     step = bucket_step(limits, height, width)
@@ -66,31 +66,35 @@ def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
 
 def open_prepared(
     config: TrainConfig, shards: ShardDataConfig, limits: Limits | None
-) -> ShardStream:
-    """Open a prepared folder at the size of the run; a cache must be of the run's model.
+) -> Stream[Sample]:
+    """Open what `sfumato prepare` wrote, at the size of the run; a cache has to be of its model.
 
     Raises:
         ValueError: if the folder is incomplete or damaged, or no cache of it fits.
     """
     height, width = frame_size(config, limits)
-    identity = None
-    if shards.cached:
-        identity = cache_identity(
-            config.model, height=height, width=width, flip=shards.flip, dtype="float16"
-        )
     return open_shards(
-        shards, height=height, width=width, seed=config.training.seed, identity=identity
+        shards,
+        height=height,
+        width=width,
+        divisor=bucket_step(limits, height, width) if shards.buckets else 1,
+        seed=config.training.seed,
+        identity=_identity(config, height, width, flip=shards.flip),
     )
 
 
-def first_rows(config: TrainConfig, limits: Limits | None, count: int) -> list[Row]:
+def first_rows(config: TrainConfig, limits: Limits | None, count: int) -> list[Sample]:
     """Return the first rows of a prepared folder, or all if it has fewer, with central crops."""
-    plain = replace(
-        config.data.shards, shuffle=False, crop="center", flip=False, captions="first", workers=0
-    )
-    stream = open_prepared(config, plain, limits)
-    count = min(count, stream.samples)
-    return stream.next(count, 0, count)
+    height, width = frame_size(config, limits)
+    identity = _identity(config, height, width, flip=False)
+    return first_samples(config.data.shards, count, height=height, width=width, identity=identity)
+
+
+def _identity(config: TrainConfig, height: int, width: int, *, flip: bool) -> CacheIdentity | None:
+    """Return the identity of the cache that a run reads, if it reads one."""
+    if not config.data.shards.cached:
+        return None
+    return cache_identity(config.model, height=height, width=width, flip=flip, dtype="float16")
 
 
 def frame_size(config: TrainConfig, limits: Limits | None) -> tuple[int, int]:
@@ -119,7 +123,7 @@ def bucket_step(limits: Limits | None, height: int, width: int) -> int:
     return max((s for s in steps if height % s == width % s == 0), default=multiple)
 
 
-def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Row]:
+def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Sample]:
     """Return the samples of the validation loss: held-out images, or the first training rows."""
     count = config.validation.loss_images
     if not isinstance(config.objective, SupervisedConfig) or not count:
@@ -157,7 +161,7 @@ def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None
     elif images.path or images.sources:
         samples = validation_samples(images, count, height=8, width=8, warns=False)
         prompts = [sample.caption for sample in samples]
-    elif config.data.shards.path:
+    elif config.data.shards.path or config.data.shards.sources:
         prompts = first_captions(config.data.shards, count)
     else:
         raise ValueError(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import yaml
@@ -94,7 +95,7 @@ def prepare_folder(folder: RunFolder, settings: dict[str, Any]) -> None:
     """
     tidy(folder.checkpoints)
     if folder.config.exists() and list_checkpoints(folder.checkpoints):
-        saved = saved_settings(folder)
+        saved = completed(saved_settings(folder), asdict(TrainConfig()))
         changed = differences(saved, settings) or stretched_schedule(saved, settings)
         if changed:
             listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
@@ -103,6 +104,16 @@ def prepare_folder(folder: RunFolder, settings: dict[str, Any]) -> None:
                 "(name=...), or remove the folder"
             )
     write_text(folder.config, yaml.safe_dump(settings, sort_keys=False))
+
+
+def completed(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return saved settings with the defaults of those that an earlier version did not have."""
+    inner = {
+        key: completed(value, defaults[key])
+        for key, value in saved.items()
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+    }
+    return defaults | saved | inner
 
 
 def stretched_schedule(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:

@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.config import TrainConfig
+from sfumato.data.sample import Sample
 from sfumato.diffusion.randomness import derive
 from sfumato.files import new_folder
 from sfumato.images import load_images, save_image
 from sfumato.models.generate import generate_in_batches
 from sfumato.models.model import TextToImageModel
-from sfumato.objectives.supervised import Row, Supervised
+from sfumato.objectives.supervised import Supervised
 from sfumato.rewards.reward import Reward
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder, json_lines, read_rows
@@ -38,7 +39,7 @@ class HeldOut:
     """Images with captions, whose loss is always measured at the same noise and times."""
 
     objective: Supervised
-    samples: Sequence[Row]
+    samples: Sequence[Sample]
 
 
 @final

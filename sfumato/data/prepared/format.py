@@ -1,22 +1,33 @@
-"""What `sfumato prepare` leaves in a folder: tars, selections of their samples, and caches.
+"""Format of a prepared folder: tars, selections of their samples, caches, and their records.
 
 shards/000000.tar            uniform WebDataset tars
 shards/000000.json           TarRecord: what is in it, and where
 selections/NAME/000000.json  KeptRecord: which of its samples a filter keeps
 cache/moments-KEY/000000.safetensors (and .json)   latents' moments of the kept samples
+cache/moments-KEY/manifest.json     {"format": 1, "kind": "moments", ...identity}
 cache/text-KEY/000000.safetensors (and .json)      their captions' states
+cache/text-KEY/manifest.json        {"format": 1, "kind": "text", ...identity}
+cache/text-KEY/empty.safetensors    the states of the empty prompt, one row
 index.json                   Index: what training opens, and every sample's bin
+
+KEY is the first 16 hex digits of the SHA-256 of the identity as sorted, compact JSON.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sfumato.files import digest
+from sfumato.records import read_record
+
+Record = TypeVar("Record")
 SHARDS, SELECTIONS, CACHE, INDEX = "shards", "selections", "cache", "index.json"
+MANIFEST, EMPTY = "manifest.json", "empty.safetensors"
 UNFINISHED = ".unfinished"  # in shards/, while they are packed
 FORMAT = 1
+_KEY_DIGITS = 16
 
 
 class PreparedError(ValueError):
@@ -68,6 +79,22 @@ class TarRecord:
     samples: tuple[Member, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
     ends: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Height and width of a picture, upright, in pixels."""
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What buckets ask of a tar's record: its samples' shapes, in the tar's order."""
+
+    sha256: str
+    samples: tuple[Shape, ...]
 
 
 @dataclass(frozen=True)
@@ -138,32 +165,41 @@ class Index:
     kept: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class CacheIdentity:
+    """What the tensors of a cache depend on; the folders of a cache are named after it.
+
+    Attributes:
+        moments: autoencoder, height, width, crop, resize, flip, dtype; fit for JSON.
+        text: text encoders, tokenizers, dtype; fit for JSON.
+    """
+
+    moments: Mapping[str, Any]
+    text: Mapping[str, Any]
+
+    @property
+    def moments_folder(self) -> str:
+        """The name of the folder of moments, below cache/."""
+        return f"moments-{cache_key(self.moments)}"
+
+    @property
+    def text_folder(self) -> str:
+        """The name of the folder of captions' states, below cache/."""
+        return f"text-{cache_key(self.text)}"
+
+
 def read_index(folder: Path) -> Index:
     """Read index.json of a prepared folder.
 
     Raises:
         PreparedError: if there is none, or it is damaged.
     """
-    place = folder / INDEX
-    if not place.exists():
+    if not (folder / INDEX).exists():
         raise PreparedError(
             f"{folder} has no {INDEX}, so it is no prepared folder, or not prepared to the end; "
             f"run: sfumato prepare out={folder} stages=[index]"
         )
-    content = read_record(place)
-    try:
-        return Index(
-            tars=tuple(IndexedShard(**shard) for shard in content["tars"]),
-            selections={name: tuple(kept) for name, kept in content["selections"].items()},
-            caches={
-                name: tuple(IndexedShard(**shard) for shard in shards)
-                for name, shards in content["caches"].items()
-            },
-            bins=content["bins"],
-            kept=content.get("kept", {}),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(place, error) from error
+    return _read(folder / INDEX, Index)
 
 
 def read_tar_record(folder: Path, name: str) -> TarRecord:
@@ -172,17 +208,16 @@ def read_tar_record(folder: Path, name: str) -> TarRecord:
     Raises:
         PreparedError: if the record is missing or damaged.
     """
-    place = folder / SHARDS / f"{name}.json"
-    content = read_record(place)
-    try:
-        samples = tuple(
-            Member(**(sample | {"captions": tuple(sample["captions"])}))
-            for sample in content.pop("samples")
-        )
-        container, row = content.pop("ends", (0, 0))
-        return TarRecord(samples=samples, ends=(container, row), **content)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(place, error) from error
+    return _read(folder / SHARDS / f"{name}.json", TarRecord)
+
+
+def read_shapes(folder: Path, name: str) -> Shapes:
+    """Read height and width of each sample of a tar, and nothing else.
+
+    Raises:
+        PreparedError: if the record is missing or damaged.
+    """
+    return _read(folder / SHARDS / f"{name}.json", Shapes)
 
 
 def read_kept_record(folder: Path, selection: str, name: str) -> KeptRecord:
@@ -191,12 +226,7 @@ def read_kept_record(folder: Path, selection: str, name: str) -> KeptRecord:
     Raises:
         PreparedError: if the record is missing or damaged.
     """
-    place = folder / SELECTIONS / selection / f"{name}.json"
-    content = read_record(place)
-    try:
-        return KeptRecord(kept=_indices(content.pop("kept")), **content)
-    except (KeyError, TypeError) as error:
-        raise _damaged(place, error) from error
+    return _read(folder / SELECTIONS / selection / f"{name}.json", KeptRecord)
 
 
 def read_cached_record(folder: Path, cache: str, name: str) -> CachedRecord:
@@ -205,34 +235,17 @@ def read_cached_record(folder: Path, cache: str, name: str) -> CachedRecord:
     Raises:
         PreparedError: if the record is missing or damaged.
     """
-    place = folder / CACHE / cache / f"{name}.json"
-    content = read_record(place)
-    try:
-        return CachedRecord(rows=_indices(content.pop("rows")), **content)
-    except (KeyError, TypeError) as error:
-        raise _damaged(place, error) from error
+    return _read(folder / CACHE / cache / f"{name}.json", CachedRecord)
 
 
-def read_record(place: Path) -> dict[str, Any]:
-    """Return the object in a record's file, without its format.
+def read_fields(path: Path) -> dict[str, Any]:
+    """Return the object in a record's file, without its format; such as a cache's manifest.
 
     Raises:
-        PreparedError: if it is missing, damaged or of another format.
+        PreparedError: if the file is missing, damaged or of another format.
     """
-    try:
-        content = json.loads(place.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PreparedError(
-            f"{place} is missing; run the same sfumato prepare again, which makes it anew"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise _damaged(place, error) from error
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise PreparedError(
-            f"{place} is not of format {FORMAT}; it was written by another version of Sfumato, or "
-            "by another program. Remove it and prepare again"
-        )
-    return content
+    fields: dict[str, Any] = _read(path, dict)
+    return {key: value for key, value in fields.items() if key != "format"}
 
 
 def record_text(record: TarRecord | KeptRecord | CachedRecord | Index) -> str:
@@ -241,14 +254,11 @@ def record_text(record: TarRecord | KeptRecord | CachedRecord | Index) -> str:
     return json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":")) + "\n"
 
 
-def _indices(values: Sequence[object]) -> tuple[int, ...]:
-    indices = tuple(value for value in values if isinstance(value, int))
-    if len(indices) < len(values):
-        raise TypeError("an index is no whole number")
-    return indices
+def cache_key(identity: Mapping[str, Any]) -> str:
+    """Return the hash that a cache's folder is named after."""
+    return digest(identity)[:_KEY_DIGITS]
 
 
-def _damaged(place: Path, error: BaseException) -> PreparedError:
-    return PreparedError(
-        f"{place} is damaged ({error}); remove it and run the same sfumato prepare again"
-    )
+def _read(path: Path, kind: type[Record]) -> Record:
+    advice = "remove it, if it is there, and run the same sfumato prepare again"
+    return read_record(path, kind, advice, version=FORMAT, failure=PreparedError)

@@ -1,0 +1,1 @@
+"""Folders that `sfumato prepare` wrote: their format, and readers of their tars and caches."""

@@ -1,0 +1,353 @@
+"""Reader of caches: moments and states of single samples, by their place in mapped files.
+
+Few shards are open at a time. A run can read the caches of its own encoders and sizes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sfumato.data.entries import Entry, SpanBlob
+from sfumato.data.epochs import RowPick
+from sfumato.data.prepared.format import (
+    CACHE,
+    EMPTY,
+    MANIFEST,
+    CacheIdentity,
+    Index,
+    Member,
+    PreparedError,
+    cache_key,
+    read_cached_record,
+    read_fields,
+    read_tar_record,
+)
+from sfumato.data.prepared.tars import LruCache, Selected
+from sfumato.data.sample import Choices, Encoded, Sample, Size, central_crop
+from sfumato.data.stream import BrokenRowError, Reader
+
+OPEN_SHARDS = 32  # each two files
+# How tensors are stored decides nothing: any dtype will do, the most exact one first.
+_DTYPES = ("float32", "float16", "bfloat16")
+_STORED = {"dtype", "flip"}
+_MISSING = object()
+
+
+# What a cache holds
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Names of folders below cache/.
+
+    Attributes:
+        moments: one folder for each bucket; empty for a bucket without samples.
+        text: the states of captions.
+    """
+
+    moments: Sequence[str]
+    text: str
+
+    @property
+    def folders(self) -> list[str]:
+        """All folders."""
+        return [*filter(None, self.moments), self.text]
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """The samples of a shard that are in a selection and in both halves of a cache.
+
+    Attributes:
+        samples: indices into the tar, ascending.
+        moments: the row of each sample among the moments.
+        text: the row of each sample among the states.
+        stored: how many rows the files of moments and of states hold.
+    """
+
+    samples: np.ndarray
+    moments: np.ndarray
+    text: np.ndarray
+    stored: tuple[int, int]
+
+
+def cached_rows(
+    folder: Path, caches: Caches, name: str, buckets: Sequence[Sequence[int]]
+) -> list[CachedRows]:
+    """Read which samples of a shard can be had from a cache, by bucket.
+
+    Args:
+        buckets: the samples that are asked for: indices into the tar, ascending.
+
+    Raises:
+        PreparedError: a record is missing or damaged.
+    """
+    text = np.asarray(read_cached_record(folder, caches.text, name).rows, dtype=np.int64)
+    rows = []
+    for cache, kept in zip(caches.moments, buckets, strict=True):
+        moments = np.empty(0, dtype=np.int64)
+        if cache:
+            moments = np.asarray(read_cached_record(folder, cache, name).rows, dtype=np.int64)
+        samples = _common(_common(np.asarray(kept, dtype=np.int64), moments), text)
+        positions = (np.searchsorted(stored, samples) for stored in (moments, text))
+        rows.append(CachedRows(samples, *positions, stored=(len(moments), len(text))))
+    return rows
+
+
+def _common(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return what two ascending lists share; most often they are equal."""
+    return some if np.array_equal(some, others) else np.intersect1d(some, others, True)
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Rows of one size in one shard."""
+
+    rows: CachedRows
+    members: Sequence[Member]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The open files of a shard; slices of them are read from the disk when they are copied."""
+
+    moments: safe_open
+    text: safe_open
+    names: tuple[str, ...]
+    offsets: Sequence[int]
+
+
+@final
+class CacheReader(Reader[RowPick, Sample]):
+    """Read moments and states of single rows; no file is read whole."""
+
+    def __init__(
+        self,
+        selected: Selected,
+        caches: Caches,
+        counts: Sequence[Sequence[int]],
+        choices: Choices,
+        *,
+        keep: int,
+    ) -> None:
+        """Read the states of the empty prompt.
+
+        Args:
+            counts: cached samples of each bucket and shard.
+            keep: the records of shards with so many samples are kept.
+
+        Raises:
+            PreparedError: the states of the empty prompt cannot be read.
+        """
+        assert not choices.random_crop, "settings were checked"
+        self._selected = selected
+        self._caches = caches
+        self._counts = counts
+        self._empty = _read_empty(selected.folder / CACHE / caches.text / EMPTY)
+        self._choices = choices
+        self._shards = LruCache(self._load, lambda all_: sum(len(b.members) for b in all_), keep)
+        self._files = LruCache(self._open, lambda _: 1, OPEN_SHARDS)
+
+    def read(self, pick: RowPick) -> Sample:
+        """Read a row; see `Reader.read`.
+
+        Raises:
+            PreparedError: the shard's records are missing, damaged, or not those of the index.
+        """
+        bucket = self._shards.get(pick.shard)[pick.bucket]
+        member = bucket.members[pick.row]
+        picture = SpanBlob(self._selected.tar(pick.shard), member.offset, member.size)
+        path = self._path(self._caches.moments[pick.bucket], pick.shard)
+        entry = Entry(path, member.key, member.captions, picture)
+        try:
+            files = self._files.get(pick.shard, pick.bucket)
+        except _BrokenFileError as error:
+            raise BrokenRowError(entry, str(error)) from None
+        return self._sample(entry, files, bucket.rows, member, pick)
+
+    def _sample(
+        self, entry: Entry, files: _Files, rows: CachedRows, member: Member, pick: RowPick
+    ) -> Sample:
+        first, end = (files.offsets[int(rows.text[pick.row]) + i] for i in (0, 1))
+        if end - first != len(member.captions):
+            raise BrokenRowError(entry, "cached states of other captions than the tar's")
+        caption = self._choices.caption(member.captions, pick.seed)
+        mirrored = self._choices.placement(pick.seed).mirrored
+        moments = files.moments.get_slice("mirrored" if mirrored else "moments")
+        one = slice(first + caption, first + caption + 1)
+        original, size = (member.height, member.width), self._choices.sizes[pick.bucket]
+        encoded = Encoded(
+            # A slice is a view of the mapped file until it is copied.
+            moments=moments[int(rows.moments[pick.row])].clone(),
+            text={name: files.text.get_slice(name)[one].clone() for name in files.names},
+            empty=self._empty,
+            size=size,
+        )
+        crop = central_crop(original, size)
+        return Sample(None, member.captions[caption], original, crop, entry.name, encoded)
+
+    def _path(self, cache: str, shard: int) -> Path:
+        name = self._selected.tars[shard].name
+        return self._selected.folder / CACHE / cache / f"{name}.safetensors"
+
+    def _load(self, shard: int) -> list[_Bucket]:
+        selected, name = self._selected, self._selected.tars[shard].name
+        record = read_tar_record(selected.folder, name)
+        buckets = cached_rows(selected.folder, self._caches, name, selected.rows(shard, record))
+        samples = [rows.samples for rows in buckets]
+        selected.check(shard, samples, self._counts, "precache,index")
+        return [_Bucket(rows, [record.samples[i] for i in rows.samples]) for rows in buckets]
+
+    def _open(self, shard: int, bucket: int) -> _Files:
+        stored = self._shards.get(shard)[bucket].rows.stored
+        paths = (self._caches.moments[bucket], self._caches.text)
+        try:
+            moments, text = (safe_open(self._path(p, shard), framework="pt") for p in paths)
+            planes = ["mirrored", "moments"] if self._choices.flip else ["moments"]
+            lengths = {_rows_of(moments, name) for name in planes}
+            offsets = text.get_tensor("offsets").tolist()
+            names = tuple(sorted(name for name in text.keys() if name != "offsets"))  # noqa: SIM118
+            ends = {_rows_of(text, name) for name in names}
+        except FileNotFoundError:
+            raise _BrokenFileError("missing cache shard") from None
+        except (SafetensorError, OSError):
+            raise _BrokenFileError("unreadable or damaged cache shard") from None
+        fits = lengths == {stored[0]} and len(offsets) == stored[1] + 1 and ends == {offsets[-1]}
+        if not fits or set(names) != set(self._empty):
+            raise _BrokenFileError("cache shard that does not fit its record")
+        return _Files(moments, text, names, offsets)
+
+
+class _BrokenFileError(Exception):
+    """A shard of a cache that cannot be read."""
+
+
+def _rows_of(file: safe_open, name: str) -> int:
+    """Return the rows of a tensor in an open file."""
+    return int(file.get_slice(name).get_shape()[0])
+
+
+def _read_empty(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PreparedError(
+            f"{path}, the states of the empty prompt, cannot be read ({error}); precache again"
+        ) from None
+
+
+# Finding
+
+
+def find_caches(
+    selected: Selected,
+    index: Index,
+    identity: CacheIdentity,
+    buckets: Sequence[bool],
+    *,
+    flip: bool,
+) -> Caches:
+    """Return the folders of moments and of states that a run can read.
+
+    A cache of another dtype, or with mirrored moments that are not asked for, also fits. Of
+    several, the one that covers most of the selection is taken; exact identity breaks ties.
+
+    Args:
+        identity: of the model that is trained; the sizes of buckets replace its own.
+        buckets: whether there is a sample of each size.
+
+    Raises:
+        PreparedError: there is none; it says which fields differ from those of each cache there.
+    """
+    moments = [
+        _find(selected, index, "moments", _in_size(identity, size), flip=flip) if used else ""
+        for size, used in zip(selected.sizes, buckets, strict=True)
+    ]
+    return Caches(moments, _find(selected, index, "text", identity.text, flip=False))
+
+
+def _in_size(identity: CacheIdentity, size: Size) -> dict[str, Any]:
+    return {**identity.moments, "height": size[0], "width": size[1]}
+
+
+def _find(
+    selected: Selected, index: Index, kind: str, identity: Mapping[str, Any], *, flip: bool
+) -> str:
+    folder, exact = selected.folder, f"{kind}-{cache_key(identity)}"
+    manifests = dict(_manifests(folder, index, kind))
+    fitting = [
+        name
+        for name, manifest in manifests.items()
+        if not _differing(identity, manifest) and (manifest.get("flip", False) or not flip)
+    ]
+    if fitting:
+
+        def order(name: str) -> tuple[int, bool, int, str]:
+            return (-_held(selected, index, name), name != exact, _rank(manifests[name]), name)
+
+        return min(fitting, key=order)
+    reasons = [
+        f"{name} differs in {_difference(identity, manifest, flip=flip)}"
+        for name, manifest in manifests.items()
+    ]
+    if exact not in manifests and (folder / CACHE / exact / MANIFEST).exists():
+        reasons.append(f"{exact} is there, but was not whole when the folder was indexed")
+    raise PreparedError(
+        f"{folder} has no cache of {kind} for this run ({exact}): "
+        f"{'; '.join(reasons) or 'no cache of this kind is there'}. Precache with the model and "
+        f"the size of the run (sfumato prepare out={folder} stages=[precache,index], "
+        "precache.flip=true for data.shards.flip=true, and precache.height and precache.width of "
+        "each bucket for data.shards.buckets=true), or correct the settings of the run"
+    )
+
+
+def _manifests(folder: Path, index: Index, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the identity of each cache of a kind that the index lists."""
+    for name in sorted(index.caches):
+        if not name.startswith(f"{kind}-"):
+            continue
+        path = folder / CACHE / name / MANIFEST
+        content = read_fields(path)
+        if content.pop("kind", None) != kind or name != f"{kind}-{cache_key(content)}":
+            raise PreparedError(
+                f"{path} does not belong to its folder, whose name is a hash of it; one of them "
+                "was changed. Remove the folder and precache again"
+            )
+        yield name, content
+
+
+def _differing(identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    fields = sorted((identity.keys() | manifest.keys()) - _STORED)
+    return [f for f in fields if identity.get(f, _MISSING) != manifest.get(f, _MISSING)]
+
+
+def _difference(identity: Mapping[str, Any], manifest: Mapping[str, Any], *, flip: bool) -> str:
+    fields = [
+        f"{field} ({manifest.get(field, 'not stated')} there, "
+        f"{identity.get(field, 'not stated')} here)"
+        for field in _differing(identity, manifest)
+    ]
+    if flip and not manifest.get("flip", False):
+        fields.append("flip (no mirrored moments there, data.shards.flip=true here)")
+    return ", ".join(fields)
+
+
+def _held(selected: Selected, index: Index, cache: str) -> int:
+    """Return how many samples of the selection a cache may hold, by the numbers of its shards."""
+    stored = {shard.name: shard.samples for shard in index.caches[cache]}
+    pairs = zip(selected.tars, selected.counts, strict=True)
+    return sum(min(stored.get(tar.name, 0), count) for tar, count in pairs)
+
+
+def _rank(manifest: Mapping[str, Any]) -> int:
+    dtype = manifest.get("dtype")
+    return _DTYPES.index(dtype) if dtype in _DTYPES else len(_DTYPES)

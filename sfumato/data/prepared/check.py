@@ -1,0 +1,204 @@
+"""Checks and counts, before training begins, of what the index of a prepared folder promises."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from sfumato.data.left_out import SkipLog
+from sfumato.data.prepared.cache import Caches, cached_rows
+from sfumato.data.prepared.format import (
+    CACHE,
+    INDEX,
+    SHARDS,
+    Index,
+    PreparedError,
+    read_kept_record,
+    read_shapes,
+)
+from sfumato.data.prepared.tars import Selected
+
+_THREADS = 16  # they wait for the file system
+_AT_ONCE = 256
+_NEARLY = 0.01  # of the shards
+_FEW = 1000  # shards whose records are read at the start, whatever the index says
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def selected_counts(folder: Path, index: Index, selection: str) -> tuple[int, ...]:
+    """Return how many samples of each tar a selection keeps."""
+    counts = index.selections.get(selection)
+    if counts is None:
+        known = ", ".join(sorted(index.selections)) or "none"
+        raise PreparedError(
+            f"{folder} has no selection {selection!r}; there is {known}. Correct "
+            f"data.shards.selection, or run: sfumato prepare out={folder} stages=[filter,index] "
+            f"filter.name={selection}"
+        )
+    if len(counts) != len(index.tars):
+        raise PreparedError(
+            f"{folder / INDEX} is damaged: it has {len(index.tars)} tars and the counts of "
+            f"{len(counts)}; run: sfumato prepare out={folder} stages=[index]"
+        )
+    if sum(counts) == 0:
+        raise PreparedError(
+            f"the selection {selection!r} of {folder} keeps no sample; loosen its filter, or "
+            "correct data.shards.selection"
+        )
+    return counts
+
+
+def check_tars(selected: Selected) -> None:
+    """Refuse tars of the selection that are missing or changed."""
+    pairs = zip(selected.tars, selected.counts, strict=True)
+    files = ((f"{tar.name}.tar", tar.bytes) for tar, count in pairs if count)
+    _check_files(selected.folder, SHARDS, files)
+
+
+def check_caches(selected: Selected, index: Index, caches: Caches) -> None:
+    """Refuse a cache that lacks shards of the selection, or whose files changed."""
+    folder, selection = selected.folder, selected.selection
+    pairs = zip(selected.tars, selected.counts, strict=True)
+    needed = [tar.name for tar, count in pairs if count]
+    for cache in caches.folders:
+        stored = {shard.name: shard.bytes for shard in index.caches[cache]}
+        missing = [name for name in needed if name not in stored]
+        if missing:
+            raise PreparedError(
+                f"the cache {cache} of {folder} lacks {len(missing)} of the {len(needed)} shards "
+                f"of selection {selection!r}, the first is {missing[0]}; finish it: sfumato "
+                f"prepare out={folder} stages=[precache,index] precache.selection={selection}"
+            )
+        files = ((f"{name}.safetensors", stored[name]) for name in needed)
+        _check_files(folder, f"{CACHE}/{cache}", files)
+
+
+def count_sorted(selected: Selected, log: SkipLog) -> list[list[int]]:
+    """Return how many samples of each bucket and shard are read of tars.
+
+    Records are read if the shapes of pictures decide; pictures are not.
+
+    Raises:
+        PreparedError: no sample is inside the bounds.
+    """
+    counts = [[0] * len(selected.tars) for _ in selected.sizes]
+    if not selected.is_sorted:
+        return [list(selected.counts)]
+    _recount(counts, selected, [i for i, count in enumerate(selected.counts) if count])
+    kept, bounds = sum(selected.counts), selected.bounds
+    left_out = kept - sum(map(sum, counts))
+    if left_out == kept:
+        raise PreparedError(
+            f"data.shards.min_size={bounds.smallest} and max_pixels={bounds.pixels} leave out all "
+            f"{kept} samples of selection {selected.selection!r} of {selected.folder}; loosen them"
+        )
+    if left_out:
+        folder = selected.folder / SHARDS
+        reason = f"outside min_size={bounds.smallest} and max_pixels={bounds.pixels}"
+        log.note(folder, reason, left_out, f"{folder} (selection {selected.selection!r})")
+    return counts
+
+
+def count_cached(
+    selected: Selected,
+    index: Index,
+    caches: Caches,
+    counts: Sequence[Sequence[int]],
+    log: SkipLog,
+) -> list[list[int]]:
+    """Return how many samples of each bucket and shard are in both halves of the cache.
+
+    If the three counts in the index agree for a shard, its samples are assumed to agree (the
+    reader checks when it opens the shard). Records are read only for shards whose counts differ,
+    or for all when more than 1 % differ, there are at most 1,000, or shapes decide.
+
+    Args:
+        counts: of `count_sorted`.
+
+    Raises:
+        PreparedError: no sample is in the cache.
+    """
+    stored = [{s.name: s.samples for s in index.caches[name]} for name in caches.folders]
+    read = [shard for shard, count in enumerate(selected.counts) if count]
+    names = [tar.name for tar in selected.tars]
+    unclear = [s for s in read if any(part[names[s]] != selected.counts[s] for part in stored)]
+    if selected.is_sorted or len(read) <= _FEW or len(unclear) > _NEARLY * len(read):
+        unclear = read
+    cached = [list(bucket) for bucket in counts]
+    _recount(cached, selected, unclear, caches)
+    before, after = (list(map(sum, zip(*each, strict=True))) for each in (counts, cached))
+    lacking = [shard for shard in read if after[shard] < before[shard]]
+    if lacking:
+        folder = selected.folder / CACHE / caches.folders[0]
+        reason = f"kept by selection {selected.selection!r}, but not in both halves of the cache"
+        place = f"{folder} (of {len(lacking)} shards, the first is {names[lacking[0]]})"
+        log.note(folder, reason, sum(before) - sum(after), place)
+    if sum(after) == 0:
+        raise PreparedError(
+            f"no sample of selection {selected.selection!r} is in the cache "
+            f"{' and '.join(caches.folders)} of {selected.folder}; run: sfumato prepare "
+            f"out={selected.folder} stages=[precache,index] precache.selection={selected.selection}"
+        )
+    return cached
+
+
+def _recount(
+    counts: list[list[int]], selected: Selected, shards: Sequence[int], caches: Caches | None = None
+) -> None:
+    """Count the samples of some shards anew, by their records."""
+    count = partial(_counts_of, selected, caches)
+    for shard, by_bucket in zip(shards, _in_threads(count, shards), strict=True):
+        for bucket, samples in zip(counts, by_bucket, strict=True):
+            bucket[shard] = samples
+
+
+def _counts_of(selected: Selected, caches: Caches | None, shard: int) -> list[int]:
+    folder, name = selected.folder, selected.tars[shard].name
+    rows: Sequence[Sequence[int]]
+    if selected.is_sorted:
+        rows = selected.rows(shard, read_shapes(folder, name))
+    else:
+        rows = [read_kept_record(folder, selected.selection, name).kept]
+    if caches is None:
+        return [len(bucket) for bucket in rows]
+    return [len(bucket.samples) for bucket in cached_rows(folder, caches, name, rows)]
+
+
+def _check_files(folder: Path, place: str, files: Iterator[tuple[str, int]]) -> None:
+    """Refuse files that are missing, or of another size than was indexed."""
+    root, listed = str(folder / place), list(files)
+    faults = [fault for fault in _in_threads(partial(_fault, root), listed) if fault is not None]
+    if faults:
+        more = f" (and {len(faults) - 1} more of {len(listed)} files)" if len(faults) > 1 else ""
+        raise PreparedError(
+            f"{root}/{faults[0]}{more}. Bring back what was indexed, or prepare it again and end "
+            f"with: sfumato prepare out={folder} stages=[index]"
+        )
+
+
+def _fault(root: str, listed: tuple[str, int]) -> str | None:
+    name, size = listed
+    try:
+        found = os.stat(f"{root}/{name}").st_size  # noqa: PTH116, quicker by the million
+    except FileNotFoundError:
+        return f"{name} is missing, though {INDEX} lists it"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    if found != size:
+        return f"{name} has {found} bytes, and had {size} when it was indexed"
+    return None
+
+
+def _in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """Yield the results in order; many items are one task, as a task costs more than an item."""
+
+    def several(first: int) -> list[Result]:
+        return [work(item) for item in items[first : first + _AT_ONCE]]
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for results in threads.map(several, range(0, len(items), _AT_ONCE)):
+            yield from results

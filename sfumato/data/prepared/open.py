@@ -1,0 +1,271 @@
+"""Streams of what `sfumato prepare` wrote: pictures out of tars, or a cache of their encodings."""
+
+import bisect
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import final
+
+from sfumato.config import ShardDataConfig, ShardSourceConfig
+from sfumato.data.decode import Bounds
+from sfumato.data.entries import Refusals
+from sfumato.data.epochs import RowPick, ShardEpochs
+from sfumato.data.left_out import SkipLog
+from sfumato.data.order import Guard, Order, PoolOrder, WindowOrder
+from sfumato.data.pools import SourceShare, bucket_sizes, build_pools, check_size
+from sfumato.data.prepared.cache import CacheReader, find_caches
+from sfumato.data.prepared.check import (
+    check_caches,
+    check_tars,
+    count_cached,
+    count_sorted,
+    selected_counts,
+)
+from sfumato.data.prepared.format import CacheIdentity, Index, read_index, read_tar_record
+from sfumato.data.prepared.tars import Selected, TarReader
+from sfumato.data.sample import Sample, Size
+from sfumato.data.settings import bounds_of, check_reading, choices_of, named_sources
+from sfumato.data.stream import OrderedStream, Reader
+from sfumato.files import digest
+
+KEY = "data.shards"
+_DIGITS = 16  # of fingerprints
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One prepared folder, opened.
+
+    Attributes:
+        share: how often it is drawn from.
+        counts: samples of each bucket and shard.
+        reader: of its rows, by the indices of its own shards.
+        fingerprint: a hash of its samples.
+    """
+
+    share: SourceShare
+    counts: Sequence[Sequence[int]]
+    reader: Reader[RowPick, Sample]
+    fingerprint: str
+
+    @property
+    def shards(self) -> int:
+        """How many shards the folder has."""
+        return len(self.counts[0])
+
+
+@final
+class _SourcesReader(Reader[RowPick, Sample]):
+    """Read rows of several folders, whose shards are numbered through."""
+
+    def __init__(self, folders: Sequence[_Source]) -> None:
+        self._readers = [folder.reader for folder in folders]
+        self._firsts = [0, *accumulate(folder.shards for folder in folders)]
+
+    def read(self, pick: RowPick) -> Sample:
+        """Read a row of the folder that has its shard; see `Reader.read`."""
+        folder = bisect.bisect_right(self._firsts, pick.shard) - 1
+        return self._readers[folder].read(replace(pick, shard=pick.shard - self._firsts[folder]))
+
+
+def open_shards(
+    config: ShardDataConfig,
+    *,
+    height: int,
+    width: int,
+    seed: int,
+    divisor: int = 1,
+    identity: CacheIdentity | None = None,
+) -> OrderedStream[RowPick, Sample]:
+    """Open prepared folders for training: endless, shuffled, resumable at the exact sample.
+
+    Raw and cached rows come in the same order, with the same captions and mirrors, where the cache
+    holds all that the selection keeps.
+
+    Args:
+        config: the folders, and what is done with their samples.
+        height: of the images, in pixels; with buckets, height x width is their area.
+        width: of the images.
+        seed: decides order, crops, mirrors and captions.
+        divisor: with buckets, sides are multiples of it.
+        identity: with a cache, of the model that is trained and of the size.
+
+    Raises:
+        ValueError: a setting is impossible, a folder is incomplete, a shard vanished or changed
+            since it was indexed, or no cache fits.
+    """
+    check_shard_config(config)
+    check_size(height, width, divisor)
+    sizes = bucket_sizes(height, width, divisor) if config.buckets else ((height, width),)
+    log = SkipLog()
+    sources = [
+        _open_source(name, source, config, sizes, identity, log)
+        for name, source in named_sources(KEY, config, config.sources).items()
+    ]
+    folders = [sources[index] for index in _repeated(sources)]
+    reader = folders[0].reader if len(folders) == 1 else _SourcesReader(folders)
+    order = _order(config, sources, sizes, seed)
+    return OrderedStream(
+        order, reader, Refusals(log), workers=config.workers, prefetch=config.prefetch
+    )
+
+
+def first_samples(
+    config: ShardDataConfig,
+    count: int,
+    *,
+    height: int,
+    width: int,
+    identity: CacheIdentity | None = None,
+) -> list[Sample]:
+    """Return the first samples in file order, at most all: one size, central crops, no mirrors.
+
+    Raises:
+        ValueError: as `open_shards`.
+    """
+    sources = {n: replace(s, repeats=1, weight=None) for n, s in config.sources.items()}
+    plain = replace(
+        config,
+        sources=sources,
+        repeats=1,
+        weight=None,
+        shuffle=False,
+        crop="center",
+        flip=False,
+        captions="first",
+        buckets=False,
+        workers=0,
+    )
+    stream = open_shards(plain, height=height, width=width, seed=0, identity=identity)
+    assert isinstance(stream.order, WindowOrder)
+    count = min(count, stream.order.rows.samples)
+    return stream.next(count, 0, count)
+
+
+def first_captions(config: ShardDataConfig, count: int) -> list[str]:
+    """Return the main captions of the first samples in file order; at most all.
+
+    Raises:
+        ValueError: as `open_shards`, of the folders and their selections.
+    """
+    check_shard_config(config)
+    captions: list[str] = []
+    for source in named_sources(KEY, config, config.sources).values():
+        selected, _ = _select(source, config, ((1, 1),))
+        for shard, tar in enumerate(selected.tars):
+            if len(captions) < count and selected.counts[shard]:
+                record = read_tar_record(selected.folder, tar.name)
+                (rows,) = selected.rows(shard, record)
+                captions += [record.samples[row].captions[0] for row in rows]
+    return captions[:count]
+
+
+def check_shard_config(config: ShardDataConfig) -> None:
+    """Refuse impossible settings with a ValueError that names the setting."""
+    check_reading(KEY, config, named_sources(KEY, config, config.sources))
+    if config.cached and config.crop == "random":
+        raise ValueError(
+            "data.shards.crop=random cannot be had from a cache, whose pictures were cropped in "
+            "the centre when they were encoded; set crop=center, or cached=false"
+        )
+
+
+def _select(
+    source: ShardSourceConfig, config: ShardDataConfig, sizes: tuple[Size, ...]
+) -> tuple[Selected, Index]:
+    folder = Path(source.path or "").expanduser()
+    index = read_index(folder)
+    counts = selected_counts(folder, index, source.selection)
+    return Selected(folder, source.selection, index.tars, counts, sizes, bounds_of(config)), index
+
+
+def _open_source(
+    name: str,
+    source: ShardSourceConfig,
+    config: ShardDataConfig,
+    sizes: tuple[Size, ...],
+    identity: CacheIdentity | None,
+    log: SkipLog,
+) -> _Source:
+    selected, index = _select(source, config, sizes)
+    counts = count_sorted(selected, log)
+    choices = choices_of(config, sizes)
+    # While one window ends, prefetching is in the next: so no record is read twice.
+    keep = 2 * (config.buffer + max(selected.counts))
+    reader: Reader[RowPick, Sample]
+    if config.cached:
+        assert identity is not None, "whoever reads a cache says of what model"
+        used = [any(bucket) for bucket in counts]
+        caches = find_caches(selected, index, identity, used, flip=config.flip)
+        check_caches(selected, index, caches)
+        counts = count_cached(selected, index, caches, counts, log)
+        reader = CacheReader(selected, caches, counts, choices, keep=keep)
+    else:
+        check_tars(selected)
+        reader = TarReader(selected, counts, choices, keep=keep)
+    share = SourceShare(name, [sum(bucket) for bucket in counts], source.repeats, source.weight)
+    fingerprint = _fingerprint(selected, index.kept.get(source.selection, ""), counts)
+    return _Source(share, counts, reader, fingerprint)
+
+
+def _repeated(sources: Sequence[_Source]) -> list[int]:
+    """List each source, by index, once for each time in an epoch: each time has its own draws."""
+    return [index for index, source in enumerate(sources) for _ in range(source.share.repeats)]
+
+
+def _order(
+    config: ShardDataConfig, sources: Sequence[_Source], sizes: Sequence[Size], seed: int
+) -> Order[RowPick]:
+    def rows(key: str | None, bucket: int, chosen: Sequence[int]) -> ShardEpochs:
+        """List the samples of one bucket; a source that is not chosen counts as empty."""
+        counts: list[int] = []
+        totals: list[int] = []
+        for index in _repeated(sources):
+            source, none = sources[index], [0] * sources[index].shards
+            counts += source.counts[bucket] if index in chosen else none
+            totals += map(sum, zip(*source.counts, strict=True)) if index in chosen else none
+        return ShardEpochs(
+            counts, totals, key=key, seed=seed, shuffle=config.shuffle, buffer=config.buffer
+        )
+
+    guards = _guards(config, sources, seed)
+    shares = [source.share for source in sources]
+    if len(sizes) == 1 and all(share.weight is None for share in shares):
+        return WindowOrder(rows(None, 0, range(len(sources))), guards=guards)
+    return PoolOrder(build_pools(shares, sizes, rows), name="pools", guards=guards)
+
+
+def _guards(config: ShardDataConfig, sources: Sequence[_Source], seed: int) -> dict[str, Guard]:
+    prints = [f"{source.fingerprint} {source.share.repeats}" for source in sources]
+    single = len(sources) == 1 and sources[0].share.repeats == 1
+    words = f"shuffled within {config.buffer} samples by seed {seed}"
+    return {
+        "shards": Guard(
+            sources[0].fingerprint if single else digest(prints)[:_DIGITS],
+            "the prepared folders, or what is read of them, have other samples than the run was "
+            "started with",
+            "Restore the folders, data.shards.selection and the cache",
+        ),
+        "order": Guard(
+            words if config.shuffle else "file order",
+            "samples of the epoch would be repeated and lost",
+            "Restore data.shards.shuffle, data.shards.buffer and training.seed",
+        ),
+    }
+
+
+def _fingerprint(selected: Selected, kept: str, counts: Sequence[Sequence[int]]) -> str:
+    """Return a hash of the samples that are read; raw and cached ones are the same samples.
+
+    Args:
+        kept: a hash of which samples the selection keeps.
+    """
+    samples = hashlib.sha256(f"{selected.selection}\0{kept}".encode())
+    for tar, count in zip(selected.tars, map(sum, zip(*counts, strict=True)), strict=True):
+        if count:
+            samples.update(f"\0{tar.name}/{tar.sha256}/{count}".encode())
+    if selected.bounds != Bounds():
+        samples.update(f"\0{selected.bounds}".encode())
+    return samples.hexdigest()[:_DIGITS]

@@ -1,0 +1,196 @@
+"""Reader of pictures out of prepared tars, by their place, whatever lies around them.
+
+Records are read when a shard is first met, and kept as long as its window lasts.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar, final
+
+from sfumato.data.decode import Bounds
+from sfumato.data.entries import Entry, SpanBlob
+from sfumato.data.epochs import RowPick
+from sfumato.data.pools import nearest
+from sfumato.data.prepared.format import (
+    SHARDS,
+    IndexedShard,
+    Member,
+    PreparedError,
+    Shape,
+    Shapes,
+    TarRecord,
+    read_kept_record,
+    read_tar_record,
+)
+from sfumato.data.sample import Choices, Sample, Size
+from sfumato.data.stream import Reader
+
+Value = TypeVar("Value")
+_LOCKS = 16  # threads that load different keys rarely wait for each other
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The shards of a prepared folder, and what is read of them.
+
+    Attributes:
+        folder: that was prepared.
+        selection: its name.
+        tars: as the index lists them.
+        counts: samples of each tar that the selection keeps.
+        sizes: of the buckets that samples are sorted into.
+        bounds: pictures outside of them are left out.
+    """
+
+    folder: Path
+    selection: str
+    tars: Sequence[IndexedShard]
+    counts: Sequence[int]
+    sizes: tuple[Size, ...]
+    bounds: Bounds = field(default_factory=Bounds)
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether the shapes of pictures decide what is read of them, and in which bucket."""
+        return len(self.sizes) > 1 or self.bounds != Bounds()
+
+    def tar(self, shard: int) -> Path:
+        """Return the file of a shard."""
+        return self.folder / SHARDS / f"{self.tars[shard].name}.tar"
+
+    def rows(self, shard: int, record: TarRecord | Shapes) -> list[list[int]]:
+        """Return which samples of a shard are read, by bucket: indices into its tar.
+
+        Raises:
+            PreparedError: the records are missing, damaged, or not those that were indexed.
+        """
+        tar, samples = self.tars[shard], record.samples
+        kept = read_kept_record(self.folder, self.selection, tar.name).kept
+        inside = all(0 <= index < len(samples) for index in kept)
+        if record.sha256 != tar.sha256 or len(kept) != self.counts[shard] or not inside:
+            raise PreparedError(
+                f"shard {tar.name} of {self.folder} is not the one that was indexed: the selection "
+                f"{self.selection!r} keeps {len(kept)} of its {len(samples)} samples, not "
+                f"{self.counts[shard]}, or its records were written again; run: sfumato prepare "
+                f"out={self.folder} stages=[index], and start a new run"
+            )
+        if not self.is_sorted:
+            return [list(kept)]
+        buckets: list[list[int]] = [[] for _ in self.sizes]
+        for index in kept:
+            if self._fits(shape := samples[index]):
+                buckets[nearest((shape.height, shape.width), self.sizes)].append(index)
+        return buckets
+
+    def check(
+        self,
+        shard: int,
+        rows: Sequence[Sized],
+        counts: Sequence[Sequence[int]],
+        stages: str,
+    ) -> None:
+        """Refuse a shard with other samples than were counted, by bucket, when it was opened.
+
+        Raises:
+            PreparedError: naming the stages that may mend it.
+        """
+        for bucket, bucket_counts in zip(rows, counts, strict=True):
+            if len(bucket) != bucket_counts[shard]:
+                raise PreparedError(
+                    f"shard {self.tars[shard].name} of {self.folder} has {len(bucket)} of the "
+                    f"{bucket_counts[shard]} samples that were counted for selection "
+                    f"{self.selection!r}; run: sfumato prepare out={self.folder} "
+                    f"stages=[{stages}] with the settings of this selection"
+                )
+
+    def _fits(self, shape: Shape | Member) -> bool:
+        shorter, pixels = min(shape.height, shape.width), shape.height * shape.width
+        return shorter >= self.bounds.smallest and pixels <= self.bounds.pixels
+
+
+@final
+class TarReader(Reader[RowPick, Sample]):
+    """Decode pictures of a prepared folder."""
+
+    def __init__(
+        self,
+        selected: Selected,
+        counts: Sequence[Sequence[int]],
+        choices: Choices,
+        *,
+        keep: int,
+    ) -> None:
+        """Keep the records of shards with `keep` samples; `counts` are by bucket and shard."""
+        self._selected = selected
+        self._counts = counts
+        self._choices = choices
+        self._members = LruCache(self._load, lambda buckets: sum(map(len, buckets)), keep)
+
+    def read(self, pick: RowPick) -> Sample:
+        """Decode a picture; see `Reader.read`.
+
+        Raises:
+            PreparedError: the shard's records are missing, damaged, or not those of the index.
+        """
+        member = self._members.get(pick.shard)[pick.bucket][pick.row]
+        tar = self._selected.tar(pick.shard)
+        blob = SpanBlob(tar, member.offset, member.size)
+        entry = Entry(tar, f"{member.key}.{member.suffix}", member.captions, blob)
+        return self._choices.sample(entry, pick.bucket, pick.seed)
+
+    def _load(self, shard: int) -> list[list[Member]]:
+        record = read_tar_record(self._selected.folder, self._selected.tars[shard].name)
+        rows = self._selected.rows(shard, record)
+        self._selected.check(shard, rows, self._counts, "index")
+        return [[record.samples[index] for index in bucket] for bucket in rows]
+
+
+@final
+class LruCache(Generic[Value]):
+    """Load values by key and keep the latest; one thread loads while others wait for it."""
+
+    def __init__(
+        self, load: Callable[..., Value], weigh: Callable[[Value], int], limit: int
+    ) -> None:
+        """Keep values whose weights sum up to `limit` at most, and the latest in any case.
+
+        Args:
+            load: called with the parts of a key.
+        """
+        self._load = load
+        self._weigh = weigh
+        self._limit = limit
+        self._weight = 0
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = threading.Lock()
+        self._loading = tuple(threading.Lock() for _ in range(_LOCKS))
+
+    def get(self, *key: int) -> Value:
+        """Return the value of a key; what loading raises is raised, and nothing is kept."""
+        held = self._look(key)
+        if held is not None:
+            return held[0]
+        with self._loading[hash(key) % _LOCKS]:
+            held = self._look(key)
+            if held is not None:
+                return held[0]
+            value = self._load(*key)
+            self._keep(key, value)
+            return value
+
+    def _look(self, key: Hashable) -> tuple[Value] | None:
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return (self._values[key],)
+
+    def _keep(self, key: Hashable, value: Value) -> None:
+        with self._lock:
+            self._values[key] = value
+            self._weight += self._weigh(value)
+            while self._weight > self._limit and len(self._values) > 1:
+                self._weight -= self._weigh(self._values.popitem(last=False)[1])
