@@ -289,6 +289,8 @@ def demo(arguments: Sequence[str]) -> None:
     parser.add_argument("--stage", metavar="NAME", help="of the rebuild: this stage alone")
     parser.add_argument("--count", type=int, default=1, help="its training steps, or pictures")
     options = parser.parse_args(arguments)
+    if options.stage and not options.rebuild:
+        parser.error(f"--stage {options.stage} is of the rebuild; say --rebuild DIR too")
     if options.rebuild and options.out:
         parser.error(f"--rebuild does not write to --out; say --rebuild {options.out}")
     with mistakes_explained():

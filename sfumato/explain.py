@@ -14,7 +14,7 @@ KINDS = {
     "Integer": "a whole number",
     "Float": "a number",
     "bool": "true or false",
-    "list": "a list, such as [1, 2]",
+    "list": "a list, such as [a, b]",
 }
 
 
@@ -30,13 +30,16 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
         if match[1] in CHOICES and match[1] not in known:
             return f"the recipe chooses {match[1]}, and this command has none; choose: {FOLDERS}"
         return unknown_key(match[1], known)
-    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", message):
+    if match := re.search(r"Could not find '([^'/]+)/([^']*)'", message):
         return _unknown_choice(match[1], match[2], message)
     if match := re.search(r"Key '([^']+)' not in '(\w+)Config'", message):
         name = match[2].lower()
         return f"the recipe sets {match[1]}, which sfumato {name} does not have; choose: {FOLDERS}"
+    if "Config group override must be a string" in message:
+        groups = " and ".join(f"{group} ({', '.join(CHOICES[group])})" for group in CHOICES)
+        return f"a group of settings is chosen by one name: {groups}"
     if match := re.match(r"Error merging override ~(.+)", lines[0]):
-        return f"~{match[1]}: a setting cannot be taken out; give another value"
+        return f"~{match[1]}: settings cannot be removed; give KEY=VALUE"
     if match := re.match(r"Error merging override ([^=]+)=(.*)", lines[0]):
         return _wrong_value(match[1].lstrip("+"), match[2], str(error.__cause__), known)
     if match := re.search(r"Ambiguous value for argument '(.+)'", lines[0]):
@@ -86,7 +89,7 @@ def _wrong_value(key: str, value: str, cause: str, known: Sequence[str]) -> str:
     if inner:
         return f"{said}: {key} is a group of settings; give one of them, such as {inner[0]}=..."
     if "not Optional" in cause:
-        return f"{said} must have a value; give one"
+        return f"{said} must have a value; run with --help {key} to see what it may be"
     match = re.search(r"Value '(.*?)' .*(Integer|Float|bool)|is not a ListConfig, (list)", cause)
     if match is None:
         return f"{said}: {first_line(cause)}; run with --help {key} to see what it may be"

@@ -33,6 +33,7 @@ def new_file(path: Path, *, failure: type[ValueError] = ValueError) -> Iterator[
     beside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        beside.unlink(missing_ok=True)  # a killed writer's, perhaps of another mode
         beside.touch()
         mode = beside.stat().st_mode
         yield beside

@@ -367,7 +367,7 @@ def test_a_mistyped_command_is_explained(call: Call, arguments: list[str], expec
         ("data.prompts=nofile.txt", ["no such file: nofile.txt"]),
         ("data.prompts=shards/{0..2}.tar", ["no such file: shards/0.tar, shards/1.tar"]),
         ("data.prompts=*.tar", ["no file matches '*.tar'"]),
-        ("data.prompts=.", ["no file matches '.'", "a directory with .tar files in it"]),
+        ("data.prompts=.", ["no file matches '.'", "a folder with .tar files in it"]),
         ("data.prompts=", ["the path of the prompts is empty"]),
         ("data.column=legend", ["column='legend' was given", "has no columns; leave it out"]),
         ("validation.prompts=nofile.txt", ["no such file: nofile.txt"]),
@@ -460,7 +460,13 @@ def test_an_incomplete_model_is_explained_before_weights_are_read(
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"\x00\x80garbage", ["model_index.json is not JSON", "download the model again"]),
+        (
+            b"\x00\x80garbage",
+            ["model_index.json is damaged", "not JSON", "download the model again"],
+        ),
+            b"\x00\x80garbage",
+            ["model_index.json is damaged", "not JSON", "download the model again"],
+        ),
         (b'{"_class_name": "LTXPipeline"}', ["is a LTXPipeline", "StableDiffusionPipeline"]),
         (b"[]", ["names no pipeline class"]),
     ],
@@ -522,7 +528,7 @@ def test_other_settings_in_a_run_folder_are_named(call: Call, run_folder: Path):
         (["sample", "prompt=a", "num_images=0"], ["num_images=0", "give 1 or more"]),
         (["sample", "prompts=nofile.txt"], ["no such file: nofile.txt"]),
         (["evaluate", "prompts=nofile.txt"], ["no such file: nofile.txt"]),
-        (["evaluate", "num_images=1"], ["num_images = 1; diversity needs two or more per prompt"]),
+        (["evaluate", "num_images=1"], ["num_images = 1 must be 2 or more", "diversity"]),
     ],
 )
 def test_what_a_run_does_not_have_is_explained(

@@ -154,7 +154,8 @@ def is_setting(text: str) -> bool:
         return not value or value in GROUPS[key]
     if value and (choices := find_slot("train", key).rule.choices):
         return value in choices
-    free = ("model.merge.", "data.images.sources.", "reward.parts.", "objective.settings.")
+    sources = ("data.images.sources.", "data.shards.sources.")
+    free = ("model.merge.", *sources, "reward.parts.", "objective.settings.")
     return key in known_keys("train") or key.startswith(free)
 
 

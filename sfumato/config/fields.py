@@ -35,7 +35,7 @@ class Rule:
     def check(self, key: str, value: Any) -> None:
         """Raise a ValueError that names key, value and bound, unless the value is allowed."""
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key}={value} must be finite; give {self or 'a number'}")
+            raise ValueError(f"{key}={value} must be finite; give {str(self) or 'a number'}")
         if self.choices and value not in self.choices:
             raise ValueError(f"{key}={value!r} is unknown; choose {self}")
         for broken, size, advice in self._bounds(value):

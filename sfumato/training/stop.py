@@ -1,6 +1,7 @@
 """Early stop of training: SIGTERM, Ctrl-C, or a limit of wall-clock time."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ def parse_duration(text: str) -> float:
         ValueError: if the text has another form.
     """
     parts = text.split(":")
-    if not 2 <= len(parts) <= 4 or not all(part.isdigit() for part in parts):
-        raise ValueError(f"training.max_time={text!r} is no duration; write [DD:]HH:MM:SS")
+    if not 2 <= len(parts) <= 4 or not all(re.fullmatch("[0-9]+", p) for p in parts):
+        raise ValueError(f"training.max_time={text!r} is no duration; write [[DD:]HH:]MM:SS")
     units = (86_400, 3_600, 60, 1)[-len(parts) :]
     return float(sum(int(part) * unit for part, unit in zip(parts, units, strict=True)))
 
