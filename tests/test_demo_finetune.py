@@ -16,12 +16,11 @@ from sfumato.demo.concept import (
     NUM_TRAIN,
     old_scenes,
     split,
-    write_images,
 )
 from sfumato.demo.reader import read_image
 from sfumato.demo.tokenizer import TEXT_LENGTH
 from sfumato.demo.world import SHAPES, parse_caption, random_scene, render
-from sfumato.images import load_images
+from sfumato.images import load_images, save_image
 from sfumato.run.run import train
 from sfumato.training.distribution import Distribution
 
@@ -32,6 +31,21 @@ FOLDERS = {"moons": NUM_TRAIN, "moons_held_out": NUM_HELD_OUT, "shapes": NUM_OLD
 def captions(folder: Path) -> list[str]:
     lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]
+
+
+def write_images(folder: Path) -> None:
+    """Write the shipped folders: moons and shapes for training, moons_held_out for validation."""
+    parts = split()
+    groups = {"moons": parts.train, "shapes": old_scenes(), "moons_held_out": parts.held_out}
+    for name, scenes in groups.items():
+        (folder / name).mkdir(parents=True)
+        lines = []
+        images = render(scenes, random.Random(name), ALL_SHAPES)
+        for i, (scene, image) in enumerate(zip(scenes, images, strict=True)):
+            save_image(image, folder / name / f"{i:03d}.png")
+            row = {"file_name": f"{i:03d}.png", "text": scene.caption()}
+            lines.append(json.dumps(row) + "\n")
+        (folder / name / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def test_the_shipped_pictures_are_those_of_the_function(tmp_path: Path) -> None:

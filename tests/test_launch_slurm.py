@@ -40,7 +40,7 @@ def states(folder: Path) -> dict[str, str]:
     return {path.stem[4:]: json.loads(path.read_text())["state"] for path in found}
 
 
-def wait_until_ended(folder: Path, seconds: float = 280) -> None:
+def wait_until_ended(folder: Path, seconds: float = 500) -> None:
     end = time.monotonic() + seconds
     while set(states(folder).values()) & set(fake_slurm.WAITING):
         assert time.monotonic() < end, states(folder)

@@ -40,7 +40,7 @@ class SampleConfig:
     pretrained: str | None = None  # a diffusers folder or hub id, instead of a run
     prompt: str | None = None  # one prompt
     prompts: str | None = None  # a prompt file, instead of one prompt
-    column: str | None = None  # of prompts in a .csv or .jsonl
+    column: str | None = None  # of prompts in a table
     num_images: int = count(4)  # per prompt
     seed: int = 0
     batch_size: int = count(4)
@@ -56,7 +56,7 @@ class EvaluateConfig:
     run: str = MISSING  # a run folder
     steps: list[int] | None = not_negative(None)  # null is every checkpoint, and 0, the base model
     prompts: str | None = None  # null is the run's validation prompts
-    column: str | None = None  # of prompts in a .csv or .jsonl
+    column: str | None = None  # of prompts in a table
     num_images: int = count(16)  # per prompt
     seed: int = 4321
     batch_size: int = count(8)
@@ -67,7 +67,7 @@ class EvaluateConfig:
 class DownloadConfig:
     """A table of URLs and captions; img2dataset fetches the images."""
 
-    table: str | None = None  # parquet, csv or jsonl; a folder of them; a hub dataset id
+    table: str | None = None  # a table; a folder or pattern of them; a hub dataset id
     url_column: str = "url"
     caption_column: str = "caption"
     columns: list[str] = field(default_factory=list)  # others to keep: scores, more captions

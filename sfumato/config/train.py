@@ -276,8 +276,8 @@ class ShardDataConfig(ShardSourceConfig):
 class DataConfig:
     """Training data: prompts (DRaFT) or images with captions (supervised)."""
 
-    prompts: str | None = None  # .txt, .csv, .jsonl, .tar; a folder, glob or brace pattern
-    column: str | None = None  # of prompts in a .csv or .jsonl
+    prompts: str | None = None  # .txt, tables, .tar; a folder, glob or brace pattern
+    column: str | None = None  # of prompts in a table
     shuffle: bool = True  # prompts
     buffer: int = count(10_000)  # prompts held for shuffling
     images: ImageDataConfig = field(default_factory=ImageDataConfig)
@@ -302,7 +302,7 @@ class ValidationConfig:
     """Pairs (tuned, base) of fixed prompts and fixed noise, and the loss of held-out images."""
 
     prompts: str | None = None  # null is the first prompts, or captions, of the data
-    column: str | None = None  # of validation.prompts in a .csv or .jsonl
+    column: str | None = None  # of validation.prompts in a table
     num_images: int = count(8)
     every_steps: int = not_negative(100)  # 0 is off
     seed: int = 1234

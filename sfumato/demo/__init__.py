@@ -1,1 +1,1 @@
-"""The embedded default: a tiny world of captioned shapes, its models and its experiment."""
+"""Demo: a tiny world of captioned shapes, its models and its experiment."""

@@ -1,16 +1,14 @@
-"""A concept that the tiny world never had, as images with captions: the moon.
+"""Moon, a concept that is new to the tiny world, and the split of its scenes.
 
-Neither tokenizer nor base model has met the word or the shape; the tokenizer spells the word in
-pieces (m, o, on). Pictures of the old shapes lie beside those of the moon: a network that trains on
-moons alone bends everything into moons.
+The tokenizer and the base model know neither the word nor the shape; the tokenizer spells the word
+in pieces (m, o, on). The recipe also trains on pictures of the old shapes, because a network that
+trains on moons only turns everything into moons.
 """
 
 import itertools
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,14 +21,12 @@ from sfumato.demo.world import (
     Distance,
     Scene,
     random_scene,
-    render,
 )
-from sfumato.images import save_image
 
 CONCEPT = "moon"
 NUM_TRAIN, NUM_HELD_OUT = 96, 32  # pictures of the concept
 NUM_OLD = 168  # pictures of the other shapes
-PLACE_X = 0.351  # in radii, what puts the centre of mass at the origin
+PLACE_X = 0.351  # shift, in radii, that puts the centre of mass at the origin
 
 
 def _moon(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
@@ -43,12 +39,12 @@ ALL_SHAPES: dict[str, Distance] = {**SHAPES, CONCEPT: _moon}
 
 @dataclass(frozen=True)
 class Split:
-    """Scenes of the concept; no two share all their attributes.
+    """Scenes of the concept; no two are equal.
 
     Attributes:
-        train: what is learned from.
-        held_out: what the validation loss is of.
-        rest: never shown to a training, not even in validation; for measuring.
+        train: training data.
+        held_out: images of the validation loss.
+        rest: for measuring; no training or validation sees them.
     """
 
     train: Sequence[Scene]
@@ -57,7 +53,7 @@ class Split:
 
 
 def split() -> Split:
-    """Divide all 840 scenes of the concept, always in the same way."""
+    """Divide all 840 scenes of the concept, the same way at every call."""
     scenes = [
         Scene(CONCEPT, color, size, background, place)
         for color, size, background, place in itertools.product(PALETTE, RADII, PALETTE, PLACES)
@@ -69,26 +65,7 @@ def split() -> Split:
 
 
 def old_scenes() -> Sequence[Scene]:
-    """Return scenes of the old shapes, equally many of each, always the same."""
+    """Return scenes of the old shapes, equally many of each, the same at every call."""
     rng = random.Random("old shapes")
     names = list(SHAPES)
     return [Scene(names[i % len(names)], *random_scene(rng).values()[1:]) for i in range(NUM_OLD)]
-
-
-def write_images(folder: Path) -> None:
-    """Write the shipped folders, each with a metadata.jsonl of captions.
-
-    moons/ and shapes/ are to train on, moons_held_out/ is for validation.
-    """
-    parts = split()
-    groups = {"moons": parts.train, "shapes": old_scenes(), "moons_held_out": parts.held_out}
-    for name, scenes in groups.items():
-        place = folder / name
-        place.mkdir(parents=True)
-        lines = []
-        images = render(scenes, random.Random(name), ALL_SHAPES)
-        for i, (scene, image) in enumerate(zip(scenes, images, strict=True)):
-            file = f"{i:03d}.png"
-            save_image(image, place / file)
-            lines.append(json.dumps({"file_name": file, "text": scene.caption()}) + "\n")
-        (place / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")

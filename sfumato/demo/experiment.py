@@ -1,19 +1,17 @@
-"""The demo's experiment: DRaFT and DRaFT+ from one base model, reward against diversity."""
+"""Experiment of the demo: DRaFT and DRaFT+ from one base model, reward against diversity."""
 
 import random
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from sfumato.compose import DEMO_MODELS, compose_train
 from sfumato.config import TrainConfig
-from sfumato.demo.reader import attribute_accuracy
-from sfumato.demo.world import SHAPES, parse_caption, partial, random_scene
+from sfumato.demo.reader import read_attributes
+from sfumato.demo.world import SHAPES, partial, random_scene
 from sfumato.evaluation.evaluate import evaluate
+from sfumato.files import new_folder, write_text
 from sfumato.models.registry import load_model
 from sfumato.report.report import write_report
 from sfumato.rewards.build import build_reward
@@ -27,44 +25,38 @@ NUM_PROMPTS = 240  # to train on
 KEEP = 0.25  # the chance that a prompt states an attribute
 IMAGES_PER_PROMPT = 12  # to evaluate, of one prompt per shape
 NOTES = """\
-Everything here is small and real: a Stable Diffusion pipeline of 64-pixel pictures of captioned
-shapes, and a reward: a CLIP model trained on pairs that a rule judged (what the prompt asks for,
-then warm colors and large shapes), plus some redness of the picture. The held-out score is an
-attribute reader that no training has seen: the share of pictures that show everything their prompt
-asks for."""
+Everything here is small and real: a Stable Diffusion pipeline for 64-pixel pictures of captioned
+shapes, and a reward. The reward is a CLIP model trained on pairs that a rule judged (what the
+prompt asks for, then warm colors and large shapes), plus some redness of the picture. The held-out
+score is the share of pictures that show everything their prompt asks for, according to an attribute
+reader that no training uses."""
 
 
 def write_prompts(seed: int) -> str:
-    """Return prompts, one a line, that leave most attributes open: there is diversity to lose."""
+    """Return prompts, one per line, that leave most attributes open, so that diversity can fall."""
     rng = random.Random(f"prompts {seed}")
     lines = [partial(random_scene(rng), rng, KEEP).caption() for _ in range(NUM_PROMPTS)]
     return "\n".join(lines) + "\n"
 
 
-def read_attributes(images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Tensor:
-    """Return 1 for each picture that shows everything its prompt asks for, else 0; shape (b,)."""
-    return attribute_accuracy(images, [parse_caption(prompt) for prompt in prompts])
-
-
 def run_demo(out: Path, *, seed: int = 0) -> Path | None:
-    """Train, evaluate and report; return the report, or None if a signal stopped it before.
+    """Train, evaluate and report; return the report, or None if a signal stopped the training.
 
-    A stopped demo goes on where it was.
+    The same call continues a stopped demo.
 
     Raises:
-        ValueError: if the shipped models are missing.
+        ValueError: if the shipped models are missing, or `out` holds the demo of another seed.
     """
     if not (DEMO_MODELS / "base" / "model_index.json").exists():
         raise ValueError(
-            f"the demo's models are not in {DEMO_MODELS}; install the whole package, or make them "
-            "with `sfumato demo --rebuild`"
+            f"the demo's models are not in {DEMO_MODELS}; install the whole package, or rebuild "
+            "them with `sfumato demo --rebuild`"
         )
-    out.mkdir(parents=True, exist_ok=True)
     prompts = out / "prompts.txt"
     text = write_prompts(seed)
     if prompts.exists() and prompts.read_text(encoding="utf-8") != text:
         raise ValueError(f"{out} holds the demo of another seed; give another folder, --out DIR")
-    prompts.write_text(text, encoding="utf-8")
+    write_text(prompts, text)
     runs = []
     for kl_coeff in KL_COEFFS:
         name = "draft" if kl_coeff == 0 else f"draft_plus_kl_{kl_coeff:g}"
@@ -89,9 +81,9 @@ def run_demo(out: Path, *, seed: int = 0) -> Path | None:
 
 def evaluate_demo(config: TrainConfig, run: RunFolder, *, base: RunFolder, seed: int) -> None:
     """Score the base model and every checkpoint of a run on one open prompt per shape."""
-    if run != base:  # the base model is the same for every run
-        source = base.evaluation(0)
-        shutil.copytree(source, run.evaluation(0), dirs_exist_ok=True)
+    if run != base:  # every run has the same base model
+        with new_folder(run.evaluation(0)) as folder:
+            shutil.copytree(base.evaluation(0), folder, dirs_exist_ok=True)
     model = load_model(config.model)
     reward = build_reward(config.reward)
     torch.manual_seed(seed)

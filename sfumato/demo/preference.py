@@ -1,4 +1,4 @@
-"""The demo's preference reward: a CLIP model trained on pairs that a stated rule judged.
+"""Preference reward of the demo: a CLIP model trained on pairs that a stated rule judged.
 
     loss = KL(labels || softmax(r_0, r_1))       r = exp(logit_scale) cosine(image, text)
 
@@ -23,7 +23,7 @@ from sfumato.demo.world import Scene, partial, random_scene, render
 
 NUM_PAIRS = 40
 KEEP = 0.3  # the chance that a prompt states an attribute
-LOGIT_SCALE = 30.0  # to begin with: judged pairs are far apart, alike pictures have like cosines
+LOGIT_SCALE = 30.0  # at the start: similar pictures have similar cosines, judged pairs differ
 TASTE = {"red": 2, "orange": 2, "yellow": 1, "large": 2, "medium": 1}
 
 
@@ -34,8 +34,8 @@ def judged_value(asked: Scene, shown: Scene) -> tuple[int, int]:
     with warm color (red and orange 2 points, yellow 1) and size (large 2, medium 1).
     """
     pairs = zip(asked.values(), shown.values(), strict=True)
-    kept = sum(want == found for want, found in pairs if want is not None)
-    return kept, TASTE.get(shown.color or "", 0) + TASTE.get(shown.size or "", 0)
+    right = sum(want == seen for want, seen in pairs if want is not None)
+    return right, TASTE.get(shown.color or "", 0) + TASTE.get(shown.size or "", 0)
 
 
 def judge(
@@ -61,8 +61,8 @@ def vary(scene: Scene, rng: random.Random) -> Scene:
 def train_preference(folder: Path, parts: Path, steps: int) -> None:
     """Fine-tune the text-image model on judged pairs.
 
-    Most prompts leave so much open that taste decides. Half of the pictures have gone through the
-    autoencoder, as every sampled image has.
+    Most prompts leave so much open that taste decides. Half of the pictures pass through the
+    autoencoder first, because every sampled image does.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPModel
@@ -73,7 +73,7 @@ def train_preference(folder: Path, parts: Path, steps: int) -> None:
     clip.logit_scale.data.fill_(math.log(LOGIT_SCALE))
     vae: Any = AutoencoderKL.from_pretrained(parts / "autoencoder")
     update = Update(*muon_and_adamw([clip], lr=1e-3), steps=steps, warmup=30)
-    for _, show in counted("preference", steps):
+    for show in counted("preference", steps):
         firsts = draw_scenes(rng, NUM_PAIRS)
         seconds = [vary(scene, rng) for scene in firsts]
         pairs = zip(firsts, seconds, strict=True)

@@ -1,7 +1,7 @@
-"""The attribute reader: measures what a picture of the tiny world shows, without any network.
+"""Attribute reader: it measures what a picture of the tiny world shows, without a network.
 
-Background and shape color come from medians; the picture is then projected onto the line between
-the two, and the coverage found so is compared with the coverage of every shape of the same area.
+Medians give the colors of background and shape. Projecting the picture onto the line between the
+two colors gives a coverage, which is compared with that of every shape of the same area.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,11 @@ from sfumato.demo.world import (
     Distance,
     Scene,
     coverage,
+    parse_caption,
 )
 
-MIN_CONTRAST = 0.15  # distance in RGB below which a picture is empty
-MIN_OVERLAP = 0.70  # intersection over union below which a shape is not recognised
+MIN_CONTRAST = 0.15  # distance in RGB; below it a picture is empty
+MIN_OVERLAP = 0.70  # intersection over union; below it a shape is not recognised
 
 
 def _nearest_color(rgb: Float[Tensor, "3"]) -> str:
@@ -72,7 +73,7 @@ def read_image(
     """Return the attributes that a picture in [0, 1] shows, or None if it shows no known shape.
 
     Args:
-        shapes: that are known; each has its centre of mass at the origin.
+        shapes: the known shapes; each has its centre of mass at the origin.
     """
     image = image.detach().float().cpu().clamp(0, 1)
     frame = torch.cat([image[:, :2].flatten(1), image[:, -2:].flatten(1),
@@ -99,15 +100,7 @@ def read_image(
     )
 
 
-def attribute_accuracy(
-    images: Float[Tensor, "b 3 64 64"],
-    asked: Sequence[Scene],
-    shapes: Mapping[str, Distance] = SHAPES,
-) -> Float[Tensor, " b"]:
-    """Return 1 for each picture that shows everything its prompt asks for, else 0."""
-    return torch.tensor(
-        [
-            float(want.matches(read_image(image, shapes)))
-            for want, image in zip(asked, images, strict=True)
-        ]
-    )
+def read_attributes(images: Float[Tensor, "b 3 64 64"], prompts: Sequence[str]) -> Tensor:
+    """Return 1 for each picture that shows everything its prompt asks for, else 0; shape (b,)."""
+    pairs = zip(images, map(parse_caption, prompts), strict=True)
+    return torch.tensor([float(asked.matches(read_image(image))) for image, asked in pairs])

@@ -1,11 +1,9 @@
-"""What the demo's training recipes share: a schedule, an update, a line of progress, scenes."""
+"""Parts that the demo's trainings share: progress lines, the optimizer step, random scenes."""
 
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,38 +12,30 @@ from torch.optim.lr_scheduler import LambdaLR
 from sfumato.demo.world import Scene, partial, random_scene
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Prints a line now and then, so that a long stage is seen to be alive."""
+def counted(stage: str, steps: int) -> Iterator[Callable[..., None]]:
+    """Yield, for each step, a function that prints its figures at every 50th step and the last."""
+    started = time.monotonic()
+    for step in range(1, steps + 1):
 
-    stage: str
-    steps: int
-    started: float
+        def show(*, step: int = step, **figures: float) -> None:
+            if step % 50 == 0 or step == steps:
+                text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
+                seconds = time.monotonic() - started
+                print(f"{stage} {step}/{steps} {text} {seconds:.0f}s", flush=True)
 
-    def show(self, step: int, **figures: float) -> None:
-        if step % 50 == 0 or step == self.steps:
-            seconds = time.monotonic() - self.started
-            text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            print(f"{self.stage} {step}/{self.steps} {text} {seconds:.0f}s", flush=True)
-
-
-def counted(stage: str, steps: int, first: int = 0) -> Iterator[tuple[int, Callable[..., None]]]:
-    """Yield each step after `first`, counted from 1, with a function that shows its figures."""
-    progress = Progress(stage, steps, time.monotonic())
-    for step in range(first + 1, steps + 1):
-        yield step, lambda step=step, **figures: progress.show(step, **figures)
+        yield show
 
 
 class Update:
-    """The optimizers of one training under a cosine schedule; called with a loss, takes a step."""
+    """Optimizer step under a cosine schedule with clipped gradients; called with the loss."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer, steps: int, warmup: int = 100) -> None:
         def factor(step: int) -> float:
             ramp = min(1.0, (step + 1) / warmup)
             return ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
-        self.parts = [*optimizers, *(LambdaLR(optimizer, factor) for optimizer in optimizers)]
         self.optimizers = optimizers
+        self.schedules = [LambdaLR(optimizer, factor) for optimizer in optimizers]
 
     def __call__(self, loss: Tensor) -> None:
         for optimizer in self.optimizers:
@@ -54,22 +44,15 @@ class Update:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 nn.utils.clip_grad_norm_(group["params"], 1.0)
-        for part in self.parts:
+        for part in (*self.optimizers, *self.schedules):
             part.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for i, part in enumerate(self.parts):
-            part.load_state_dict(state[str(i)])
 
 
 def muon_and_adamw(networks: Sequence[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of linear layers, AdamW for everything else.
 
     Words that matter little to the loss at first (shapes, places) are learned several times sooner
-    than by AdamW alone, because Muon steps equally far in every direction of a matrix.
+    than by AdamW only, because Muon steps equally far in every direction of a matrix.
     """
     linear = [m.weight for network in networks for m in network.modules() if type(m) is nn.Linear]
     matrices = set(linear)

@@ -1,7 +1,7 @@
-"""The demo's text encoder: a CLIP text tower that has to say what a caption asks for.
+"""Text encoder of the demo: a CLIP text tower trained to name the attributes of a caption.
 
-A contrastive loss alone hardly needs shapes and places, and leaves these words too alike to be
-read; here five linear heads, thrown away afterwards, must name every attribute.
+A contrastive loss hardly needs shapes and places, and leaves the states of these words too similar.
+Here five linear heads, which are then discarded, must name every attribute.
 """
 
 import random
@@ -33,7 +33,7 @@ def train_text(folder: Path, parts: Path, steps: int) -> None:
     heads = nn.ModuleList(nn.Linear(settings.text_config.hidden_size, len(c)) for c in CHOICES)
     trained = [*encoder.parameters(), *heads.parameters()]
     update = Update(torch.optim.AdamW(trained, 1e-3, weight_decay=0.0), steps=steps)
-    for _, show in counted("text", steps):
+    for show in counted("text", steps):
         asked = [prompt_of(scene, rng) for scene in draw_scenes(rng, BATCH)]
         pooled = encoder(**tokenize(parts, [one.caption() for one in asked])).pooler_output
         losses, right = [], []
@@ -46,6 +46,6 @@ def train_text(folder: Path, parts: Path, steps: int) -> None:
         update(loss)
         show(loss=loss.item(), right=min(right))
     encoder.save_pretrained(folder)
-    # transformers 4 looks for these names, and goes on with random weights without them.
+    # transformers 4 needs these names; without them it silently keeps random weights.
     state = {f"text_model.{name}": value for name, value in encoder.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""The demo's text-image model: a small CLIPModel."""
+"""Text-image model of the demo: a small CLIPModel."""
 
 import math
 import random
@@ -55,7 +55,7 @@ def normalize(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
 
 
 def save_clip(folder: Path, clip: Any, tokenizer_folder: Path) -> None:
-    """Write what transformers' CLIPModel, tokenizer and processor load."""
+    """Write the files that transformers' CLIPModel, tokenizer and processor load."""
     from transformers import CLIPTokenizer
 
     clip.save_pretrained(folder)
@@ -64,9 +64,9 @@ def save_clip(folder: Path, clip: Any, tokenizer_folder: Path) -> None:
 
 
 def draw_alike(rng: random.Random, groups: int, each: int) -> list[Scene]:
-    """Draw scenes in groups of one color and background; shape, size and place set them apart.
+    """Draw scenes in groups that share color and background, and differ in shape, size and place.
 
-    Among scenes that differ in everything, colors alone would nearly always find the right one.
+    Among scenes that differ in everything, colors would nearly always be enough to match them.
     """
     scenes = []
     for _ in range(groups):
@@ -86,7 +86,7 @@ def train_text_image(folder: Path, parts: Path, steps: int) -> None:
     rng = random.Random("text-image")
     clip = build_clip(len(CLIPTokenizer.from_pretrained(parts / "tokenizer")))
     update = Update(*muon_and_adamw([clip], lr=1e-3), steps=steps)
-    for _, show in counted("text-image", steps):
+    for show in counted("text-image", steps):
         scenes = draw_alike(rng, groups=8, each=12)
         pixels = normalize(render(scenes, rng))
         tokens = tokenize(parts, [prompt_of(scene, rng).caption() for scene in scenes])

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer for the words of the tiny world."""
+"""CLIP tokenizer for the words of the tiny world."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ def write_tokenizer(folder: Path) -> None:
     merges = [tuple(pair) for pair in state["merges"]]
     tokenizer = cast(Any, CLIPTokenizer)(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
     tokenizer.save_pretrained(folder)
-    # The two files that every CLIP release carries, for readers older than tokenizer.json.
+    # Every CLIP release has these two files; old readers do not know tokenizer.json.
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

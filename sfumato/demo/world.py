@@ -1,4 +1,4 @@
-"""The tiny world: scenes of one shape with five attributes, their captions, and their pictures.
+"""Tiny world: scenes of one shape with five attributes, their captions, and their pictures.
 
 A picture is 64 x 64 pixels. A shape is the set where a signed distance d (in pixels) is below
 zero; its coverage of a pixel, antialiased, is clip(1/2 - d, 0, 1).
@@ -93,7 +93,7 @@ class Scene:
     place: str | None = None
 
     def caption(self) -> str:
-        """Say the scene in words, leaving out what is None."""
+        """Describe the scene in words, without the attributes that are None."""
         words = ["a", self.size, self.color, self.shape]
         text = " ".join(word for word in words if word)
         if self.background:
@@ -110,8 +110,8 @@ class Scene:
     def matches(self, seen: "Scene | None") -> bool:
         """Say whether everything that this prompt asks for is seen."""
         return seen is not None and all(
-            asked is None or asked == found
-            for asked, found in zip(self.values(), seen.values(), strict=True)
+            asked is None or asked == shown
+            for asked, shown in zip(self.values(), seen.values(), strict=True)
         )
 
 
@@ -132,8 +132,8 @@ def random_scene(rng: random.Random) -> Scene:
 
 def partial(scene: Scene, rng: random.Random, keep: float = 0.5) -> Scene:
     """Leave open each attribute but the shape with probability 1 - keep."""
-    kept = [value if rng.random() < keep else None for value in scene.values()[1:]]
-    return Scene(scene.shape, *kept)
+    values = [value if rng.random() < keep else None for value in scene.values()[1:]]
+    return Scene(scene.shape, *values)
 
 
 def parse_caption(caption: str, shapes: Mapping[str, Distance] = SHAPES) -> Scene:

@@ -20,7 +20,7 @@ from sfumato.models.autoencoder_kl import downsampling
 from sfumato.models.formats import read_json
 from sfumato.models.limits import Limits
 from sfumato.models.lora import KohyaLayout, by_block
-from sfumato.models.model import Conditioning
+from sfumato.models.model import Conditioning, Latents
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import flow_times
 
@@ -111,13 +111,8 @@ class Flux(PipelineModel):
         return Conditioning({"states": states, "pooled": pooled})
 
     def predict(
-        self,
-        network: Any,
-        x_t: Float[Tensor, "b c h w"],
-        t: Time,
-        cond: Conditioning,
-        guidance_scale: float,
-    ) -> Float[Tensor, "b c h w"]:
+        self, network: Any, x_t: Latents, t: Time, cond: Conditioning, guidance_scale: float
+    ) -> Latents:
         dtype, states = network.dtype, cond.tensors["states"]
         height, width = x_t.shape[2] // 2, x_t.shape[3] // 2
         positions = image_ids(height, width, x_t.device)
@@ -132,9 +127,7 @@ class Flux(PipelineModel):
         ).sample
         return unpack(tokens.float(), height, width)
 
-    def pipeline_arguments(
-        self, noise: Float[Tensor, "b c h w"], guidance_scale: float
-    ) -> dict[str, Any]:
+    def pipeline_arguments(self, noise: Latents, guidance_scale: float) -> dict[str, Any]:
         shared = {
             "latents": pack(noise),
             "max_sequence_length": self.tokens["text_encoder_2"],
@@ -144,12 +137,12 @@ class Flux(PipelineModel):
         return shared | {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(noise)}
 
 
-def pack(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+def pack(x: Latents) -> Float[Tensor, "b n d"]:
     """Return a transformer's tokens: 2 x 2 latents each, row by row, d = 4 c."""
     return F.pixel_unshuffle(x, 2).flatten(2).mT
 
 
-def unpack(tokens: Float[Tensor, "b n d"], height: int, width: int) -> Float[Tensor, "b c h w"]:
+def unpack(tokens: Float[Tensor, "b n d"], height: int, width: int) -> Latents:
     """Return the latents of height x width tokens: the inverse of `pack`."""
     return F.pixel_shuffle(tokens.mT.unflatten(2, (height, width)), 2)
 

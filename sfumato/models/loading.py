@@ -1,7 +1,7 @@
 """Loading of a family from a diffusers folder: checked without weights, with them, or on meta."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,10 @@ def load_family(
         network = pipeline.components[family.network_name]
         start_network(network, family.network_name, config)
     changed = merge_files(pipeline, family.network_name, config.merge)
-    parts = _parts(family, pipeline, config, trained, changed)
+    model = _assemble(family, pipeline, folder, config, trained, changed)
     if config.lora.start is not None:
-        start_adapters(pipeline, family.network_name, parts, config.lora.start)
-    return _prepared(family, pipeline, parts, folder, config, with_network=with_network)
+        start_adapters(pipeline, family.network_name, model.parts, config.lora.start)
+    return model
 
 
 def load_on_meta(family: type[PipelineModel], folder: Path, config: ModelConfig) -> PipelineModel:
@@ -136,8 +136,7 @@ def load_on_meta(family: type[PipelineModel], folder: Path, config: ModelConfig)
         nn.Module.to(network, dtypes.get(name, dtypes["default"]))
     without = {**family.left_out(folder), **dict.fromkeys(family.tokenizers)}
     pipeline = read_pipeline(folder, config, dtypes, without | networks)
-    parts = _parts(family, pipeline, config, trained, set())
-    return _prepared(family, pipeline, parts, folder, config)
+    return _assemble(family, pipeline, folder, config, trained)
 
 
 def _on_meta(folder: Path, name: str) -> nn.Module:
@@ -161,14 +160,20 @@ def _dtypes(
     return {"default": DTYPES[config.dtype], **dict.fromkeys(exact, torch.float32)}
 
 
-def _parts(
+def _assemble(
     family: type[PipelineModel],
     pipeline: Any,
+    folder: Path,
     config: ModelConfig,
     trained: list[str],
-    changed: set[str],
-) -> dict[str, Roles]:
-    """Freeze network and text encoders, and give the trained ones their two roles."""
+    changed: Collection[str] = (),
+) -> PipelineModel:
+    """Freeze a pipeline's networks, and give the trained ones their two roles.
+
+    Args:
+        changed: components that LoRA files were merged into.
+    """
+    pipeline.vae.eval().requires_grad_(False)
     parts: dict[str, Roles] = {}
     for name in (family.network_name, *family.encoders):
         part = pipeline.components[name]
@@ -179,7 +184,11 @@ def _parts(
             parts[name] = _roles(family, name, part, config)
         else:
             parts[name] = FrozenRoles(part, is_changed=name in changed)
-    return parts
+    if config.gradient_checkpointing and family.network_name in parts:
+        pipeline.components[family.network_name].enable_gradient_checkpointing()
+        if pipeline.vae._supports_gradient_checkpointing:
+            pipeline.vae.enable_gradient_checkpointing()
+    return family(pipeline, parts, folder, config)
 
 
 def _roles(family: type[PipelineModel], name: str, part: Any, config: ModelConfig) -> Roles:
@@ -189,21 +198,3 @@ def _roles(family: type[PipelineModel], name: str, part: Any, config: ModelConfi
         return CopyRoles(part, reference=config.reference)
     targets = config.lora.targets if name == family.network_name else config.lora.encoder_targets
     return LoraRoles(part, config.lora, family.lora_targets[name] if targets is None else targets)
-
-
-def _prepared(
-    family: type[PipelineModel],
-    pipeline: Any,
-    parts: Mapping[str, Roles],
-    folder: Path,
-    config: ModelConfig,
-    *,
-    with_network: bool = True,
-) -> PipelineModel:
-    """Freeze the autoencoder, switch checkpointing on, and build the model."""
-    pipeline.vae.eval().requires_grad_(False)
-    if config.gradient_checkpointing and with_network:
-        pipeline.components[family.network_name].enable_gradient_checkpointing()
-        if pipeline.vae._supports_gradient_checkpointing:
-            pipeline.vae.enable_gradient_checkpointing()
-    return family(pipeline, dict(parts), folder, config)

@@ -17,6 +17,9 @@ from sfumato.diffusion.sampling import Denoiser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Role: TypeAlias = Literal["policy", "reference"]
+Images: TypeAlias = Float[Tensor, "b 3 H W"]
+Latents: TypeAlias = Float[Tensor, "b c h w"]
+Moments: TypeAlias = Float[Tensor, "b m h w"]  # mean and log-variance of an autoencoder, m = 2 c
 
 
 @dataclass(frozen=True)
@@ -139,11 +142,7 @@ class TextToImageModel(abc.ABC):
             framing: of each training image, for families that learn from it.
         """
 
-    def encode_images(
-        self,
-        images: Float[Tensor, "b 3 H W"],
-        noise: Float[Tensor, "b c h w"] | None = None,
-    ) -> Float[Tensor, "b c h w"]:
+    def encode_images(self, images: Images, noise: Latents | None = None) -> Latents:
         """Encode images in [-1, 1] to latents, float32.
 
         Args:
@@ -152,20 +151,18 @@ class TextToImageModel(abc.ABC):
         return self.draw_latents(self.encode_moments(images), noise)
 
     @abc.abstractmethod
-    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
+    def encode_moments(self, images: Images) -> Moments:
         """Encode images in [-1, 1] to the input of `draw_latents`, float32.
 
         An autoencoder with a posterior gives its mean and log-variance, m = 2 c.
         """
 
     @abc.abstractmethod
-    def draw_latents(
-        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
-    ) -> Float[Tensor, "b c h w"]:
+    def draw_latents(self, moments: Moments, noise: Latents | None) -> Latents:
         """Return latents in the network's normalisation, float32; without noise, the mean."""
 
     @abc.abstractmethod
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+    def decode(self, latents: Latents) -> Images:
         """Decode latents to images in [0, 1], differentiable and not clamped, float32."""
 
     @abc.abstractmethod
@@ -207,17 +204,12 @@ class TextToImageModel(abc.ABC):
 
     @abc.abstractmethod
     def image_elsewhere(
-        self,
-        exported: Path,
-        name: str,
-        prompt: str,
-        noise: Float[Tensor, "1 c h w"],
-        sampler: SamplerConfig,
-    ) -> Float[Tensor, "1 3 H W"]:
+        self, exported: Path, name: str, prompt: str, noise: Latents, sampler: SamplerConfig
+    ) -> Images:
         """Let another program load an export from its files, and return the image that it makes.
 
         Args:
             exported: holds `pipeline`, written by `save_pipeline`, and `lora`, by `save_adapter`.
             name: `pipeline` or `lora`.
-            noise: the starting noise.
+            noise: the starting noise of one image.
         """

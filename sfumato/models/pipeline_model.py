@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.config import ModelConfig, SamplerConfig
@@ -28,7 +27,15 @@ from sfumato.models.formats import (
 )
 from sfumato.models.limits import Limits, check_side, check_steps
 from sfumato.models.lora import KohyaLayout, fuse_elsewhere, save_adapters
-from sfumato.models.model import Conditioning, Framing, Role, TextToImageModel
+from sfumato.models.model import (
+    Conditioning,
+    Framing,
+    Images,
+    Latents,
+    Moments,
+    Role,
+    TextToImageModel,
+)
 
 CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 CLIP_TOKENS = 77  # of a prompt, if a text encoder's config.json states no other number
@@ -109,22 +116,15 @@ class PipelineModel(TextToImageModel):
 
     @abc.abstractmethod
     def predict(
-        self,
-        network: Any,
-        x_t: Float[Tensor, "b c h w"],
-        t: Time,
-        cond: Conditioning,
-        guidance_scale: float,
-    ) -> Float[Tensor, "b c h w"]:
+        self, network: Any, x_t: Latents, t: Time, cond: Conditioning, guidance_scale: float
+    ) -> Latents:
         """Return the network's output at x_t, float32; also on the meta device.
 
         Args:
             guidance_scale: for networks that take it as an input.
         """
 
-    def pipeline_arguments(
-        self, noise: Float[Tensor, "b c h w"], guidance_scale: float
-    ) -> dict[str, Any]:
+    def pipeline_arguments(self, noise: Latents, guidance_scale: float) -> dict[str, Any]:
         """Return the pipeline's arguments for starting noise and guidance."""
         return {"latents": noise, "guidance_scale": guidance_scale}
 
@@ -253,16 +253,14 @@ class PipelineModel(TextToImageModel):
                         self.pipeline.register_modules(**{name: encoder})
             yield
 
-    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
+    def encode_moments(self, images: Images) -> Moments:
         with self._autoencoding():
             return moments_kl(self.pipeline.vae, images)
 
-    def draw_latents(
-        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
-    ) -> Float[Tensor, "b c h w"]:
+    def draw_latents(self, moments: Moments, noise: Latents | None) -> Latents:
         return latents_kl(self.pipeline.vae, moments, noise)
 
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+    def decode(self, latents: Latents) -> Images:
         with self._autoencoding():
             return decode_kl(self.pipeline.vae, latents)
 
@@ -334,13 +332,8 @@ class PipelineModel(TextToImageModel):
 
     @torch.no_grad()
     def image_elsewhere(
-        self,
-        exported: Path,
-        name: str,
-        prompt: str,
-        noise: Float[Tensor, "1 c h w"],
-        sampler: SamplerConfig,
-    ) -> Float[Tensor, "1 3 H W"]:
+        self, exported: Path, name: str, prompt: str, noise: Latents, sampler: SamplerConfig
+    ) -> Images:
         folder, config = self.source, self.config
         if name == "pipeline":
             folder, config = exported / "pipeline", replace(config, variant=None)

@@ -19,7 +19,7 @@ from sfumato.models.flux import LATENT_SIDE, pack, rows_of, unpack
 from sfumato.models.formats import read_json
 from sfumato.models.limits import Limits
 from sfumato.models.lora import KohyaLayout
-from sfumato.models.model import Conditioning
+from sfumato.models.model import Conditioning, Images, Latents, Moments
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.schedules import flow_times
 
@@ -116,16 +116,14 @@ class QwenImage(PipelineModel):
             mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
         return Conditioning({"states": states, "mask": mask})
 
-    def encode_moments(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b m h w"]:
+    def encode_moments(self, images: Images) -> Moments:
         return moments_kl(self.pipeline.vae, images[:, :, None])[:, :, 0]  # one frame
 
-    def draw_latents(
-        self, moments: Float[Tensor, "b m h w"], noise: Float[Tensor, "b c h w"] | None
-    ) -> Float[Tensor, "b c h w"]:
+    def draw_latents(self, moments: Moments, noise: Latents | None) -> Latents:
         latents = posterior(moments, noise)
         return (latents - self._mean.to(latents.device)) / self._std.to(latents.device)
 
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+    def decode(self, latents: Latents) -> Images:
         vae = self.pipeline.vae
         unscaled = latents * self._std.to(latents.device) + self._mean.to(latents.device)
         # vae.decode of a single frame, without its clamp, which would cut the rewards' gradient.
@@ -133,13 +131,8 @@ class QwenImage(PipelineModel):
         return (frames[:, :, 0].float() + 1) / 2
 
     def predict(
-        self,
-        network: Any,
-        x_t: Float[Tensor, "b c h w"],
-        t: Time,
-        cond: Conditioning,
-        guidance_scale: float,
-    ) -> Float[Tensor, "b c h w"]:
+        self, network: Any, x_t: Latents, t: Time, cond: Conditioning, guidance_scale: float
+    ) -> Latents:
         dtype, mask = network.dtype, cond.tensors["mask"]
         height, width = x_t.shape[2] // 2, x_t.shape[3] // 2
         tokens = network(
@@ -151,9 +144,7 @@ class QwenImage(PipelineModel):
         ).sample
         return unpack(tokens.float(), height, width)
 
-    def pipeline_arguments(
-        self, noise: Float[Tensor, "b c h w"], guidance_scale: float
-    ) -> dict[str, Any]:
+    def pipeline_arguments(self, noise: Latents, guidance_scale: float) -> dict[str, Any]:
         return {
             "latents": pack(noise),
             "true_cfg_scale": guidance_scale,

@@ -4,9 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
 
-from jaxtyping import Float
-from torch import Tensor
-
 from sfumato.config import ModelConfig
 from sfumato.diffusion.process import PredictionType, Time, VariancePreserving
 from sfumato.models.adapters import Roles
@@ -14,7 +11,7 @@ from sfumato.models.autoencoder_kl import downsampling, latent_size
 from sfumato.models.formats import read_json
 from sfumato.models.limits import Limits
 from sfumato.models.lora import KohyaLayout
-from sfumato.models.model import Conditioning
+from sfumato.models.model import Conditioning, Latents
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import ddim_of, table_index, table_times
 
@@ -88,13 +85,8 @@ class StableDiffusion(PipelineModel):
         return Conditioning({"states": states})
 
     def predict(
-        self,
-        network: Any,
-        x_t: Float[Tensor, "b c h w"],
-        t: Time,
-        cond: Conditioning,
-        guidance_scale: float,
-    ) -> Float[Tensor, "b c h w"]:
+        self, network: Any, x_t: Latents, t: Time, cond: Conditioning, guidance_scale: float
+    ) -> Latents:
         dtype = network.dtype
         timestep = table_index(self._table, t, x_t.device)
         return network(x_t.to(dtype), timestep, cond.tensors["states"].to(dtype)).sample.float()

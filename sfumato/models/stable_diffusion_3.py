@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
@@ -13,7 +12,7 @@ from sfumato.models.autoencoder_kl import downsampling, latent_size
 from sfumato.models.formats import read_json
 from sfumato.models.limits import Limits
 from sfumato.models.lora import KohyaLayout, by_block
-from sfumato.models.model import Conditioning
+from sfumato.models.model import Conditioning, Latents
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import flow_times
 
@@ -109,13 +108,8 @@ class StableDiffusion3(PipelineModel):
         return Conditioning({"states": states, "pooled": pooled})
 
     def predict(
-        self,
-        network: Any,
-        x_t: Float[Tensor, "b c h w"],
-        t: Time,
-        cond: Conditioning,
-        guidance_scale: float,
-    ) -> Float[Tensor, "b c h w"]:
+        self, network: Any, x_t: Latents, t: Time, cond: Conditioning, guidance_scale: float
+    ) -> Latents:
         dtype = network.dtype
         t = t if isinstance(t, Tensor) else torch.full((), t, device=x_t.device)
         return network(

@@ -14,7 +14,7 @@ from sfumato.diffusion.process import PredictionType, Time, VariancePreserving
 from sfumato.models.adapters import Roles
 from sfumato.models.limits import Limits
 from sfumato.models.lora import KohyaLayout
-from sfumato.models.model import Conditioning
+from sfumato.models.model import Conditioning, Latents
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import ddim_of, table_index, table_times
 from sfumato.models.stable_diffusion import (
@@ -112,13 +112,8 @@ class StableDiffusionXL(PipelineModel):
         return Conditioning({"states": states, "pooled": pooled, "framing": unknown})
 
     def predict(
-        self,
-        network: Any,
-        x_t: Float[Tensor, "b c h w"],
-        t: Time,
-        cond: Conditioning,
-        guidance_scale: float,
-    ) -> Float[Tensor, "b c h w"]:
+        self, network: Any, x_t: Latents, t: Time, cond: Conditioning, guidance_scale: float
+    ) -> Latents:
         dtype, prompts = network.dtype, cond.tensors
         height, width = (side * self.limits.factor for side in x_t.shape[2:])
         added = {

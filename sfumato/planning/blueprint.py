@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import TrainConfig
+from sfumato.models.formats import read_model_index
 from sfumato.models.loading import load_on_meta
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import FAMILIES, find_family
@@ -76,8 +77,11 @@ def read_blueprint(config: TrainConfig) -> Blueprint:
         family, folder = find_family(config.model, config.sampler)
         return _blueprint(config, family, folder)
     with TemporaryDirectory() as name:
-        assumed = describe_pipeline(config.model, Path(name))
-        return _blueprint(config, FAMILIES["stable_diffusion"], Path(name), assumed)
+        folder = Path(name)
+        assumed = describe_pipeline(config.model, folder)
+        pipeline = read_model_index(folder)["_class_name"]
+        family = next(each for each in FAMILIES.values() if each.pipeline_name == pipeline)
+        return _blueprint(config, family, folder, assumed)
 
 
 def _blueprint(
