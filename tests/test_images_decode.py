@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
 from sfumato.data.entries import FileBlob, SpanBlob
-from sfumato.data.sample import Placement, Sample, covering, resize_and_crop, to_tensor
+from sfumato.data.sample import Choices, Placement, Sample, covering, resize_and_crop, to_tensor
 
 
 @pytest.fixture
@@ -265,15 +265,15 @@ def test_an_extremely_long_picture_is_cropped_in_little_memory() -> None:
 def test_random_crops_are_uniform_and_central_ones_central() -> None:
     picture = Image.new("RGB", (11, 8))
     lefts = [
-        resize_and_crop(picture, (8, 8), Placement.drawn(seed, random_crop=True, flip=False))[1][1]
+        resize_and_crop(picture, (8, 8), Choices((), random_crop=True).placement(seed))[1][1]
         for seed in range(4000)
     ]
     counts = np.bincount(lefts)
     assert counts.shape == (4,) and np.abs(counts - 1000).max() < 120
-    flips = [Placement.drawn(seed, random_crop=False, flip=True) for seed in range(4000)]
+    flips = [Choices((), flip=True).placement(seed) for seed in range(4000)]
     assert {(f.top, f.left) for f in flips} == {(0.5, 0.5)}
     assert abs(sum(f.mirrored for f in flips) - 2000) < 150
-    assert Placement.drawn(5, random_crop=False, flip=False) == Placement()
+    assert Choices(()).placement(5) == Placement()
 
 
 def test_tensors_span_minus_one_to_one() -> None:

@@ -18,8 +18,8 @@ import torch
 from image_files import config_of, skip_counts, write_folder
 
 from sfumato.data.entries import Blob, Entry, Refusals
-from sfumato.data.epochs import ListEpochs
-from sfumato.data.images import ImageDataConfig, ImageReader, open_images
+from sfumato.data.epochs import ListEpochs, RowPick
+from sfumato.data.images import ImageDataConfig, open_images
 from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Pool, PoolOrder
 from sfumato.data.pools import bucket_sizes, nearest
@@ -157,8 +157,12 @@ def test_a_process_decodes_its_own_rows_only(tmp_path: Path, workers: int, ahead
     blobs = [CountedBlob(tmp_path / f"{i:03d}.png") for i in range(8)]
     entries = [Entry(tmp_path, str(i), (f"{i}",), blob) for i, blob in enumerate(blobs)]
     order = PoolOrder([pool_of("all", range(8), 8.0)], name="images", guards={})
-    reader = ImageReader(entries, Choices([(16, 16)]))
-    stream = OrderedStream(order, reader, Refusals(SkipLog()), workers=workers, prefetch=ahead)
+    choices = Choices(((16, 16),))
+
+    def read(pick: RowPick) -> Sample:
+        return choices.sample(entries[pick.row], pick.bucket, pick.seed)
+
+    stream = OrderedStream(order, read, Refusals(SkipLog()), workers=workers, prefetch=ahead)
     CountedBlob.opened.clear()
     assert captions(stream.next(8, 2, 4)) == ["2", "3"]
     stream.next(8, 2, 4)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from sfumato.data.entries import Refusals
 from sfumato.data.left_out import SkipLog
-from sfumato.data.order import shuffle_buffered
+from sfumato.data.order import PromptOrder, shuffle_buffered
 from sfumato.data.prompts import open_prompts
-from sfumato.data.stream import Stream, prompt_stream
+from sfumato.data.stream import OrderedStream, Stream
 
 
 def numbered(count: int, prefix: str = "prompt") -> list[str]:
@@ -141,7 +142,9 @@ def test_no_more_prompts_are_held_than_the_buffer() -> None:
     def read(_: Path) -> Iterator[str]:
         return (CountedPrompt(i) for i in range(20_000))
 
-    stream = prompt_stream([Path("a"), Path("b")], read, SkipLog(), buffer=500)
+    log = SkipLog()
+    order = PromptOrder([Path("a"), Path("b")], read, log, seed=0, shuffle=True, buffer=500)
+    stream = OrderedStream(order, lambda prompt: prompt, Refusals(log))
     for _ in range(4_000):
         stream.next(10, 0, 1)
     assert stream.state() == {"epoch": 0, "position": 40_000}

@@ -20,7 +20,7 @@ from prepared import (
 
 from sfumato.config import ShardDataConfig
 from sfumato.data.epochs import RowPick
-from sfumato.data.order import WindowOrder
+from sfumato.data.order import PoolOrder
 from sfumato.data.prepared import check
 from sfumato.data.prepared.format import (
     CACHE,
@@ -65,8 +65,8 @@ def numbers(stream: Rows, count: int) -> list[int]:
 
 def samples_of(stream: Rows) -> int:
     """Return how many samples an epoch has."""
-    assert isinstance(stream.order, WindowOrder)
-    return stream.order.rows.samples
+    assert isinstance(stream.order, PoolOrder)
+    return stream.order.samples
 
 
 # Settings and selections
@@ -218,20 +218,20 @@ def test_names_of_caches_are_hashes_of_their_identity() -> None:
 def test_a_cache_of_another_model_or_size_is_refused_and_the_difference_named(
     folder: Path,
 ) -> None:
-    with pytest.raises(PreparedError, match="no cache of this kind is there"):
+    with pytest.raises(PreparedError, match="no cache of moments for this run"):
         open_small(cached(folder))
     write_cache(folder, toy_identity(autoencoder="other"))
     write_cache(folder, toy_identity(height=32))
     with pytest.raises(PreparedError) as raised:
         open_small(cached(folder))
     for identity, said in (
-        (toy_identity(autoencoder="other"), "autoencoder (other there, kl here)"),
-        (toy_identity(height=32), "height (32 there, 16 here)"),
+        (toy_identity(autoencoder="other"), "autoencoder (other in the cache, kl in the run)"),
+        (toy_identity(height=32), "height (32 in the cache, 16 in the run)"),
     ):
         assert f"{identity.moments_folder} differs in {said}" in str(raised.value)
     write_cache(folder, toy_identity())
     assert numbers(open_small(cached(folder)), COUNT) == list(range(COUNT))
-    with pytest.raises(PreparedError, match=r"of text .* text_encoder \(clip there, t5 here\)"):
+    with pytest.raises(PreparedError, match=r"of text .* \(clip in the cache, t5 in the run\)"):
         open_small(cached(folder), toy_identity(encoder="t5"))
 
 
@@ -239,7 +239,7 @@ def test_a_cache_that_the_index_does_not_list_is_told(folder: Path) -> None:
     write_cache(folder, toy_identity())
     content = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps(content | {"caches": {}}))
-    said = rf"{toy_identity().moments_folder} is there, but was not whole .* indexed"
+    said = rf"{toy_identity().moments_folder} exists, but was incomplete .* indexed"
     with pytest.raises(PreparedError, match=said):
         open_small(cached(folder))
 
@@ -260,7 +260,7 @@ def test_mirrors_need_mirrored_moments(folder: Path) -> None:
     write_cache(folder, toy_identity())
     config = cached(folder)
     config.flip = True
-    with pytest.raises(PreparedError, match=r"flip \(no mirrored moments there.*precache\.flip"):
+    with pytest.raises(PreparedError, match=r"flip \(no mirrored moments.*precache\.flip"):
         open_small(config)
     write_cache(folder, toy_identity(flip=True))
     assert numbers(open_small(config), COUNT) == list(range(COUNT))

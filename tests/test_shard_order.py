@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sfumato.data.epochs import RowPick, ShardEpochs, permutation
-from sfumato.data.order import WindowOrder
+from sfumato.data.order import Pool, PoolOrder
 from sfumato.data.prepared.tars import LruCache
 
 COUNTS = [5, 0, 3, 8, 1, 1, 6, 0, 4]
@@ -18,9 +18,9 @@ ALL = sorted((shard, row) for shard, count in enumerate(COUNTS) for row in range
 
 def order_of(
     counts: list[int] = COUNTS, *, seed: int = 0, shuffle: bool = True, buffer: int = 7
-) -> WindowOrder:
+) -> PoolOrder:
     rows = ShardEpochs(counts, seed=seed, shuffle=shuffle, buffer=buffer)
-    return WindowOrder(rows, guards={})
+    return PoolOrder([Pool("", 0, rows, 1.0)], guards={})
 
 
 def places(picks: list[RowPick]) -> list[tuple[int, int]]:
@@ -31,7 +31,7 @@ def places(picks: list[RowPick]) -> list[tuple[int, int]]:
 def test_every_epoch_is_a_permutation_of_its_own(buffer: int) -> None:
     order = order_of(buffer=buffer)
     epochs = [places(order.take(28, 0, 28)) for _ in range(6)]
-    assert order.rows.samples == 28 and order.state() == {"epoch": 6, "position": 0}
+    assert order.samples == 28 and order.state() == {"epoch": 6, "position": 0}
     assert all(sorted(epoch) == ALL for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert places(order_of(seed=1, buffer=buffer).take(28, 0, 28)) != epochs[0]
@@ -125,8 +125,8 @@ def test_chance_of_a_row_is_its_own() -> None:
 
 
 def test_samples_are_numbered_in_file_order() -> None:
-    order = order_of()
-    assert [order.rows.find(number) for number in range(28)] == ALL
+    rows = ShardEpochs(COUNTS, seed=0, shuffle=True, buffer=7)
+    assert [rows.find(number) for number in range(28)] == ALL
 
 
 def test_half_a_million_shards_are_ordered_in_seconds() -> None:

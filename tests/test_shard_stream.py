@@ -28,7 +28,7 @@ from sfumato.config import ShardDataConfig
 from sfumato.data.epochs import RowPick
 from sfumato.data.images import open_images
 from sfumato.data.left_out import SkipReport
-from sfumato.data.order import WindowOrder
+from sfumato.data.order import PoolOrder
 from sfumato.data.prepared.format import CACHE, SELECTIONS, SHARDS, read_kept_record, record_text
 from sfumato.data.prepared.open import open_shards
 from sfumato.data.sample import Sample
@@ -45,8 +45,8 @@ def open_small(config: ShardDataConfig, seed: int = 0) -> Rows:
 
 def samples_of(stream: Rows) -> int:
     """Return how many samples an epoch has."""
-    assert isinstance(stream.order, WindowOrder)
-    return stream.order.rows.samples
+    assert isinstance(stream.order, PoolOrder)
+    return stream.order.samples
 
 
 def settings(folder: Path, *, cached: bool = False, workers: int = 0) -> ShardDataConfig:
@@ -282,7 +282,7 @@ def test_resume_with_other_samples_or_another_order_is_refused(folder: Path, cac
     with pytest.raises(ValueError, match=r"is no position .* has epoch, position, shards, order"):
         open_small(config).restore({"epoch": 0, "position": 3})
     for epoch, position in ((-1, 0), (0, -1), (0, COUNT)):
-        with pytest.raises(ValueError, match=f"position={position} is no place in epochs of 22"):
+        with pytest.raises(ValueError, match=f"position={position} is no position in epochs of 22"):
             open_small(config).restore(state | {"epoch": epoch, "position": position})
 
 

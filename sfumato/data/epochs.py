@@ -5,6 +5,7 @@ import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import final
 
 import numpy as np
@@ -31,6 +32,8 @@ class RowPick:
 
 class Epochs(abc.ABC):
     """Samples that are interchangeable in a batch; each epoch is a permutation of them.
+
+    The seed of a row depends on the seed of all, the pool's key, the epoch and the sample.
 
     Attributes:
         samples: in an epoch.
@@ -65,48 +68,23 @@ class ListEpochs(Epochs):
         self._key = key
         self._seed = seed
         self._shuffle = shuffle
-        self._permutation: tuple[int, Sequence[int]] | None = None
+        self._order = lru_cache(maxsize=1)(self._list)
 
     def pick(self, number: int) -> RowPick:
-        """Return a row; its seed is a function of (seed, key, epoch, member)."""
         epoch, position = divmod(number, self.samples)
         member = self._order(epoch)[position]
         seed = derive(self._seed, "image", self._key, epoch, member)
         return RowPick(0, self._members[member], seed)
 
     def find(self, number: int) -> tuple[int, int]:
-        """Return 0 and the number of a sample; see `Epochs.find`."""
         return 0, self._members[number]
 
-    def _order(self, epoch: int) -> Sequence[int]:
-        if self._permutation is None or self._permutation[0] != epoch:
-            order: Sequence[int] = range(self.samples)
-            if self._shuffle:
-                # Only random() is promised to be the same in every Python.
-                rng = random.Random(derive(self._seed, "order", self._key, epoch))
-                order = sorted(order, key=lambda _: rng.random())
-            self._permutation = epoch, order
-        return self._permutation[1]
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    """The shards of an epoch in their order, and where its windows begin."""
-
-    number: int
-    shards: np.ndarray
-    firsts: Sequence[int]  # of each window: index into shards; and the end
-    starts: Sequence[int]  # of each window: position in the epoch; and the end
-
-
-@dataclass(frozen=True)
-class _Window:
-    """The samples of one window in their order: from `start` up to `stop` of all epochs."""
-
-    start: int
-    stop: int
-    shards: np.ndarray
-    rows: np.ndarray
+    def _list(self, epoch: int) -> Sequence[int]:
+        if not self._shuffle:
+            return range(self.samples)
+        # Only random() is promised to be the same in every Python.
+        rng = random.Random(derive(self._seed, "order", self._key, epoch))
+        return sorted(range(self.samples), key=lambda _: rng.random())
 
 
 @final
@@ -147,55 +125,47 @@ class ShardEpochs(Epochs):
         self._own_seed = seed if key is None else derive(seed, "pool", key)
         self._shuffle = shuffle
         self._buffer = buffer
-        self._epoch: _Epoch | None = None
-        self._window: _Window | None = None
         self.samples = int(self._ends[-1])
+        self._windows = lru_cache(maxsize=1)(self._list_windows)
+        self._window = lru_cache(maxsize=1)(self._list_window)
 
     def pick(self, number: int) -> RowPick:
-        """Return a row; its seed is a function of (seed, key, epoch, shard, row)."""
-        window = self._window
-        if window is None or not window.start <= number < window.stop:
-            window = self._window = self._open(number)
-        shard = int(window.shards[number - window.start])
-        row = int(window.rows[number - window.start])
-        epoch = number // self.samples
+        epoch, position = divmod(number, self.samples)
+        starts, _ = self._windows(epoch)
+        window = bisect.bisect_right(starts, position) - 1
+        shards, rows = self._window(epoch, window)
+        shard, row = (int(part[position - starts[window]]) for part in (shards, rows))
         return RowPick(shard, row, derive(self._own_seed, "sample", epoch, shard, row))
 
     def find(self, number: int) -> tuple[int, int]:
-        """Return shard and row of a sample by its number in file order; see `Epochs.find`."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, number - int(self._ends[shard] - self._counts[shard])
 
-    def _open(self, number: int) -> _Window:
-        """List and shuffle the window that holds a row."""
-        passed, position = divmod(number, self.samples)
-        if self._epoch is None or self._epoch.number != passed:
-            self._epoch = self._arrange(passed)
-        epoch = self._epoch
-        index = bisect.bisect_right(epoch.starts, position) - 1
-        shards = epoch.shards[epoch.firsts[index] : epoch.firsts[index + 1]]
+    def _list_windows(self, epoch: int) -> tuple[list[int], list[np.ndarray]]:
+        """Return where each window of an epoch begins, and at last its end; and their shards."""
+        shards = np.arange(len(self._counts))
+        if self._shuffle:
+            shards = permutation(len(shards), derive(self._seed, "shards", epoch))
+        totals: list[int] = np.cumsum(self._totals[shards]).tolist()
+        ends: list[int] = np.cumsum(self._counts[shards]).tolist()
+        starts, windows, first, passed = [0], [], 0, 0
+        while starts[-1] < self.samples:
+            last = min(bisect.bisect_left(totals, passed + self._buffer, lo=first), len(ends) - 1)
+            windows.append(shards[first : last + 1])
+            starts.append(ends[last])
+            first, passed = last + 1, totals[last]
+        return starts, windows
+
+    def _list_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return shard and row of each sample of a window, in their order."""
+        shards = self._windows(epoch)[1][window]
         counts = self._counts[shards]
         rows = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         shards = np.repeat(shards, counts)
         if self._shuffle:
-            order = permutation(len(rows), derive(self._own_seed, "window", passed, index))
+            order = permutation(len(rows), derive(self._own_seed, "window", epoch, window))
             shards, rows = shards[order], rows[order]
-        first = passed * self.samples
-        return _Window(first + epoch.starts[index], first + epoch.starts[index + 1], shards, rows)
-
-    def _arrange(self, number: int) -> _Epoch:
-        shards = np.arange(len(self._counts))
-        if self._shuffle:
-            shards = permutation(len(shards), derive(self._seed, "shards", number))
-        totals: list[int] = np.cumsum(self._totals[shards]).tolist()
-        ends: list[int] = np.cumsum(self._counts[shards]).tolist()
-        firsts, starts, passed = [0], [0], 0
-        while starts[-1] < self.samples:
-            last = bisect.bisect_left(totals, passed + self._buffer, lo=firsts[-1])
-            firsts.append(min(last + 1, len(ends)))
-            starts.append(ends[firsts[-1] - 1])
-            passed = totals[firsts[-1] - 1]
-        return _Epoch(number, shards, firsts, starts)
+        return shards, rows
 
 
 def permutation(count: int, seed: int) -> np.ndarray:

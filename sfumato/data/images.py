@@ -3,9 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import final
 
 from sfumato.config import ImageDataConfig, ImageSourceConfig
 from sfumato.data.decode import Bounds, RefusedImageError, read_size
@@ -14,34 +12,13 @@ from sfumato.data.epochs import ListEpochs, RowPick
 from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Guard, PoolOrder
 from sfumato.data.pools import SourceShare, bucket_sizes, build_pools, check_size, nearest
-from sfumato.data.sample import Choices, Placement, Sample, Size, make_sample
-from sfumato.data.settings import bounds_of, check_reading, choices_of, named_sources
+from sfumato.data.sample import Placement, Sample, Size, make_sample
+from sfumato.data.settings import checked_sources, choices_of
 from sfumato.data.sources import list_source
-from sfumato.data.stream import BrokenRowError, OrderedStream, Reader
+from sfumato.data.stream import BrokenRowError, OrderedStream
 
 _HEADER_THREADS = 4  # they wait for files; more would wait for each other
 _HEADERS_AT_ONCE = 1024
-
-
-@dataclass(frozen=True)
-class _Sorted:
-    """The usable entries of one source, by number, in each bucket."""
-
-    share: SourceShare
-    members: Sequence[list[int]]
-
-
-@final
-class ImageReader(Reader[RowPick, Sample]):
-    """Decode pictures of a list of entries."""
-
-    def __init__(self, entries: Sequence[Entry], choices: Choices) -> None:
-        self._entries = entries
-        self._choices = choices
-
-    def read(self, pick: RowPick) -> Sample:
-        """Decode a picture; see `Reader.read`."""
-        return self._choices.sample(self._entries[pick.row], pick.bucket, pick.seed)
 
 
 def open_images(
@@ -63,31 +40,38 @@ def open_images(
     Raises:
         ValueError: a setting is impossible, a source cannot be read, or has no usable sample.
     """
-    check_config(config)
+    settings = checked_sources("data.images", config, config.sources)
     check_size(height, width, divisor)
     sizes = bucket_sizes(height, width, divisor) if config.buckets else ((height, width),)
-    log = SkipLog()
+    choices, log = choices_of(config, sizes), SkipLog()
     entries: list[Entry] = []
-    sources: list[_Sorted] = []
+    shares: list[SourceShare] = []
+    members: list[list[list[int]]] = []  # of each source and bucket: numbers of entries
     refusals = Refusals(log)
-    for name, source in named_sources("data.images", config, config.sources).items():
-        usable = list(_usable(_list(source, log), bounds_of(config), refusals))
+    for name, source in settings.items():
+        usable = list(_usable(_list(source, log), choices.bounds, refusals))
         if not usable:
             raise ValueError(
                 f"{name} ({source.path}) has no image that can be used: {log.report().summary()}"
             )
-        sources.append(_sort(name, source, usable, len(entries), sizes))
+        members.append([[] for _ in sizes])
+        for number, (_, original) in enumerate(usable, len(entries)):
+            members[-1][nearest(original, sizes)].append(number)
+        counts = [len(bucket) for bucket in members[-1]]
+        shares.append(SourceShare(name, counts, source.repeats, source.weight))
         entries += [entry for entry, _ in usable]
 
     def rows(key: str, bucket: int, chosen: Sequence[int]) -> ListEpochs:
-        members = [i for s in chosen for i in sources[s].members[bucket] * sources[s].share.repeats]
-        return ListEpochs(members, key=key, seed=seed, shuffle=config.shuffle)
+        pool = [i for s in chosen for i in members[s][bucket] * shares[s].repeats]
+        return ListEpochs(pool, key=key, seed=seed, shuffle=config.shuffle)
 
-    pools = build_pools([source.share for source in sources], sizes, rows)
+    def read(pick: RowPick) -> Sample:
+        return choices.sample(entries[pick.row], pick.bucket, pick.seed)
+
+    pools = build_pools(shares, sizes, rows)
     guards = {"places": _guard(entries)}
     order = PoolOrder(pools, name="images", guards=guards, anywhere=len(entries))
-    reader = ImageReader(entries, choices_of(config, sizes))
-    return OrderedStream(order, reader, refusals, workers=config.workers, prefetch=config.prefetch)
+    return OrderedStream(order, read, refusals, workers=config.workers, prefetch=config.prefetch)
 
 
 def validation_samples(
@@ -106,13 +90,13 @@ def validation_samples(
     """
     if count < 1:
         raise ValueError(f"{count} validation samples would be none; give 1 or more")
-    check_config(config)
+    sources = checked_sources("data.images", config, config.sources).values()
     check_size(height, width, 1)
     log = SkipLog(warns=warns)
     refusals = Refusals(log)
     samples: list[Sample] = []
-    size, bounds = (height, width), bounds_of(config)
-    sources = named_sources("data.images", config, config.sources).values()
+    size = height, width
+    bounds = choices_of(config, (size,)).bounds
     for entry in (entry for source in sources for entry in _list(source, log)):
         try:
             samples.append(make_sample(entry, entry.captions[0], size, Placement(), bounds))
@@ -123,27 +107,6 @@ def validation_samples(
     if not samples:
         raise ValueError(f"no sample can be used for validation: {log.report().summary()}")
     return samples
-
-
-def check_config(config: ImageDataConfig) -> None:
-    """Refuse impossible settings with a ValueError that names the setting."""
-    sources = named_sources("data.images", config, config.sources)
-    check_reading("data.images", config, sources)
-
-
-def _sort(
-    name: str,
-    source: ImageSourceConfig,
-    usable: Sequence[tuple[Entry, Size]],
-    first: int,
-    sizes: tuple[Size, ...],
-) -> _Sorted:
-    """Sort the entries of a source, of which the first has the number `first`, into buckets."""
-    members: list[list[int]] = [[] for _ in sizes]
-    for number, (_, original) in enumerate(usable, first):
-        members[nearest(original, sizes)].append(number)
-    counts = [len(bucket) for bucket in members]
-    return _Sorted(SourceShare(name, counts, source.repeats, source.weight), members)
 
 
 def _list(source: ImageSourceConfig, log: SkipLog) -> list[Entry]:

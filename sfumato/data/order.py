@@ -1,21 +1,19 @@
 """Orders: which row comes next, a function of the seed and of how many rows were taken.
 
-Three algorithms share one contract:
-
 PromptOrder  prompts: files in a shuffled order, through a buffer that is shuffled as it fills
 PoolOrder    images: pools by size and source; whichever is furthest behind its share comes next
-WindowOrder  thousands of shards: windows of several shards, each shuffled as a whole
 """
 
 import abc
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
-from sfumato.data.epochs import Epochs, RowPick, ShardEpochs
+from sfumato.data.epochs import Epochs, RowPick
 from sfumato.data.left_out import SkipLog
 from sfumato.diffusion.randomness import derive
 
@@ -63,23 +61,13 @@ class Guard:
     advice: str
 
 
-def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """Refuse the state of another kind of order with a ValueError."""
-    if state.keys() != {*keys}:
+def check_keys(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse a state with other keys than an order's own with a ValueError."""
+    if state.keys() != own.keys():
         raise ValueError(
-            f"{str(dict(state))[:80]} is no position in this data, which has {', '.join(keys)}; "
+            f"{str(dict(state))[:80]} is no position in this data, which has {', '.join(own)}; "
             "resume with the kind of data that the run was started with"
         )
-
-
-def check_guards(state: Mapping[str, Any], guards: Mapping[str, Guard]) -> None:
-    """Refuse the state of other data with a ValueError."""
-    for key, guard in guards.items():
-        if state[key] != guard.value:
-            raise ValueError(
-                f"cannot resume: {guard.change} ({key} was {state[key]!r}, and now is "
-                f"{guard.value!r}). {guard.advice}, or start a new run"
-            )
 
 
 # Prompts: one pass over files an epoch
@@ -124,28 +112,17 @@ class PromptOrder(Order[str]):
         self._begin(0)
 
     def take(self, count: int, start: int, stop: int) -> list[str]:
-        """Advance by a global batch, which may straddle epochs; see `Order.take`.
-
-        Raises:
-            ValueError: an epoch has no prompt at all.
-        """
         return [self._advance() for _ in range(count)][start:stop]
 
     def state(self) -> dict[str, Any]:
-        """Return how many prompts (`position`) of which `epoch` are consumed, from 0."""
         return {"epoch": self._epoch, "position": self._position}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to `state` by reading over the prompts of its epoch that were consumed.
-
-        Raises:
-            ValueError: the epoch has fewer prompts than were consumed, so the files changed.
-        """
-        check_keys(state, ("epoch", "position"))
+        check_keys(state, self.state())
         epoch, position = state["epoch"], state["position"]
         if epoch < 0 or position < 0:
             raise ValueError(
-                f"epoch={epoch}, position={position} is no place in a stream; both count from 0"
+                f"epoch={epoch}, position={position} is no position; both count from 0"
             )
         self._begin(epoch)
         for passed in range(position):
@@ -158,8 +135,7 @@ class PromptOrder(Order[str]):
         self._position = position
 
     def tries(self, pick: str) -> Iterator[str]:
-        """Yield the prompt: a broken one was left out when its file was read."""
-        yield pick
+        yield pick  # A broken prompt was left out when its file was read.
 
     def _advance(self) -> str:
         while (prompt := next(self._prompts, None)) is None:
@@ -179,15 +155,12 @@ class PromptOrder(Order[str]):
 
     def _prompts_of(self, epoch: int) -> Iterator[str]:
         if not self._shuffle:
-            return self._chain(self._shards)
+            return chain.from_iterable(map(self._read, self._shards))
         # A string seeds through SHA-512, whatever PYTHONHASHSEED.
         rng = random.Random(f"prompts of epoch {epoch}, seed {self._seed}")
         shards = sorted(self._shards, key=lambda _: rng.random())
-        return shuffle_buffered(self._chain(shards), rng, self._buffer)
-
-    def _chain(self, shards: Sequence[Path]) -> Iterator[str]:
-        for shard in shards:
-            yield from self._read(shard)
+        prompts = chain.from_iterable(map(self._read, shards))
+        return shuffle_buffered(prompts, rng, self._buffer)
 
 
 def shuffle_buffered(prompts: Iterator[str], rng: random.Random, buffer: int) -> Iterator[str]:
@@ -232,21 +205,31 @@ class Pool:
 class PoolOrder(Order[RowPick]):
     """Draw from several pools in proportion to their shares; a batch has one size.
 
-    Whichever pool is furthest behind its share comes next, so counts never stray far from their
-    shares, and how many rows each pool has given is all that has to be remembered.
+    The pool that is furthest behind its share comes next, so counts never stray far from their
+    shares. Only the number of rows that each pool gave has to be remembered.
+
+    Attributes:
+        drawn: how many rows each pool has given.
     """
 
     def __init__(
-        self, pools: Sequence[Pool], *, name: str, guards: Mapping[str, Guard], anywhere: int = 0
+        self,
+        pools: Sequence[Pool],
+        *,
+        name: str | None = None,
+        guards: Mapping[str, Guard],
+        anywhere: int = 0,
     ) -> None:
         """Stand before the first row.
 
         Args:
             pools: by size; none is empty.
-            name: of the pools in the state.
+            name: of the pools in the state; the state of a single pool without a name is how many
+                rows (`position`) of which `epoch` are consumed.
             guards: what has to be the same on resume.
             anywhere: samples, by number, that may replace broken ones of any size; 0 is none.
         """
+        assert name or len(pools) == 1, "only the rows of one pool have an epoch and a position"
         self._pools = tuple(pools)
         buckets = dict.fromkeys(pool.bucket for pool in pools)
         self._groups = [
@@ -260,8 +243,12 @@ class PoolOrder(Order[RowPick]):
         self._small: set[int] = set()
         self.drawn = [0] * len(self._pools)
 
+    @property
+    def samples(self) -> int:
+        """How many samples all pools have."""
+        return sum(pool.rows.samples for pool in self._pools)
+
     def take(self, count: int, start: int, stop: int) -> list[RowPick]:
-        """Advance by a global batch, all of one size; see `Order.take`."""
         group = self._groups[self._furthest_behind(self._groups, count)]
         self._warn_if_small(group, count)
         single = [[index] for index in group]
@@ -269,26 +256,53 @@ class PoolOrder(Order[RowPick]):
         for row in range(count):
             index = group[self._furthest_behind(single, 1)]
             if start <= row < stop:
-                picks.append(self._pick(index))
+                pool = self._pools[index]
+                picks.append(replace(pool.rows.pick(self.drawn[index]), bucket=pool.bucket))
             self.drawn[index] += 1
         return picks
 
     def state(self) -> dict[str, Any]:
-        """Return how many rows each pool has given, and of how many samples."""
+        guards = {key: guard.value for key, guard in self._guards.items()}
+        if self._name is None:
+            epoch, position = divmod(self.drawn[0], self.samples)
+            return {"epoch": epoch, "position": position, **guards}
         pools = {
             pool.key: {"drawn": drawn, "samples": pool.rows.samples}
             for pool, drawn in zip(self._pools, self.drawn, strict=True)
         }
-        return {self._name: pools, **{key: guard.value for key, guard in self._guards.items()}}
+        return {self._name: pools, **guards}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to where `state` was taken; nothing is read for it.
+        check_keys(state, self.state())
+        saved = {} if self._name is None else state[self._name]
+        if self._name is not None:
+            self._check_samples({key: pool["samples"] for key, pool in saved.items()})
+        for key, guard in self._guards.items():
+            if state[key] != guard.value:
+                raise ValueError(
+                    f"cannot resume: {guard.change} ({key} was {state[key]!r}, and now is "
+                    f"{guard.value!r}). {guard.advice}, or start a new run"
+                )
+        if self._name is None:
+            self.drawn = [self._number(state["epoch"], state["position"])]
+        else:
+            self.drawn = [saved[pool.key]["drawn"] for pool in self._pools]
 
-        Raises:
-            ValueError: the samples are not those of then; it names the pool.
-        """
-        check_keys(state, (self._name, *self._guards))
-        saved = {key: pool["samples"] for key, pool in state[self._name].items()}
+    def tries(self, pick: RowPick) -> Iterator[RowPick]:
+        """Yield a pick, then others of its size, then any others."""
+        pools = [pool.rows for pool in self._pools if pool.bucket == pick.bucket]
+        samples = sum(pool.samples for pool in pools)
+        for attempt in range(1 + ATTEMPTS * (2 if self._anywhere else 1)):
+            shard, row = pick.shard, pick.row
+            if attempt > 0:
+                chance = derive(pick.seed, "replacement", attempt)
+                if attempt > ATTEMPTS:
+                    row = chance % self._anywhere
+                else:
+                    shard, row = _find(pools, chance % samples)
+            yield RowPick(shard, row, derive(pick.seed, "frame", attempt), pick.bucket)
+
+    def _check_samples(self, saved: Mapping[str, int]) -> None:
         now = {pool.key: pool.rows.samples for pool in self._pools}
         for key in dict.fromkeys((*saved, *now)):
             if saved.get(key) != now.get(key):
@@ -297,30 +311,19 @@ class PoolOrder(Order[RowPick]):
                     f"has {now.get(key, 0)}. Restore the files and settings that the run was "
                     "started with, or start a new run"
                 )
-        check_guards(state, self._guards)
-        self.drawn = [state[self._name][pool.key]["drawn"] for pool in self._pools]
 
-    def tries(self, pick: RowPick) -> Iterator[RowPick]:
-        """Yield a pick, then others of its size, then any others; see `Order.tries`."""
-        (group,) = (each for each in self._groups if self._pools[each[0]].bucket == pick.bucket)
-        pools = [self._pools[index].rows for index in group]
-        for attempt in range(1 + ATTEMPTS * (2 if self._anywhere else 1)):
-            shard, row = pick.shard, pick.row
-            if attempt > 0:
-                chance = derive(pick.seed, "replacement", attempt)
-                if attempt > ATTEMPTS:
-                    row = chance % self._anywhere
-                else:
-                    shard, row = _find(pools, chance % sum(pool.samples for pool in pools))
-            yield RowPick(shard, row, derive(pick.seed, "frame", attempt), pick.bucket)
-
-    def _pick(self, index: int) -> RowPick:
-        pool = self._pools[index]
-        pick = pool.rows.pick(self.drawn[index])
-        return RowPick(pick.shard, pick.row, pick.seed, pool.bucket)
+    def _number(self, epoch: int, position: int) -> int:
+        if epoch < 0 or not 0 <= position < self.samples:
+            raise ValueError(
+                f"epoch={epoch}, position={position} is no position in epochs of {self.samples} "
+                "samples; both count from 0"
+            )
+        return epoch * self.samples + position
 
     def _furthest_behind(self, groups: Sequence[Sequence[int]], count: int) -> int:
         """Return the group that, with `count` rows to come, misses most of its share."""
+        if len(groups) == 1:
+            return 0
         shares = [sum(self._shares[i] for i in group) for group in groups]
         drawn = [sum(self.drawn[i] for i in group) for group in groups]
         goal = (sum(drawn) + count) / sum(shares)
@@ -328,7 +331,7 @@ class PoolOrder(Order[RowPick]):
 
     def _warn_if_small(self, group: Sequence[int], count: int) -> None:
         samples = sum(self._pools[index].rows.samples for index in group)
-        if samples < count and group[0] not in self._small:
+        if self._name and samples < count and group[0] not in self._small:
             self._small.add(group[0])
             _LOGGER.warning(
                 "%d samples fall to %s pixels, fewer than the global batch of %d, which repeats "
@@ -343,53 +346,3 @@ def _find(pools: Sequence[Epochs], number: int) -> tuple[int, int]:
             return pool.find(number)
         number -= pool.samples
     raise AssertionError("the number lies inside the pools")
-
-
-# Prepared shards: windows of several shards
-
-
-@final
-class WindowOrder(Order[RowPick]):
-    """Give out the samples of shards of one size; a batch may straddle epochs."""
-
-    def __init__(self, rows: ShardEpochs, *, guards: Mapping[str, Guard]) -> None:
-        """Stand before the first row; `guards` are what has to be the same on resume."""
-        self.rows = rows
-        self._guards = guards
-        self._number = 0
-
-    def take(self, count: int, start: int, stop: int) -> list[RowPick]:
-        """Advance by a global batch; see `Order.take`."""
-        first, self._number = self._number, self._number + count
-        return [self.rows.pick(number) for number in range(first + start, first + stop)]
-
-    def state(self) -> dict[str, Any]:
-        """Return how many rows (`position`) of which `epoch` are consumed, and of which shards."""
-        epoch, position = divmod(self._number, self.rows.samples)
-        guards = {key: guard.value for key, guard in self._guards.items()}
-        return {"epoch": epoch, "position": position, **guards}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to where `state` was taken; nothing is read for it.
-
-        Raises:
-            ValueError: the samples, or their order, are not those of then.
-        """
-        check_keys(state, ("epoch", "position", *self._guards))
-        check_guards(state, self._guards)
-        epoch, position = state["epoch"], state["position"]
-        if epoch < 0 or not 0 <= position < self.rows.samples:
-            raise ValueError(
-                f"epoch={epoch}, position={position} is no place in epochs of "
-                f"{self.rows.samples} samples; both count from 0"
-            )
-        self._number = epoch * self.rows.samples + position
-
-    def tries(self, pick: RowPick) -> Iterator[RowPick]:
-        """Yield a pick, and then samples from anywhere; see `Order.tries`."""
-        for attempt in range(ATTEMPTS + 1):
-            shard, row = pick.shard, pick.row
-            if attempt > 0:
-                chance = derive(pick.seed, "replacement", attempt)
-                shard, row = self.rows.find(chance % self.rows.samples)
-            yield RowPick(shard, row, derive(pick.seed, "frame", attempt))

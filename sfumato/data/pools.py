@@ -7,7 +7,7 @@ a x b and b x a with 1/2 <= a / b <= 2, and height x width itself. Around 1024 x
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -71,6 +71,12 @@ class SourceShare:
     repeats: int
     weight: float | None
 
+    def of(self, bucket: int) -> float:
+        """Return the share of a bucket of this source."""
+        if self.weight is None:
+            return float(self.counts[bucket] * self.repeats)
+        return self.weight * self.counts[bucket] / sum(self.counts)
+
 
 def build_pools(
     sources: Sequence[SourceShare],
@@ -83,32 +89,13 @@ def build_pools(
         sizes: of the buckets.
         rows: returns the samples of a pool: of its key, its bucket, and some sources by index.
     """
-    apart = any(source.weight is not None for source in sources)
-    return list((_apart if apart else _together)(sources, sizes, rows))
-
-
-def _together(
-    sources: Sequence[SourceShare],
-    sizes: Sequence[Size],
-    rows: Callable[[str, int, Sequence[int]], Epochs],
-) -> Iterator[Pool]:
-    for bucket, size in enumerate(sizes):
-        count = sum(source.counts[bucket] * source.repeats for source in sources)
-        if count:
-            key = f"{size[0]}x{size[1]}"
-            yield Pool(key, bucket, rows(key, bucket, range(len(sources))), float(count))
-
-
-def _apart(
-    sources: Sequence[SourceShare],
-    sizes: Sequence[Size],
-    rows: Callable[[str, int, Sequence[int]], Epochs],
-) -> Iterator[Pool]:
-    for bucket, size in enumerate(sizes):
-        for index, source in enumerate(sources):
-            count = source.counts[bucket]
-            if count:
-                assert source.weight is not None, "settings were checked"
-                key = f"{size[0]}x{size[1]} {source.name}"
-                share = source.weight * count / sum(source.counts)
-                yield Pool(key, bucket, rows(key, bucket, [index]), share)
+    weighted = any(source.weight is not None for source in sources)
+    everyone = range(len(sources))
+    pools = []
+    for bucket, (height, width) in enumerate(sizes):
+        for chosen in [[index] for index in everyone] if weighted else [everyone]:
+            if any(sources[index].counts[bucket] for index in chosen):
+                key = f"{height}x{width}" + (f" {sources[chosen[0]].name}" if weighted else "")
+                share = sum(sources[index].of(bucket) for index in chosen)
+                pools.append(Pool(key, bucket, rows(key, bucket, chosen), share))
+    return pools

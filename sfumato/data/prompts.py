@@ -5,10 +5,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from sfumato.data.entries import text_or_fault
+from sfumato.data.entries import Refusals, text_or_fault
 from sfumato.data.left_out import FileSkips, SkipLog
+from sfumato.data.order import PromptOrder
 from sfumato.data.paths import find_files
-from sfumato.data.stream import Stream, prompt_stream
+from sfumato.data.stream import OrderedStream, Stream
 from sfumato.data.tables import TEXT, WITH_COLUMNS, UnreadableTableError, open_table
 from sfumato.data.webdataset import members
 
@@ -45,7 +46,8 @@ def open_prompts(
     """
     files, columns, log = _open(path, column)
     read = partial(_read, columns=columns, log=log)
-    return prompt_stream(files, read, log, seed=seed, shuffle=shuffle, buffer=buffer)
+    order = PromptOrder(files, read, log, seed=seed, shuffle=shuffle, buffer=buffer)
+    return OrderedStream(order, str, Refusals(log))
 
 
 def read_prompts(path: str, *, column: str | None = None, limit: int | None = None) -> list[str]:

@@ -86,16 +86,6 @@ class Placement:
     left: float = 0.5
     mirrored: bool = False
 
-    @staticmethod
-    def drawn(seed: int, *, random_crop: bool, flip: bool) -> "Placement":
-        """Draw what is left to chance; the rest is centred and unmirrored."""
-        # Of random.Random's methods, only random() is promised to be the same in every Python.
-        rng = random.Random(seed)
-        top, left, mirror = rng.random(), rng.random(), rng.random()
-        if not random_crop:
-            top = left = 0.5
-        return Placement(top, left, flip and mirror < 0.5)
-
 
 @dataclass(frozen=True)
 class Choices:
@@ -105,7 +95,7 @@ class Choices:
         sizes: of images in pixels, by the index that picks name.
     """
 
-    sizes: Sequence[Size]
+    sizes: tuple[Size, ...]
     random_crop: bool = False
     flip: bool = False
     random_caption: bool = False
@@ -118,8 +108,13 @@ class Choices:
         return int(random.Random(derive(seed, "caption")).random() * len(captions))
 
     def placement(self, seed: int) -> Placement:
-        """Draw crop and mirror of a row."""
-        return Placement.drawn(seed, random_crop=self.random_crop, flip=self.flip)
+        """Draw crop and mirror of a row; what is not left to chance is centred and unmirrored."""
+        # Of random.Random's methods, only random() is promised to be the same in every Python.
+        rng = random.Random(seed)
+        top, left, mirror = rng.random(), rng.random(), rng.random()
+        if not self.random_crop:
+            top = left = 0.5
+        return Placement(top, left, self.flip and mirror < 0.5)
 
     def sample(self, entry: Entry, bucket: int, seed: int) -> Sample:
         """Decode one picture, drawing caption, crop and mirror; raises as `make_sample`."""

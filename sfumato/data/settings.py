@@ -1,6 +1,5 @@
-"""Checks of the settings that images and prepared folders share."""
+"""Settings that images and prepared folders share: their checks, and what they mean."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from sfumato.config import (
@@ -13,22 +12,24 @@ from sfumato.config import (
 from sfumato.data.decode import Bounds
 from sfumato.data.sample import Choices, Size
 
-DataConfig = ImageDataConfig | ShardDataConfig
 Source = TypeVar("Source", ImageSourceConfig, ShardSourceConfig)
 
 
-def check_reading(
-    key: str, config: DataConfig, sources: Mapping[str, ImageSourceConfig | ShardSourceConfig]
-) -> None:
-    """Refuse impossible settings with a ValueError that names the setting.
+def checked_sources(key: str, config: Source, sources: dict[str, Any]) -> dict[str, Source]:
+    """Return the sources by the names of their settings, and check all settings.
 
     Args:
         key: of the settings: data.images or data.shards.
-        sources: as `named_sources` returns them.
+        config: the single source, if it has a path; and how sources are read.
+        sources: several, by name.
+
+    Raises:
+        ValueError: a setting is impossible; it names the setting.
     """
+    named = _named_sources(key, config, sources)
     check_values(config, f"{key}.")
-    weights = any(source.weight is not None for source in sources.values())
-    for name, source in sources.items():
+    weights = any(source.weight is not None for source in named.values())
+    for name, source in named.items():
         if not source.path:
             raise ValueError(f"{name}.path is missing; name what to read")
         if weights and source.weight is None:
@@ -38,18 +39,10 @@ def check_reading(
                 f"{name} has repeats={source.repeats} beside a weight, which already says how "
                 "often it is drawn; leave one of them out"
             )
+    return named
 
 
-def named_sources(key: str, config: Source, sources: dict[str, Any]) -> dict[str, Source]:
-    """Return the sources by the names of their settings.
-
-    Args:
-        config: the single source, if it has a path.
-        sources: several, by name.
-
-    Raises:
-        ValueError: there is a single one and several, or none.
-    """
+def _named_sources(key: str, config: Source, sources: dict[str, Any]) -> dict[str, Source]:
     several: dict[str, Source] = {f"{key}.sources.{name}": s for name, s in sources.items()}
     if config.path is None:
         if not several:
@@ -64,17 +57,12 @@ def named_sources(key: str, config: Source, sources: dict[str, Any]) -> dict[str
     return {key: config}
 
 
-def bounds_of(config: DataConfig) -> Bounds:
-    """Return which pictures are taken."""
-    return Bounds(config.min_size or 1, config.max_pixels)
-
-
-def choices_of(config: DataConfig, sizes: Sequence[Size]) -> Choices:
-    """Return how samples are made, in these sizes."""
+def choices_of(config: ImageDataConfig | ShardDataConfig, sizes: tuple[Size, ...]) -> Choices:
+    """Return how samples of these sizes are made, and which pictures are taken."""
     return Choices(
         sizes,
         random_crop=config.crop == "random",
         flip=config.flip,
         random_caption=config.captions == "random",
-        bounds=bounds_of(config),
+        bounds=Bounds(config.min_size or 1, config.max_pixels),
     )

@@ -1,22 +1,21 @@
 """Streams of rows: endless, resumable at the exact row, the same on every process.
 
-A stream joins an order (which row comes next) with a reader (what the row holds). Threads read the
+A stream joins an order (which row comes next) with a function that reads rows. Threads read the
 next batches ahead of their use, and a row that turns out broken is counted and replaced. Neither
 changes what comes when.
 """
 
 import abc
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
 from sfumato.data.entries import Entry, Refusals
-from sfumato.data.left_out import SkipLog, SkipReport
-from sfumato.data.order import Order, PromptOrder
+from sfumato.data.left_out import SkipReport
+from sfumato.data.order import Order
 
 Pick = TypeVar("Pick")
 Row = TypeVar("Row")
@@ -68,33 +67,12 @@ class BrokenRowError(Exception):
         self.reason = reason
 
 
-class Reader(abc.ABC, Generic[Pick, Row]):
-    """Read rows, in any thread."""
-
-    @abc.abstractmethod
-    def read(self, pick: Pick) -> Row:
-        """Return the row that an order picked.
-
-        Raises:
-            BrokenRowError: the row cannot be read, but others can.
-            ValueError: what is read was changed, so that no row can be trusted.
-        """
-
-
-@dataclass(frozen=True)
-class _Made(Generic[Row]):
-    """A row, and what was tried before it."""
-
-    row: Row
-    broken: tuple[BrokenRowError, ...]
-
-
 @dataclass(frozen=True)
 class _Batch(Generic[Row]):
-    """Rows that are read, or waited for, when they are called; and the state after them."""
+    """Calls that read, or wait for, a row and the faults met before; and the state after them."""
 
-    rows: Sequence[Callable[[], _Made[Row]]]
-    futures: Sequence[Future[_Made[Row]]]
+    rows: Sequence[Callable[[], tuple[Row, Sequence[BrokenRowError]]]]
+    futures: Sequence[Future[tuple[Row, Sequence[BrokenRowError]]]]
     state: dict[str, Any]
 
 
@@ -112,7 +90,7 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
     def __init__(
         self,
         order: Order[Pick],
-        reader: Reader[Pick, Row],
+        read: Callable[[Pick], Row],
         refusals: Refusals,
         *,
         workers: int = 0,
@@ -122,13 +100,14 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
 
         Args:
             order: which row comes next.
-            reader: reads the rows.
+            read: reads a row, from any thread. A BrokenRowError tells that this row cannot be
+                read, a ValueError that no row can be trusted.
             refusals: what was left out before; broken rows are added.
             workers: threads that read; 0 reads when asked.
             prefetch: batches read ahead, on the guess that the next calls are like the last one.
         """
         self.order = order
-        self._reader = reader
+        self._read = read
         self._refusals = refusals
         self._threads = ThreadPoolExecutor(workers) if workers else None
         self._prefetch = prefetch if workers else 0
@@ -138,16 +117,9 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
 
     @property
     def skipped(self) -> SkipReport:
-        """What has been left out so far, by reason."""
         return self._refusals.log.report()
 
     def next(self, global_batch_size: int, start: int, stop: int) -> list[Row]:
-        """Advance by one global batch; see `Stream.next`.
-
-        Raises:
-            ValueError: the rows are not inside the batch, no replacement of a broken row can be
-                read, or what is read was changed.
-        """
         check_rows(global_batch_size, start, stop)
         call = (global_batch_size, start, stop)
         if call != self._call and self._batches:
@@ -155,22 +127,17 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
         self._call = call
         while len(self._batches) <= self._prefetch:
             self._batches.append(self._begin(self.order.take(*call)))
-        made = [row() for row in self._batches[0].rows]
+        # A batch that cannot be read stays, so that the state remains the one before it.
+        rows = [row() for row in self._batches[0].rows]
         self._state = self._batches.popleft().state
-        for broken in (error for each in made for error in each.broken):
+        for broken in (error for _, errors in rows for error in errors):
             self._refusals.add(broken.entry, broken.reason)
-        return [each.row for each in made]
+        return [row for row, _ in rows]
 
     def state(self) -> dict[str, Any]:
-        """Return the position after the batch that was handed out last; see `Order.state`."""
         return self._state
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to where `state` was taken; drop what was read ahead.
-
-        Raises:
-            ValueError: the rows, or their order, are not those of then.
-        """
         self.order.restore(state)
         for future in (future for batch in self._batches for future in batch.futures):
             future.cancel()
@@ -180,16 +147,16 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
     def _begin(self, picks: Sequence[Pick]) -> _Batch[Row]:
         state = self.order.state()
         if self._threads is None:
-            return _Batch([partial(self._make, pick) for pick in picks], (), state)
-        futures = [self._threads.submit(self._make, pick) for pick in picks]
+            return _Batch([partial(self._read_or_replace, pick) for pick in picks], (), state)
+        futures = [self._threads.submit(self._read_or_replace, pick) for pick in picks]
         return _Batch([future.result for future in futures], futures, state)
 
-    def _make(self, pick: Pick) -> _Made[Row]:
+    def _read_or_replace(self, pick: Pick) -> tuple[Row, Sequence[BrokenRowError]]:
         """Read a row, or the first of its replacements that can be read."""
         broken: list[BrokenRowError] = []
         for each in self.order.tries(pick):
             try:
-                return _Made(self._reader.read(each), tuple(broken))
+                return self._read(each), broken
             except BrokenRowError as error:
                 broken.append(error)
         raise ValueError(
@@ -197,29 +164,6 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
             f"{broken[-1].entry.name} ({broken[-1].reason}); check that the files are still there "
             "and whole"
         )
-
-
-@final
-class _TextReader(Reader[str, str]):
-    """Give the prompts that an order picked, which are their own text."""
-
-    def read(self, pick: str) -> str:
-        """Return the prompt."""
-        return pick
-
-
-def prompt_stream(
-    shards: Sequence[Path],
-    read: Callable[[Path], Iterator[str]],
-    skips: SkipLog,
-    *,
-    seed: int = 0,
-    shuffle: bool = True,
-    buffer: int = 10_000,
-) -> OrderedStream[str, str]:
-    """Return a stream of prompts; see `PromptOrder`."""
-    order = PromptOrder(shards, read, skips, seed=seed, shuffle=shuffle, buffer=buffer)
-    return OrderedStream(order, _TextReader(), Refusals(skips))
 
 
 def check_rows(global_batch_size: int, start: int, stop: int) -> None:

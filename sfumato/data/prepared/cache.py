@@ -20,7 +20,6 @@ from sfumato.data.prepared.format import (
     EMPTY,
     MANIFEST,
     CacheIdentity,
-    Index,
     Member,
     PreparedError,
     cache_key,
@@ -29,8 +28,8 @@ from sfumato.data.prepared.format import (
     read_tar_record,
 )
 from sfumato.data.prepared.tars import LruCache, Selected
-from sfumato.data.sample import Choices, Encoded, Sample, Size, central_crop
-from sfumato.data.stream import BrokenRowError, Reader
+from sfumato.data.sample import Encoded, Sample, central_crop
+from sfumato.data.stream import BrokenRowError
 
 OPEN_SHARDS = 32  # each two files
 # How tensors are stored decides nothing: any dtype will do, the most exact one first.
@@ -127,7 +126,7 @@ class _Files:
 
 
 @final
-class CacheReader(Reader[RowPick, Sample]):
+class CacheReader:
     """Read moments and states of single rows; no file is read whole."""
 
     def __init__(
@@ -135,7 +134,6 @@ class CacheReader(Reader[RowPick, Sample]):
         selected: Selected,
         caches: Caches,
         counts: Sequence[Sequence[int]],
-        choices: Choices,
         *,
         keep: int,
     ) -> None:
@@ -148,19 +146,20 @@ class CacheReader(Reader[RowPick, Sample]):
         Raises:
             PreparedError: the states of the empty prompt cannot be read.
         """
-        assert not choices.random_crop, "settings were checked"
+        assert not selected.choices.random_crop, "settings were checked"
         self._selected = selected
         self._caches = caches
         self._counts = counts
         self._empty = _read_empty(selected.folder / CACHE / caches.text / EMPTY)
-        self._choices = choices
+        self._choices = selected.choices
         self._shards = LruCache(self._load, lambda all_: sum(len(b.members) for b in all_), keep)
         self._files = LruCache(self._open, lambda _: 1, OPEN_SHARDS)
 
     def read(self, pick: RowPick) -> Sample:
-        """Read a row; see `Reader.read`.
+        """Read a row.
 
         Raises:
+            BrokenRowError: the shard of the cache is missing or damaged.
             PreparedError: the shard's records are missing, damaged, or not those of the index.
         """
         bucket = self._shards.get(pick.shard)[pick.bucket]
@@ -248,17 +247,10 @@ def _read_empty(path: Path) -> dict[str, Tensor]:
 # Finding
 
 
-def find_caches(
-    selected: Selected,
-    index: Index,
-    identity: CacheIdentity,
-    buckets: Sequence[bool],
-    *,
-    flip: bool,
-) -> Caches:
+def find_caches(selected: Selected, identity: CacheIdentity, buckets: Sequence[bool]) -> Caches:
     """Return the folders of moments and of states that a run can read.
 
-    A cache of another dtype, or with mirrored moments that are not asked for, also fits. Of
+    A cache of another dtype, or with mirrored moments that the run does not use, also fits. Of
     several, the one that covers most of the selection is taken; exact identity breaks ties.
 
     Args:
@@ -266,57 +258,46 @@ def find_caches(
         buckets: whether there is a sample of each size.
 
     Raises:
-        PreparedError: there is none; it says which fields differ from those of each cache there.
+        PreparedError: there is none; the message names the fields in which each cache differs.
     """
-    moments = [
-        _find(selected, index, "moments", _in_size(identity, size), flip=flip) if used else ""
-        for size, used in zip(selected.sizes, buckets, strict=True)
-    ]
-    return Caches(moments, _find(selected, index, "text", identity.text, flip=False))
+    moments = []
+    for (height, width), used in zip(selected.choices.sizes, buckets, strict=True):
+        of_size = {**identity.moments, "height": height, "width": width}
+        flip = selected.choices.flip
+        moments.append(_find(selected, "moments", of_size, flip=flip) if used else "")
+    return Caches(moments, _find(selected, "text", identity.text, flip=False))
 
 
-def _in_size(identity: CacheIdentity, size: Size) -> dict[str, Any]:
-    return {**identity.moments, "height": size[0], "width": size[1]}
-
-
-def _find(
-    selected: Selected, index: Index, kind: str, identity: Mapping[str, Any], *, flip: bool
-) -> str:
+def _find(selected: Selected, kind: str, identity: Mapping[str, Any], *, flip: bool) -> str:
     folder, exact = selected.folder, f"{kind}-{cache_key(identity)}"
-    manifests = dict(_manifests(folder, index, kind))
-    fitting = [
-        name
-        for name, manifest in manifests.items()
-        if not _differing(identity, manifest) and (manifest.get("flip", False) or not flip)
-    ]
+    manifests = dict(_manifests(selected, kind))
+    differences = {name: _differences(identity, m, flip=flip) for name, m in manifests.items()}
+    fitting = [name for name, fields in differences.items() if not fields]
     if fitting:
 
         def order(name: str) -> tuple[int, bool, int, str]:
-            return (-_held(selected, index, name), name != exact, _rank(manifests[name]), name)
+            return (-_held(selected, name), name != exact, _rank(manifests[name]), name)
 
         return min(fitting, key=order)
-    reasons = [
-        f"{name} differs in {_difference(identity, manifest, flip=flip)}"
-        for name, manifest in manifests.items()
-    ]
+    reasons = [f"{name} differs in {', '.join(fields)}" for name, fields in differences.items()]
     if exact not in manifests and (folder / CACHE / exact / MANIFEST).exists():
-        reasons.append(f"{exact} is there, but was not whole when the folder was indexed")
+        reasons.append(f"{exact} exists, but was incomplete when the folder was indexed")
     size = "".join(f", {key}={identity[key]}" for key in ("height", "width") if key in identity)
     raise PreparedError(
         f"{folder} has no cache of {kind} for this run ({exact}{size}): "
-        f"{'; '.join(reasons) or 'no cache of this kind is there'}. Precache with the model and "
+        f"{'; '.join(reasons) or 'no such cache was indexed'}. Precache with the model and "
         f"the size of the run (sfumato prepare out={folder} stages=[precache,index], "
         "precache.flip=true for data.shards.flip=true, and precache.height and precache.width of "
         "each bucket for data.shards.buckets=true), or correct the settings of the run"
     )
 
 
-def _manifests(folder: Path, index: Index, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _manifests(selected: Selected, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the identity of each cache of a kind that the index lists."""
-    for name in sorted(index.caches):
+    for name in sorted(selected.index.caches):
         if not name.startswith(f"{kind}-"):
             continue
-        path = folder / CACHE / name / MANIFEST
+        path = selected.folder / CACHE / name / MANIFEST
         content = read_fields(path)
         if content.pop("kind", None) != kind or name != f"{kind}-{cache_key(content)}":
             raise PreparedError(
@@ -326,25 +307,24 @@ def _manifests(folder: Path, index: Index, kind: str) -> Iterator[tuple[str, dic
         yield name, content
 
 
-def _differing(identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    fields = sorted((identity.keys() | manifest.keys()) - _STORED)
-    return [f for f in fields if identity.get(f, _MISSING) != manifest.get(f, _MISSING)]
-
-
-def _difference(identity: Mapping[str, Any], manifest: Mapping[str, Any], *, flip: bool) -> str:
-    fields = [
-        f"{field} ({manifest.get(field, 'not stated')} there, "
-        f"{identity.get(field, 'not stated')} here)"
-        for field in _differing(identity, manifest)
+def _differences(
+    identity: Mapping[str, Any], manifest: Mapping[str, Any], *, flip: bool
+) -> list[str]:
+    """Return the fields in which a cache differs from what a run needs, with both values."""
+    differences = [
+        f"{field} ({manifest.get(field, 'nothing')} in the cache, "
+        f"{identity.get(field, 'nothing')} in the run)"
+        for field in sorted((identity.keys() | manifest.keys()) - _STORED)
+        if identity.get(field, _MISSING) != manifest.get(field, _MISSING)
     ]
     if flip and not manifest.get("flip", False):
-        fields.append("flip (no mirrored moments there, data.shards.flip=true here)")
-    return ", ".join(fields)
+        differences.append("flip (no mirrored moments in the cache, data.shards.flip=true)")
+    return differences
 
 
-def _held(selected: Selected, index: Index, cache: str) -> int:
+def _held(selected: Selected, cache: str) -> int:
     """Return how many samples of the selection a cache may hold, by the numbers of its shards."""
-    stored = {shard.name: shard.samples for shard in index.caches[cache]}
+    stored = {shard.name: shard.samples for shard in selected.index.caches[cache]}
     pairs = zip(selected.tars, selected.counts, strict=True)
     return sum(min(stored.get(tar.name, 0), count) for tar, count in pairs)
 

@@ -7,18 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from sfumato.config import ShardSourceConfig
 from sfumato.data.left_out import SkipLog
 from sfumato.data.prepared.cache import Caches, cached_rows
 from sfumato.data.prepared.format import (
     CACHE,
     INDEX,
     SHARDS,
-    Index,
     PreparedError,
+    read_index,
     read_kept_record,
     read_shapes,
 )
 from sfumato.data.prepared.tars import Selected
+from sfumato.data.sample import Choices
 
 _THREADS = 16  # they wait for the file system
 _AT_ONCE = 256
@@ -29,8 +31,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def selected_counts(folder: Path, index: Index, selection: str) -> tuple[int, ...]:
-    """Return how many samples of each tar a selection keeps."""
+def select(source: ShardSourceConfig, choices: Choices) -> Selected:
+    """Return what is read of a prepared folder.
+
+    Raises:
+        PreparedError: the folder has no index or no such selection, or the selection is empty.
+    """
+    folder, selection = Path(source.path or "").expanduser(), source.selection
+    index = read_index(folder)
     counts = index.selections.get(selection)
     if counts is None:
         known = ", ".join(sorted(index.selections)) or "none"
@@ -49,23 +57,21 @@ def selected_counts(folder: Path, index: Index, selection: str) -> tuple[int, ..
             f"the selection {selection!r} of {folder} keeps no sample; loosen its filter, or "
             "correct data.shards.selection"
         )
-    return counts
+    return Selected(folder, selection, index, choices)
 
 
 def check_tars(selected: Selected) -> None:
     """Refuse tars of the selection that are missing or changed."""
-    pairs = zip(selected.tars, selected.counts, strict=True)
-    files = ((f"{tar.name}.tar", tar.bytes) for tar, count in pairs if count)
-    _check_files(selected.folder, SHARDS, files)
+    tars = [selected.tars[shard] for shard in selected.used]
+    _check_files(selected.folder, SHARDS, [(f"{tar.name}.tar", tar.bytes) for tar in tars])
 
 
-def check_caches(selected: Selected, index: Index, caches: Caches) -> None:
+def check_caches(selected: Selected, caches: Caches) -> None:
     """Refuse a cache that lacks shards of the selection, or whose files changed."""
     folder, selection = selected.folder, selected.selection
-    pairs = zip(selected.tars, selected.counts, strict=True)
-    needed = [tar.name for tar, count in pairs if count]
+    needed = [selected.tars[shard].name for shard in selected.used]
     for cache in caches.folders:
-        stored = {shard.name: shard.bytes for shard in index.caches[cache]}
+        stored = {shard.name: shard.bytes for shard in selected.index.caches[cache]}
         missing = [name for name in needed if name not in stored]
         if missing:
             raise PreparedError(
@@ -73,7 +79,7 @@ def check_caches(selected: Selected, index: Index, caches: Caches) -> None:
                 f"of selection {selection!r}, the first is {missing[0]}; finish it: sfumato "
                 f"prepare out={folder} stages=[precache,index] precache.selection={selection}"
             )
-        files = ((f"{name}.safetensors", stored[name]) for name in needed)
+        files = [(f"{name}.safetensors", stored[name]) for name in needed]
         _check_files(folder, f"{CACHE}/{cache}", files)
 
 
@@ -85,11 +91,11 @@ def count_sorted(selected: Selected, log: SkipLog) -> list[list[int]]:
     Raises:
         PreparedError: no sample is inside the bounds.
     """
-    counts = [[0] * len(selected.tars) for _ in selected.sizes]
     if not selected.is_sorted:
         return [list(selected.counts)]
-    _recount(counts, selected, [i for i, count in enumerate(selected.counts) if count])
-    kept, bounds = sum(selected.counts), selected.bounds
+    counts = [[0] * len(selected.tars) for _ in selected.choices.sizes]
+    _recount(counts, selected, selected.used)
+    kept, bounds = sum(selected.counts), selected.choices.bounds
     left_out = kept - sum(map(sum, counts))
     if left_out == kept:
         raise PreparedError(
@@ -104,11 +110,7 @@ def count_sorted(selected: Selected, log: SkipLog) -> list[list[int]]:
 
 
 def count_cached(
-    selected: Selected,
-    index: Index,
-    caches: Caches,
-    counts: Sequence[Sequence[int]],
-    log: SkipLog,
+    selected: Selected, caches: Caches, counts: Sequence[Sequence[int]], log: SkipLog
 ) -> list[list[int]]:
     """Return how many samples of each bucket and shard are in both halves of the cache.
 
@@ -122,8 +124,8 @@ def count_cached(
     Raises:
         PreparedError: no sample is in the cache.
     """
-    stored = [{s.name: s.samples for s in index.caches[name]} for name in caches.folders]
-    read = [shard for shard, count in enumerate(selected.counts) if count]
+    stored = [{s.name: s.samples for s in selected.index.caches[name]} for name in caches.folders]
+    read = selected.used
     names = [tar.name for tar in selected.tars]
     unclear = [s for s in read if any(part[names[s]] != selected.counts[s] for part in stored)]
     if selected.is_sorted or len(read) <= _FEW or len(unclear) > _NEARLY * len(read):
@@ -168,28 +170,28 @@ def _counts_of(selected: Selected, caches: Caches | None, shard: int) -> list[in
     return [len(bucket.samples) for bucket in cached_rows(folder, caches, name, rows)]
 
 
-def _check_files(folder: Path, place: str, files: Iterator[tuple[str, int]]) -> None:
+def _check_files(folder: Path, below: str, files: Sequence[tuple[str, int]]) -> None:
     """Refuse files that are missing, or of another size than was indexed."""
-    root, listed = str(folder / place), list(files)
-    faults = [fault for fault in _in_threads(partial(_fault, root), listed) if fault is not None]
+    root = str(folder / below)
+    faults = [fault for fault in _in_threads(partial(_fault, root), files) if fault is not None]
     if faults:
-        more = f" (and {len(faults) - 1} more of {len(listed)} files)" if len(faults) > 1 else ""
+        more = f" (and {len(faults) - 1} more of {len(files)} files)" if len(faults) > 1 else ""
         raise PreparedError(
             f"{root}/{faults[0]}{more}. Bring back what was indexed, or prepare it again and end "
             f"with: sfumato prepare out={folder} stages=[index]"
         )
 
 
-def _fault(root: str, listed: tuple[str, int]) -> str | None:
-    name, size = listed
+def _fault(root: str, file: tuple[str, int]) -> str | None:
+    name, size = file
     try:
-        found = os.stat(f"{root}/{name}").st_size  # noqa: PTH116, quicker by the million
+        actual = os.stat(f"{root}/{name}").st_size  # noqa: PTH116, quicker by the million
     except FileNotFoundError:
         return f"{name} is missing, though {INDEX} lists it"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-    if found != size:
-        return f"{name} has {found} bytes, and had {size} when it was indexed"
+    if actual != size:
+        return f"{name} has {actual} bytes, and had {size} when it was indexed"
     return None
 
 

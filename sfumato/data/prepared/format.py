@@ -43,7 +43,8 @@ class Member:
         suffix: of the picture's member, such as jpg.
         offset: of the picture's bytes in the tar; `size` of them.
         captions: the first is the main one.
-        height: of the picture, upright, in pixels; `width` likewise.
+        height: of the picture, upright, in pixels.
+        width: of the picture.
         sha256: of the picture's bytes.
         columns: further columns of its row, such as scores.
     """
@@ -66,7 +67,7 @@ class TarRecord:
     Attributes:
         name: of the shard, such as 000000.
         bytes: of the tar; `sha256` of all of them.
-        made_of: a hash of all that it was made of: equal hashes, equal bytes.
+        made_of: a hash of all that decides the bytes of the tar.
         samples: in the tar's order.
         dropped: input rows that ended in no sample, by reason.
         ends: where the next tar begins: a container of what was packed, and a row of it.
@@ -188,12 +189,11 @@ class CacheIdentity:
         return f"text-{cache_key(self.text)}"
 
 
-def read_index(folder: Path) -> Index:
-    """Read index.json of a prepared folder.
+# Readers; each raises a PreparedError where the file is missing, damaged or of another format
 
-    Raises:
-        PreparedError: if there is none, or it is damaged.
-    """
+
+def read_index(folder: Path) -> Index:
+    """Read index.json of a prepared folder."""
     if not (folder / INDEX).exists():
         raise PreparedError(
             f"{folder} has no {INDEX}, so it is no prepared folder, or not prepared to the end; "
@@ -203,47 +203,27 @@ def read_index(folder: Path) -> Index:
 
 
 def read_tar_record(folder: Path, name: str) -> TarRecord:
-    """Read what is in one tar of a prepared folder.
-
-    Raises:
-        PreparedError: if the record is missing or damaged.
-    """
+    """Read what is in one tar of a prepared folder."""
     return _read(folder / SHARDS / f"{name}.json", TarRecord)
 
 
 def read_shapes(folder: Path, name: str) -> Shapes:
-    """Read height and width of each sample of a tar, and nothing else.
-
-    Raises:
-        PreparedError: if the record is missing or damaged.
-    """
+    """Read height and width of each sample of a tar, and nothing else."""
     return _read(folder / SHARDS / f"{name}.json", Shapes)
 
 
 def read_kept_record(folder: Path, selection: str, name: str) -> KeptRecord:
-    """Read what a selection keeps of one tar.
-
-    Raises:
-        PreparedError: if the record is missing or damaged.
-    """
+    """Read what a selection keeps of one tar."""
     return _read(folder / SELECTIONS / selection / f"{name}.json", KeptRecord)
 
 
 def read_cached_record(folder: Path, cache: str, name: str) -> CachedRecord:
-    """Read what one shard of a cache (moments-KEY or text-KEY) holds.
-
-    Raises:
-        PreparedError: if the record is missing or damaged.
-    """
+    """Read what one shard of a cache (moments-KEY or text-KEY) holds."""
     return _read(folder / CACHE / cache / f"{name}.json", CachedRecord)
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Return the object in a record's file, without its format; such as a cache's manifest.
-
-    Raises:
-        PreparedError: if the file is missing, damaged or of another format.
-    """
+    """Return the object in a record's file, without its format; such as a cache's manifest."""
     fields: dict[str, Any] = _read(path, dict)
     return {key: value for key, value in fields.items() if key != "format"}
 

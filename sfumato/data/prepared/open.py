@@ -2,18 +2,16 @@
 
 import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
-from typing import final
 
 from sfumato.config import ShardDataConfig, ShardSourceConfig
 from sfumato.data.decode import Bounds
 from sfumato.data.entries import Refusals
 from sfumato.data.epochs import RowPick, ShardEpochs
 from sfumato.data.left_out import SkipLog
-from sfumato.data.order import Guard, Order, PoolOrder, WindowOrder
+from sfumato.data.order import Guard, Pool, PoolOrder
 from sfumato.data.pools import SourceShare, bucket_sizes, build_pools, check_size
 from sfumato.data.prepared.cache import CacheReader, find_caches
 from sfumato.data.prepared.check import (
@@ -21,13 +19,13 @@ from sfumato.data.prepared.check import (
     check_tars,
     count_cached,
     count_sorted,
-    selected_counts,
+    select,
 )
-from sfumato.data.prepared.format import CacheIdentity, Index, read_index, read_tar_record
+from sfumato.data.prepared.format import CacheIdentity, read_tar_record
 from sfumato.data.prepared.tars import Selected, TarReader
 from sfumato.data.sample import Sample, Size
-from sfumato.data.settings import bounds_of, check_reading, choices_of, named_sources
-from sfumato.data.stream import OrderedStream, Reader
+from sfumato.data.settings import checked_sources, choices_of
+from sfumato.data.stream import OrderedStream
 from sfumato.files import digest
 
 KEY = "data.shards"
@@ -41,13 +39,13 @@ class _Source:
     Attributes:
         share: how often it is drawn from.
         counts: samples of each bucket and shard.
-        reader: of its rows, by the indices of its own shards.
+        read: reads a row, by the index of the shard in this folder.
         fingerprint: a hash of its samples.
     """
 
     share: SourceShare
     counts: Sequence[Sequence[int]]
-    reader: Reader[RowPick, Sample]
+    read: Callable[[RowPick], Sample]
     fingerprint: str
 
     @property
@@ -56,18 +54,15 @@ class _Source:
         return len(self.counts[0])
 
 
-@final
-class _SourcesReader(Reader[RowPick, Sample]):
-    """Read rows of several folders, whose shards are numbered through."""
+def _reader(folders: Sequence[_Source]) -> Callable[[RowPick], Sample]:
+    """Return a reader of folders whose shards are numbered through."""
+    firsts = [0, *accumulate(folder.shards for folder in folders)]
 
-    def __init__(self, folders: Sequence[_Source]) -> None:
-        self._readers = [folder.reader for folder in folders]
-        self._firsts = [0, *accumulate(folder.shards for folder in folders)]
+    def read(pick: RowPick) -> Sample:
+        folder = bisect.bisect_right(firsts, pick.shard) - 1
+        return folders[folder].read(replace(pick, shard=pick.shard - firsts[folder]))
 
-    def read(self, pick: RowPick) -> Sample:
-        """Read a row of the folder that has its shard; see `Reader.read`."""
-        folder = bisect.bisect_right(self._firsts, pick.shard) - 1
-        return self._readers[folder].read(replace(pick, shard=pick.shard - self._firsts[folder]))
+    return read
 
 
 def open_shards(
@@ -96,20 +91,17 @@ def open_shards(
         ValueError: a setting is impossible, a folder is incomplete, a shard vanished or changed
             since it was indexed, or no cache fits.
     """
-    check_shard_config(config)
+    named = check_shard_config(config)
     check_size(height, width, divisor)
     sizes = bucket_sizes(height, width, divisor) if config.buckets else ((height, width),)
     log = SkipLog()
     sources = [
-        _open_source(name, source, config, sizes, identity, log)
-        for name, source in named_sources(KEY, config, config.sources).items()
+        _open_source(name, source, config, sizes, identity, log) for name, source in named.items()
     ]
-    folders = [sources[index] for index in _repeated(sources)]
-    reader = folders[0].reader if len(folders) == 1 else _SourcesReader(folders)
     order = _order(config, sources, sizes, seed)
-    return OrderedStream(
-        order, reader, Refusals(log), workers=config.workers, prefetch=config.prefetch
-    )
+    read = _reader([sources[index] for index in _repeated(sources)])
+    workers, prefetch = config.workers, config.prefetch
+    return OrderedStream(order, read, Refusals(log), workers=workers, prefetch=prefetch)
 
 
 def first_samples(
@@ -126,21 +118,11 @@ def first_samples(
         ValueError: as `open_shards`.
     """
     sources = {n: replace(s, repeats=1, weight=None) for n, s in config.sources.items()}
-    plain = replace(
-        config,
-        sources=sources,
-        repeats=1,
-        weight=None,
-        shuffle=False,
-        crop="center",
-        flip=False,
-        captions="first",
-        buckets=False,
-        workers=0,
-    )
+    once = replace(config, sources=sources, repeats=1, weight=None, buckets=False, workers=0)
+    plain = replace(once, shuffle=False, crop="center", flip=False, captions="first")
     stream = open_shards(plain, height=height, width=width, seed=0, identity=identity)
-    assert isinstance(stream.order, WindowOrder)
-    count = min(count, stream.order.rows.samples)
+    assert isinstance(stream.order, PoolOrder)
+    count = min(count, stream.order.samples)
     return stream.next(count, 0, count)
 
 
@@ -150,35 +132,26 @@ def first_captions(config: ShardDataConfig, count: int) -> list[str]:
     Raises:
         ValueError: as `open_shards`, of the folders and their selections.
     """
-    check_shard_config(config)
     captions: list[str] = []
-    for source in named_sources(KEY, config, config.sources).values():
-        selected, _ = _select(source, config, ((1, 1),))
-        for shard, tar in enumerate(selected.tars):
-            if len(captions) < count and selected.counts[shard]:
-                record = read_tar_record(selected.folder, tar.name)
+    for source in check_shard_config(config).values():
+        selected = select(source, choices_of(config, ((1, 1),)))
+        for shard in selected.used:
+            if len(captions) < count:
+                record = read_tar_record(selected.folder, selected.tars[shard].name)
                 (rows,) = selected.rows(shard, record)
                 captions += [record.samples[row].captions[0] for row in rows]
     return captions[:count]
 
 
-def check_shard_config(config: ShardDataConfig) -> None:
-    """Refuse impossible settings with a ValueError that names the setting."""
-    check_reading(KEY, config, named_sources(KEY, config, config.sources))
+def check_shard_config(config: ShardDataConfig) -> dict[str, ShardSourceConfig]:
+    """Return the sources by name; refuse impossible settings with a ValueError that names one."""
+    sources: dict[str, ShardSourceConfig] = checked_sources(KEY, config, config.sources)
     if config.cached and config.crop == "random":
         raise ValueError(
             "data.shards.crop=random cannot be had from a cache, whose pictures were cropped in "
             "the centre when they were encoded; set crop=center, or cached=false"
         )
-
-
-def _select(
-    source: ShardSourceConfig, config: ShardDataConfig, sizes: tuple[Size, ...]
-) -> tuple[Selected, Index]:
-    folder = Path(source.path or "").expanduser()
-    index = read_index(folder)
-    counts = selected_counts(folder, index, source.selection)
-    return Selected(folder, source.selection, index.tars, counts, sizes, bounds_of(config)), index
+    return sources
 
 
 def _open_source(
@@ -189,25 +162,21 @@ def _open_source(
     identity: CacheIdentity | None,
     log: SkipLog,
 ) -> _Source:
-    selected, index = _select(source, config, sizes)
+    selected = select(source, choices_of(config, sizes))
     counts = count_sorted(selected, log)
-    choices = choices_of(config, sizes)
     # While one window ends, prefetching is in the next: so no record is read twice.
     keep = 2 * (config.buffer + max(selected.counts))
-    reader: Reader[RowPick, Sample]
     if config.cached:
         assert identity is not None, "whoever reads a cache says of what model"
-        used = [any(bucket) for bucket in counts]
-        caches = find_caches(selected, index, identity, used, flip=config.flip)
-        check_caches(selected, index, caches)
-        counts = count_cached(selected, index, caches, counts, log)
-        reader = CacheReader(selected, caches, counts, choices, keep=keep)
+        caches = find_caches(selected, identity, [any(bucket) for bucket in counts])
+        check_caches(selected, caches)
+        counts = count_cached(selected, caches, counts, log)
+        read = CacheReader(selected, caches, counts, keep=keep).read
     else:
         check_tars(selected)
-        reader = TarReader(selected, counts, choices, keep=keep)
+        read = TarReader(selected, counts, keep=keep).read
     share = SourceShare(name, [sum(bucket) for bucket in counts], source.repeats, source.weight)
-    fingerprint = _fingerprint(selected, index.kept.get(source.selection, ""), counts)
-    return _Source(share, counts, reader, fingerprint)
+    return _Source(share, counts, read, _fingerprint(selected, counts))
 
 
 def _repeated(sources: Sequence[_Source]) -> list[int]:
@@ -217,7 +186,7 @@ def _repeated(sources: Sequence[_Source]) -> list[int]:
 
 def _order(
     config: ShardDataConfig, sources: Sequence[_Source], sizes: Sequence[Size], seed: int
-) -> Order[RowPick]:
+) -> PoolOrder:
     def rows(key: str | None, bucket: int, chosen: Sequence[int]) -> ShardEpochs:
         """List the samples of one bucket; a source that is not chosen counts as empty."""
         counts: list[int] = []
@@ -233,7 +202,8 @@ def _order(
     guards = _guards(config, sources, seed)
     shares = [source.share for source in sources]
     if len(sizes) == 1 and all(share.weight is None for share in shares):
-        return WindowOrder(rows(None, 0, range(len(sources))), guards=guards)
+        pool = Pool("", 0, rows(None, 0, range(len(sources))), 1.0)
+        return PoolOrder([pool], guards=guards)
     return PoolOrder(build_pools(shares, sizes, rows), name="pools", guards=guards)
 
 
@@ -256,16 +226,13 @@ def _guards(config: ShardDataConfig, sources: Sequence[_Source], seed: int) -> d
     }
 
 
-def _fingerprint(selected: Selected, kept: str, counts: Sequence[Sequence[int]]) -> str:
-    """Return a hash of the samples that are read; raw and cached ones are the same samples.
-
-    Args:
-        kept: a hash of which samples the selection keeps.
-    """
+def _fingerprint(selected: Selected, counts: Sequence[Sequence[int]]) -> str:
+    """Return a hash of the samples that are read; raw and cached ones are the same samples."""
+    kept, bounds = selected.index.kept.get(selected.selection, ""), selected.choices.bounds
     samples = hashlib.sha256(f"{selected.selection}\0{kept}".encode())
     for tar, count in zip(selected.tars, map(sum, zip(*counts, strict=True)), strict=True):
         if count:
             samples.update(f"\0{tar.name}/{tar.sha256}/{count}".encode())
-    if selected.bounds != Bounds():
-        samples.update(f"\0{selected.bounds}".encode())
+    if bounds != Bounds():
+        samples.update(f"\0{bounds}".encode())
     return samples.hexdigest()[:_DIGITS]

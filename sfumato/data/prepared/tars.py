@@ -1,12 +1,12 @@
-"""Reader of pictures out of prepared tars, by their place, whatever lies around them.
+"""Reader of pictures out of prepared tars.
 
-Records are read when a shard is first met, and kept as long as its window lasts.
+The records of a shard are read when it is first met, and kept as long as its window lasts.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar, final
 
@@ -16,17 +16,16 @@ from sfumato.data.epochs import RowPick
 from sfumato.data.pools import nearest
 from sfumato.data.prepared.format import (
     SHARDS,
+    Index,
     IndexedShard,
     Member,
     PreparedError,
-    Shape,
     Shapes,
     TarRecord,
     read_kept_record,
     read_tar_record,
 )
-from sfumato.data.sample import Choices, Sample, Size
-from sfumato.data.stream import Reader
+from sfumato.data.sample import Choices, Sample
 
 Value = TypeVar("Value")
 _LOCKS = 16  # threads that load different keys rarely wait for each other
@@ -39,23 +38,34 @@ class Selected:
     Attributes:
         folder: that was prepared.
         selection: its name.
-        tars: as the index lists them.
-        counts: samples of each tar that the selection keeps.
-        sizes: of the buckets that samples are sorted into.
-        bounds: pictures outside of them are left out.
+        index: of the folder.
+        choices: how samples are made: in which sizes, and of which pictures.
     """
 
     folder: Path
     selection: str
-    tars: Sequence[IndexedShard]
-    counts: Sequence[int]
-    sizes: tuple[Size, ...]
-    bounds: Bounds = field(default_factory=Bounds)
+    index: Index
+    choices: Choices
+
+    @property
+    def tars(self) -> Sequence[IndexedShard]:
+        """The tars as the index lists them."""
+        return self.index.tars
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """How many samples of each tar the selection keeps."""
+        return self.index.selections[self.selection]
+
+    @property
+    def used(self) -> list[int]:
+        """Shards of which the selection keeps a sample."""
+        return [shard for shard, count in enumerate(self.counts) if count]
 
     @property
     def is_sorted(self) -> bool:
         """Whether the shapes of pictures decide what is read of them, and in which bucket."""
-        return len(self.sizes) > 1 or self.bounds != Bounds()
+        return len(self.choices.sizes) > 1 or self.choices.bounds != Bounds()
 
     def tar(self, shard: int) -> Path:
         """Return the file of a shard."""
@@ -79,18 +89,16 @@ class Selected:
             )
         if not self.is_sorted:
             return [list(kept)]
-        buckets: list[list[int]] = [[] for _ in self.sizes]
+        sizes, bounds = self.choices.sizes, self.choices.bounds
+        buckets: list[list[int]] = [[] for _ in sizes]
         for index in kept:
-            if self._fits(shape := samples[index]):
-                buckets[nearest((shape.height, shape.width), self.sizes)].append(index)
+            height, width = samples[index].height, samples[index].width
+            if min(height, width) >= bounds.smallest and height * width <= bounds.pixels:
+                buckets[nearest((height, width), sizes)].append(index)
         return buckets
 
     def check(
-        self,
-        shard: int,
-        rows: Sequence[Sized],
-        counts: Sequence[Sequence[int]],
-        stages: str,
+        self, shard: int, rows: Sequence[Sized], counts: Sequence[Sequence[int]], stages: str
     ) -> None:
         """Refuse a shard with other samples than were counted, by bucket, when it was opened.
 
@@ -106,40 +114,29 @@ class Selected:
                     f"stages=[{stages}] with the settings of this selection"
                 )
 
-    def _fits(self, shape: Shape | Member) -> bool:
-        shorter, pixels = min(shape.height, shape.width), shape.height * shape.width
-        return shorter >= self.bounds.smallest and pixels <= self.bounds.pixels
-
 
 @final
-class TarReader(Reader[RowPick, Sample]):
+class TarReader:
     """Decode pictures of a prepared folder."""
 
-    def __init__(
-        self,
-        selected: Selected,
-        counts: Sequence[Sequence[int]],
-        choices: Choices,
-        *,
-        keep: int,
-    ) -> None:
+    def __init__(self, selected: Selected, counts: Sequence[Sequence[int]], *, keep: int) -> None:
         """Keep the records of shards with `keep` samples; `counts` are by bucket and shard."""
         self._selected = selected
         self._counts = counts
-        self._choices = choices
         self._members = LruCache(self._load, lambda buckets: sum(map(len, buckets)), keep)
 
     def read(self, pick: RowPick) -> Sample:
-        """Decode a picture; see `Reader.read`.
+        """Decode a picture.
 
         Raises:
+            BrokenRowError: the picture cannot be used.
             PreparedError: the shard's records are missing, damaged, or not those of the index.
         """
         member = self._members.get(pick.shard)[pick.bucket][pick.row]
         tar = self._selected.tar(pick.shard)
         blob = SpanBlob(tar, member.offset, member.size)
         entry = Entry(tar, f"{member.key}.{member.suffix}", member.captions, blob)
-        return self._choices.sample(entry, pick.bucket, pick.seed)
+        return self._selected.choices.sample(entry, pick.bucket, pick.seed)
 
     def _load(self, shard: int) -> list[list[Member]]:
         record = read_tar_record(self._selected.folder, self._selected.tars[shard].name)
