@@ -17,7 +17,7 @@ import pytest
 import torch
 from image_files import config_of, skip_counts, write_folder
 
-from sfumato.data.entries import Blob, Entry, Refusals
+from sfumato.data.entries import Blob, Entry
 from sfumato.data.epochs import ListEpochs
 from sfumato.data.images import ImageDataConfig, ImageReader, open_images
 from sfumato.data.left_out import SkipLog
@@ -158,7 +158,7 @@ def test_a_process_decodes_its_own_rows_only(tmp_path: Path, workers: int, ahead
     entries = [Entry(tmp_path, str(i), (f"{i}",), blob) for i, blob in enumerate(blobs)]
     order = PoolOrder([pool_of("all", range(8), 8.0)], name="images", guards={})
     reader = ImageReader(entries, Choices([(16, 16)]))
-    stream = OrderedStream(order, reader, Refusals(SkipLog()), workers=workers, prefetch=ahead)
+    stream = OrderedStream(order, reader, SkipLog(), workers=workers, prefetch=ahead)
     CountedBlob.opened.clear()
     assert captions(stream.next(8, 2, 4)) == ["2", "3"]
     stream.next(8, 2, 4)

@@ -9,7 +9,7 @@ from typing import final
 
 from sfumato.config import ImageDataConfig, ImageSourceConfig
 from sfumato.data.decode import Bounds, RefusedImageError, read_size
-from sfumato.data.entries import Columns, Entry, Refusals
+from sfumato.data.entries import Columns, Entry
 from sfumato.data.epochs import ListEpochs, RowPick
 from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Guard, PoolOrder
@@ -69,9 +69,8 @@ def open_images(
     log = SkipLog()
     entries: list[Entry] = []
     sources: list[_Sorted] = []
-    refusals = Refusals(log)
     for name, source in named_sources("data.images", config, config.sources).items():
-        usable = list(_usable(_list(source, log), bounds_of(config), refusals))
+        usable = list(_usable(_list(source, log), bounds_of(config), log))
         if not usable:
             raise ValueError(
                 f"{name} ({source.path}) has no image that can be used: {log.report().summary()}"
@@ -87,7 +86,7 @@ def open_images(
     guards = {"places": _guard(entries)}
     order = PoolOrder(pools, name="images", guards=guards, anywhere=len(entries))
     reader = ImageReader(entries, choices_of(config, sizes))
-    return OrderedStream(order, reader, refusals, workers=config.workers, prefetch=config.prefetch)
+    return OrderedStream(order, reader, log, workers=config.workers, prefetch=config.prefetch)
 
 
 def validation_samples(
@@ -109,7 +108,6 @@ def validation_samples(
     check_config(config)
     check_size(height, width, 1)
     log = SkipLog(warns=warns)
-    refusals = Refusals(log)
     samples: list[Sample] = []
     size, bounds = (height, width), bounds_of(config)
     sources = named_sources("data.images", config, config.sources).values()
@@ -117,7 +115,7 @@ def validation_samples(
         try:
             samples.append(make_sample(entry, entry.captions[0], size, Placement(), bounds))
         except BrokenRowError as error:
-            refusals.add(entry, error.reason)
+            log.refuse(entry.container, entry.place, error.reason)
         if len(samples) == count:
             break
     if not samples:
@@ -160,9 +158,7 @@ def _guard(entries: Sequence[Entry]) -> Guard:
     )
 
 
-def _usable(
-    entries: Sequence[Entry], bounds: Bounds, refusals: Refusals
-) -> Iterator[tuple[Entry, Size]]:
+def _usable(entries: Sequence[Entry], bounds: Bounds, log: SkipLog) -> Iterator[tuple[Entry, Size]]:
     """Yield the entries whose headers are good, with height and width; count the others."""
     measure = partial(_size_or_reason, bounds=bounds)
     with ThreadPoolExecutor(_HEADER_THREADS) as threads:
@@ -170,7 +166,7 @@ def _usable(
             some = entries[first : first + _HEADERS_AT_ONCE]
             for entry, size in zip(some, threads.map(measure, some), strict=True):
                 if isinstance(size, str):
-                    refusals.add(entry, size)
+                    log.refuse(entry.container, entry.place, size)
                 else:
                     yield entry, size
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
-from sfumato.data.entries import Entry, Refusals
+from sfumato.data.entries import Entry
 from sfumato.data.left_out import SkipLog, SkipReport
 from sfumato.data.order import Order, PromptOrder
 
@@ -113,7 +113,7 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
         self,
         order: Order[Pick],
         reader: Reader[Pick, Row],
-        refusals: Refusals,
+        skips: SkipLog,
         *,
         workers: int = 0,
         prefetch: int = 0,
@@ -123,13 +123,13 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
         Args:
             order: which row comes next.
             reader: reads the rows.
-            refusals: what was left out before; broken rows are added.
+            skips: what was left out before; broken rows are added.
             workers: threads that read; 0 reads when asked.
             prefetch: batches read ahead, on the guess that the next calls are like the last one.
         """
         self.order = order
         self._reader = reader
-        self._refusals = refusals
+        self._skips = skips
         self._threads = ThreadPoolExecutor(workers) if workers else None
         self._prefetch = prefetch if workers else 0
         self._state = order.state()
@@ -139,7 +139,7 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
     @property
     def skipped(self) -> SkipReport:
         """What has been left out so far, by reason."""
-        return self._refusals.log.report()
+        return self._skips.report()
 
     def next(self, global_batch_size: int, start: int, stop: int) -> list[Row]:
         """Advance by one global batch; see `Stream.next`.
@@ -158,7 +158,7 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
         made = [row() for row in self._batches[0].rows]
         self._state = self._batches.popleft().state
         for broken in (error for each in made for error in each.broken):
-            self._refusals.add(broken.entry, broken.reason)
+            self._skips.refuse(broken.entry.container, broken.entry.place, broken.reason)
         return [each.row for each in made]
 
     def state(self) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def prompt_stream(
 ) -> OrderedStream[str, str]:
     """Return a stream of prompts; see `PromptOrder`."""
     order = PromptOrder(shards, read, skips, seed=seed, shuffle=shuffle, buffer=buffer)
-    return OrderedStream(order, _TextReader(), Refusals(skips))
+    return OrderedStream(order, _TextReader(), skips)
 
 
 def check_rows(global_batch_size: int, start: int, stop: int) -> None:

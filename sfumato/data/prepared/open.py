@@ -10,7 +10,6 @@ from typing import final
 
 from sfumato.config import ShardDataConfig, ShardSourceConfig
 from sfumato.data.decode import Bounds
-from sfumato.data.entries import Refusals
 from sfumato.data.epochs import RowPick, ShardEpochs
 from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Guard, Order, PoolOrder, WindowOrder
@@ -107,9 +106,7 @@ def open_shards(
     folders = [sources[index] for index in _repeated(sources)]
     reader = folders[0].reader if len(folders) == 1 else _SourcesReader(folders)
     order = _order(config, sources, sizes, seed)
-    return OrderedStream(
-        order, reader, Refusals(log), workers=config.workers, prefetch=config.prefetch
-    )
+    return OrderedStream(order, reader, log, workers=config.workers, prefetch=config.prefetch)
 
 
 def first_samples(
