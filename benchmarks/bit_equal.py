@@ -14,9 +14,11 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +30,7 @@ STEPS, KILLED_AFTER = 8, 4
 TIMES = ("second", "mfu", "tflops", "wait", "memory", "time")  # in names of metrics that may differ
 COLORS, SHAPES = ("red", "green", "blue", "yellow", "purple"), ("ring", "star", "square", "cross")
 
-MODEL = ("model.pretrained=${demo:base}", "model.lora.rank=4", "sampler.num_inference_steps=4")
+MODEL = ("model.pretrained=data/model", "model.lora.rank=4", "sampler.num_inference_steps=4")
 COMMON = (
     *MODEL,
     "sampler.guidance_scale=2.5",
@@ -114,15 +116,14 @@ def prepare_command() -> list[str]:
     """Return the settings of the prepared folder: tars, a cache of both kinds, an index."""
     return [
         *("prepare", "out=data/prepared", "pack.path=data/folder", "pack.samples_per_shard=7"),
-        *("model.pretrained=${demo:base}", "precache.flip=true"),
+        *("model.pretrained=data/model", "precache.flip=true"),
     ]
 
 
 def write_data(folder: Path) -> None:
-    """Draw 24 pictures of three shapes; list them as folder, csv, jsonl and two tars."""
-    import tarfile
-
+    """Copy the shipped model; draw 24 pictures, listed as folder, csv, jsonl and two tars."""
     rng = random.Random(0)
+    shutil.copytree(Path(__file__).parents[1] / "sfumato/demo/model/base", folder / "model")
     (folder / "folder").mkdir(parents=True)
     (folder / "tars").mkdir()
     rows: list[tuple[str, str]] = []

@@ -98,6 +98,7 @@ def _resolve_entries(settings: Any, prefix: str) -> None:
         kind = rule_of(item).entries
         if is_dataclass(value):
             _resolve_entries(value, f"{key}.")
+            continue
         if kind is RewardConfig and not value:
             raise ValueError(f"{key} is empty; write '{key}.NAME={{kind: clip, weight: 1.0, ...}}'")
         if is_dataclass(kind):

@@ -241,7 +241,7 @@ def test_given_values_reach_the_jobs_that_read_them(tmp_path: Path):
 @pytest.mark.parametrize("ladder", LADDERS)
 def test_a_ladder_composes_once_what_it_asks_for_is_given(tmp_path: Path, ladder: str):
     text = (CONF / "recipe" / "ladder" / f"{ladder}.yaml").read_text()
-    assert text.startswith("# @package _global_\n# Reproduces: ") and "# Hardware: " in text
+    assert "# Reproduces: " in text and "# Hardware: " in text
     given = [f"recipe=ladder/{ladder}", f"runs_dir={tmp_path}"]
     (tmp_path / "x").touch()
     try:

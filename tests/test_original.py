@@ -180,15 +180,15 @@ def test_an_ldm_checkpoint_gives_the_same_prediction(tmp_path: Path, kind: str, 
     assert torch.equal(prediction(started(kind, settings(file))), prediction(network))
 
 
-@pytest.mark.parametrize("stated", [None, True])
 @pytest.mark.parametrize(
-    "prefix",
+    ("prefix", "stated"),
     [
-        "model.model.diffusion_model.",
-        "model.diffusion_model.",
-        "model.model._orig_mod.diffusion_model.",
-        "model.model.diffusion_model._orig_mod.",
-        "",
+        ("model.model.diffusion_model.", None),
+        ("model.model.diffusion_model.", True),
+        ("model.diffusion_model.", None),
+        ("model.model._orig_mod.diffusion_model.", None),
+        ("model.model.diffusion_model._orig_mod.", True),
+        ("", None),
     ],
 )
 def test_a_nemo_checkpoint_gives_the_same_prediction(

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from runs import (
     assert_same_state,
     command,
@@ -160,6 +161,20 @@ def test_a_complete_run_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixtu
 def test_more_steps_go_on_from_there(tmp_path: Path, whole: SimpleNamespace) -> None:
     start(command(tmp_path, "run", *RANDOM, "training.max_steps=3"))
     assert last_state(tmp_path / "run").step == 3
+    start(command(tmp_path, "run", *RANDOM))
+    assert_same_state(tmp_path / "run", whole.folder)
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_new_settings(
+    tmp_path: Path, whole: SimpleNamespace
+) -> None:
+    start(command(tmp_path, "run", *RANDOM, "training.max_steps=3"))
+    config = tmp_path / "run" / "config.yaml"
+    saved = yaml.safe_load(config.read_text())
+    del saved["data"]["images"]["captions"], saved["data"]["shards"]["sources"]
+    config.write_text(yaml.safe_dump(saved))
+    with pytest.raises(ValueError, match=r"data\.images\.captions: first -> random"):
+        start(command(tmp_path, "run", *RANDOM, "data.images.captions=random"))
     start(command(tmp_path, "run", *RANDOM))
     assert_same_state(tmp_path / "run", whole.folder)
 

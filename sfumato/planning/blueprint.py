@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import TrainConfig
+from sfumato.models.formats import read_model_index
 from sfumato.models.loading import load_on_meta
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import FAMILIES, find_family
-from sfumato.planning.described import FAMILY, describe_pipeline, is_described
+from sfumato.planning.described import describe_pipeline, is_described
 from sfumato.planning.step import forward_flops
 from sfumato.run.open_data import frame_size
 
@@ -76,8 +77,11 @@ def read_blueprint(config: TrainConfig) -> Blueprint:
         family, folder = find_family(config.model, config.sampler)
         return _blueprint(config, family, folder)
     with TemporaryDirectory() as name:
-        assumed = describe_pipeline(config.model, Path(name))
-        return _blueprint(config, FAMILIES[FAMILY], Path(name), assumed)
+        folder = Path(name)
+        assumed = describe_pipeline(config.model, folder)
+        pipeline = read_model_index(folder)["_class_name"]
+        family = next(each for each in FAMILIES.values() if each.pipeline_name == pipeline)
+        return _blueprint(config, family, folder, assumed)
 
 
 def _blueprint(

@@ -10,7 +10,6 @@ import torch
 from sfumato.config import ModelConfig
 from sfumato.models.origins import construct_unet, unet_settings, write_json, write_settings
 
-FAMILY = "stable_diffusion"  # of every network that is only described
 TOKENS = 77  # of a prompt
 # vae/config.json of stable-diffusion-v1-5 and stable-diffusion-2-base.
 AUTOENCODER: Mapping[str, Any] = MappingProxyType(

@@ -128,13 +128,12 @@ def check_plan(config: PlanConfig) -> None:
     """
     if not isinstance(config.objective, SupervisedConfig):
         raise ValueError(
-            f"objective = {config.objective.kind}: sfumato plan counts supervised steps, as "
-            "sampling and rewards cost what their settings say; add objective=supervised, or give "
-            "a recipe of supervised training"
+            f"objective = {config.objective.kind}: sfumato plan counts only supervised steps; set "
+            "objective=supervised, or give a recipe of supervised training"
         )
     if config.model.parts not in (["network"], ["unet"], ["transformer"]):
         raise ValueError(
-            f"model.parts = {config.model.parts}: sfumato plan counts the network alone as "
+            f"model.parts = {config.model.parts}: sfumato plan counts only the network as "
             "trained; use model.parts=[network]"
         )
     check_train(config, config.gpus)

@@ -301,8 +301,9 @@ def _find(
     ]
     if exact not in manifests and (folder / CACHE / exact / MANIFEST).exists():
         reasons.append(f"{exact} is there, but was not whole when the folder was indexed")
+    size = "".join(f", {key}={identity[key]}" for key in ("height", "width") if key in identity)
     raise PreparedError(
-        f"{folder} has no cache of {kind} for this run ({exact}): "
+        f"{folder} has no cache of {kind} for this run ({exact}{size}): "
         f"{'; '.join(reasons) or 'no cache of this kind is there'}. Precache with the model and "
         f"the size of the run (sfumato prepare out={folder} stages=[precache,index], "
         "precache.flip=true for data.shards.flip=true, and precache.height and precache.width of "
