@@ -17,7 +17,7 @@ import pytest
 import torch
 from image_files import config_of, skip_counts, write_folder
 
-from sfumato.data.entries import Blob, Entry, Refusals
+from sfumato.data.entries import Blob, Entry
 from sfumato.data.epochs import ListEpochs, RowPick
 from sfumato.data.images import ImageDataConfig, open_images
 from sfumato.data.left_out import SkipLog
@@ -162,7 +162,7 @@ def test_a_process_decodes_its_own_rows_only(tmp_path: Path, workers: int, ahead
     def read(pick: RowPick) -> Sample:
         return choices.sample(entries[pick.row], pick.bucket, pick.seed)
 
-    stream = OrderedStream(order, read, Refusals(SkipLog()), workers=workers, prefetch=ahead)
+    stream = OrderedStream(order, read, SkipLog(), workers=workers, prefetch=ahead)
     CountedBlob.opened.clear()
     assert captions(stream.next(8, 2, 4)) == ["2", "3"]
     stream.next(8, 2, 4)

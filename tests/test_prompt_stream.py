@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.data.entries import Refusals
 from sfumato.data.left_out import SkipLog
 from sfumato.data.order import PromptOrder, shuffle_buffered
 from sfumato.data.prompts import open_prompts
@@ -144,7 +143,7 @@ def test_no_more_prompts_are_held_than_the_buffer() -> None:
 
     log = SkipLog()
     order = PromptOrder([Path("a"), Path("b")], read, log, seed=0, shuffle=True, buffer=500)
-    stream = OrderedStream(order, lambda prompt: prompt, Refusals(log))
+    stream = OrderedStream(order, lambda prompt: prompt, log)
     for _ in range(4_000):
         stream.next(10, 0, 1)
     assert stream.state() == {"epoch": 0, "position": 40_000}

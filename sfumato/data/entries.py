@@ -13,7 +13,7 @@ from typing import IO, Any, final
 
 from PIL.ContainerIO import ContainerIO
 
-from sfumato.data.left_out import FileSkips, SkipLog
+from sfumato.data.left_out import FileSkips, printable
 
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 IMAGE_COLUMNS = ("image", "file_name", "path")
@@ -114,23 +114,7 @@ class Entry:
     @property
     def name(self) -> str:
         """The container and the place in it, for messages."""
-        # A name that is not UTF-8 could be neither printed nor logged.
-        return f"{self.container} {self.place}".encode(errors="backslashreplace").decode()
-
-
-@final
-class Refusals:
-    """Count entries whose pictures cannot be used, each once, however often it is met."""
-
-    def __init__(self, log: SkipLog) -> None:
-        self.log = log
-        self._places: dict[tuple[Path, str], set[str]] = {}
-
-    def add(self, entry: Entry, reason: str) -> None:
-        """Count an entry; the first of its container and reason is warned about."""
-        places = self._places.setdefault((entry.container, reason), set())
-        places.add(entry.place)
-        self.log.note(entry.container, reason, len(places), entry.name)
+        return printable(f"{self.container} {self.place}")
 
 
 class MissingColumnError(ValueError):

@@ -7,7 +7,7 @@ from functools import partial
 
 from sfumato.config import ImageDataConfig, ImageSourceConfig
 from sfumato.data.decode import Bounds, RefusedImageError, read_size
-from sfumato.data.entries import Columns, Entry, Refusals
+from sfumato.data.entries import Columns, Entry
 from sfumato.data.epochs import ListEpochs, RowPick
 from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Guard, PoolOrder
@@ -47,9 +47,8 @@ def open_images(
     entries: list[Entry] = []
     shares: list[SourceShare] = []
     members: list[list[list[int]]] = []  # of each source and bucket: numbers of entries
-    refusals = Refusals(log)
     for name, source in settings.items():
-        usable = list(_usable(_list(source, log), choices.bounds, refusals))
+        usable = list(_usable(_list(source, log), choices.bounds, log))
         if not usable:
             raise ValueError(
                 f"{name} ({source.path}) has no image that can be used: {log.report().summary()}"
@@ -71,7 +70,7 @@ def open_images(
     pools = build_pools(shares, sizes, rows)
     guards = {"places": _guard(entries)}
     order = PoolOrder(pools, name="images", guards=guards, anywhere=len(entries))
-    return OrderedStream(order, read, refusals, workers=config.workers, prefetch=config.prefetch)
+    return OrderedStream(order, read, log, workers=config.workers, prefetch=config.prefetch)
 
 
 def validation_samples(
@@ -93,7 +92,6 @@ def validation_samples(
     sources = checked_sources("data.images", config, config.sources).values()
     check_size(height, width, 1)
     log = SkipLog(warns=warns)
-    refusals = Refusals(log)
     samples: list[Sample] = []
     size = height, width
     bounds = choices_of(config, (size,)).bounds
@@ -101,7 +99,7 @@ def validation_samples(
         try:
             samples.append(make_sample(entry, entry.captions[0], size, Placement(), bounds))
         except BrokenRowError as error:
-            refusals.add(entry, error.reason)
+            log.refuse(entry.container, entry.place, error.reason)
         if len(samples) == count:
             break
     if not samples:
@@ -123,9 +121,7 @@ def _guard(entries: Sequence[Entry]) -> Guard:
     )
 
 
-def _usable(
-    entries: Sequence[Entry], bounds: Bounds, refusals: Refusals
-) -> Iterator[tuple[Entry, Size]]:
+def _usable(entries: Sequence[Entry], bounds: Bounds, log: SkipLog) -> Iterator[tuple[Entry, Size]]:
     """Yield the entries whose headers are good, with height and width; count the others."""
     measure = partial(_size_or_reason, bounds=bounds)
     with ThreadPoolExecutor(_HEADER_THREADS) as threads:
@@ -133,7 +129,7 @@ def _usable(
             some = entries[first : first + _HEADERS_AT_ONCE]
             for entry, size in zip(some, threads.map(measure, some), strict=True):
                 if isinstance(size, str):
-                    refusals.add(entry, size)
+                    log.refuse(entry.container, entry.place, size)
                 else:
                     yield entry, size
 

@@ -58,10 +58,17 @@ class SkipLog:
     def __init__(self, *, warns: bool = True) -> None:
         self._warns = warns
         self._skips: dict[tuple[Path, str], Skip] = {}
+        self._refused: dict[tuple[Path, str], set[str]] = {}
 
     def begin(self, path: Path) -> "FileSkips":
         """Start one pass over a file."""
         return FileSkips(self, path)
+
+    def refuse(self, path: Path, place: str, reason: str) -> None:
+        """Count a picture that cannot be used; each is counted once, however often it is met."""
+        places = self._refused.setdefault((path, reason), set())
+        places.add(place)
+        self.note(path, reason, len(places), printable(f"{path} {place}"))
 
     def note(self, path: Path, reason: str, count: int, place: str) -> None:
         """Record that one pass over `path` met `reason` for the `count`-th time, at `place`."""
@@ -79,17 +86,11 @@ class SkipLog:
         by_reason: dict[str, list[Skip]] = {}
         for skip in self._skips.values():
             by_reason.setdefault(skip.reason, []).append(skip)
-        return SkipReport(
-            tuple(
-                Skip(
-                    reason,
-                    sum(skip.count for skip in skips),
-                    len(skips),
-                    tuple(skip.places[0] for skip in skips[:_NAMED_PLACES]),
-                )
-                for reason, skips in by_reason.items()
-            )
-        )
+        sums: list[Skip] = []
+        for reason, skips in by_reason.items():
+            places = tuple(skip.places[0] for skip in skips[:_NAMED_PLACES])
+            sums.append(Skip(reason, sum(skip.count for skip in skips), len(skips), places))
+        return SkipReport(tuple(sums))
 
     def counts(self) -> Counter[str]:
         """Return how much was left out, by reason."""
@@ -114,10 +115,13 @@ class FileSkips:
         """Count one skip; `place` is a line number, a member's name or a remark."""
         self._counts[reason] += 1
         where = f"line {place}" if isinstance(place, int) else place
-        named = f"{self._path} {where}".strip()
-        # A name that is not UTF-8 could be neither printed nor logged.
-        printable = named.encode(errors="backslashreplace").decode()
-        self._log.note(self._path, reason, self._counts[reason], printable)
+        name = printable(f"{self._path} {where}".strip())
+        self._log.note(self._path, reason, self._counts[reason], name)
+
+
+def printable(name: str) -> str:
+    """Return a name that can be printed and logged; one that is not UTF-8 cannot."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def tally(kept: int, dropped: Iterable[Mapping[str, int]]) -> dict[str, int]:

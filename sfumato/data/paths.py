@@ -1,12 +1,15 @@
 """Paths that stand for files: a file, a folder, a glob or a brace pattern."""
 
 import glob
+import os.path
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 _NAMED_FILES = 5
+# Unlike Path's methods, these take a pattern that is longer than any file name.
+is_file, is_folder = os.path.isfile, os.path.isdir
 
 
 def find_files(path: str, setting: str, suffixes: Sequence[str]) -> tuple[Path, ...]:
@@ -57,7 +60,7 @@ def expand_pattern(pattern: str, setting: str) -> Iterator[Path]:
             f"{setting} = {pattern!r} is neither a file nor a brace pattern: its braces are not "
             "balanced"
         ) from None
-    missing = [name for name in names if not glob.has_magic(name) and not is_file(Path(name))]
+    missing = [name for name in names if not glob.has_magic(name) and not is_file(name)]
     if missing:
         more = f" and {len(missing) - _NAMED_FILES} more" if len(missing) > _NAMED_FILES else ""
         raise ValueError(
@@ -67,23 +70,7 @@ def expand_pattern(pattern: str, setting: str) -> Iterator[Path]:
         yield from _glob(name) if glob.has_magic(name) else (Path(name),)
 
 
-def is_file(path: Path) -> bool:
-    """Tell whether a path is a file; a pattern can be longer than any file name."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Tell whether a path is a folder."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
-
-
 def _glob(pattern: str) -> tuple[Path, ...]:
     # Not Path.glob: it takes no absolute pattern, and it finds hidden files (macOS's ._000.tar).
     names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-    return tuple(Path(name) for name in names if is_file(Path(name)))
+    return tuple(Path(name) for name in names if is_file(name))

@@ -5,7 +5,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from sfumato.data.entries import Refusals, text_or_fault
+from sfumato.data.entries import text_or_fault
 from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.order import PromptOrder
 from sfumato.data.paths import find_files
@@ -47,7 +47,7 @@ def open_prompts(
     files, columns, log = _open(path, column)
     read = partial(_read, columns=columns, log=log)
     order = PromptOrder(files, read, log, seed=seed, shuffle=shuffle, buffer=buffer)
-    return OrderedStream(order, str, Refusals(log))
+    return OrderedStream(order, str, log)
 
 
 def read_prompts(path: str, *, column: str | None = None, limit: int | None = None) -> list[str]:

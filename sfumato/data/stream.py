@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar, final
 
-from sfumato.data.entries import Entry, Refusals
-from sfumato.data.left_out import SkipReport
+from sfumato.data.entries import Entry
+from sfumato.data.left_out import SkipLog, SkipReport
 from sfumato.data.order import Order
 
 Pick = TypeVar("Pick")
@@ -91,7 +91,7 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
         self,
         order: Order[Pick],
         read: Callable[[Pick], Row],
-        refusals: Refusals,
+        skips: SkipLog,
         *,
         workers: int = 0,
         prefetch: int = 0,
@@ -102,13 +102,13 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
             order: which row comes next.
             read: reads a row, from any thread. A BrokenRowError tells that this row cannot be
                 read, a ValueError that no row can be trusted.
-            refusals: what was left out before; broken rows are added.
+            skips: what was left out before; broken rows are added.
             workers: threads that read; 0 reads when asked.
             prefetch: batches read ahead, on the guess that the next calls are like the last one.
         """
         self.order = order
         self._read = read
-        self._refusals = refusals
+        self._skips = skips
         self._threads = ThreadPoolExecutor(workers) if workers else None
         self._prefetch = prefetch if workers else 0
         self._state = order.state()
@@ -117,7 +117,7 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
 
     @property
     def skipped(self) -> SkipReport:
-        return self._refusals.log.report()
+        return self._skips.report()
 
     def next(self, global_batch_size: int, start: int, stop: int) -> list[Row]:
         check_rows(global_batch_size, start, stop)
@@ -131,7 +131,7 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
         rows = [row() for row in self._batches[0].rows]
         self._state = self._batches.popleft().state
         for broken in (error for _, errors in rows for error in errors):
-            self._refusals.add(broken.entry, broken.reason)
+            self._skips.refuse(broken.entry.container, broken.entry.place, broken.reason)
         return [row for row, _ in rows]
 
     def state(self) -> dict[str, Any]:

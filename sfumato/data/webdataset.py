@@ -3,7 +3,7 @@
 import os
 import tarfile
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -13,7 +13,7 @@ from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.files import parse_object
 
 # What tarfile raises on damaged headers, beside its own errors: bad numbers and bad sizes.
-_DAMAGE = (tarfile.TarError, ValueError, OverflowError, EOFError)
+TAR_DAMAGE = (tarfile.TarError, ValueError, OverflowError, EOFError)
 _END = bytes(tarfile.BLOCKSIZE)
 _IMAGE_FIELDS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 
@@ -33,12 +33,7 @@ class Member:
         return file.read(self.span.size)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The members of one key, by field."""
-
-    key: str
-    members: dict[str, Member] = field(default_factory=dict)
+_Groups = dict[str, dict[str, Member]]  # by key and by field
 
 
 def members(file: IO[bytes], path: Path, skips: FileSkips) -> Iterator[Member]:
@@ -53,7 +48,7 @@ def members(file: IO[bytes], path: Path, skips: FileSkips) -> Iterator[Member]:
     file.seek(0)
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
-    except _DAMAGE as error:
+    except TAR_DAMAGE as error:
         skips.add("not a tar", f"({error})")
         return
     with tar:
@@ -99,53 +94,53 @@ def _walk(tar: tarfile.TarFile, path: Path, size: int) -> Generator[Member, None
                 return False
             span = SpanBlob(path, member.offset_data, member.size)
             yield Member(member.name, str(name.with_name(stem)), suffix.lower(), span)
-    except _DAMAGE:
+    except TAR_DAMAGE:
         return False
     return True
 
 
-def _groups(file: IO[bytes], path: Path, skips: FileSkips) -> list[_Group]:
-    groups: dict[str, _Group] = {}
+def _groups(file: IO[bytes], path: Path, skips: FileSkips) -> _Groups:
+    groups: _Groups = {}
     for member in members(file, path, skips):
-        group = groups.setdefault(member.key, _Group(member.key))
-        if member.field in group.members:
+        group = groups.setdefault(member.key, {})
+        if member.field in group:
             skips.add("second member of the same name", member.name)
         else:
-            group.members[member.field] = member
-    return list(groups.values())
+            group[member.field] = member
+    return groups
 
 
 def _entries(
-    groups: list[_Group], file: IO[bytes], path: Path, columns: Columns, skips: FileSkips
+    groups: _Groups, file: IO[bytes], path: Path, columns: Columns, skips: FileSkips
 ) -> Iterator[Entry]:
     captioned, listed = False, False
     names, caption_names = dict[str, None](), dict[str, None]()
     fields = _IMAGE_FIELDS if columns.image is None else (columns.image.lower(),)
-    for group in groups:
-        has_text = "txt" in group.members and columns.caption in {None, "txt"}
+    for key, group in groups.items():
+        has_text = "txt" in group and columns.caption in {None, "txt"}
         record: dict[str, Any] | None = {}
-        if "json" in group.members and (columns.further or not has_text):
-            record = parse_object(group.members["json"].read(file))
+        if "json" in group and (columns.further or not has_text):
+            record = parse_object(group["json"].read(file))
             names |= dict.fromkeys(record or ())
-        image = next((name for name in fields if name in group.members), None)
+        image = next((name for name in fields if name in group), None)
         if image is None:
-            skips.add("no image with this key", group.key)
+            skips.add("no image with this key", key)
             continue
         if has_text:
-            value: object = group.members["txt"].read(file)
+            value: object = group["txt"].read(file)
         elif record is None:
-            skips.add("not a JSON object", f"{group.key}.json")
+            skips.add("not a JSON object", f"{key}.json")
             continue
         else:
             caption_names |= dict.fromkeys(record)
             name = next((name for name in columns.captions if name in record), None)
             captioned = captioned or name is not None
             value = record.get(name) if name is not None else None
-        captions = captions_of(value, group.key, skips)
+        captions = captions_of(value, key, skips)
         if captions:
             listed = True
-            blob, further = group.members[image].span, columns.further_of(record or {})
-            yield Entry(path, f"{group.key}.{image}", captions, blob, further)
+            blob, further = group[image].span, columns.further_of(record or {})
+            yield Entry(path, f"{key}.{image}", captions, blob, further)
     if caption_names and not captioned and not listed:
         choose_column(columns.captions, caption_names, path, "captions")
     for name in columns.further if listed else ():

@@ -8,7 +8,6 @@ from pathlib import Path
 from sfumato.config import ModelConfig, PrecacheConfig, PrepareConfig
 from sfumato.data.prepared.format import (
     CACHE,
-    CachedRecord,
     CacheIdentity,
     PreparedError,
     TarRecord,
@@ -20,7 +19,6 @@ from sfumato.data.sample import Size
 from sfumato.models.limits import check_side
 from sfumato.models.registry import find_family
 from sfumato.preparation.encoder_hash import cache_identity
-from sfumato.preparation.encoding import Storage
 from sfumato.preparation.listing import is_of, made_of, selection_names, tar_names
 from sfumato.preparation.settings import check_precache
 
@@ -34,14 +32,18 @@ class CacheJob:
         selection: the selection whose samples are encoded.
         names: of all shards, ascending.
         identity: gives the names of the two caches.
-        storage: how samples are encoded and stored.
+        model: whose encoders are used, in float32.
+        settings: how samples are encoded and stored.
+        size: height and width of the encoded pictures, in pixels.
     """
 
     folder: Path
     selection: str
     names: tuple[str, ...]
     identity: CacheIdentity
-    storage: Storage
+    model: ModelConfig
+    settings: PrecacheConfig
+    size: Size
 
     @property
     def caches(self) -> tuple[str, str]:
@@ -53,23 +55,18 @@ class CacheJob:
         return self.folder / CACHE / cache / file
 
 
-def encoding_only(config: ModelConfig) -> ModelConfig:
-    """Return the settings of a model that only encodes."""
-    if config.merge or config.lora.start is not None:
-        raise ValueError(
-            "model.merge and model.lora.start change no cache, which holds the output of the "
-            "published encoders; leave them out"
-        )
-    return replace(config, dtype="float32")
-
-
-def plan_cache(config: PrepareConfig, model: ModelConfig) -> CacheJob:
+def plan_cache(config: PrepareConfig) -> CacheJob:
     """Return the plan, after all checks that need no weights.
 
     Raises:
         ValueError: naming the setting, or the file.
     """
-    settings, folder = config.precache, Path(config.out)
+    settings, model, folder = config.precache, config.model, Path(config.out)
+    if model.merge or model.lora.start is not None:
+        raise ValueError(
+            "model.merge and model.lora.start change no cache, which holds the output of the "
+            "published encoders; leave them out"
+        )
     check_precache(settings)
     names = tuple(tar_names(folder))
     selection = settings.selection or config.filter.name
@@ -79,17 +76,11 @@ def plan_cache(config: PrepareConfig, model: ModelConfig) -> CacheJob:
             f"precache.selection = {selection!r} is not a selection of {folder}, which has "
             f"{', '.join(selections) or 'none'}; make it first (stages=[filter] filter.name=...)"
         )
-    size = _size(settings, model)
-    identity = cache_identity(
-        model,
-        height=size[0],
-        width=size[1],
-        crop=settings.crop,
-        flip=settings.flip,
-        dtype=settings.dtype,
-    )
-    storage = Storage(size, settings.flip, settings.dtype, settings.batch_size, settings.workers)
-    return CacheJob(folder, selection, names, identity, storage)
+    height, width = size = _size(settings, model)
+    crop, flip, dtype = settings.crop, settings.flip, settings.dtype
+    identity = cache_identity(model, height=height, width=width, crop=crop, flip=flip, dtype=dtype)
+    model = replace(model, dtype="float32")
+    return CacheJob(folder, selection, names, identity, model, settings, size)
 
 
 def _size(settings: PrecacheConfig, model: ModelConfig) -> Size:
@@ -110,11 +101,12 @@ def _size(settings: PrecacheConfig, model: ModelConfig) -> Size:
 def lacking(job: CacheJob, name: str) -> dict[str, tuple[int, ...]]:
     """Return the caches that lack samples of a shard, each with all samples it then holds."""
     tar = read_tar_record(job.folder, name)
-    kept = _kept(job, name, tar)
+    kept = _kept(job, tar)
     lacks = {}
     for cache in job.caches:
-        record = _cached(job, cache, tar)
-        if record is None:
+        exists = job.path(cache, f"{name}.json").exists()
+        record = read_cached_record(job.folder, cache, name) if exists else None
+        if record is None or not is_of(cache, record, tar):
             lacks[cache] = kept
             continue
         samples = tuple(sorted({*kept, *record.rows}))
@@ -126,31 +118,21 @@ def lacking(job: CacheJob, name: str) -> dict[str, tuple[int, ...]]:
     return lacks
 
 
-def _cached(job: CacheJob, cache: str, tar: TarRecord) -> CachedRecord | None:
-    """Return a cache's record of a tar, if it was made from these bytes of the tar."""
-    if not job.path(cache, f"{tar.name}.json").exists():
-        return None
-    record = read_cached_record(job.folder, cache, tar.name)
-    return record if is_of(cache, record, tar) else None
-
-
-def _kept(job: CacheJob, name: str, tar: TarRecord | None = None) -> tuple[int, ...]:
-    """Return the selected samples of a shard; with a tar, check that they belong to it."""
-    record = read_kept_record(job.folder, job.selection, name)
-    if tar is not None and (
-        record.tar not in {"", tar.made_of} or max(record.kept, default=-1) >= len(tar.samples)
-    ):
-        raise PreparedError(
-            f"the selection {job.selection!r} belongs to an older tar {name}, which was packed "
-            f"again since; run: sfumato prepare out={job.folder} stages=[filter] with "
-            f"filter.name={job.selection} and its bounds"
-        )
-    return record.kept
+def _kept(job: CacheJob, tar: TarRecord) -> tuple[int, ...]:
+    """Return the selected samples of a shard, which have to be of this very tar."""
+    record = read_kept_record(job.folder, job.selection, tar.name)
+    if record.tar in {"", tar.made_of} and max(record.kept, default=-1) < len(tar.samples):
+        return record.kept
+    raise PreparedError(
+        f"the selection {job.selection!r} belongs to an older tar {tar.name}, which was packed "
+        f"again since; run: sfumato prepare out={job.folder} stages=[filter] with "
+        f"filter.name={job.selection} and its bounds"
+    )
 
 
 def count_samples(job: CacheJob, name: str) -> tuple[int, Mapping[str, int]]:
     """Return how many samples of a shard both caches have, and the others by reason."""
-    kept = set(_kept(job, name))
+    kept = set(read_kept_record(job.folder, job.selection, name).kept)
     records = [read_cached_record(job.folder, cache, name) for cache in job.caches]
     encoded = kept.intersection(*(record.rows for record in records))
     if encoded == kept:

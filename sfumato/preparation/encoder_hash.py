@@ -10,7 +10,7 @@ encoding half counts: a decoder may be tuned, and a scaling factor changed.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -58,20 +58,18 @@ def cache_identity(
     """
     family, folder = find_family(config)
     _refuse_text_merges(config)
-    components = family.components(folder)
-    allow = config.allow_pickle
+    components = set(family.components(folder))
     encoders = {
-        name: _hash_encoder(folder / name, config.variant, allow_pickle=allow, is_read=_any)
-        for name in family.encoders
-        if name in components
+        name: _hash_encoder(folder / name, config) for name in family.encoders if name in components
+    }
+    tokenizers = {
+        name: _hash_tokenizer(folder / name) for name in family.tokenizers if name in components
     }
     index = read_model_index(folder)
     zeros = "force_zeros_for_empty_prompt"
     return CacheIdentity(
         moments={
-            "autoencoder": _hash_encoder(
-                folder / AUTOENCODER, config.variant, allow_pickle=allow, is_read=_encodes
-            ),
+            "autoencoder": _hash_encoder(folder / AUTOENCODER, config, unread=_DECODES),
             "height": height,
             "width": width,
             "crop": crop,
@@ -82,45 +80,31 @@ def cache_identity(
         text={
             "pipeline": family.pipeline_name,
             **encoders,
-            **{
-                name: _hash_tokenizer(folder / name)
-                for name in family.tokenizers
-                if name in components
-            },
+            **tokenizers,
             **({zeros: index[zeros]} if zeros in index else {}),
             "dtype": dtype,
         },
     )
 
 
-def _any(name: str) -> bool:
-    return True
-
-
-def _encodes(name: str) -> bool:
-    return not name.startswith(_DECODES)
-
-
-def _hash_encoder(
-    part: Path, variant: str | None, *, allow_pickle: bool, is_read: Callable[[str], bool]
-) -> str:
+def _hash_encoder(part: Path, config: ModelConfig, unread: tuple[str, ...] = ()) -> str:
     """Return the SHA-256 of an encoder's settings and of its weights in float32, by name.
 
     Args:
-        is_read: which of its tensors matter, by name.
+        unread: how the names of tensors begin that do not matter.
 
     Raises:
         ValueError: if a file is missing or damaged.
     """
     digest = hashlib.sha256(_compact(_meaningful(read_json(part / "config.json"))))
-    files = _weight_files(part, variant, allow_pickle=allow_pickle)
+    files = _weight_files(part, config.variant, allow_pickle=config.allow_pickle)
     try:
         with ExitStack() as stack:
             read: dict[str, Callable[[], Tensor]] = {}
             for file in files:
                 read |= _tensors(file, stack)
             named = {name.removeprefix(_PUBLISHED): get for name, get in read.items()}
-            for name in filter(is_read, sorted(named)):
+            for name in sorted(name for name in named if not name.startswith(unread)):
                 tensor = named[name]()
                 if not tensor.is_floating_point():
                     continue  # positions, which some versions store and others count
@@ -190,14 +174,11 @@ def _refuse_text_merges(config: ModelConfig) -> None:
     """Refuse merged LoRA files that change a text encoder, as no cache is made with these."""
     for name, merge in config.merge.items():
         file = find_lora(merge.path, f"model.merge.{name}.path")
-        if text := next(filter(_TEXT_LORA.search, _keys(file)), None):
+        with safe_open(file, "pt") as opened:
+            text = next(filter(_TEXT_LORA.search, opened.keys()), None)
+        if text is not None:
             raise ValueError(
                 f"model.merge.{name}.path = {merge.path!r} changes a text encoder (it has {text}), "
                 "and cached states are made without it; train from tars (data.shards.cached=false)"
                 ", or export the merged model and give its folder"
             )
-
-
-def _keys(file: Path) -> Iterator[str]:
-    with safe_open(file, "pt") as opened:
-        yield from opened.keys()

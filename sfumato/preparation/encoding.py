@@ -4,46 +4,27 @@ moments, mirrored (rows, m, h, w)    offsets (rows + 1)    each state (captions 
 """
 
 import hashlib
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar, final
+from typing import final
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from sfumato.config import PrecacheConfig
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb
 from sfumato.data.entries import SpanBlob
 from sfumato.data.prepared.format import Member, PreparedError
 from sfumato.data.sample import Placement, Size, resize_and_crop, to_tensor
 from sfumato.models.model import DTYPES, Conditioning, TextToImageModel
+from sfumato.preparation.ahead import ahead
 
 _AHEAD = 2  # batches that are decoded while one is encoded
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How pictures and captions are encoded and stored; only the first three name the cache.
-
-    Attributes:
-        size: height and width of the pictures, in pixels.
-        flip: store mirrored pictures too.
-        dtype: of the stored tensors, by name.
-        batch_size: pictures, or captions, that are encoded together.
-        workers: threads that decode; 0 decodes in the calling thread.
-    """
-
-    size: Size
-    flip: bool
-    dtype: str
-    batch_size: int
-    workers: int
 
 
 @dataclass(frozen=True)
@@ -59,10 +40,8 @@ class Shard:
 class Encoder:
     """Encoder of the samples of a tar; the same samples give the same bits on every process."""
 
-    def __init__(self, model: TextToImageModel, storage: Storage) -> None:
-        self._model = model
-        self._storage = storage
-        self._dtype = DTYPES[storage.dtype]
+    def __init__(self, model: TextToImageModel, settings: PrecacheConfig, size: Size) -> None:
+        self._model, self._settings, self._size = model, settings, size
         self.empty = self._states([""], ["the empty prompt"]).tensors
 
     def moments(
@@ -77,16 +56,16 @@ class Encoder:
         Raises:
             ValueError: if a picture's bytes have changed, or its moments are not finite.
         """
-        storage = self._storage
+        size = self._settings.batch_size
         rows: list[int] = []
         parts: dict[str, list[Tensor]] = {name: [] for name in self._placements}
         dropped: Counter[str] = Counter()
         items = list(samples.items())
-        count = _AHEAD * storage.batch_size
-        decoded = _ahead(lambda item: self._pictures(tar, item[1]), items, storage.workers, count)
+        pictures, workers = partial(self._pictures, tar), self._settings.workers
+        decoded = ahead(pictures, samples.values(), workers, _AHEAD * size)
         with closing(decoded):
-            for first in range(0, len(items), storage.batch_size):
-                batch = items[first : first + storage.batch_size]
+            for first in range(0, len(items), size):
+                batch = items[first : first + size]
                 results = [(index, member, next(decoded)) for index, member in batch]
                 good = [(i, m, views) for i, m, views in results if not isinstance(views, str)]
                 dropped.update(reason for *_, reason in results if isinstance(reason, str))
@@ -112,7 +91,7 @@ class Encoder:
             for text in m.captions
         ]
         parts = [Conditioning(self.empty).rows(0, 0)]
-        size = self._storage.batch_size
+        size = self._settings.batch_size
         for first in range(0, len(captions), size):
             texts, names = zip(*captions[first : first + size], strict=True)
             parts.append(self._states(texts, names))
@@ -122,7 +101,7 @@ class Encoder:
 
     @property
     def _placements(self) -> dict[str, Placement]:
-        mirrored = {"mirrored": Placement(mirrored=True)} if self._storage.flip else {}
+        mirrored = {"mirrored": Placement(mirrored=True)} if self._settings.flip else {}
         return {"moments": Placement(), **mirrored}
 
     def _pictures(self, tar: Path, member: Member) -> list[Float[Tensor, "3 H W"]] | str:
@@ -143,7 +122,7 @@ class Encoder:
         except RefusedImageError as error:
             return str(error)
         return [
-            to_tensor(resize_and_crop(picture, self._storage.size, placement)[0])
+            to_tensor(resize_and_crop(picture, self._size, placement)[0])
             for placement in self._placements.values()
         ]
 
@@ -156,7 +135,7 @@ class Encoder:
 
     def _none(self) -> Shaped[Tensor, "0 m h w"]:
         """Return the moments of no picture."""
-        return self._encode(torch.zeros(1, 3, *self._storage.size), ["a grey picture"])[:0]
+        return self._encode(torch.zeros(1, 3, *self._size), ["a grey picture"])[:0]
 
     def _states(self, prompts: Sequence[str], names: Sequence[str]) -> Conditioning:
         with _deterministic():
@@ -175,7 +154,7 @@ class Encoder:
         """
         if not tensor.is_floating_point():
             return tensor.cpu()
-        stored = tensor.to(self._dtype).cpu()
+        stored = tensor.to(DTYPES[self._settings.dtype]).cpu()
         finite = stored.reshape(len(stored), -1).isfinite().all(1).tolist()
         if not all(finite):
             row = finite.index(False)
@@ -186,30 +165,10 @@ class Encoder:
                 )
             raise ValueError(
                 f"{names[row]}: its encoded values reach {tensor[row].abs().max():.3g}, which "
-                f"precache.dtype = {self._storage.dtype} cannot hold; set "
+                f"precache.dtype = {self._settings.dtype} cannot hold; set "
                 "precache.dtype=bfloat16 or float32"
             )
         return stored
-
-
-def _ahead(
-    function: Callable[[T], R], items: Sequence[T], workers: int, count: int
-) -> Generator[R, None, None]:
-    """Yield a function's result for each item, in order; threads work at most `count` ahead."""
-    if not workers:
-        yield from map(function, items)
-        return
-    threads = ThreadPoolExecutor(workers)
-    pending: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            pending.append(threads.submit(function, item))
-            if len(pending) > count:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        threads.shutdown(cancel_futures=True)
 
 
 @contextmanager

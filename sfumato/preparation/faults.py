@@ -17,10 +17,11 @@ from sfumato.data.prepared.format import (
     cache_key,
     read_fields,
 )
+from sfumato.data.webdataset import TAR_DAMAGE
 from sfumato.files import sha256_of
 from sfumato.preparation.tars import texts
 
-DAMAGE = (tarfile.TarError, ValueError, OverflowError, EOFError, OSError)
+DAMAGE = (*TAR_DAMAGE, OSError)
 
 
 def wrong_size(file: Path, expected: int) -> str | None:

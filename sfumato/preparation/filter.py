@@ -22,7 +22,7 @@ from sfumato.data.prepared.format import (
     record_text,
 )
 from sfumato.files import digest, write_text
-from sfumato.preparation.listing import tar_names
+from sfumato.preparation.listing import forget_others, tar_names
 
 _MADE_BY = 1  # raised when the same settings come to keep other samples
 
@@ -46,7 +46,7 @@ def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:
         made_of = digest([settings, tar.made_of, before])
         record = _known(folder, config.name, name, made_of)
         if record is None:
-            record = _judge(config, tar, made_of, _repeated(config, hashes, seen))
+            record = _judge(config, tar, made_of, seen.has(hashes).tolist())
             path = root / f"{name}.json"
             write_text(path, record_text(record), failure=PreparedError)
         if config.duplicates == "drop":
@@ -55,7 +55,7 @@ def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:
             seen.add(hashes[list(record.kept)])
         total += len(record.kept)
         dropped.append(record.dropped)
-    _forget_others(root, set(names))
+    forget_others(root, set(names))
     return tally(total, dropped)
 
 
@@ -156,16 +156,3 @@ class _Seen:
 
 def _hashes(tar: TarRecord) -> np.ndarray:
     return np.array([int(member.sha256[:16], 16) for member in tar.samples], np.uint64)
-
-
-def _repeated(config: FilterConfig, hashes: np.ndarray, seen: _Seen) -> list[bool]:
-    if config.duplicates == "keep":
-        return [False] * len(hashes)
-    return seen.has(hashes).tolist()
-
-
-def _forget_others(root: Path, names: set[str]) -> None:
-    """Remove the records of tars that no longer exist, and unfinished files."""
-    for file in [*root.glob("*.json"), *root.glob(".*.tmp")]:
-        if file.stem not in names:
-            file.unlink()

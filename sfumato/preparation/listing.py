@@ -1,6 +1,6 @@
 """Names of the tars, selections and caches in a prepared folder, and the tar of a cached shard."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from sfumato.data.prepared.format import (
@@ -46,6 +46,13 @@ def selection_names(folder: Path) -> list[str]:
 def cache_names(folder: Path) -> list[str]:
     """Return the folders of the caches that have a manifest, sorted."""
     return sorted(path.parent.name for path in (folder / CACHE).glob(f"[!.]*/{MANIFEST}"))
+
+
+def forget_others(folder: Path, names: Set[str]) -> None:
+    """Remove tars and records of other names, and the unfinished files of a killed process."""
+    for path in [*folder.glob("*.json"), *folder.glob("*.tar"), *folder.glob(".*.tmp")]:
+        if path.stem not in names:
+            path.unlink()
 
 
 def made_of(cache: str, tar: TarRecord, samples: Sequence[int]) -> str:

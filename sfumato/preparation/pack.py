@@ -7,9 +7,8 @@ tars.
 
 import hashlib
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,12 +24,15 @@ from sfumato.data.left_out import tally
 from sfumato.data.prepared.format import (
     SHARDS,
     UNFINISHED,
+    Member,
     PreparedError,
     TarRecord,
     read_tar_record,
     record_text,
 )
 from sfumato.files import digest, new_file, sha256_of, write_text
+from sfumato.preparation.ahead import ahead
+from sfumato.preparation.listing import forget_others
 from sfumato.preparation.sources import Container, containers
 from sfumato.preparation.tars import Sample, write_tar
 from sfumato.preparation.url_table import further_columns
@@ -77,15 +79,14 @@ def pack(config: PackConfig, download: DownloadConfig, folder: Path) -> dict[str
     names: set[str] = set()
     bins: list[Mapping[str, int]] = []
     start, first = (0, 0), 0
-    with ThreadPoolExecutor(config.workers) as threads:
-        packer = _Packer(config, [*source], folder, threads, further)
-        while start[0] < len(source):
-            name = f"{len(names):06d}"
-            record = packer.known(name, start, first) or packer.make(name, start, first)
-            names.add(name)
-            bins.append(record.dropped)
-            start, first = record.ends, first + len(record.samples)
-    _forget_others(folder / SHARDS, names)
+    packer = _Packer(config, source, folder, further)
+    while start[0] < len(source):
+        name = f"{len(names):06d}"
+        record = packer.known(name, start, first) or packer.make(name, start, first)
+        names.add(name)
+        bins.append(record.dropped)
+        start, first = record.ends, first + len(record.samples)
+    forget_others(folder / SHARDS, names)
     (folder / SHARDS / UNFINISHED).unlink(missing_ok=True)
     return tally(first, bins)
 
@@ -99,10 +100,9 @@ class _Packer:
         config: PackConfig,
         source: Sequence[Container],
         folder: Path,
-        threads: ThreadPoolExecutor,
         further: Sequence[str],
     ) -> None:
-        self._config, self._source, self._folder, self._threads = config, source, folder, threads
+        self._config, self._source, self._folder = config, source, folder
         self._settings = [_MADE_BY, config.samples_per_shard, config.max_pixels,
                           config.image_column, config.caption_column, config.captions,
                           config.columns, *further]  # fmt: skip
@@ -168,22 +168,19 @@ class _Packer:
 
     def _judge(self, start: Position) -> Iterator[_Judged]:
         """Yield all rows from a position on, in order, whichever thread finishes first."""
-        under_way: deque[Future[_Judged]] = deque()
+        judge = partial(_judged, bounds=Bounds(1, self._config.max_pixels))
+        workers = self._config.workers
+        return ahead(judge, self._rows(start), workers, _AHEAD * workers)
+
+    def _rows(self, start: Position) -> Iterator[tuple[Position, Entry | Mapping[str, int]]]:
+        """Yield the rows from a position on, and what listing a container left out."""
         for number in range(start[0], len(self._source)):
             listing = self._source[number].read()
             begin = start[1] if number == start[0] else 0
             if begin == 0 and listing.dropped:
-                while under_way:
-                    yield under_way.popleft().result()
-                yield _Judged((number, 0), None, listing.dropped)
-            bounds = Bounds(1, self._config.max_pixels)
+                yield (number, 0), listing.dropped
             for row in range(max(1, begin), len(listing.rows) + 1):
-                task = partial(_look_at, listing.rows[row - 1], (number, row), bounds)
-                under_way.append(self._threads.submit(task))
-                if len(under_way) > _AHEAD * self._config.workers:
-                    yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+                yield (number, row), listing.rows[row - 1]
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         """Return the paths of a tar and of its record."""
@@ -201,21 +198,29 @@ class _Packer:
         return digest([self._settings, position, parts, pictures, dict(record.dropped)])
 
 
-def _look_at(entry: Entry, position: Position, bounds: Bounds) -> _Judged:
-    """Decode a picture, for its size and to know that it is whole; keep its bytes."""
+def _judged(row: tuple[Position, Entry | Mapping[str, int]], bounds: Bounds) -> _Judged:
+    """Judge a row by its picture; what a listing left out is judged already."""
+    position, entry = row
+    if not isinstance(entry, Entry):
+        return _Judged(position, None, entry)
     try:
-        read_size(entry.blob, bounds)
-        with entry.blob.open() as file:
-            data = file.read()
-        picture = read_rgb(_BytesBlob(data), bounds)
+        return _Judged(position, _look_at(entry, bounds))
     except RefusedImageError as error:
         return _Judged(position, None, {str(error): 1})
     except OSError:
         return _Judged(position, None, {"unreadable file": 1})
+
+
+def _look_at(entry: Entry, bounds: Bounds) -> Sample:
+    """Decode a picture, for its size and to know that it is whole; keep its bytes."""
+    read_size(entry.blob, bounds)
+    with entry.blob.open() as file:
+        data = file.read()
+    picture = read_rgb(_BytesBlob(data), bounds)
     suffix = next(suffix for magic, suffix in _MAGIC if data.startswith(magic))
     sha256, columns = hashlib.sha256(data).hexdigest(), dict(entry.columns)
     size = (picture.height, picture.width)
-    return _Judged(position, Sample(data, suffix, entry.captions, *size, sha256, columns))
+    return Sample(data, Member("", suffix, 0, len(data), entry.captions, *size, sha256, columns))
 
 
 def _refuse_foreign(shards: Path) -> None:
@@ -229,10 +234,3 @@ def _refuse_foreign(shards: Path) -> None:
             f"{shards} holds {foreign[0].name}, which sfumato prepare did not write; give another "
             "out, or move it away"
         )
-
-
-def _forget_others(shards: Path, names: set[str]) -> None:
-    """Remove the tars of an earlier, longer packing, and half-written files of a killed one."""
-    for path in [*shards.glob("*.json"), *shards.glob("*.tar"), *shards.glob(".*.tmp")]:
-        if path.stem not in names:
-            path.unlink()

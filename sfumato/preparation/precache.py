@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sfumato.config import ModelConfig, PrepareConfig
+from sfumato.config import PrepareConfig
 from sfumato.data.left_out import tally
 from sfumato.data.prepared.format import (
     EMPTY,
@@ -30,7 +30,6 @@ from sfumato.models.registry import load_encoders
 from sfumato.preparation.cache_plan import (
     CacheJob,
     count_samples,
-    encoding_only,
     lacking,
     plan_cache,
 )
@@ -54,8 +53,7 @@ def precache(config: PrepareConfig, distribution: Distribution) -> dict[str, int
             value is not finite, or the disk is full. Finished shards stay.
     """
     with distribution.together():
-        model = encoding_only(config.model)
-        job = plan_cache(config, model)
+        job = plan_cache(config)
         mine = job.names[distribution.rank :: distribution.world]
         moments, _ = job.caches
         own = [
@@ -63,7 +61,7 @@ def precache(config: PrepareConfig, distribution: Distribution) -> dict[str, int
         ]
         if distribution.is_main:
             _begin(job)
-    _make(job, model, sorted(distribution.gather(own)), distribution)
+    _make(job, sorted(distribution.gather(own)), distribution)
     with distribution.together():
         counts = [count_samples(job, name) for name in mine]
     every = distribution.gather(counts)
@@ -83,9 +81,7 @@ def _begin(job: CacheJob) -> None:
         write_text(job.path(cache, MANIFEST), text, failure=PreparedError)
 
 
-def _make(
-    job: CacheJob, model: ModelConfig, todo: Sequence[tuple[str, int]], distribution: Distribution
-) -> None:
+def _make(job: CacheJob, todo: Sequence[tuple[str, int]], distribution: Distribution) -> None:
     """Make shards in turns, one on each process.
 
     Args:
@@ -97,9 +93,9 @@ def _make(
     with distribution.together():
         lacks_empty = distribution.is_main and not empty.exists()
         if own or lacks_empty:
-            loaded = load_encoders(model)
+            loaded = load_encoders(job.model)
             loaded.to(distribution.device)
-            encoder = Encoder(loaded, job.storage)
+            encoder = Encoder(loaded, job.settings, job.size)
         if encoder is not None and lacks_empty:
             _save(encoder.empty, empty)
     hidden = not (distribution.is_main and own)

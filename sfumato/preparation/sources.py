@@ -77,15 +77,15 @@ def containers(config: PackConfig, further: Sequence[str], folder: Path) -> list
         )
     files = find_files_of(config.path, "pack.path")
     if files and all(is_tar(file) for file in files) and config.base_path is None:
-        return [_tar(tar, config, config.columns) for tar in files]
+        return [_tar(tar, config) for tar in files]
     return [_whole(config, path.name)]
 
 
 def _whole(config: PackConfig, name: str) -> Container:
     """List a source that is no set of tars at once; its identity is all that was listed."""
-    log, columns = SkipLog(), _columns(config, config.columns)
+    log, columns = SkipLog(), _columns(config)
     entries = list_source(str(config.path), config.base_path, columns, log, "pack.path")
-    listing = Listing([_row(entry, config, config.columns) for entry in entries], log.counts())
+    listing = Listing([_row(entry, config) for entry in entries], log.counts())
     files = [_stamp(row) for row in listing.rows]
     content = [
         [row.place, row.captions[0], row.captions[1:], row.columns, size]
@@ -104,26 +104,23 @@ def _downloaded(config: PackConfig, further: Sequence[str], folder: Path) -> lis
     download_bins(folder)
     known = {*config.columns, *config.captions}
     columns = [*config.columns, *(name for name in further if name not in known)]
+    config = replace(config, columns=columns)
     tars = []
     for stats in read_stats(folder / DOWNLOAD):
         tar = folder / DOWNLOAD / f"{stats.number:05d}.tar"
         if not tar.is_file():
             raise PreparedError(f"{tar} is missing; run the stage download again, which fetches it")
-        tars.append(_tar(tar, config, columns, expected=stats.successes))
+        tars.append(_tar(tar, config, stats.successes))
     return tars
 
 
-def _tar(
-    tar: Path, config: PackConfig, columns: Sequence[str], expected: int | None = None
-) -> Container:
+def _tar(tar: Path, config: PackConfig, expected: int | None = None) -> Container:
     status = tar.stat()
-    read = partial(_list_one, tar, config, columns, expected)
+    read = partial(_list_one, tar, config, expected)
     return Container(tar.name, str(status.st_size), status.st_mtime_ns, read)
 
 
-def _list_one(
-    tar: Path, config: PackConfig, columns: Sequence[str], expected: int | None
-) -> Listing:
+def _list_one(tar: Path, config: PackConfig, expected: int | None) -> Listing:
     """List a tar.
 
     Args:
@@ -131,7 +128,7 @@ def _list_one(
             sorted by key, as threads wrote them in the order in which they came.
     """
     log = SkipLog()
-    every = list(list_tar(tar, _columns(config, columns), log))
+    every = list(list_tar(tar, _columns(config), log))
     entries = [entry for entry in every if not _leaves(entry.place)]
     dropped = log.counts()
     dropped["member that leaves its folder"] = len(every) - len(entries)
@@ -141,7 +138,7 @@ def _list_one(
             dropped.pop(event, None)
         lost = expected - len(entries) - dropped.total()
         dropped["lost in a damaged tar"] = max(0, lost)
-    rows = [_row(entry, config, columns) for entry in entries]
+    rows = [_row(entry, config) for entry in entries]
     return Listing(rows, {reason: n for reason, n in sorted(dropped.items()) if n})
 
 
@@ -149,12 +146,12 @@ def _leaves(place: str) -> bool:
     return place.startswith("/") or ".." in PurePosixPath(place).parts
 
 
-def _columns(config: PackConfig, columns: Sequence[str]) -> Columns:
-    further = tuple(dict.fromkeys([*config.captions, *columns]))
+def _columns(config: PackConfig) -> Columns:
+    further = tuple(dict.fromkeys([*config.captions, *config.columns]))
     return Columns(config.image_column, config.caption_column, further)
 
 
-def _row(entry: Entry, config: PackConfig, columns: Sequence[str]) -> Entry:
+def _row(entry: Entry, config: PackConfig) -> Entry:
     """Return an entry with all its captions, and columns fit for JSON."""
     captions = dict.fromkeys(entry.captions)
     for name in config.captions:
@@ -162,7 +159,7 @@ def _row(entry: Entry, config: PackConfig, columns: Sequence[str]) -> Entry:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text.strip() and is_utf8(text):
                 captions[text.strip()] = None
-    fields = {name: _plain(entry.columns.get(name)) for name in columns}
+    fields = {name: _plain(entry.columns.get(name)) for name in config.columns}
     return replace(entry, captions=tuple(captions), columns=fields)
 
 

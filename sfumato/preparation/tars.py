@@ -9,7 +9,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sfumato.data.prepared.format import Member
@@ -17,15 +17,10 @@ from sfumato.data.prepared.format import Member
 
 @dataclass(frozen=True)
 class Sample:
-    """A decoded picture, with all that goes into a tar beside it."""
+    """The bytes of a decoded picture, and its record before it has a key and an offset."""
 
     data: bytes
-    suffix: str
-    captions: tuple[str, ...]
-    height: int
-    width: int
-    sha256: str
-    columns: dict[str, object]
+    member: Member
 
 
 def write_tar(path: Path, first: int, samples: Iterator[Sample]) -> list[Member]:
@@ -39,18 +34,8 @@ def write_tar(path: Path, first: int, samples: Iterator[Sample]) -> list[Member]
         for number, sample in enumerate(samples, first):
             key = f"{number:09d}"
             # Each member begins with one block of header.
-            member = Member(
-                key,
-                sample.suffix,
-                tar.offset + tarfile.BLOCKSIZE,
-                len(sample.data),
-                sample.captions,
-                sample.height,
-                sample.width,
-                sample.sha256,
-                sample.columns,
-            )
-            _add(tar, f"{key}.{sample.suffix}", sample.data)
+            member = replace(sample.member, key=key, offset=tar.offset + tarfile.BLOCKSIZE)
+            _add(tar, f"{key}.{member.suffix}", sample.data)
             for suffix, text in texts(member).items():
                 _add(tar, f"{key}.{suffix}", text)
             tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,7 +8,6 @@ from itertools import accumulate
 
 from sfumato.config import ShardDataConfig, ShardSourceConfig
 from sfumato.data.decode import Bounds
-from sfumato.data.entries import Refusals
 from sfumato.data.epochs import RowPick, ShardEpochs
 from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Guard, Pool, PoolOrder
@@ -100,8 +99,7 @@ def open_shards(
     ]
     order = _order(config, sources, sizes, seed)
     read = _reader([sources[index] for index in _repeated(sources)])
-    workers, prefetch = config.workers, config.prefetch
-    return OrderedStream(order, read, Refusals(log), workers=workers, prefetch=prefetch)
+    return OrderedStream(order, read, log, workers=config.workers, prefetch=config.prefetch)
 
 
 def first_samples(
