@@ -43,10 +43,10 @@ RANDOM = (
     "sampler.eta=0.5",
 )
 MOMENTS = [
-    ("Validation._write", 1),
+    ("Validation._record", 1),
     ("take_step", 2),
     ("refuse_non_finite", 4),
-    ("Validation._write", 2),
+    ("Validation._record", 2),
     ("TrainState.snapshot", 2),
     ("_sync", 8),
     ("tidy", 3),
@@ -183,8 +183,8 @@ def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_new_settings(
     ("name", "function", "moment", "step"),
     [
         ("SIGTERM", "take_step", 3, 3),
-        ("SIGINT", "Validation._write", 2, 3),
-        ("SIGTERM", "_sha256", 5, 4),
+        ("SIGINT", "Validation._record", 2, 3),
+        ("SIGTERM", "sha256_of", 5, 4),
     ],
 )
 def test_a_signal_stops_cleanly(
@@ -217,7 +217,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, whole: SimpleNamespace) -
             os.kill(os.getpid(), signal.SIGINT)
 
     def stopped() -> None:
-        on_call(5, interrupt, "_sha256")
+        on_call(5, interrupt, "sha256_of")
         start_cli(again)
 
     assert in_child(stopped) == 130
