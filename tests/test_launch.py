@@ -404,9 +404,18 @@ def test_a_job_goes_on_when_its_launch_is_killed_and_holds_the_folder(
     assert code == 2 and "another launch, or a job of one, is running" in err
     os.kill(int((tmp_path / "id").read_text()), signal.SIGTERM)
     wait_for(tmp_path / "a" / "checkpoints")
-    time.sleep(0.2)
-    with hold(LaunchFolder(tmp_path / "ladder" / "launch")):
-        pass
+    folder, end = LaunchFolder(tmp_path / "ladder" / "launch"), time.monotonic() + 30
+    while is_held(folder):  # until the job has ended
+        assert time.monotonic() < end, "the job still holds the folder"
+        time.sleep(0.05)
+
+
+def is_held(folder: LaunchFolder) -> bool:
+    try:
+        hold(folder).close()
+    except ValueError:
+        return True
+    return False
 
 
 def test_two_processes_are_interrupted_without_a_traceback(tmp_path: Path, jobs: dict[str, str]):

@@ -132,13 +132,11 @@ def shifted(t: float) -> float:
 def test_prompts_are_encoded_as_the_pipeline_does(both: tuple[StableDiffusion3, Any]):
     model, pipeline = both
     states, empty, pooled, empty_pooled = pipeline.encode_prompt(PROMPTS, None, None, device="cpu")
-    # In batches of the pipeline's size: T5 rounds differently in others.
-    found = model.encode_prompts(PROMPTS).tensors
-    blank = model.encode_prompts([""] * len(PROMPTS)).tensors
-    torch.testing.assert_close(found["states"], states)
-    torch.testing.assert_close(found["pooled"], pooled)
-    torch.testing.assert_close(blank["states"], empty)
-    torch.testing.assert_close(blank["pooled"], empty_pooled)
+    found = model.encode_prompts(["", *PROMPTS]).tensors
+    # On some CPUs float32 products round by batch and alignment: up to 1.3e-5 of a state of 1.6.
+    rounding = {"rtol": 1e-5, "atol": 2e-5}
+    torch.testing.assert_close(found["states"], torch.cat([empty[:1], states]), **rounding)
+    torch.testing.assert_close(found["pooled"], torch.cat([empty_pooled[:1], pooled]), **rounding)
     assert found["states"].shape[1] == 77 + 256
     assert (states[0] - states[1])[:77].std() > 0.1
     without_t5 = pipeline.text_encoder_3 is None
