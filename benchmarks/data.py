@@ -34,6 +34,8 @@ from sfumato.data.prepared.format import (
     record_text,
 )
 from sfumato.data.prepared.open import open_shards
+from sfumato.data.sample import Sample
+from sfumato.data.stream import Stream
 from sfumato.files import sha256_of
 from sfumato.images import to_pil
 from sfumato.preparation.cache_plan import made_of
