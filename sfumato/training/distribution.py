@@ -137,10 +137,6 @@ class Distribution:
         dist.all_gather_object(gathered, list(items))
         return [item for part in gathered for item in part]
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        self._accelerator.wait_for_everyone()
-
     def close(self) -> None:
         """Leave the process group, so that a later run in this process may choose another."""
         from accelerate.state import AcceleratorState
