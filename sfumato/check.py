@@ -26,17 +26,12 @@ def check_train(config: TrainConfig, processes: int) -> None:
         ValueError: naming the key, its value, and what to do.
     """
     check_values(config)
-    if config.name in {"", ".."} or Path(config.name).name != config.name:
-        raise ValueError(
-            f"name={config.name!r} cannot be the name of a folder; give one without slashes, and "
-            "the folder of all runs as runs_dir=..."
-        )
     if not config.model.parts:
         raise ValueError("model.parts=[] trains nothing; give network, or a text encoder's name")
     _check_batch(config.training, processes)
     _check_loop(config.training)
     check_sharding(config, processes)
-    _check_shards(config)
+    _check_data(config)
     _check_lora(config.model.lora)
     _check_lora_files(config)
     if len(config.optimizer.betas) != 2:
@@ -67,7 +62,7 @@ def _check_loop(training: TrainingConfig) -> None:
     from sfumato.training.stop import parse_duration
 
     if training.max_time is not None:
-        parse_duration(training.max_time)
+        parse_duration("training.max_time", training.max_time)
     if training.ema_decay is not None and training.ema_every_steps > training.max_steps:
         raise ValueError(
             f"training.ema_every_steps={training.ema_every_steps} is more than "
@@ -76,21 +71,36 @@ def _check_loop(training: TrainingConfig) -> None:
         )
 
 
-def _check_shards(config: TrainConfig) -> None:
+def _check_data(config: TrainConfig) -> None:
     from sfumato.data.prepared.open import check_shard_config
 
-    shards, images = config.data.shards, config.data.images
-    if shards.path is None and not shards.sources:
+    shards, images, held_out = config.data.shards, config.data.images, config.validation.images
+    given = {
+        f"{key}.path={each.path!r}": bool(each.path or each.sources)
+        for key, each in (
+            ("data.shards", shards),
+            ("data.images", images),
+            ("validation.images", held_out),
+        )
+    }
+    in_shards, in_images, _ = given.values()
+    unread = [key for key in given if given[key]]
+    if unread and isinstance(config.objective, DraftConfig):
+        raise ValueError(
+            f"{unread[0]} is for objective=supervised, and objective=draft reads only data.prompts "
+            "and validation.prompts; leave it out"
+        )
+    if in_shards and not isinstance(config.objective, SupervisedConfig):
+        raise ValueError(f"{unread[0]} is for objective=supervised; bring Own(stream=...) instead")
+    if in_shards and in_images:
+        raise ValueError(f"{' and '.join(unread[:2])} are both given; leave one of them out")
+    if shards.cached and in_images:
+        raise ValueError(
+            f"data.shards.cached=true reads a prepared folder, not {unread[0]}; give "
+            "data.shards.path instead, or data.shards.cached=false"
+        )
+    if not in_shards:
         return
-    if not isinstance(config.objective, SupervisedConfig):
-        raise ValueError(
-            f"data.shards.path={shards.path!r} is for objective=supervised; an objective that "
-            "maximises a reward reads data.prompts"
-        )
-    if images.path is not None or images.sources:
-        raise ValueError(
-            f"data.shards.path={shards.path!r} is given beside data.images; leave one of them out"
-        )
     check_shard_config(shards)
     if shards.cached and config.model.parts not in (["network"], ["unet"], ["transformer"]):
         raise ValueError(

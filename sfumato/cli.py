@@ -125,15 +125,12 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
     quiet_libraries()
     settings = [text for text in arguments if "=" in text and not text.startswith("-")]
     others = [text for text in arguments if text not in settings]
-    sys.argv = [
-        f"sfumato {command}",
-        *others,
-        *rewritten(command, settings, sweep=is_sweep(others)),
-    ]
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(
         lambda config: run_composed(command, config)
     )
     with mistakes_explained():
+        overrides = rewritten(command, settings, sweep=is_sweep(others))
+        sys.argv = [f"sfumato {command}", *others, *overrides]
         try:
             run()
         except COMPOSITION_ERRORS as error:
@@ -293,6 +290,8 @@ def demo(arguments: Sequence[str]) -> None:
         parser.error(f"--stage {options.stage} is of the rebuild; say --rebuild DIR too")
     if options.rebuild and options.out:
         parser.error(f"--rebuild does not write to --out; say --rebuild {options.out}")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed {options.seed} must be 0 or more, and less than 2^63")
     with mistakes_explained():
         if options.rebuild and options.stage:
             from sfumato.demo.rebuild import run_stage

@@ -32,6 +32,7 @@ from sfumato.config import (
     check_values,
     rule_of,
 )
+from sfumato.config.saved import read_saved
 from sfumato.explain import explain, first_line, unknown_key, unreadable_value
 from sfumato.overrides import escaped, rewritten
 
@@ -249,12 +250,8 @@ def load_settings(file: Path) -> TrainConfig:
     Raises:
         ValueError: if it is not there, or not one that `sfumato train` wrote.
     """
-    if not file.exists():
-        raise ValueError(f"{file.parent} is no run folder: it has no {file.name}")
+    content = read_saved(file.parent, "give a folder that `sfumato train` made")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it has no settings, such as objective")
         root = OmegaConf.structured(TrainConfig)
         for group, choices in GROUPS.items():
             kind = content[group]["kind"]
@@ -262,7 +259,7 @@ def load_settings(file: Path) -> TrainConfig:
                 raise ValueError(f"{group}.kind = {kind!r}; there are {', '.join(choices)}")
             root[group] = choices[kind]
         return to_settings(OmegaConf.merge(root, _literal(content)))
-    except (*COMPOSITION_ERRORS, LookupError, TypeError, ValueError, OSError) as error:
+    except (*COMPOSITION_ERRORS, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is not a configuration of `sfumato train`: {first_line(str(error))}"
         ) from error
@@ -289,7 +286,7 @@ def _resolve_part(place: str, given: Any) -> WeightedPartConfig:
     choices = [name for name in REWARDS if name not in ("none", "weighted")]
     if kind not in choices:
         raise ValueError(f"{place}.kind = {kind!r}; choose one of {', '.join(choices)}")
-    if not isinstance(weight, int | float) or not math.isfinite(weight):
+    if type(weight) not in (int, float) or not math.isfinite(weight):
         raise ValueError(f"{place}.weight = {weight!r} must be finite; give a number")
     return WeightedPartConfig(_resolve(place, settings, REWARDS[kind]), float(weight))
 

@@ -19,8 +19,8 @@ from tiny_sd import write_tiny_sd
 
 from sfumato.config import ColorRewardConfig, DraftConfig, ModelConfig, SamplerConfig, TrainConfig
 from sfumato.diffusion.randomness import derive
+from sfumato.evaluation import evaluate as evaluation
 from sfumato.evaluation.diversity import LpipsDistance, PixelDistance, build_distance
-from sfumato.evaluation.evaluate import evaluate
 from sfumato.evaluation.results import Evaluation, at_equal_reward, read_evaluations
 from sfumato.images import load_images
 from sfumato.models.generate import generate
@@ -108,6 +108,19 @@ def test_unknown_features_and_single_images_are_refused(tmp_path: Path) -> None:
 
 
 # ---- evaluate
+
+
+def evaluate(
+    run: RunFolder,
+    model: TextToImageModel,
+    config: TrainConfig,
+    reward: Any,
+    steps: list[int],
+    prompts: list[str],
+    **settings: Any,
+) -> list[Any]:
+    study = evaluation.Study(model, config, reward, prompts, **settings)
+    return evaluation.evaluate(run, study, steps)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from sfumato.config.fields import Rule, choice, count, entries, not_negative, setting
+from sfumato.config.fields import Rule, choice, count, entries, folder_name, not_negative, setting
 from sfumato.config.train import (
     MAX_PIXELS,
     MISSING,
@@ -38,7 +38,7 @@ class SampleConfig:
     run: str | None = None  # a run folder
     step: str | None = None  # number of a checkpoint, or best; null is the last
     pretrained: str | None = None  # a diffusers folder or hub id, instead of a run
-    prompt: str | None = None  # one prompt
+    prompt: str | None = setting(None, Rule(blank=True))  # one prompt
     prompts: str | None = None  # a prompt file, instead of one prompt
     column: str | None = None  # of prompts in a table
     num_images: int = count(4)  # per prompt
@@ -95,11 +95,11 @@ class FilterConfig:
     """Which samples of the tars to keep, as a named selection; null is no bound."""
 
     name: str = "all"  # of the selection
-    min_size: int | None = None  # pixels of the smaller side
-    max_size: int | None = None  # pixels of the larger side
+    min_size: int | None = count(None)  # pixels of the smaller side
+    max_size: int | None = count(None)  # pixels of the larger side
     max_aspect: float | None = setting(None, Rule(least=1))  # longer side / shorter side
-    min_caption: int | None = None  # characters
-    max_caption: int | None = None
+    min_caption: int | None = not_negative(None)  # characters
+    max_caption: int | None = count(None)
     score: str | None = None  # a column of pack.columns
     min_score: float | None = None
     max_score: float | None = None
@@ -191,7 +191,7 @@ class JobConfig:
 class LaunchConfig:
     """`sfumato launch`: run stages, each one job, one after the other."""
 
-    name: str = "launch"
+    name: str = folder_name("launch")  # in runs_dir
     runs_dir: str = "runs"
     stages: list[str] = field(default_factory=list)  # names of jobs; empty runs all, in order
     jobs: dict[str, Any] = entries(JobConfig)  # NAME: {command: ..., ...}

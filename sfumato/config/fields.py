@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 Number = int | float
@@ -14,6 +15,8 @@ class Rule:
     """What one setting may be.
 
     Attributes:
+        blank: whether a text may be empty.
+        folder: whether a text is the name of a folder.
         entries: the class of each value of a dictionary; str for texts.
         interpolated: whether texts read other settings as ${KEY}.
     """
@@ -23,6 +26,8 @@ class Rule:
     above: Number | None = None
     most: Number | None = None
     below: Number | None = None
+    blank: bool = False
+    folder: bool = False
     entries: type | None = None
     interpolated: bool = False
 
@@ -38,6 +43,12 @@ class Rule:
             raise ValueError(f"{key}={value} must be finite; give {str(self) or 'a number'}")
         if self.choices and value not in self.choices:
             raise ValueError(f"{key}={value!r} is unknown; choose {self}")
+        if isinstance(value, str) and not (value.strip() or self.blank):
+            raise ValueError(f"{key}={value!r} is empty; give a text, or leave {key} out")
+        if self.folder and (value == ".." or Path(value).name != value):
+            raise ValueError(
+                f"{key}={value!r} is not the name of a folder; give it without slashes"
+            )
         for broken, size, advice in self._bounds(value):
             if broken:
                 raise ValueError(f"{key}={value} is too {size}; give {advice}")
@@ -83,6 +94,11 @@ def not_negative(default: Number | None) -> Any:
 def fraction(default: Number | list[float] | None) -> Any:
     """Return a field for a number in [0, 1), or a list of them."""
     return setting(default, Rule(least=0, below=1))
+
+
+def folder_name(default: str) -> Any:
+    """Return a field for the name of a folder."""
+    return setting(default, Rule(folder=True))
 
 
 def entries(kind: type) -> Any:

@@ -11,6 +11,7 @@ from sfumato.config.fields import (
     choice,
     count,
     entries,
+    folder_name,
     fraction,
     not_negative,
     positive,
@@ -301,7 +302,7 @@ class OptimizerConfig:
 class ValidationConfig:
     """Pairs (tuned, base) of fixed prompts and fixed noise, and the loss of held-out images."""
 
-    prompts: str | None = None  # null is the first prompts, or captions, of the data
+    prompts: str | None = None  # null is the first of data.prompts, or else captions of the data
     column: str | None = None  # of validation.prompts in a table
     num_images: int = count(8)
     every_steps: int = not_negative(100)  # 0 is off
@@ -314,7 +315,7 @@ class ValidationConfig:
 class TrainingConfig:
     """The loop."""
 
-    max_steps: int = count(1000)
+    max_steps: int = setting(1000, Rule(least=1, most=10**12))
     micro_batch_size: int = count(1)  # images per process and forward
     global_batch_size: int = count(4)  # images per optimiser step, over all processes
     precision: str = choice("no", "bf16", "fp16")  # of autocast
@@ -338,7 +339,7 @@ class TrainingConfig:
 class TrainConfig:
     """`sfumato train`: fine-tune, align or pretrain a text-to-image model."""
 
-    name: str = "run"  # of the folder in runs_dir
+    name: str = folder_name("run")  # in runs_dir
     runs_dir: str = "runs"  # folder of all runs
     export: str = choice("last", "best")  # best has the lowest validation loss
     verify: bool = True  # load each export with diffusers and compare an image

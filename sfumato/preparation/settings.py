@@ -9,8 +9,6 @@ def check_prepare(config: PrepareConfig) -> None:
     """Refuse single values and combinations that cannot work, with a ValueError naming the key."""
     check_values(config)
     pack = config.pack
-    if not config.out.strip():
-        raise ValueError("out is empty; name the folder to prepare")
     if not config.stages:
         raise ValueError(f"stages is empty; choose some of {', '.join(STAGES)}")
     if pack.repeats != 1 or pack.weight is not None:

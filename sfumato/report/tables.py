@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sfumato.config.saved import flatten
 from sfumato.evaluation.results import EqualReward, Evaluation
 from sfumato.report.losses import validation_loss
-from sfumato.report.records import RunRecord, flatten
+from sfumato.report.records import RunRecord
 
 MINUS, PLUS_MINUS, NONE = "−", "±", "–"
 HELD_OUT = "held-out score "  # distinguishes a score's column from others of the same name
@@ -102,7 +103,7 @@ def origin_table(records: Sequence[RunRecord]) -> Table:
 
 def difference_table(records: Sequence[RunRecord]) -> Table | None:
     """Return the settings in which the runs differ, or None where they do not."""
-    settings = [dict(flatten(record.settings)) for record in records]
+    settings = [flatten(record.settings) for record in records]
     rows = []
     for key in dict.fromkeys(key for one in settings for key in one):
         values = [one.get(key, NONE) for one in settings]
