@@ -122,12 +122,16 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and not as Hydra prints them
-    quiet_libraries()
+    for library in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(library, "error")
     settings = [text for text in arguments if "=" in text and not text.startswith("-")]
     others = [text for text in arguments if text not in settings]
-    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(
-        lambda config: run_composed(command, config)
-    )
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)
+    def run(config: Any) -> None:
+        with mistakes_explained():  # here, before Hydra prints its own account
+            dispatch(command, config)
+
     with mistakes_explained():
         overrides = rewritten(command, settings, sweep=is_sweep(others))
         sys.argv = [f"sfumato {command}", *others, *overrides]
@@ -135,12 +139,6 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
             run()
         except COMPOSITION_ERRORS as error:
             fail(explain(error, known_keys(command)))
-
-
-def quiet_libraries() -> None:
-    """Show errors of diffusers and transformers only, unless their own variables say otherwise."""
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
 
 
 @contextmanager
@@ -174,14 +172,8 @@ def mistakes_explained() -> Iterator[None]:
         )
 
 
-def run_composed(command: str, config: Any) -> None:
-    """Check composed settings and hand them to the room that does the work."""
-    with mistakes_explained():  # here, before Hydra prints its own account
-        dispatch(command, config)
-
-
 def dispatch(command: str, config: Any) -> None:
-    """Run a command with its composed settings."""
+    """Check composed settings and hand them to the room that does the work."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf

@@ -84,17 +84,17 @@ def _unknown_choice(group: str, choice: str, message: str) -> str:
 
 
 def _wrong_value(key: str, value: str, cause: str, known: Sequence[str]) -> str:
-    said = f"{key} = {value}"
+    shown = f"{key} = {value}"
     inner = [name for name in known if name.startswith(f"{key}.")]
     if inner:
-        return f"{said}: {key} is a group of settings; give one of them, such as {inner[0]}=..."
+        return f"{shown}: {key} is a group of settings; give one of them, such as {inner[0]}=..."
     if "not Optional" in cause:
-        return f"{said} must have a value; run with --help {key} to see what it may be"
+        return f"{shown} must have a value; run with --help {key} to see what it may be"
     match = re.search(r"Value '(.*?)' .*(Integer|Float|bool)|is not a ListConfig, (list)", cause)
     if match is None:
-        return f"{said}: {first_line(cause)}; run with --help {key} to see what it may be"
+        return f"{shown}: {first_line(cause)}; run with --help {key} to see what it may be"
     wrong = f": {match[1]}" if match[1] not in (None, value) else ""
-    return f"{said}{wrong} is not {KINDS[match[2] or match[3]]}; give one"
+    return f"{shown}{wrong} is not {KINDS[match[2] or match[3]]}; give one"
 
 
 def unreadable_value(key: str, error: BaseException) -> str:

@@ -45,7 +45,7 @@ class Rule:
             raise ValueError(f"{key}={value!r} is unknown; choose {self}")
         if isinstance(value, str) and not (value.strip() or self.blank):
             raise ValueError(f"{key}={value!r} is empty; give a text, or leave {key} out")
-        if self.folder and (value == ".." or Path(value).name != value):
+        if self.folder and (value == ".." or Path(str(value)).name != value):
             raise ValueError(
                 f"{key}={value!r} is not the name of a folder; give it without slashes"
             )

@@ -3,9 +3,8 @@
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,7 @@ class Study:
     seed: int
     batch_size: int
     features: str
-    held_out: Mapping[str, HeldOut] = MappingProxyType({})
+    held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 
     @property
     def jobs(self) -> list[tuple[int, int]]:

@@ -109,8 +109,7 @@ def report_left_out(stream: Stream[Any], folder: RunFolder, distribution: Distri
     lines = list(dict.fromkeys(summary for summary in summaries if summary))
     with distribution.together():
         if distribution.is_main and lines:
-            for line in lines:
-                print(f"left out: {line}", flush=True)
+            print("\n".join(f"left out: {line}" for line in lines), flush=True)
             write_text(folder.path / "left_out.json", json.dumps(lines, indent=2) + "\n")
 
 
