@@ -1,13 +1,11 @@
 """Combinations of training settings that cannot work, refused before any weight is loaded."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from sfumato.config import (
     DraftConfig,
     JpegRewardConfig,
-    LoraConfig,
     NoRewardConfig,
     RewardConfig,
     SupervisedConfig,
@@ -26,13 +24,10 @@ def check_train(config: TrainConfig, processes: int) -> None:
         ValueError: naming the key, its value, and what to do.
     """
     check_values(config)
-    if not config.model.parts:
-        raise ValueError("model.parts=[] trains nothing; give network, or a text encoder's name")
     _check_batch(config.training, processes)
     _check_loop(config.training)
     check_sharding(config, processes)
     _check_data(config)
-    _check_lora(config.model.lora)
     _check_lora_files(config)
     if len(config.optimizer.betas) != 2:
         raise ValueError(f"optimizer.betas={config.optimizer.betas} are not two numbers; give two")
@@ -107,22 +102,6 @@ def _check_data(config: TrainConfig) -> None:
             f"model.parts={config.model.parts} trains a text encoder, but a cache holds the "
             "states of the frozen one; use data.shards.cached=false, or model.parts=[network]"
         )
-
-
-def _check_lora(lora: LoraConfig) -> None:
-    for key, targets in (
-        ("model.lora.targets", lora.targets),
-        ("model.lora.encoder_targets", lora.encoder_targets),
-    ):
-        if targets == []:
-            raise ValueError(f"{key}=[] trains nothing; leave it out for the default")
-        for target in targets or []:
-            try:
-                re.compile(target)
-            except re.error as error:
-                raise ValueError(
-                    f"{key}=[{target!r}] is no list of regular expressions ({error}); correct it"
-                ) from error
 
 
 def _check_lora_files(config: TrainConfig) -> None:

@@ -70,11 +70,9 @@ def run_command(arguments: Sequence[str]) -> None:
     }
     name, rest = arguments[0], arguments[1:]
     if name not in commands:
-        import difflib
+        from sfumato.explain import nearest
 
-        near = difflib.get_close_matches(name, commands, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
-        fail(f"unknown command {name!r}; {hint}")
+        fail(f"unknown command {name!r}; {nearest(name, commands)}")
     composed = name not in {"report", "recipes", "demo"} and rest[:1] != ["verify"]
     if composed and not HELP.isdisjoint(rest):
         show_help(name, [text for text in rest if text not in HELP])
@@ -93,13 +91,18 @@ def show_help(command: str, keys: Sequence[str]) -> None:
 
 def recipes(arguments: Sequence[str]) -> None:
     """List the recipes of every command."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="sfumato recipes", description=recipes.__doc__)
+    parser = options_parser("recipes", recipes)
     parser.parse_args(arguments)
     from sfumato.help import recipes_page
 
     print(recipes_page())
+
+
+def options_parser(name: str, command: Callable[[Sequence[str]], None]) -> Any:
+    """Return an argparse parser that describes a command by its docstring."""
+    import argparse
+
+    return argparse.ArgumentParser(prog=f"sfumato {name}", description=command.__doc__)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -224,10 +227,9 @@ def prepare(arguments: Sequence[str]) -> None:
     if arguments[:1] != ["verify"]:
         hydra_command("prepare", arguments)
         return
-    import argparse
     from pathlib import Path
 
-    parser = argparse.ArgumentParser(prog="sfumato prepare verify", description=prepare.__doc__)
+    parser = options_parser("prepare verify", prepare)
     parser.add_argument("folder", type=Path, help="the folder that was prepared")
     options = parser.parse_args(arguments[1:])
     from sfumato.preparation.verify import verify
@@ -243,10 +245,9 @@ def launch(arguments: Sequence[str]) -> None:
 
 def report(arguments: Sequence[str]) -> None:
     """Write a report of run folders."""
-    import argparse
     from pathlib import Path
 
-    parser = argparse.ArgumentParser(prog="sfumato report", description=report.__doc__)
+    parser = options_parser("report", report)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--title", default="Sfumato report")
@@ -261,10 +262,9 @@ def report(arguments: Sequence[str]) -> None:
 
 def demo(arguments: Sequence[str]) -> None:
     """Run DRaFT and DRaFT+ in the tiny world and write a report of reward against diversity."""
-    import argparse
     from pathlib import Path
 
-    parser = argparse.ArgumentParser(prog="sfumato demo", description=demo.__doc__)
+    parser = options_parser("demo", demo)
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/demo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -275,7 +275,7 @@ def demo(arguments: Sequence[str]) -> None:
         const=Path("runs/demo_model"),
         help="train the shipped models again, into this folder, instead of running the demo",
     )
-    parser.add_argument("--stage", metavar="NAME", help="of the rebuild: this stage alone")
+    parser.add_argument("--stage", metavar="NAME", help="of the rebuild: only this stage")
     parser.add_argument("--count", type=int, default=1, help="its training steps, or pictures")
     options = parser.parse_args(arguments)
     if options.stage and not options.rebuild:

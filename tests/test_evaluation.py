@@ -28,7 +28,7 @@ from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import load_model
 from sfumato.rewards.clip import ClipReward
 from sfumato.rewards.simple import BrightnessReward, ColorReward
-from sfumato.rewards.weighted import WeightedPart, WeightedSum
+from sfumato.rewards.weighted import WeightedSum
 from sfumato.training.checkpoint import Snapshot, write_checkpoint
 from sfumato.training.folder import RunFolder
 
@@ -204,7 +204,7 @@ def test_the_numbers_are_those_of_the_images(
     run: RunFolder, model: TextToImageModel, config: TrainConfig
 ) -> None:
     held = {"brightness": BrightnessReward(scale=1.0)}
-    reward = WeightedSum([WeightedPart("red", ColorReward("red"), 2.0)])
+    reward = WeightedSum({"red": (2.0, ColorReward("red"))})
     (found,) = evaluate(run, model, config, reward, [0], PROMPTS, held_out=held, **STUDY)
     images = load_images(
         [run.evaluation(0) / f"images/{p:03d}-{i:03d}.png" for p in range(2) for i in range(3)]

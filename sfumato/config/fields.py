@@ -1,6 +1,7 @@
 """Choices and bounds of settings: stated at the fields of dataclasses, checked by one walk."""
 
 import math
+import re
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -17,6 +18,8 @@ class Rule:
     Attributes:
         blank: whether a text may be empty.
         folder: whether a text is the name of a folder.
+        regex: whether a text is a regular expression.
+        filled: whether a list has at least one value.
         entries: the class of each value of a dictionary; str for texts.
         interpolated: whether texts read other settings as ${KEY}.
     """
@@ -28,6 +31,8 @@ class Rule:
     below: Number | None = None
     blank: bool = False
     folder: bool = False
+    regex: bool = False
+    filled: bool = False
     entries: type | None = None
     interpolated: bool = False
 
@@ -35,6 +40,8 @@ class Rule:
         """Return the rule in words: "0 or more, less than 1"; empty without a rule."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
+        if self.regex:
+            return "regular expressions of layer names"
         return ", ".join(advice for _, _, advice in self._bounds(0))
 
     def check(self, key: str, value: Any) -> None:
@@ -49,6 +56,13 @@ class Rule:
             raise ValueError(
                 f"{key}={value!r} is not the name of a folder; give it without slashes"
             )
+        if self.regex:
+            try:
+                re.compile(str(value))
+            except re.error as error:
+                raise ValueError(
+                    f"{key}={value!r} is no regular expression ({error}); correct it"
+                ) from error
         for broken, size, advice in self._bounds(value):
             if broken:
                 raise ValueError(f"{key}={value} is too {size}; give {advice}")
@@ -64,6 +78,14 @@ class Rule:
             yield value >= self.below, "large", f"less than {self.below}"
 
 
+COUNT = Rule(least=1)  # of things
+POSITIVE = Rule(above=0)
+NOT_NEGATIVE = Rule(least=0)
+UNIT = Rule(least=0, most=1)
+FRACTION = Rule(least=0, below=1)
+FOLDER = Rule(folder=True)  # the name of one
+
+
 def setting(default: Any, rule: Rule) -> Any:
     """Return a field with a default and a rule; None and lists of allowed values are allowed."""
     if isinstance(default, list | dict):
@@ -74,31 +96,6 @@ def setting(default: Any, rule: Rule) -> Any:
 def choice(default: str, *others: str) -> Any:
     """Return a field for one of several texts."""
     return setting(default, Rule(choices=(default, *others)))
-
-
-def count(default: int | None) -> Any:
-    """Return a field for a number of things, 1 or more."""
-    return setting(default, Rule(least=1))
-
-
-def positive(default: Number | None) -> Any:
-    """Return a field for a number above 0."""
-    return setting(default, Rule(above=0))
-
-
-def not_negative(default: Number | None) -> Any:
-    """Return a field for a number that is 0 or more."""
-    return setting(default, Rule(least=0))
-
-
-def fraction(default: Number | list[float] | None) -> Any:
-    """Return a field for a number in [0, 1), or a list of them."""
-    return setting(default, Rule(least=0, below=1))
-
-
-def folder_name(default: str) -> Any:
-    """Return a field for the name of a folder."""
-    return setting(default, Rule(folder=True))
 
 
 def entries(kind: type) -> Any:
@@ -122,6 +119,8 @@ def check_values(settings: Any, prefix: str = "") -> None:
     """
     for item in fields(settings):
         key, value = f"{prefix}{item.name}", vars(settings)[item.name]
+        if value == [] and rule_of(item).filled:
+            raise ValueError(f"{key}=[] is empty; give one or more, or leave {key} out")
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
                 rule_of(item).check(key, one)

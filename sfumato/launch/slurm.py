@@ -125,7 +125,7 @@ def _check(cluster: SlurmClusterConfig) -> None:
     if cluster.signal_seconds >= parse_duration("cluster.time", cluster.time, "-"):
         raise ValueError(
             f"cluster.signal_seconds = {cluster.signal_seconds} must be below cluster.time = "
-            f"{cluster.time}; a job runs before it is told to save"
+            f"{cluster.time}; a job must run before Slurm warns it to save"
         )
 
 

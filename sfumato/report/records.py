@@ -183,12 +183,9 @@ def _read_run(run: RunFolder, name: str) -> RunRecord:
         names = f"step {first.step} of {name}", f"step {other.step}"
         _check_alike(*names, first.settings, other.settings)
     metrics = read_metrics(run) if run.metrics.exists() else []
-    return RunRecord(name, run, settings, _read_starts(run), metrics, evaluations)
-
-
-def _read_starts(run: RunFolder) -> list[dict[str, Any]]:
     path = run.path / "run.json"
-    return read_record(path, _Starts, "remove or correct it").starts if path.exists() else []
+    starts = read_record(path, _Starts, "remove or correct it").starts if path.exists() else []
+    return RunRecord(name, run, settings, starts, metrics, evaluations)
 
 
 def _check_alike(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:

@@ -50,7 +50,10 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"breakable": _breakable, "number": number}
+    environment.filters |= {
+        "breakable": lambda name: Markup("_<wbr>").join(name.split("_")),  # in a narrow column
+        "number": number,
+    }
     page = {
         "title": title,
         "notes": [part.strip() for part in notes.split("\n\n") if part.strip()],
@@ -59,11 +62,6 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str
     }
     write_text(out, environment.get_template(TEMPLATE.name).render(page=page))
     return out
-
-
-def _breakable(name: str) -> Markup:
-    """Let the name of a run break after an underscore in a narrow column."""
-    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
