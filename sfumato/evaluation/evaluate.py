@@ -240,7 +240,6 @@ def _generate_batch(
 
 
 def _rewards(score: Score, step: int, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the reward and its parts for the row of each image."""
     values = score.value.float().tolist()
     if not np.isfinite(values).all():
         raise ValueError(f"at step {step} the rewards of {texts} are {values}; leave the step out")

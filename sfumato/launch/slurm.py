@@ -134,7 +134,6 @@ def _save_seconds(cluster: SlurmClusterConfig) -> int:
 
 
 def _script(job: Job, folder: LaunchFolder, cluster: SlurmClusterConfig) -> str:
-    """Return the sbatch script of a job."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -169,7 +168,6 @@ def _send(
     folder: LaunchFolder,
     cluster: SlurmClusterConfig,
 ) -> str:
-    """Submit one job; return its id."""
     record = read_job_record(folder, job.name)
     if record is not None:
         write_job_record(folder, job.name, replace(record, requeues=0))

@@ -138,7 +138,6 @@ def load_on_meta(family: type[PipelineModel], folder: Path, config: ModelConfig)
 
 
 def _on_meta(folder: Path, name: str) -> nn.Module:
-    """Return a network of model_index.json on the meta device."""
     entry: Any = read_model_index(folder)[name]
     library, class_name = entry
     kind = getattr(importlib.import_module(library), class_name)

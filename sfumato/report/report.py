@@ -65,7 +65,6 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str
 
 
 def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
-    """Return what the template shows."""
     evaluated = [(record, record.base) for record in records if record.base is not None]
     # Prefer an evaluation of the base model that has rewards.
     base_run, base = max(evaluated, key=lambda one: one[1].reward is not None, default=(None, None))
@@ -113,7 +112,6 @@ def _features(evaluation: Evaluation) -> str:
 
 
 def _gaps(records: Sequence[RunRecord], base: Evaluation | None) -> list[str]:
-    """Name what the run folders lack."""
     lines = [f"{record.name} {gap}" for record in records for gap in _run_gaps(record)]
     if base is None and any(record.evaluations for record in records):
         lines.append("The base model is not evaluated: evaluate step 0 of one of the runs.")

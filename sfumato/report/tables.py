@@ -119,8 +119,6 @@ def held_out_names(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _scores(one: Evaluation, base: Evaluation | None, label: str) -> dict[str, Cell]:
-    """Return the measures by column, each with its difference from the base model."""
-
     def against(value: float, own: float | None) -> str:
         return "" if own is None else number(value - own, value, sign=True)
 
@@ -136,7 +134,6 @@ def _scores(one: Evaluation, base: Evaluation | None, label: str) -> dict[str, C
 
 
 def _losses(record: RunRecord) -> dict[str, Cell]:
-    """Return the images and the validation losses of supervised training, by column."""
     loss, seen = validation_loss(record), record.images_seen
     if not record.supervised:
         return {}

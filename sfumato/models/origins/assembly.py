@@ -241,7 +241,6 @@ def write_settings(
 
 
 def _write_vae(part: Component, folder: Path, config: ModelConfig) -> dict[str, Any]:
-    """Write an autoencoder; return its settings."""
     if part.path.is_file():
         state = read_tensors(part.path, part.setting, allow_pickle=config.allow_pickle)
         write_autoencoder(state, folder, part.setting)
