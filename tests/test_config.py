@@ -279,7 +279,7 @@ BAD: list[tuple[str, object, str]] = [
     ("training.compile", "half", "one of none, regional, full"),
     ("training.ema_decay", 1.0, "less than 1"),
     ("training.ema_every_steps", 10**6, "training.max_steps=1000"),
-    ("training.max_time", "1h", "[DD:]HH:MM:SS"),
+    ("training.max_time", "1h", "MM:SS"),
     ("training.max_time", "00:00", "[DD:]HH:]MM:SS"),
     ("training.max_time", "1:99", "[DD:]HH:]MM:SS"),
     ("training.max_time", "1:60:00", "[DD:]HH:]MM:SS"),
