@@ -69,32 +69,33 @@ def _check_loop(training: TrainingConfig) -> None:
 def _check_data(config: TrainConfig) -> None:
     from sfumato.data.prepared.open import check_shard_config
 
-    shards, images, held_out = config.data.shards, config.data.images, config.validation.images
-    given = {
-        f"{key}.path={each.path!r}": bool(each.path or each.sources)
-        for key, each in (
-            ("data.shards", shards),
-            ("data.images", images),
-            ("validation.images", held_out),
-        )
+    data, shards = config.data, config.data.shards
+    sources = {
+        "data.shards": data.shards,
+        "data.images": data.images,
+        "validation.images": config.validation.images,
     }
-    in_shards, in_images, _ = given.values()
-    unread = [key for key in given if given[key]]
-    if unread and isinstance(config.objective, DraftConfig):
+    named = {
+        key: f"{key}.path={each.path!r}" if each.path else f"{key}.sources={list(each.sources)}"
+        for key, each in sources.items()
+        if each.path or each.sources
+    }
+    if named and isinstance(config.objective, DraftConfig):
         raise ValueError(
-            f"{unread[0]} is for objective=supervised, and objective=draft reads only data.prompts "
-            "and validation.prompts; leave it out"
+            f"{next(iter(named.values()))} is for objective=supervised, and objective=draft reads "
+            "only data.prompts and validation.prompts; leave it out"
         )
-    if in_shards and not isinstance(config.objective, SupervisedConfig):
-        raise ValueError(f"{unread[0]} is for objective=supervised; bring Own(stream=...) instead")
-    if in_shards and in_images:
-        raise ValueError(f"{' and '.join(unread[:2])} are both given; leave one of them out")
-    if shards.cached and in_images:
+    prepared, images = named.get("data.shards"), named.get("data.images")
+    if prepared and not isinstance(config.objective, SupervisedConfig):
+        raise ValueError(f"{prepared} is for objective=supervised; bring Own(stream=...) instead")
+    if prepared and images:
+        raise ValueError(f"{prepared} and {images} are both given; leave one of them out")
+    if shards.cached and images:
         raise ValueError(
-            f"data.shards.cached=true reads a prepared folder, not {unread[0]}; give "
+            f"data.shards.cached=true reads a prepared folder, and {images} is none; give "
             "data.shards.path instead, or data.shards.cached=false"
         )
-    if not in_shards:
+    if not prepared:
         return
     check_shard_config(shards)
     if shards.cached and config.model.parts not in (["network"], ["unet"], ["transformer"]):

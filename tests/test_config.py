@@ -335,6 +335,8 @@ def test_cached_data_lies_in_a_prepared_folder():
     given = ["objective=supervised", "model.pretrained=M", "data.shards.cached=true"]
     with pytest.raises(ValueError, match=r"data\.shards\.cached=true .*data\.images\.path='P'"):
         compose_train([*given, "data.images.path=P"])
+    with pytest.raises(ValueError, match=r"cached=true .*data\.images\.sources=\['a'\]"):
+        compose_train([*given, "data.images.sources.a.path=P"])
     with pytest.raises(ValueError, match=r"data\.shards\.path='S' and data\.images\.path='P'"):
         compose_train([*given, "data.images.path=P", "data.shards.path=S"])
 

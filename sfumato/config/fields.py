@@ -41,7 +41,7 @@ class Rule:
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.regex:
-            return "regular expressions of layer names"
+            return "regular expressions"
         return ", ".join(advice for _, _, advice in self._bounds(0))
 
     def check(self, key: str, value: Any) -> None:
