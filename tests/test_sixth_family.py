@@ -53,6 +53,12 @@ class AuraFlow(PipelineModel):
     network_name = "transformer"
     encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
+    classes: ClassVar = {
+        "transformer": "AuraFlowTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "UMT5EncoderModel",
+        "tokenizer": "T5Tokenizer",
+    }
     token_limits: ClassVar = {"text_encoder": TOKENS}
     schedulers = "FlowMatchEulerDiscreteScheduler"
     lora_targets: ClassVar = {"transformer": (r".*\.attn\.to_[qkv]",)}

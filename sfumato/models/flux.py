@@ -4,7 +4,7 @@ FLUX.1-dev is distilled from guidance and takes the scale as an input. For a tra
 this input (FLUX.1-schnell, undistilled models) a scale above 1 is classifier-free guidance.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato.config import ModelConfig
 from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
 from sfumato.models.adapters import Roles
+from sfumato.models.agreement import Fit, Settings, sum_fit
 from sfumato.models.autoencoder_kl import downsampling
 from sfumato.models.formats import read_json
 from sfumato.models.limits import Limits
@@ -65,6 +66,14 @@ class Flux(PipelineModel):
     network_name = "transformer"
     encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
+    classes: ClassVar = {
+        "transformer": "FluxTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+        "tokenizer": "CLIPTokenizer",
+        "tokenizer_2": "T5Tokenizer",
+    }
     token_limits: ClassVar = {"text_encoder_2": 512}  # the pipeline's, or the tokenizer's if less
     unused: ClassVar = {"image_encoder": None, "feature_extractor": None}
     schedulers = "FlowMatchEulerDiscreteScheduler"
@@ -94,6 +103,17 @@ class Flux(PipelineModel):
             multiple=2 * factor,
             size=(LATENT_SIDE * factor, LATENT_SIDE * factor),
         )
+
+    @classmethod
+    def fits(cls, settings: Mapping[str, Settings]) -> Iterable[Fit]:
+        network, channels = settings["transformer"], settings["vae"].get("latent_channels")
+        packed = None if channels is None else 4 * channels
+        read, written = network.get("in_channels"), network.get("out_channels")
+        yield "in_channels in transformer", read, "4 latent_channels in vae", packed
+        yield "out_channels in transformer", written, "in_channels there", read
+        width, pooled = network.get("joint_attention_dim"), network.get("pooled_projection_dim")
+        yield sum_fit(settings, "joint_attention_dim", width, d_model=["text_encoder_2"])
+        yield sum_fit(settings, "pooled_projection_dim", pooled, hidden_size=["text_encoder"])
 
     def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return flow_times(self.scheduler, num_inference_steps, tokens, even=True)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato import files
 from sfumato.config import ModelConfig
+from sfumato.weights import hide_progress_bars
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
@@ -87,23 +88,31 @@ def read_json(file: Path) -> Any:
 
 
 def check_components(
-    folder: Path, components: dict[str, str], *, allow_pickle: bool, blank: str | None = None
+    folder: Path,
+    components: dict[str, str],
+    classes: Mapping[str, str],
+    *,
+    allow_pickle: bool,
+    blank: str | None = None,
 ) -> None:
     """Check that model_index.json and the folder have each component.
 
-    A component needs its settings, and weights that may be loaded.
+    A component needs its class, its settings, and weights that may be loaded.
 
     Args:
         components: component name -> the file that configures it.
+        classes: component name -> the class that the family knows.
         blank: a component that needs no weights.
 
     Raises:
-        ValueError: if a component is missing or damaged, or has only pickled weights without
-            `allow_pickle`.
+        ValueError: if a component is missing, damaged or of another class, or has only pickled
+            weights without `allow_pickle`.
     """
     index = read_model_index(folder)
     for name, config in components.items():
         part = folder / name
+        if name in classes:
+            check_class(folder, index.get(name), name, classes[name])
         if index.get(name) == [None, None]:
             raise ValueError(
                 f"model.pretrained = {str(folder)!r}: its model_index.json leaves out {name}, "
@@ -127,6 +136,27 @@ def check_components(
             )
         if config == "config.json" and name != blank:
             _check_weights(part, allow_pickle=allow_pickle)
+
+
+def check_class(folder: Path, entry: object, name: str, known: str) -> None:
+    """Check that model_index.json names the class of a component that the family knows.
+
+    Only this class is imported, so that a folder of somebody else names no code that runs.
+
+    Args:
+        entry: of model_index.json: a library and a class.
+        known: the class; a tokenizer may also be its fast twin.
+    """
+    if entry in (None, [None, None]):
+        return  # whether the component may be missing is checked elsewhere
+    libraries = ("diffusers", "transformers")
+    is_pair = isinstance(entry, list) and len(entry) == 2 and entry[0] in libraries
+    if is_pair and str(entry[1]).removesuffix("Fast") == known:
+        return
+    raise ValueError(
+        f"{folder / 'model_index.json'}: {name} is {entry}, and this family needs {known}; give a "
+        f"release whose {name} is of this class"
+    )
 
 
 def _check_weights(part: Path, *, allow_pickle: bool) -> None:
@@ -180,12 +210,9 @@ def read_pipeline(
     Raises:
         ValueError: if a component cannot be read.
     """
-    import diffusers.utils.logging
-    import transformers.utils.logging
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    hide_progress_bars()
     try:
         return DiffusionPipeline.from_pretrained(
             folder,

@@ -1,7 +1,7 @@
 """Loading of a family from a diffusers folder: checked without weights, with them, or on meta."""
 
 import importlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from torch import nn
 
 from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.models.adapters import CopyRoles, FrozenRoles, LoraRoles, Roles
+from sfumato.models.agreement import check_fits, check_noise, check_read, check_tokenizer
 from sfumato.models.formats import (
+    check_class,
     check_components,
     check_scheduler,
     read_json,
@@ -22,6 +24,7 @@ from sfumato.models.lora import check_lora_files, merge_files, start_adapters
 from sfumato.models.model import DTYPES
 from sfumato.models.origins import blank_network, check_whole, start_network
 from sfumato.models.pipeline_model import PipelineModel
+from sfumato.weights import load_whole
 
 
 def check_family(
@@ -38,8 +41,11 @@ def check_family(
     """
     blank = family.network_name if config.network.config is not None else None
     components = family.components(folder)
-    check_components(folder, components, allow_pickle=config.allow_pickle, blank=blank)
+    check_components(
+        folder, components, family.classes, allow_pickle=config.allow_pickle, blank=blank
+    )
     check_scheduler(folder, family.schedulers)
+    _check_agreement(family, folder, components)
     trained_parts(family, config)
     check_lora_files(config)
     if sampler is None:
@@ -54,6 +60,21 @@ def check_family(
                 f"model.pretrained = {str(folder)!r} states no size of its images; set "
                 f"sampler.{name} in pixels, a multiple of {limits.multiple}"
             )
+
+
+def _check_agreement(
+    family: type[PipelineModel], folder: Path, components: Mapping[str, str]
+) -> None:
+    """Check that the parts of a folder fit together, and ask for no input that is not given."""
+    names = (family.network_name, "vae", *family.encoders)
+    settings = {n: read_json(folder / n / "config.json") if n in components else {} for n in names}
+    check_read(folder, family.network_name, family.unread)
+    check_fits(folder, family.fits(settings))
+    check_noise(folder)
+    for encoder in family.encoders:
+        tokenizer = encoder.replace("text_encoder", "tokenizer")
+        if encoder in components and tokenizer in components:
+            check_tokenizer(folder, tokenizer, encoder)
 
 
 def trained_parts(family: type[PipelineModel], config: ModelConfig) -> list[str]:
@@ -94,7 +115,11 @@ def load_family(
         without[family.network_name] = None
     elif config.network.config is not None:
         without |= blank_network(folder / family.network_name, family.network_name)
-    pipeline = read_pipeline(folder, config, _dtypes(family, folder, config, trained), without)
+    dtypes = _dtypes(family, folder, config, trained)
+    for name in (family.network_name, "vae", *family.encoders):
+        if name not in without:
+            without[name] = _load_component(family, folder, name, config, dtypes)
+    pipeline = read_pipeline(folder, config, dtypes, without)
     if with_network and config.network.from_pretrained is not None:
         network = pipeline.components[family.network_name]
         start_network(network, family.network_name, config)
@@ -128,7 +153,8 @@ def load_on_meta(family: type[PipelineModel], folder: Path, config: ModelConfig)
     trained = trained_parts(family, config)
     dtypes = _dtypes(family, folder, config, trained)
     names = (family.network_name, "vae", *family.encoders)
-    networks = {name: _on_meta(folder, name) for name in family.components(folder) if name in names}
+    names = [name for name in names if name in family.components(folder)]
+    networks = {name: _on_meta(family, folder, name) for name in names}
     for name, network in networks.items():
         # diffusers' own `to` would warn that layers may be needed in float32.
         nn.Module.to(network, dtypes.get(name, dtypes["default"]))
@@ -137,12 +163,38 @@ def load_on_meta(family: type[PipelineModel], folder: Path, config: ModelConfig)
     return _assemble(family, pipeline, folder, config, trained)
 
 
-def _on_meta(folder: Path, name: str) -> nn.Module:
+def _load_component(
+    family: type[PipelineModel],
+    folder: Path,
+    name: str,
+    config: ModelConfig,
+    dtypes: Mapping[str, torch.dtype],
+) -> nn.Module:
+    """Load a network or an encoder; a variant is read where the component has one."""
+    part, variant = folder / name, config.variant
+    options: dict[str, Any] = {"use_safetensors": None if config.allow_pickle else True}
+    if variant is not None and any(f".{variant}." in path.name for path in part.iterdir()):
+        options["variant"] = variant
+    dtype = dtypes.get(name, dtypes["default"])
+    kind = class_of(folder, name, family.classes[name])
+    return load_whole(kind, part, f"{name} of model.pretrained", dtype=dtype, **options)
+
+
+def class_of(folder: Path, name: str, known: str) -> Any:
+    """Return the class of a component, from diffusers or transformers.
+
+    Raises:
+        ValueError: if model_index.json names another class than the known one.
+    """
     entry: Any = read_model_index(folder)[name]
-    library, class_name = entry
-    kind = getattr(importlib.import_module(library), class_name)
+    check_class(folder, entry, name, known)
+    return getattr(importlib.import_module(entry[0]), known)
+
+
+def _on_meta(family: type[PipelineModel], folder: Path, name: str) -> nn.Module:
+    kind = class_of(folder, name, family.classes[name])
     with torch.device("meta"):
-        if library == "diffusers":
+        if kind.__module__.startswith("diffusers."):
             return kind.from_config(read_json(folder / name / "config.json"))
         return kind(kind.config_class.from_pretrained(folder / name))
 

@@ -3,7 +3,7 @@
 import abc
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from sfumato.diffusion.guidance import CfgGradient, classifier_free
 from sfumato.diffusion.process import Prediction, Time
 from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.adapters import Roles
+from sfumato.models.agreement import Fit, Settings
 from sfumato.models.autoencoder_kl import decode_kl, full_precision, latents_kl, moments_kl
 from sfumato.models.formats import (
     copy_frozen,
@@ -55,11 +56,13 @@ class PipelineModel(TextToImageModel):
     network_name: ClassVar[str]  # the component that predicts
     encoders: ClassVar[tuple[str, ...]]  # the components that read prompts
     tokenizers: ClassVar[tuple[str, ...]]
+    classes: ClassVar[Mapping[str, str]]  # of each component but the scheduler
     token_limits: ClassVar[Mapping[str, int]] = {}  # of encoders without a table of positions
     prompts_vary: ClassVar[bool] = False  # whether a shorter prompt is encoded to fewer states
     optional: ClassVar[frozenset[str]] = frozenset()  # what model_index.json may leave out
     upcast: ClassVar[tuple[str, ...]] = ()  # in float32 if their `force_upcast` says so
-    unused: ClassVar[Mapping[str, Any]] = {}  # from_pretrained's arguments that leave parts out
+    unused: ClassVar[Mapping[str, Any]] = {}  # from_pretrained's arguments that switch parts off
+    unread: ClassVar[Mapping[str, Any]] = {}  # settings of the network that no input serves
     schedulers: ClassVar[str] = r"(?!EDM|FlowMatch).*"  # of the process, as a regular expression
     blocks: ClassVar[tuple[str, ...]]  # the network's attributes that are blocks, or lists of them
     lora_targets: ClassVar[Mapping[str, Sequence[str]]]  # the preset, by component
@@ -93,6 +96,15 @@ class PipelineModel(TextToImageModel):
     @abc.abstractmethod
     def read_limits(folder: Path) -> Limits:
         """Read from the JSON files of a folder what sizes and steps the model can do."""
+
+    @classmethod
+    def fits(cls, settings: Mapping[str, Settings]) -> Iterable[Fit]:
+        """Return numbers in the parts' config.json files that must be equal.
+
+        Args:
+            settings: by component; empty for a part that is left out.
+        """
+        return ()
 
     @abc.abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -144,9 +156,13 @@ class PipelineModel(TextToImageModel):
 
     @classmethod
     def left_out(cls, folder: Path) -> dict[str, Any]:
-        """Return from_pretrained's arguments that leave out what is unused or not there."""
-        absent = cls.optional.difference(cls.components(folder))
-        return {**cls.unused, **dict.fromkeys(absent)}
+        """Return from_pretrained's arguments that leave out all but the family's components.
+
+        diffusers imports the module that model_index.json names for each part that it reads.
+        """
+        parts = {n for n, entry in read_model_index(folder).items() if isinstance(entry, list)}
+        absent = (parts | cls.optional).difference(cls.components(folder))
+        return {**dict.fromkeys(absent), **cls.unused}
 
     @classmethod
     def read_tokens(cls, folder: Path) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Qwen-Image: a transformer over packed latents, conditioned on a language model's states."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -14,6 +14,7 @@ from sfumato.config import ModelConfig
 from sfumato.diffusion.guidance import CfgGradient, classifier_free
 from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
 from sfumato.models.adapters import Roles
+from sfumato.models.agreement import Fit, Settings, sum_fit
 from sfumato.models.autoencoder_kl import moments_kl, posterior
 from sfumato.models.flux import LATENT_SIDE, pack, rows_of, unpack
 from sfumato.models.formats import read_json
@@ -59,12 +60,24 @@ class QwenImage(PipelineModel):
     network_name = "transformer"
     encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
+    classes: ClassVar = {
+        "transformer": "QwenImageTransformer2DModel",
+        "vae": "AutoencoderKLQwenImage",
+        "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+        "tokenizer": "Qwen2Tokenizer",
+    }
     token_limits: ClassVar = {"text_encoder": MAX_TOKENS}
     prompts_vary = True
     schedulers = "FlowMatchEulerDiscreteScheduler"
     lora_targets: ClassVar = {"transformer": LINEAR}
     kohya = KohyaLayout({"transformer": "lora_unet"})
     blocks = ("transformer_blocks",)
+    unread: ClassVar = {
+        "guidance_embeds": False,
+        "zero_cond_t": False,
+        "use_additional_t_cond": False,
+        "use_layer3d_rope": False,
+    }
     repeated = frozenset({"QwenImageTransformerBlock"})
     combine = staticmethod(rescaled_guidance)
     process = RectifiedFlow()
@@ -100,6 +113,16 @@ class QwenImage(PipelineModel):
             # `shift_terminal` sets where the last step starts, which is 0 / 0 of a single step.
             min_steps=2 if scheduler.get("shift_terminal") else 1,
         )
+
+    @classmethod
+    def fits(cls, settings: Mapping[str, Settings]) -> Iterable[Fit]:
+        network, channels = settings["transformer"], settings["vae"].get("z_dim")
+        packed = None if channels is None else 4 * channels
+        read, written = network.get("in_channels"), network.get("out_channels")
+        yield "in_channels in transformer", read, "4 z_dim in vae", packed
+        yield "out_channels in transformer", written, "z_dim in vae", channels
+        width = network.get("joint_attention_dim")
+        yield sum_fit(settings, "joint_attention_dim", width, hidden_size=["text_encoder"])
 
     def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return flow_times(self.scheduler, num_inference_steps, tokens, even=True)

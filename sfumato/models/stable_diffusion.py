@@ -1,12 +1,13 @@
 """Stable Diffusion 1.x and 2.x: a U-Net in latent space, conditioned on a CLIP text encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
 
 from sfumato.config import ModelConfig
 from sfumato.diffusion.process import PredictionType, Time, VariancePreserving
 from sfumato.models.adapters import Roles
+from sfumato.models.agreement import Fit, Settings, sum_fit
 from sfumato.models.autoencoder_kl import downsampling, latent_size
 from sfumato.models.formats import read_json
 from sfumato.models.limits import Limits
@@ -17,6 +18,16 @@ from sfumato.models.schedules import ddim_of, table_index, table_times
 
 UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 UNET_REPEATED = frozenset({"BasicTransformerBlock", "ResnetBlock2D"})
+# Each of these asks for an input beside states and time, or changes how they are read.
+UNET_UNREAD = {
+    "time_cond_proj_dim": None,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "addition_embed_type": None,
+    "attention_type": "default",
+}
 UNET_LINEAR = (
     r".*attn\d?\.to_[qkv]",
     r".*attn\d?\.to_out\.0",
@@ -43,6 +54,13 @@ def unet_limits(folder: Path, *, smallest: int = 1) -> Limits:
     )
 
 
+def unet_fits(settings: Mapping[str, Settings]) -> Iterable[Fit]:
+    """Return the channels of latents: in the autoencoder, and read and written by a U-Net."""
+    unet, latents = settings["unet"], settings["vae"].get("latent_channels", 4)
+    for key in ("in_channels", "out_channels"):
+        yield f"{key} in unet", unet.get(key, 4), "latent_channels in vae", latents
+
+
 @final
 class StableDiffusion(PipelineModel):
     """The networks of a StableDiffusionPipeline."""
@@ -51,6 +69,12 @@ class StableDiffusion(PipelineModel):
     network_name = "unet"
     encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
+    classes: ClassVar = {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+    }
     unused: ClassVar = {
         "safety_checker": None,
         "feature_extractor": None,
@@ -59,6 +83,7 @@ class StableDiffusion(PipelineModel):
     lora_targets: ClassVar = {"unet": UNET_LINEAR, "text_encoder": CLIP_ATTENTION}
     kohya = KohyaLayout({"unet": "lora_unet", "text_encoder": "lora_te"})
     blocks = UNET_BLOCKS
+    unread = UNET_UNREAD
     repeated = UNET_REPEATED
     has_cfg = True
 
@@ -73,6 +98,12 @@ class StableDiffusion(PipelineModel):
     @staticmethod
     def read_limits(folder: Path) -> Limits:
         return unet_limits(folder)
+
+    @classmethod
+    def fits(cls, settings: Mapping[str, Settings]) -> Iterable[Fit]:
+        yield from unet_fits(settings)
+        width = settings["unet"].get("cross_attention_dim")
+        yield sum_fit(settings, "cross_attention_dim in unet", width, hidden_size=["text_encoder"])
 
     def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return table_times(self._table, self.scheduler, num_inference_steps)

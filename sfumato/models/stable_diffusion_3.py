@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5: a transformer over latent patches and three encoders' tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.process import PredictionType, RectifiedFlow, Time
+from sfumato.models.agreement import Fit, Settings, sum_fit
 from sfumato.models.autoencoder_kl import downsampling, latent_size
 from sfumato.models.formats import read_json
 from sfumato.models.limits import Limits
@@ -55,6 +56,16 @@ class StableDiffusion3(PipelineModel):
     network_name = "transformer"
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    classes: ClassVar = {
+        "transformer": "SD3Transformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+        "tokenizer": "CLIPTokenizer",
+        "tokenizer_2": "CLIPTokenizer",
+        "tokenizer_3": "T5Tokenizer",
+    }
     token_limits: ClassVar = {"text_encoder_3": T5_TOKENS}
     optional = frozenset({"text_encoder_3", "tokenizer_3"})
     unused: ClassVar = {"image_encoder": None, "feature_extractor": None}
@@ -90,6 +101,16 @@ class StableDiffusion3(PipelineModel):
             size=latent_size(transformer.get("sample_size", 128), factor),
             largest=transformer.get("pos_embed_max_size", 96) * multiple,
         )
+
+    @classmethod
+    def fits(cls, settings: Mapping[str, Settings]) -> Iterable[Fit]:
+        network, latents = settings["transformer"], settings["vae"].get("latent_channels")
+        for key in ("in_channels", "out_channels"):
+            yield f"{key} in transformer", network.get(key), "latent_channels in vae", latents
+        width, pooled = network.get("joint_attention_dim"), network.get("pooled_projection_dim")
+        yield sum_fit(settings, "joint_attention_dim", width, d_model=["text_encoder_3"])
+        clips = ["text_encoder", "text_encoder_2"]
+        yield sum_fit(settings, "pooled_projection_dim", pooled, projection_dim=clips)
 
     def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return flow_times(self.scheduler, num_inference_steps, tokens)

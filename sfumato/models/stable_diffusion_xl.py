@@ -1,7 +1,7 @@
 """Stable Diffusion XL: a U-Net conditioned on two text encoders and on the crop of its image."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from sfumato.config import ModelConfig
 from sfumato.diffusion.process import PredictionType, Time, VariancePreserving
 from sfumato.models.adapters import Roles
+from sfumato.models.agreement import Fit, Settings, sum_fit
 from sfumato.models.limits import Limits
 from sfumato.models.lora import KohyaLayout
 from sfumato.models.model import Conditioning, Latents
@@ -21,6 +22,8 @@ from sfumato.models.stable_diffusion import (
     UNET_BLOCKS,
     UNET_LINEAR,
     UNET_REPEATED,
+    UNET_UNREAD,
+    unet_fits,
     unet_limits,
 )
 
@@ -56,6 +59,14 @@ class StableDiffusionXL(PipelineModel):
     network_name = "unet"
     encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
+    classes: ClassVar = {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "tokenizer": "CLIPTokenizer",
+        "tokenizer_2": "CLIPTokenizer",
+    }
     upcast = ("vae",)
     unused: ClassVar = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
     lora_targets: ClassVar = {
@@ -68,6 +79,7 @@ class StableDiffusionXL(PipelineModel):
         published_names,
     )
     blocks = UNET_BLOCKS
+    unread: ClassVar = {**UNET_UNREAD, "addition_embed_type": "text_time"}
     repeated = UNET_REPEATED
     has_cfg = True
 
@@ -89,6 +101,21 @@ class StableDiffusionXL(PipelineModel):
     @staticmethod
     def read_limits(folder: Path) -> Limits:
         return unet_limits(folder, smallest=8)  # which the pipeline asks for
+
+    @classmethod
+    def fits(cls, settings: Mapping[str, Settings]) -> Iterable[Fit]:
+        yield from unet_fits(settings)
+        unet = settings["unet"]
+        width = unet.get("cross_attention_dim")
+        yield sum_fit(settings, "cross_attention_dim in unet", width, hidden_size=cls.encoders)
+        pooled, side = (
+            unet.get("projection_class_embeddings_input_dim"),
+            unet.get("addition_time_embed_dim"),
+        )
+        name = "projection_class_embeddings_input_dim in unet, less 6 addition_time_embed_dim,"
+        known = None not in (pooled, side)
+        pooled = pooled - 6 * side if known else None  # six sides of framing
+        yield sum_fit(settings, name, pooled, projection_dim=["text_encoder_2"])
 
     def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return table_times(self._table, self.scheduler, num_inference_steps)
