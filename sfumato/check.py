@@ -15,6 +15,7 @@ from sfumato.config import (
     check_values,
 )
 from sfumato.training.sharding import check_sharding
+from sfumato.training.stop import parse_duration
 
 
 def check_train(config: TrainConfig, processes: int) -> None:
@@ -54,8 +55,6 @@ def _check_batch(training: TrainingConfig, processes: int) -> None:
 
 
 def _check_loop(training: TrainingConfig) -> None:
-    from sfumato.training.stop import parse_duration
-
     if training.max_time is not None:
         parse_duration("training.max_time", training.max_time)
     if training.ema_decay is not None and training.ema_every_steps > training.max_steps:

@@ -1,4 +1,4 @@
-"""Command line: `sfumato COMMAND ...` is read, explained and handed to the room of the work."""
+"""Command line: reads `sfumato COMMAND ...`, explains mistakes, calls the room of the work."""
 
 import errno
 import os

@@ -281,7 +281,7 @@ def _resolve_part(key: str, entry: Any) -> WeightedPartConfig:
     if kind not in choices:
         raise ValueError(f"{key}.kind = {kind!r}; choose one of {', '.join(choices)}")
     if type(weight) not in (int, float) or not math.isfinite(weight):
-        raise ValueError(f"{key}.weight = {weight!r} must be finite; give a number")
+        raise ValueError(f"{key}.weight = {weight!r} is not a finite number; give one")
     return WeightedPartConfig(_resolve(key, settings, REWARDS[kind]), float(weight))
 
 

@@ -1,4 +1,4 @@
-"""Saved settings of a run: config.yaml, read, flattened and compared with the settings of today."""
+"""Saved settings of a run: config.yaml, read, flattened and compared with new settings."""
 
 from collections.abc import Mapping
 from dataclasses import asdict

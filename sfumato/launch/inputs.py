@@ -40,7 +40,7 @@ def _state_of(name: str) -> str | None:
             inside = (each for each in checkpoints if path.is_relative_to(each))
             return fingerprint(next(inside, checkpoints[-1])) or ""
     try:
-        tops = [path] if path.exists() else expand_pattern(str(path), "the path")
+        tops = [path] if path.exists() else list(expand_pattern(str(path), "the path"))
     except ValueError:  # the command that reads the files refuses the path
         return None
     state = hashlib.sha256()

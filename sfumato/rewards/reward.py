@@ -1,4 +1,4 @@
-"""What a reward is: a score per image and prompt, differentiable or not."""
+"""Contract of a reward: a score per image and prompt, differentiable or not."""
 
 import abc
 from collections.abc import Mapping, Sequence

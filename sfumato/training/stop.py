@@ -26,7 +26,10 @@ def parse_duration(key: str, text: str, sign: str = ":") -> int:
         raise ValueError(f"{key}={text!r} is no duration; write {form}")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     if seconds > 59 or (match[2] and minutes > 59) or (match[1] and hours > 23):
-        raise ValueError(f"{key}={text!r} has more than 59 after a unit, or 23; write {form}")
+        raise ValueError(
+            f"{key}={text!r} has a part that is too large: seconds and minutes go up to 59, hours "
+            f"after days up to 23; write {form}"
+        )
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if not total:
         raise ValueError(f"{key}={text!r} leaves no time; give a second or more as {form}")
