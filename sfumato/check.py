@@ -36,7 +36,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
     _check_batch(config.training, processes)
     _check_loop(config.training)
     check_sharding(config, processes)
-    _check_shards(config)
+    _check_sources(config)
     _check_lora(config.model.lora)
     _check_lora_files(config)
     if len(config.optimizer.betas) != 2:
@@ -76,12 +76,25 @@ def _check_loop(training: TrainingConfig) -> None:
         )
 
 
-def _check_shards(config: TrainConfig) -> None:
-    from sfumato.data.prepared.open import check_shard_config
+def _check_sources(config: TrainConfig) -> None:
+    data, own = config.data, config.validation
+    every = {
+        "data.shards": data.shards,
+        "data.images": data.images,
+        "validation.images": own.images,
+    }
+    named = {key: each for key, each in every.items() if each.path or each.sources}
+    if "data.shards" in named:
+        _check_shards(config)
+    if named:
+        from sfumato.data.settings import checked_sources
 
+        for key, each in named.items():
+            checked_sources(key, each)
+
+
+def _check_shards(config: TrainConfig) -> None:
     shards, images = config.data.shards, config.data.images
-    if shards.path is None and not shards.sources:
-        return
     if not isinstance(config.objective, SupervisedConfig):
         raise ValueError(
             f"data.shards.path={shards.path!r} is for objective=supervised; an objective that "
@@ -91,7 +104,6 @@ def _check_shards(config: TrainConfig) -> None:
         raise ValueError(
             f"data.shards.path={shards.path!r} is given beside data.images; leave one of them out"
         )
-    check_shard_config(shards)
     if shards.cached and config.model.parts not in (["network"], ["unet"], ["transformer"]):
         raise ValueError(
             f"model.parts={config.model.parts} trains a text encoder, but a cache holds the "

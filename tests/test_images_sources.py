@@ -450,7 +450,7 @@ def test_without_datasets_the_extra_is_named(
     ("path", "message"),
     [
         ("", "path is missing"),
-        ("absent", "no such file: absent; check the path of the images"),
+        ("absent", "no such file: absent; check data.images.path"),
         ("absent/*.tar", "no file matches"),
         ("{000..001}.tar", "no such file"),
         ("x" * 5000, "no such file"),

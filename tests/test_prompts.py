@@ -170,7 +170,7 @@ def test_literal_name_wins_over_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "path of the prompts is empty"),
+        ("", "prompts is empty"),
         ("absent.txt", "no such file.*absent.txt"),
         ("{000..012}.tar", "000.tar.* and 8 more"),
         ("*.tar", "no file matches"),

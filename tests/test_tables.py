@@ -129,8 +129,8 @@ def by_download(path: str, column: str | None) -> Read:
 
 Reader = Callable[[str, str | None], Read]
 READERS: dict[str, tuple[Reader, str, str]] = {  # what reads, whose path, and of no row at all
-    "prompts": (by_prompts, "the path of the prompts", "no prompt can be read"),
-    "images": (by_images, "the path of the images", "has no image that can be used"),
+    "prompts": (by_prompts, "prompts", "no prompt can be read"),
+    "images": (by_images, "data.images.sources.a.path", "has no image that can be used"),
     "pack": (by_pack, "pack.path", "can be packed"),
     "download": (by_download, "download.table", "has no row that can be downloaded"),
 }
@@ -251,7 +251,7 @@ def test_a_wrong_path_names_whose_it_is(reader: str, kind: str, path: str) -> No
     path = path.format(kind)
     with pytest.raises(ValueError, match="no such file: absent") as raised:
         function(path, None)
-    assert f"check {setting}, {path!r}" in str(raised.value)
+    assert f"check {setting} = {path!r}" in str(raised.value)
 
 
 @pytest.mark.parametrize(("reader", "kind"), ALL)

@@ -17,7 +17,7 @@ from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.paths import find_files, is_folder
 from sfumato.data.saved_dataset import is_dataset, list_dataset
 from sfumato.data.tables import WITH_COLUMNS, is_text, open_table
-from sfumato.data.webdataset import list_tar
+from sfumato.data.webdataset import is_tar, list_tar
 
 # What looks like an image but is not read; it is counted rather than passed over.
 _OTHER_SUFFIXES = frozenset({".tif", ".tiff", ".gif", ".avif", ".heic", ".jxl"})
@@ -32,7 +32,7 @@ def list_source(
     base_path: str | None,
     columns: Columns,
     log: SkipLog,
-    setting: str = "the path of the images",
+    key: str = "path",
 ) -> list[Entry]:
     """List the pictures with captions that a path stands for, in file order.
 
@@ -47,12 +47,12 @@ def list_source(
         base_path: where the paths in a table begin; None is the table's own folder.
         columns: which columns are read.
         log: where rows, members and files without caption or image are counted.
-        setting: whose path it is, for messages.
+        key: of the setting that holds the path, for messages.
 
     Raises:
         ValueError: nothing of the kind is there, or it cannot be read with these settings.
     """
-    folder, files = Path(path).expanduser(), find_files_of(path, setting)
+    folder, files = Path(path).expanduser(), find_files_of(path, key)
     base = Path(base_path).expanduser() if base_path is not None else None
     if base is not None and not base.is_dir():
         raise ValueError(f"base_path={base_path!r} is no folder; give the one of the images")
@@ -75,7 +75,7 @@ def list_source(
     return list(_walk(folder, log.begin(folder)))
 
 
-def find_files_of(path: str, setting: str) -> tuple[Path, ...]:
+def find_files_of(path: str, key: str) -> tuple[Path, ...]:
     """List the tables and tars that a source of images stands for; none if it is another folder.
 
     Raises:
@@ -83,19 +83,14 @@ def find_files_of(path: str, setting: str) -> tuple[Path, ...]:
     """
     folder = Path(path).expanduser()
     if not path.strip() or not is_folder(folder):
-        return find_files(path, setting, (*WITH_COLUMNS, ".tar"))
+        return find_files(path, key, (*WITH_COLUMNS, ".tar"))
     if is_dataset(folder):
         return ()
     tables = (folder / name for name in _FOLDER_TABLES if (folder / name).is_file())
     if (table := next(tables, None)) is not None:
         return (table,)
     has_tars = any(is_tar(file) for file in folder.iterdir())
-    return find_files(path, setting, (".tar",)) if has_tars else ()
-
-
-def is_tar(path: Path) -> bool:
-    """Tell a tar by its suffix."""
-    return path.suffix.lower() == ".tar"
+    return find_files(path, key, (".tar",)) if has_tars else ()
 
 
 def _list_files(

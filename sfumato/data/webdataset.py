@@ -60,6 +60,11 @@ def members(file: IO[bytes], path: Path, skips: FileSkips) -> Iterator[Member]:
             skips.add("truncated or damaged tar", f"(at byte {end})")
 
 
+def is_tar(path: Path) -> bool:
+    """Tell a tar by its suffix."""
+    return path.suffix.lower() == ".tar"
+
+
 def list_tar(path: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
     """Yield the entries of a tar in its order; pictures are passed over unread.
 

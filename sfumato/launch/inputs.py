@@ -49,7 +49,7 @@ def _state_of(name: str) -> str | None:
 
 def _matches(pattern: str) -> list[Path]:
     try:
-        return list(expand_pattern(pattern, "the path"))
+        return list(expand_pattern(pattern, "path"))
     except ValueError:  # the command that reads the files refuses it
         return []
 

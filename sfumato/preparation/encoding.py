@@ -17,12 +17,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from sfumato.config import PrecacheConfig
+from sfumato.data.ahead import ahead
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb
 from sfumato.data.entries import SpanBlob
 from sfumato.data.prepared.format import Member, PreparedError
 from sfumato.data.sample import Placement, Size, resize_and_crop, to_tensor
 from sfumato.models.model import DTYPES, Conditioning, TextToImageModel
-from sfumato.preparation.ahead import ahead
 
 _AHEAD = 2  # batches that are decoded while one is encoded
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, final
 
 from sfumato.config import DownloadConfig, PackConfig
+from sfumato.data.ahead import ahead
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
 from sfumato.data.entries import Blob, Entry
 from sfumato.data.left_out import tally
@@ -31,7 +32,6 @@ from sfumato.data.prepared.format import (
     record_text,
 )
 from sfumato.files import digest, new_file, sha256_of, write_text
-from sfumato.preparation.ahead import ahead
 from sfumato.preparation.listing import forget_others
 from sfumato.preparation.sources import Container, containers
 from sfumato.preparation.tars import Sample, write_tar

@@ -55,8 +55,14 @@ def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
     """Open the rows to train on that the settings name."""
     data, seed = config.data, config.training.seed
     if not isinstance(config.objective, SupervisedConfig):
-        path, shuffle, buffer = str(data.prompts), data.shuffle, data.buffer
-        return open_prompts(path, column=data.column, seed=seed, shuffle=shuffle, buffer=buffer)
+        return open_prompts(
+            str(data.prompts),
+            key="data.prompts",
+            column=data.column,
+            seed=seed,
+            shuffle=data.shuffle,
+            buffer=data.buffer,
+        )
     if data.shards.path or data.shards.sources:
         return open_prepared(config, data.shards, limits)
     height, width = frame_size(config, limits)
@@ -128,18 +134,20 @@ def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Sam
     count = config.validation.loss_images
     if not isinstance(config.objective, SupervisedConfig) or not count:
         return []
-    images = validation_images(config)
+    key, images = validation_images(config)
     if not images.path and not images.sources:
         return first_rows(config, limits, count)
     height, width = frame_size(config, limits)
     own = images is not config.data.images
-    return validation_samples(images, count, height=height, width=width, warns=own)
+    return validation_samples(images, count, height=height, width=width, key=key, warns=own)
 
 
-def validation_images(config: TrainConfig) -> ImageDataConfig:
-    """Return the images of validation, or those of training if validation has none."""
+def validation_images(config: TrainConfig) -> tuple[str, ImageDataConfig]:
+    """Return key and value of the images of validation, or training's if validation has none."""
     own = config.validation.images
-    return own if own.path or own.sources else config.data.images
+    if own.path or own.sources:
+        return "validation.images", own
+    return "data.images", config.data.images
 
 
 def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None) -> list[str]:
@@ -152,14 +160,15 @@ def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None
         ValueError: if there is no prompt, or a file cannot be read.
     """
     count = config.validation.num_images
-    own, data, images = config.validation, config.data, validation_images(config)
+    own, data, (key, images) = config.validation, config.data, validation_images(config)
     if brought:
         prompts = list(brought)
     elif own.prompts or data.prompts:
-        path, column = (own.prompts, own.column) if own.prompts else (data.prompts, data.column)
-        prompts = read_prompts(str(path), column=column, limit=count)
+        chosen, room = (own, "validation") if own.prompts else (data, "data")
+        path, column = str(chosen.prompts), chosen.column
+        prompts = read_prompts(path, key=f"{room}.prompts", column=column, limit=count)
     elif images.path or images.sources:
-        samples = validation_samples(images, count, height=8, width=8, warns=False)
+        samples = validation_samples(images, count, height=8, width=8, key=key, warns=False)
         prompts = [sample.caption for sample in samples]
     elif config.data.shards.path or config.data.shards.sources:
         prompts = first_captions(config.data.shards, count)
