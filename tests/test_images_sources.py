@@ -195,7 +195,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     [
         ("t.json", b'{"image": "a.png"}', "t.json holds a JSON dict; give a list"),
         ("t.json", b"[" * 10**5, "t.json is not JSON"),
-        ("t.xlsx", b"", "t.xlsx has the suffix '.xlsx'.*.csv, .tsv, .json, .jsonl, .parquet, .tar"),
+        ("t.xlsx", b"", "t.xlsx, whose suffix '.xlsx'.*.csv, .tsv, .json, .jsonl, .parquet, .tar"),
         ("t.txt", b"a fox", "suffix '.txt'"),
     ],
 )
@@ -450,7 +450,7 @@ def test_without_datasets_the_extra_is_named(
     ("path", "message"),
     [
         ("", "path is missing"),
-        ("absent", "no such file: absent; check data.images.path"),
+        ("absent", "no such file: absent; check data.images.sources.s0.path"),
         ("absent/*.tar", "no file matches"),
         ("{000..001}.tar", "no such file"),
         ("x" * 5000, "no such file"),

@@ -366,7 +366,7 @@ def test_what_cannot_be_packed_is_refused(source: Path, tmp_path: Path) -> None:
         (source / "003.png").write_bytes(png())
         (source / "004.png").write_bytes(png())
         packed(source, tmp_path / "out", max_pixels=3)
-    with pytest.raises(ValueError, match=r"no such file: absent; check pack.path, 'absent'"):
+    with pytest.raises(ValueError, match=r"no such file: absent; check pack.path = 'absent'"):
         packed("absent", tmp_path / "out")
     with pytest.raises(ValueError, match=r"there is nothing to pack: pack.path is not given"):
         pack(PackConfig(), DownloadConfig(), tmp_path / "out")

@@ -93,7 +93,7 @@ def validation_samples(
         ValueError: a setting is impossible, a source cannot be read, or no sample is good.
     """
     if count < 1:
-        raise ValueError(f"{count} is no number of validation samples; give 1 or more")
+        raise ValueError(f"{count} validation samples are too few; give 1 or more")
     settings = checked_sources(key, config)
     plain = replace(config, buckets=False, crop="center", flip=False, captions="first")
     choices, log = choices_of(plain, height, width), SkipLog(warns=warns)

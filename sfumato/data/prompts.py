@@ -60,7 +60,7 @@ def read_prompts(
         ValueError: as `open_prompts`; or `limit` is below 1.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} is no number of prompts; give 1 or more, or None for all")
+        raise ValueError(f"limit={limit} is too small; give 1 or more, or None for all")
     return list(islice(_chain(*_open(path, key, column)), limit))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sfumato.data.decode import SUFFIXES
 from sfumato.data.entries import (
+    Blob,
     Columns,
     Entry,
     FileBlob,
@@ -15,8 +16,8 @@ from sfumato.data.entries import (
 )
 from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.paths import find_files, is_folder
-from sfumato.data.saved_dataset import is_dataset, list_dataset
-from sfumato.data.tables import WITH_COLUMNS, is_text, open_table
+from sfumato.data.saved_dataset import SavedDataset, is_dataset
+from sfumato.data.tables import WITH_COLUMNS, Table, is_text, open_table
 from sfumato.data.webdataset import is_tar, list_tar
 
 # What looks like an image but is not read; it is counted rather than passed over.
@@ -61,7 +62,8 @@ def list_source(
     if files:
         return _list_files(files, base, columns, log)
     if is_dataset(folder):
-        return list(list_dataset(folder, base or folder, columns, log))
+        dataset = SavedDataset(folder, base or folder)
+        return list(_list_table(dataset, folder, columns, log))
     for value, name in (
         (base_path, "base_path"),
         (columns.image, "image_column"),
@@ -100,7 +102,7 @@ def _list_files(
     missing: list[MissingColumnError] = []
     for file in files:
         if not is_tar(file):
-            entries += _list_table(file, base or file.parent, columns, log)
+            entries += _list_table(open_table(file), base or file.parent, columns, log)
             continue
         try:
             entries += list_tar(file, columns, log)
@@ -111,9 +113,10 @@ def _list_files(
     return entries
 
 
-def _list_table(path: Path, base: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
-    table, skips = open_table(path), log.begin(path)
-    image = table.choose(columns.images, "image paths")
+def _list_table(table: Table, base: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
+    path, skips = table.path, log.begin(table.path)
+    what = "image" if isinstance(table, SavedDataset) else "path"
+    image = table.choose(columns.images, f"{what}s")
     caption = table.choose(columns.captions, "captions")
     for name in columns.further:
         table.choose((name,), "further captions or columns")
@@ -125,17 +128,20 @@ def _list_table(path: Path, base: Path, columns: Columns, log: SkipLog) -> Itera
             "folder"
         )
     names = list(dict.fromkeys([image, caption, *columns.further]))
-    for place, row in table.rows(names, skips):
-        name = row[image]
-        if not isinstance(name, str) or not name.strip():
-            skips.add(f"no path in column {image!r}", place)
+    for position, row in table.rows(names, skips):
+        blob = row[image]
+        if isinstance(blob, str) and blob.strip():
+            line = f"line {position}" if isinstance(position, int) else position
+            blob = FileBlob(inside(base, blob, f"{path} {line}"))
+            place = os.path.relpath(blob.path, base)
+        else:
+            place = str(position)
+        if not isinstance(blob, Blob):
+            skips.add(f"no {what} in column {image!r}", position)
             continue
-        where = f"{path} line {place}" if isinstance(place, int) else f"{path} {place}"
-        file = inside(base, name, where)
-        captions = captions_of(row[caption], place, skips)
+        captions = captions_of(row[caption], position, skips)
         if captions:
-            fields = columns.further_of(row)
-            yield Entry(path, os.path.relpath(file, base), captions, FileBlob(file), fields)
+            yield Entry(path, place, captions, blob, columns.further_of(row))
 
 
 def _walk(folder: Path, skips: FileSkips) -> Iterator[Entry]:
