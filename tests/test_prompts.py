@@ -178,7 +178,7 @@ def test_literal_name_wins_over_pattern(tmp_path: Path) -> None:
         ("x" * 5000 + ".txt", "no such file"),
         (".", "no file matches"),
         ("notes.md", "suffix '.md'.*.txt, .csv, .*.tar"),
-        ("empty.txt", "no prompt can be read from 'empty.txt'.*file without a prompt: 1"),
+        ("empty.txt", "no prompt can be read from prompts = 'empty.txt'.*file without a prompt: 1"),
         ("blank.txt", "no prompt can be read.*blank prompt: 2"),
         ("empty.csv", "no prompt can be read"),
         ("header.csv", "no prompt can be read"),

@@ -22,16 +22,8 @@ from sfumato.config import ShardDataConfig
 from sfumato.data.epochs import RowPick
 from sfumato.data.order import PoolOrder
 from sfumato.data.prepared import check
-from sfumato.data.prepared.format import (
-    CACHE,
-    EMPTY,
-    INDEX,
-    MANIFEST,
-    SELECTIONS,
-    SHARDS,
-    CacheIdentity,
-    PreparedError,
-)
+from sfumato.data.prepared.folder import CACHE, EMPTY, INDEX, MANIFEST, SELECTIONS, SHARDS
+from sfumato.data.prepared.format import CacheIdentity, PreparedError
 from sfumato.data.prepared.open import first_captions, open_shards
 from sfumato.data.sample import Placement, Sample, central_crop, resize_and_crop
 from sfumato.data.stream import OrderedStream

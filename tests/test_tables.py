@@ -16,7 +16,7 @@ from sfumato.config import DownloadConfig, ImageSourceConfig, PackConfig
 from sfumato.data.entries import Columns
 from sfumato.data.images import open_images, validation_samples
 from sfumato.data.left_out import SkipLog
-from sfumato.data.prepared.format import read_tar_record
+from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prompts import open_prompts, read_prompts
 from sfumato.data.sources import list_source
 from sfumato.preparation.pack import pack
@@ -115,7 +115,7 @@ def by_images(path: str, column: str | None) -> Read:
 def by_pack(path: str, column: str | None) -> Read:
     out = Path("out")
     bins = pack(PackConfig(path, caption_column=column), DownloadConfig(), out)
-    members = read_tar_record(out, "000000").samples
+    members = PreparedFolder(out).tar_record("000000").samples
     assert bins.pop("kept") == len(members)
     return Read([member.captions[0] for member in members], bins)
 
@@ -309,7 +309,7 @@ def test_a_list_of_captions_is_all_captions(tmp_path: Path, kind: str) -> None:
     assert [entry.captions for entry in entries] == [("a fox", "a red fox"), ("a bird",)]
     assert log.counts() == {"no caption": 1}
     pack(PackConfig(str(path)), DownloadConfig(), tmp_path / "out")
-    members = read_tar_record(tmp_path / "out", "000000").samples
+    members = PreparedFolder(tmp_path / "out").tar_record("000000").samples
     assert [member.captions for member in members] == [("a fox", "a red fox"), ("a bird",)]
 
 

@@ -22,19 +22,11 @@ from sfumato.data.ahead import ahead
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
 from sfumato.data.entries import Blob, Entry
 from sfumato.data.left_out import tally
-from sfumato.data.prepared.format import (
-    SHARDS,
-    UNFINISHED,
-    Member,
-    PreparedError,
-    TarRecord,
-    read_tar_record,
-    record_text,
-)
-from sfumato.files import digest, new_file, sha256_of, write_text
-from sfumato.preparation.listing import forget_others
+from sfumato.data.prepared.folder import UNFINISHED, PreparedFolder
+from sfumato.data.prepared.format import Member, PreparedError, TarRecord, write_record
+from sfumato.files import digest, new_file, sha256_of
 from sfumato.preparation.sources import Container, containers
-from sfumato.preparation.tars import Sample, write_tar
+from sfumato.preparation.tars import Sample, forget_others, write_tar
 from sfumato.preparation.url_table import further_columns
 
 _MADE_BY = 1  # raised when the same rows are to become other tars
@@ -75,19 +67,20 @@ def pack(config: PackConfig, download: DownloadConfig, folder: Path) -> dict[str
     # A download is packed with the columns that it has, without naming them again.
     further = download.columns or ([] if config.path else further_columns(folder))
     source = containers(config, further, folder)
-    _refuse_foreign(folder / SHARDS)
+    prepared = PreparedFolder(folder)
+    _refuse_foreign(prepared.shards)
     names: set[str] = set()
     bins: list[Mapping[str, int]] = []
     start, first = (0, 0), 0
-    packer = _Packer(config, source, folder, further)
+    packer = _Packer(config, source, prepared, further)
     while start[0] < len(source):
         name = f"{len(names):06d}"
         record = packer.known(name, start, first) or packer.make(name, start, first)
         names.add(name)
         bins.append(record.dropped)
         start, first = record.ends, first + len(record.samples)
-    forget_others(folder / SHARDS, names)
-    (folder / SHARDS / UNFINISHED).unlink(missing_ok=True)
+    forget_others(prepared.shards, names)
+    (prepared.shards / UNFINISHED).unlink(missing_ok=True)
     return tally(first, bins)
 
 
@@ -99,7 +92,7 @@ class _Packer:
         self,
         config: PackConfig,
         source: Sequence[Container],
-        folder: Path,
+        folder: PreparedFolder,
         further: Sequence[str],
     ) -> None:
         self._config, self._source, self._folder = config, source, folder
@@ -113,11 +106,11 @@ class _Packer:
     def known(self, name: str, start: Position, first: int) -> TarRecord | None:
         """Return the record of a tar that exists and was packed from the same rows."""
         try:
-            record = read_tar_record(self._folder, name)
+            record = self._folder.tar_record(name)
         except PreparedError:
             return None
-        tar, path = self._paths(name)
-        written = path.stat().st_mtime_ns
+        tar = self._folder.tar(name)
+        written = tar.with_suffix(".json").stat().st_mtime_ns
         exists = tar.is_file() and tar.stat().st_size == record.bytes
         fresh = all(each.newest <= written for each in self._range(start, record.ends))
         same = record.made_of == self._made_of(record, start, first)
@@ -131,8 +124,8 @@ class _Packer:
         """
         if self._next is None or self._next.position != start:
             self._judged, self._next = self._judge(start), None
-        tar, path = self._paths(name)
-        dropped = Counter[str]()
+        tar = self._folder.tar(name)
+        path, dropped = tar.with_suffix(".json"), Counter[str]()
         with new_file(tar, failure=PreparedError) as beside:
             members = write_tar(beside, first, self._take(dropped))
             if not members:
@@ -148,7 +141,7 @@ class _Packer:
         bins = dict(sorted(dropped.items()))
         record = TarRecord(name, size, sha256, "", tuple(members), bins, ends)
         record = replace(record, made_of=self._made_of(record, start, first))
-        write_text(path, record_text(record), failure=PreparedError)
+        write_record(path, record)
         return record
 
     def _take(self, dropped: Counter[str]) -> Iterator[Sample]:
@@ -181,11 +174,6 @@ class _Packer:
                 yield (number, 0), listing.dropped
             for row in range(max(1, begin), len(listing.rows) + 1):
                 yield (number, row), listing.rows[row - 1]
-
-    def _paths(self, name: str) -> tuple[Path, Path]:
-        """Return the paths of a tar and of its record."""
-        shards = self._folder / SHARDS
-        return shards / f"{name}.tar", shards / f"{name}.json"
 
     def _range(self, start: Position, ends: Position) -> Sequence[Container]:
         return self._source[start[0] : ends[0] + 1]

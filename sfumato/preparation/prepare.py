@@ -11,12 +11,12 @@ from typing import IO, TYPE_CHECKING
 
 from sfumato.config import PrepareConfig, TrainingConfig
 from sfumato.data.left_out import line
+from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import PreparedError
 from sfumato.files import lock
 from sfumato.preparation.download import download
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index
-from sfumato.preparation.listing import cache_names
 from sfumato.preparation.pack import pack
 from sfumato.preparation.settings import check_prepare
 
@@ -83,7 +83,7 @@ def _before_precaching(config: PrepareConfig, folder: Path) -> None:
 
 def _index(folder: Path) -> None:
     index = write_index(folder)
-    for name in cache_names(folder):
+    for name in PreparedFolder(folder).cache_names():
         if name not in index.caches:
             print(f"index: {name} is left out, as it is not finished or not of these tars; "
                   "run the stages precache and index to have it", flush=True)  # fmt: skip

@@ -10,7 +10,8 @@ from typing import Any, final
 from sfumato.config import PackConfig
 from sfumato.data.entries import Columns, Entry, FileBlob, is_utf8
 from sfumato.data.left_out import SkipLog
-from sfumato.data.prepared.format import SHARDS, PreparedError
+from sfumato.data.prepared.folder import SHARDS
+from sfumato.data.prepared.format import PreparedError
 from sfumato.data.sources import find_files_of, list_source
 from sfumato.data.webdataset import is_tar, list_tar
 from sfumato.files import digest

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import final
 
 from sfumato.data.left_out import line
-from sfumato.data.prepared.format import INDEX, SHARDS, Index, PreparedError, read_index
+from sfumato.data.prepared.folder import INDEX, SHARDS, PreparedFolder
+from sfumato.data.prepared.format import Index, PreparedError
 from sfumato.preparation.download import DOWNLOAD, download_bins, read_stats
 from sfumato.preparation.faults import DAMAGE
 from sfumato.preparation.index import Walk
@@ -42,12 +43,15 @@ def verify(folder: Path) -> None:
         PreparedError: there are faults, or nothing is prepared there.
     """
     folder = folder.expanduser()
-    if not (folder / SHARDS).is_dir() and not (folder / DOWNLOAD).is_dir():
-        raise PreparedError(f"{folder} is no prepared folder: it has neither {DOWNLOAD}/ nor "
-                            f"{SHARDS}/; give the out of sfumato prepare")  # fmt: skip
+    prepared = PreparedFolder(folder)
+    if not prepared.shards.is_dir() and not (folder / DOWNLOAD).is_dir():
+        raise PreparedError(
+            f"{folder} is no prepared folder: it has neither {DOWNLOAD}/ nor {SHARDS}/; give the "
+            "out of sfumato prepare"
+        )
     printer = _Printer()
     downloaded = _verify_download(folder, printer)
-    walk = Walk(folder, printer.refuse, printer.report)
+    walk = Walk(prepared, printer.refuse, printer.report)
     packed = sum(walk.tars.bins.values())
     if downloaded and not printer.counts["pack"] and downloaded["kept"] != packed:
         fault = f"{packed} rows were packed or dropped, and {downloaded['kept']} were downloaded"
@@ -57,7 +61,7 @@ def verify(folder: Path) -> None:
         printer.conclude(f"filter {name}", line(f"filter {name}", part.bins))
     for name, part in walk.caches.items():
         printer.conclude(name, line(name, part.bins))
-    _verify_index(folder, printer, walk, downloaded)
+    _verify_index(prepared, printer, walk, downloaded)
     if total := printer.counts.total():
         raise PreparedError(
             f"{folder} has faults, {total:,} in all, listed above; put back what was there, or "
@@ -96,15 +100,15 @@ def _tar_faults(tar: Path, expected: int) -> Iterator[str]:
 
 
 def _verify_index(
-    folder: Path, printer: _Printer, walk: Walk, downloaded: Mapping[str, int] | None
+    folder: PreparedFolder, printer: _Printer, walk: Walk, downloaded: Mapping[str, int] | None
 ) -> None:
     try:
-        index = read_index(folder)
+        index = folder.index()
     except PreparedError as error:
         printer.report("index", [str(error)])
         printer.conclude("index", "index")
         return
-    path, now = folder / INDEX, None if printer.refused else walk.index(downloaded)
+    path, now = folder.path / INDEX, None if printer.refused else walk.index(downloaded)
     printer.report("index", _index_faults(path, index, walk, now))
     samples = sum(tar.samples for tar in index.tars)
     printer.conclude("index", f"index: {len(index.tars):,} tars of {samples:,} samples")

@@ -20,7 +20,7 @@ from sfumato.data.prepared.check import (
     count_sorted,
     select,
 )
-from sfumato.data.prepared.format import CacheIdentity, read_tar_record
+from sfumato.data.prepared.format import CacheIdentity
 from sfumato.data.prepared.tars import Selected, TarReader
 from sfumato.data.sample import Choices, Sample
 from sfumato.data.settings import checked_sources, choices_of
@@ -132,7 +132,7 @@ def first_captions(config: ShardDataConfig, count: int) -> list[str]:
         selected = select(source, choices_of(config, 1, 1))
         for shard in selected.used:
             if len(captions) < count:
-                record = read_tar_record(selected.folder, selected.tars[shard].name)
+                record = selected.folder.tar_record(selected.tars[shard].name)
                 (rows,) = selected.rows(shard, record)
                 captions += [record.samples[row].captions[0] for row in rows]
     return captions[:count]

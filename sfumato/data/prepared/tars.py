@@ -14,16 +14,14 @@ from sfumato.data.decode import Bounds
 from sfumato.data.entries import Entry, SpanBlob
 from sfumato.data.epochs import RowPick
 from sfumato.data.pools import nearest
+from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import (
-    SHARDS,
     Index,
     IndexedShard,
     Member,
     PreparedError,
     Shapes,
     TarRecord,
-    read_kept_record,
-    read_tar_record,
 )
 from sfumato.data.sample import Choices, Sample
 
@@ -42,7 +40,7 @@ class Selected:
         choices: how samples are made: in which sizes, and of which pictures.
     """
 
-    folder: Path
+    folder: PreparedFolder
     selection: str
     index: Index
     choices: Choices
@@ -69,7 +67,7 @@ class Selected:
 
     def tar(self, shard: int) -> Path:
         """Return the file of a shard."""
-        return self.folder / SHARDS / f"{self.tars[shard].name}.tar"
+        return self.folder.tar(self.tars[shard].name)
 
     def rows(self, shard: int, record: TarRecord | Shapes) -> list[list[int]]:
         """Return which samples of a shard are read, by bucket: indices into its tar.
@@ -78,7 +76,7 @@ class Selected:
             PreparedError: the records are missing, damaged, or not those that were indexed.
         """
         tar, samples = self.tars[shard], record.samples
-        kept = read_kept_record(self.folder, self.selection, tar.name).kept
+        kept = self.folder.kept_record(self.selection, tar.name).kept
         inside = all(0 <= index < len(samples) for index in kept)
         if record.sha256 != tar.sha256 or len(kept) != self.counts[shard] or not inside:
             raise PreparedError(
@@ -139,7 +137,7 @@ class TarReader:
         return self._selected.choices.sample(entry, pick.bucket, pick.seed)
 
     def _load(self, shard: int) -> list[list[Member]]:
-        record = read_tar_record(self._selected.folder, self._selected.tars[shard].name)
+        record = self._selected.folder.tar_record(self._selected.tars[shard].name)
         rows = self._selected.rows(shard, record)
         self._selected.check(shard, rows, self._counts, "index")
         return [[record.samples[index] for index in bucket] for bucket in rows]
