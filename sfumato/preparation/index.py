@@ -23,7 +23,7 @@ from sfumato.data.prepared.format import (
     write_record,
 )
 from sfumato.preparation import faults
-from sfumato.preparation.download import DOWNLOAD, download_bins
+from sfumato.preparation.download import DOWNLOAD, read_download
 
 T = TypeVar("T")
 Refuse = Callable[[str, str], None]  # takes a stage, and a fault with which there is no index
@@ -76,6 +76,12 @@ class Walk:
                 fault = f"{path} lacks samples of every selection; run the stage precache again"
                 report(name, [fault])
 
+    @property
+    def stages(self) -> dict[str, Part]:
+        """The counts of tars, selections and caches, by the name of their stage."""
+        selections = {f"filter {name}": part for name, part in self.selections.items()}
+        return {"pack": self.tars, **selections, **self.caches}
+
     def index(self, downloaded: Mapping[str, int] | None) -> Index:
         """Return the index; caches that lack a tar are left out.
 
@@ -84,14 +90,13 @@ class Walk:
         """
         tars = tuple(self.tars.shards)
         whole = {name: part for name, part in self.caches.items() if len(part.shards) == len(tars)}
-        parts = {"pack": self.tars}
-        parts |= {f"filter {name}": part for name, part in self.selections.items()} | whole
+        left_out = self.caches.keys() - whole.keys()
+        bins = {stage: part.bins for stage, part in self.stages.items() if stage not in left_out}
         return Index(
             tars,
             {name: tuple(part.kept) for name, part in self.selections.items()},
             {name: tuple(part.shards) for name, part in whole.items()},
-            ({} if downloaded is None else {"download": downloaded})
-            | {stage: part.bins for stage, part in parts.items()},
+            bins if downloaded is None else {"download": downloaded, **bins},
             {name: part.state.hexdigest() for name, part in self.selections.items()},
         )
 
@@ -186,7 +191,7 @@ def write_index(folder: Path) -> Index:
     def refuse(_: str, fault: str) -> None:
         raise PreparedError(fault)
 
-    downloaded = download_bins(folder) if (folder / DOWNLOAD).is_dir() else None
+    downloaded = read_download(folder)[0] if (folder / DOWNLOAD).is_dir() else None
     index = Walk(PreparedFolder(folder), refuse, lambda *_: None).index(downloaded)
     write_record(folder / INDEX, index)
     return index

@@ -37,8 +37,10 @@ def prepare(config: PrepareConfig) -> None:
     check_prepare(config)
     folder = Path(config.out).expanduser()
     config = replace(config, out=str(folder))
-    distribution, held = _distribution(config), ExitStack()
-    try:
+    with ExitStack() as held:
+        distribution = _distribution(config)
+        if distribution is not None:
+            held.callback(distribution.close)
         on_first = _on_first(distribution)
 
         def before() -> None:
@@ -55,10 +57,6 @@ def prepare(config: PrepareConfig) -> None:
                 print(line("precache", bins), flush=True)
         if "index" in config.stages:
             on_first(lambda: _index(folder))
-    finally:
-        held.close()
-        if distribution is not None:
-            distribution.close()
 
 
 def hold(folder: Path) -> IO[str]:

@@ -15,7 +15,7 @@ from sfumato.data.prepared.format import PreparedError
 from sfumato.data.sources import find_files_of, list_source
 from sfumato.data.webdataset import is_tar, list_tar
 from sfumato.files import digest
-from sfumato.preparation.download import DOWNLOAD, download_bins, read_stats
+from sfumato.preparation.download import DOWNLOAD, read_download
 
 # Reasons that count a file or a member of a download, whose lost rows are counted otherwise.
 _EVENTS = (
@@ -102,12 +102,11 @@ def _downloaded(config: PackConfig, further: Sequence[str], folder: Path) -> lis
             f"there is nothing to pack: pack.path is not given, and {folder} holds no download; "
             "give pack.path=FOLDER, or download.table=TABLE"
         )
-    download_bins(folder)
     known = {*config.columns, *config.captions}
     columns = [*config.columns, *(name for name in further if name not in known)]
     config = replace(config, columns=columns)
     tars = []
-    for stats in read_stats(folder / DOWNLOAD):
+    for stats in read_download(folder)[1]:
         tar = folder / DOWNLOAD / f"{stats.number:05d}.tar"
         if not tar.is_file():
             raise PreparedError(f"{tar} is missing; run the stage download again, which fetches it")
@@ -130,7 +129,8 @@ def _list_one(tar: Path, config: PackConfig, expected: int | None) -> Listing:
     """
     log = SkipLog()
     every = list(list_tar(tar, _columns(config), log))
-    entries = [entry for entry in every if not _leaves(entry.place)]
+    paths = ((entry, PurePosixPath(entry.place)) for entry in every)
+    entries = [entry for entry, path in paths if not path.is_absolute() and ".." not in path.parts]
     dropped = log.counts()
     dropped["member that leaves its folder"] = len(every) - len(entries)
     if expected is not None:
@@ -141,10 +141,6 @@ def _list_one(tar: Path, config: PackConfig, expected: int | None) -> Listing:
         dropped["lost in a damaged tar"] = max(0, lost)
     rows = [_row(entry, config) for entry in entries]
     return Listing(rows, {reason: n for reason, n in sorted(dropped.items()) if n})
-
-
-def _leaves(place: str) -> bool:
-    return place.startswith("/") or ".." in PurePosixPath(place).parts
 
 
 def _columns(config: PackConfig) -> Columns:

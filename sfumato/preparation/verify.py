@@ -9,7 +9,7 @@ from typing import final
 from sfumato.data.left_out import line
 from sfumato.data.prepared.folder import INDEX, SHARDS, PreparedFolder
 from sfumato.data.prepared.format import Index, PreparedError
-from sfumato.preparation.download import DOWNLOAD, download_bins, read_stats
+from sfumato.preparation.download import DOWNLOAD, read_download
 from sfumato.preparation.faults import DAMAGE
 from sfumato.preparation.index import Walk
 
@@ -56,11 +56,9 @@ def verify(folder: Path) -> None:
     if downloaded and not printer.counts["pack"] and downloaded["kept"] != packed:
         fault = f"{packed} rows were packed or dropped, and {downloaded['kept']} were downloaded"
         printer.report("pack", [f"{fault}; run the stage pack again"])
-    printer.conclude("pack", line(f"pack: {len(walk.tars.shards):,} tars", walk.tars.bins))
-    for name, part in walk.selections.items():
-        printer.conclude(f"filter {name}", line(f"filter {name}", part.bins))
-    for name, part in walk.caches.items():
-        printer.conclude(name, line(name, part.bins))
+    for stage, part in walk.stages.items():
+        tars = f": {len(part.shards):,} tars" if stage == "pack" else ""
+        printer.conclude(stage, line(f"{stage}{tars}", part.bins))
     _verify_index(prepared, printer, walk, downloaded)
     if total := printer.counts.total():
         raise PreparedError(
@@ -75,7 +73,7 @@ def _verify_download(folder: Path, printer: _Printer) -> Mapping[str, int] | Non
     if not root.is_dir():
         return None
     try:
-        bins, stats = download_bins(folder), read_stats(root)
+        bins, stats = read_download(folder)
     except PreparedError as error:
         printer.refuse("download", str(error))
         printer.conclude("download", "download")

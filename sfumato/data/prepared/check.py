@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from sfumato.config import ShardSourceConfig
+from sfumato.data.ahead import ahead
 from sfumato.data.left_out import SkipLog
 from sfumato.data.prepared.cache import Caches, cached_rows
 from sfumato.data.prepared.folder import INDEX, PreparedFolder
@@ -192,6 +192,5 @@ def _in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterat
     def several(first: int) -> list[Result]:
         return [work(item) for item in items[first : first + _AT_ONCE]]
 
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for results in threads.map(several, range(0, len(items), _AT_ONCE)):
-            yield from results
+    for results in ahead(several, range(0, len(items), _AT_ONCE), _THREADS, 2 * _THREADS):
+        yield from results
