@@ -1,6 +1,6 @@
 """Files and folders: written whole, read or refused, hashed, locked, fetched from the hub.
 
-Nothing appears under its own name before it is complete: it is written beside its place, synced to
+Nothing appears under its own name before it is complete: it is written beside its name, synced to
 the disk and renamed. A kill or a full disk leaves what was there before.
 """
 
@@ -146,8 +146,12 @@ def sha256_of(path: Path) -> str:
 
 def digest(content: Any) -> str:
     """Return the SHA-256 of a JSON value, in hex: equal values, equal digests."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(compact(content)).hexdigest()
+
+
+def compact(content: Any) -> bytes:
+    """Return a JSON value as sorted, compact text: equal values, equal bytes."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 def lock(
@@ -193,7 +197,7 @@ def fetch(
     kind: str = "model",
     complete: Callable[[Path], bool] = Path.is_dir,
 ) -> Path:
-    """Return the folder of a Hugging Face hub id: from the local cache, else downloaded.
+    """Return the folder of a Hugging Face hub id: from the local cache, or downloaded.
 
     Args:
         name: the hub id.
@@ -208,15 +212,15 @@ def fetch(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = {"repo_type": kind, "allow_patterns": list(patterns)}
+    request = {"repo_type": kind, "allow_patterns": list(patterns)}
     try:
         try:
-            cached = Path(snapshot_download(name, local_files_only=True, **wanted))
+            cached = Path(snapshot_download(name, local_files_only=True, **request))
             if complete(cached):
                 return cached
         except LocalEntryNotFoundError:
             pass
-        return Path(snapshot_download(name, ignore_patterns=list(unwanted), **wanted))
+        return Path(snapshot_download(name, ignore_patterns=list(unwanted), **request))
     except (OSError, ValueError) as error:  # the hub's own errors are of both kinds
         raise ValueError(
             f"{setting} = {name!r} is no folder here and not in the hub's local cache, and it "
@@ -242,7 +246,7 @@ def _writing(path: Path, failure: type[ValueError]) -> Iterator[None]:
 
 
 def _exchange(beside: Path, path: Path, *, shared: bool) -> None:
-    """Let a folder take the place of another, which stays if that fails, or if it is shared."""
+    """Replace a folder by another. The old one stays if that fails, or if it is shared."""
     old = path.with_name(f"{beside.name}-old")
     if path.exists() and not shared:
         path.rename(old)

@@ -27,7 +27,7 @@ def listed(path: Path | str, **settings: str) -> list[tuple[str, str]]:
     """Return place and caption of what a path lists."""
     columns = Columns(settings.get("image"), settings.get("caption"))
     entries = list_source(str(path), settings.get("base"), columns, SkipLog())
-    return [(entry.place, entry.captions[0]) for entry in entries]
+    return [(entry.position, entry.captions[0]) for entry in entries]
 
 
 def counts(path: Path | str, **settings: str) -> dict[str, int]:
@@ -530,7 +530,7 @@ def test_validation_takes_the_first_good_samples(tmp_path: Path) -> None:
     samples = validation_samples(config, 3, height=8, width=8)
     assert [s.caption for s in samples] == ["picture 0", "picture 2", "bpicture 0"]
     assert samples[0].original == (8, 24) and samples[0].crop == (0, 8)
-    pixels = ((samples[0].image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    pixels = ((samples[0].pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     assert np.array_equal(pixels, gradient(8, 24)[:, 8:16])
     assert len(validation_samples(config, 100, height=8, width=8)) == 5
     with pytest.raises(ValueError, match="0 validation samples"):

@@ -68,7 +68,7 @@ def test_txt_keeps_lines_and_counts_blank_ones(tmp_path: Path) -> None:
     stream = open_prompts(str(path))
     stream.next(4, 0, 4)
     assert skip_counts(stream) == {"blank prompt": 2, "prompt that is not UTF-8": 1}
-    assert [skip.places for skip in stream.skipped.skips] == [
+    assert [skip.positions for skip in stream.skipped.skips] == [
         (f"{path} line 2",),
         (f"{path} line 6",),
     ]

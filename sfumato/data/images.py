@@ -102,7 +102,7 @@ def validation_samples(
         try:
             samples.append(choices.sample(entry, bucket=0, seed=0))
         except BrokenRowError as error:
-            log.refuse(entry.container, entry.place, error.reason)
+            log.refuse(entry.container, entry.position, error.reason)
         if len(samples) == count:
             break
     if not samples:
@@ -118,7 +118,7 @@ def _list(name: str, source: ImageSourceConfig, log: SkipLog) -> list[Entry]:
 
 
 def _guard(entries: Sequence[Entry]) -> Guard:
-    text = "\0".join(f"{entry.container.name}/{entry.place}" for entry in entries)
+    text = "\0".join(f"{entry.container.name}/{entry.position}" for entry in entries)
     return Guard(
         hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16],
         "there are as many samples as before, but others",
@@ -138,6 +138,6 @@ def _usable(entries: Sequence[Entry], bounds: Bounds, log: SkipLog) -> Iterator[
     sizes = ahead(measure, entries, _HEADER_THREADS, _HEADERS_AHEAD)
     for entry, size in zip(entries, sizes, strict=True):
         if isinstance(size, str):
-            log.refuse(entry.container, entry.place, size)
+            log.refuse(entry.container, entry.position, size)
         else:
             yield entry, size

@@ -28,22 +28,21 @@ def open_prompts(
 ) -> Stream[str]:
     """Open prompts for training: endless, shuffled, resumable, in bounded memory.
 
-    Formats are told by suffix: `.txt` (one prompt a line), tables with columns (`.csv`, `.tsv`,
+    The suffix tells the format: `.txt` (one prompt a line), tables with columns (`.csv`, `.tsv`,
     `.json`, `.jsonl`, `.parquet`), and WebDataset `.tar` (members `KEY.txt`).
 
     Args:
         path: a file, a directory of `.tar` files, a glob (`shards/*.tar`, `**` for any depth) or
             a brace pattern (`shards/{000..012}.tar`).
         key: of the setting that holds the path, for messages.
-        column: the column of a table; None takes the first of `prompt`, `caption` and `text`
-            that is there.
+        column: the column of a table; None takes the first of `prompt`, `caption` and `text`.
         seed: with the epoch, decides the order.
         shuffle: False keeps the file order in every epoch.
         buffer: the largest number of prompts held for shuffling.
 
     Raises:
-        ValueError: a file is missing, its suffix unknown, the column not there, or no prompt can
-            be read. Only the beginnings of files are looked at, and a .jsonl up to its column.
+        ValueError: a file or the column is missing, a suffix is unknown, or no prompt can be
+            read. Only the beginnings of files are looked at, and a .jsonl up to its column.
     """
     files, columns, log = _open(path, key, column)
     read = partial(_read, columns=columns, log=log)
@@ -78,8 +77,8 @@ def _open(
             f"column={column!r} was given, but {key} = {path!r} has no columns; leave the column "
             f"out, or give a table ({', '.join(WITH_COLUMNS)})"
         )
-    wanted = _COLUMNS if column is None else (column,)
-    columns = {file: open_table(file).choose(wanted, "prompts") for file in tables}
+    names = _COLUMNS if column is None else (column,)
+    columns = {file: open_table(file).choose(names, "prompts") for file in tables}
     if next(_chain(files, columns, log), None) is None:
         raise ValueError(f"no prompt can be read from {key} = {path!r}: {log.report().summary()}")
     return files, columns, log

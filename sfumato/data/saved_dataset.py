@@ -82,7 +82,6 @@ class SavedDataset(Table):
 
 
 def _load(folder: Path) -> Any:
-    """Return the dataset in a folder, mapped into memory."""
     try:
         import datasets
     except ImportError:

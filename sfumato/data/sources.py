@@ -133,15 +133,15 @@ def _list_table(table: Table, base: Path, columns: Columns, log: SkipLog) -> Ite
         if isinstance(blob, str) and blob.strip():
             line = f"line {position}" if isinstance(position, int) else position
             blob = FileBlob(inside(base, blob, f"{path} {line}"))
-            place = os.path.relpath(blob.path, base)
+            name = os.path.relpath(blob.path, base)
         else:
-            place = str(position)
+            name = str(position)
         if not isinstance(blob, Blob):
             skips.add(f"no {what} in column {image!r}", position)
             continue
         captions = captions_of(row[caption], position, skips)
         if captions:
-            yield Entry(path, place, captions, blob, columns.further_of(row))
+            yield Entry(path, name, captions, blob, columns.further_of(row))
 
 
 def _walk(folder: Path, skips: FileSkips) -> Iterator[Entry]:
@@ -152,10 +152,10 @@ def _walk(folder: Path, skips: FileSkips) -> Iterator[Entry]:
         skips.add("unreadable folder", str(error.filename))
 
     for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        place = Path(root).relative_to(folder)
+        path = Path(root).relative_to(folder)
         status = os.stat(root)  # noqa: PTH116
         if (status.st_dev, status.st_ino) in entered:
-            skips.add("folder met before (symbolic link)", str(place))
+            skips.add("folder met before (symbolic link)", str(path))
             folders.clear()
             continue
         entered.add((status.st_dev, status.st_ino))
@@ -165,16 +165,16 @@ def _walk(folder: Path, skips: FileSkips) -> Iterator[Entry]:
             if name.startswith("."):
                 continue
             if suffix in SUFFIXES:
-                yield from _with_caption(folder, place / name, skips)
+                yield from _with_caption(folder, path / name, skips)
             elif suffix in _OTHER_SUFFIXES:
-                skips.add(f"format {suffix} is not read", str(place / name))
+                skips.add(f"format {suffix} is not read", str(path / name))
 
 
-def _with_caption(folder: Path, place: Path, skips: FileSkips) -> Iterator[Entry]:
+def _with_caption(folder: Path, path: Path, skips: FileSkips) -> Iterator[Entry]:
     try:
-        text: bytes | None = (folder / place).with_suffix(".txt").read_bytes()
+        text: bytes | None = (folder / path).with_suffix(".txt").read_bytes()
     except OSError:
         text = None
-    captions = captions_of(text, str(place), skips)
+    captions = captions_of(text, str(path), skips)
     if captions:
-        yield Entry(folder, place.as_posix(), captions, FileBlob(folder / place))
+        yield Entry(folder, path.as_posix(), captions, FileBlob(folder / path))

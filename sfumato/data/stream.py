@@ -119,7 +119,7 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
         rows = [row() for row in self._batches[0].rows]
         self._state = self._batches.popleft().state
         for broken in (error for _, errors in rows for error in errors):
-            self._skips.refuse(broken.entry.container, broken.entry.place, broken.reason)
+            self._skips.refuse(broken.entry.container, broken.entry.position, broken.reason)
         return [row for row, _ in rows]
 
     def state(self) -> dict[str, Any]:

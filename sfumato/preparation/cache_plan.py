@@ -87,18 +87,20 @@ def _size(settings: PrecacheConfig, model: ModelConfig) -> Size:
 def lacking(job: CacheJob, name: str) -> dict[str, tuple[int, ...]]:
     """Return the caches that lack samples of a shard, each with all samples it then holds."""
     tar = job.folder.tar_record(name)
-    kept = _kept(job, tar)
+    selected = _kept(job, tar)
     lacks = {}
     for cache in job.caches:
         file = job.folder.tensors(cache, name)
         exists = file.with_suffix(".json").exists()
         record = job.folder.cached_record(cache, name) if exists else None
         if record is None or not is_of(cache, record, tar):
-            lacks[cache] = kept
+            lacks[cache] = selected
             continue
-        samples = tuple(sorted({*kept, *record.rows}))
+        samples = tuple(sorted({*selected, *record.rows}))
         # A dropped sample has no row; only the hash tells that it was tried.
-        finished = set(kept) <= set(record.rows) or record.made_of == made_of(cache, tar, samples)
+        finished = set(selected) <= set(record.rows) or record.made_of == made_of(
+            cache, tar, samples
+        )
         if not finished or not file.exists() or file.stat().st_size != record.bytes:
             lacks[cache] = samples
     return lacks

@@ -45,13 +45,13 @@ class Encoder:
         self.empty = self._states([""], ["the empty prompt"]).tensors
 
     def moments(
-        self, tar: Path, samples: Mapping[int, Member], told: Callable[[int], object]
+        self, tar: Path, samples: Mapping[int, Member], progress: Callable[[int], object]
     ) -> Shard:
         """Encode the pictures of some samples of a tar.
 
         Args:
             samples: by index, ascending.
-            told: called with the number of pictures after each batch.
+            progress: called with the number of pictures after each batch.
 
         Raises:
             ValueError: if a picture's bytes have changed, or its moments are not finite.
@@ -74,7 +74,7 @@ class Encoder:
                     images = torch.stack([views[number] for _, _, views in good])
                     parts[name].append(self._encode(images, names))
                 rows += [index for index, _, _ in good]
-                told(len(batch))
+                progress(len(batch))
         tensors = {name: torch.cat(part or [self._none()]) for name, part in parts.items()}
         return Shard(tensors, tuple(rows), dict(dropped))
 
@@ -134,7 +134,6 @@ class Encoder:
         return self._stored(moments, names)
 
     def _none(self) -> Shaped[Tensor, "0 m h w"]:
-        """Return the moments of no picture."""
         return self._encode(torch.zeros(1, 3, *self._size), ["a grey picture"])[:0]
 
     def _states(self, prompts: Sequence[str], names: Sequence[str]) -> Conditioning:

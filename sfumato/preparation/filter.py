@@ -71,17 +71,17 @@ def _known(folder: PreparedFolder, selection: str, name: str, made_of: str) -> K
 def _judge(
     config: FilterConfig, tar: TarRecord, made_of: str, repeated: Sequence[bool]
 ) -> KeptRecord:
-    kept, dropped, here = list[int](), Counter[str](), set[str]()
+    kept, dropped, own = list[int](), Counter[str](), set[str]()
     for number, member in enumerate(tar.samples):
         reason = _reason(config, member)
-        if reason is None and (repeated[number] or member.sha256 in here):
+        if reason is None and (repeated[number] or member.sha256 in own):
             reason = "duplicate"
         if reason is not None:
             dropped[reason] += 1
             continue
         kept.append(number)
         if config.duplicates == "drop":
-            here.add(member.sha256)
+            own.add(member.sha256)
     return KeptRecord(tar.name, made_of, tuple(kept), dict(sorted(dropped.items())), tar.made_of)
 
 

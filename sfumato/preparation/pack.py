@@ -10,10 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
-from itertools import count
 from pathlib import Path
 from typing import IO, final
 
@@ -36,6 +35,8 @@ _MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"B
 
 # A container and a row of it, from 1; row 0 stands for what listing the container left out.
 Position = tuple[int, int]
+# What became of a row: a decoded picture, or reasons with their counts.
+Judged = tuple[Position, Sample | Mapping[str, int]]
 
 
 @final
@@ -46,15 +47,6 @@ class _BytesBlob(Blob):
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
         yield BytesIO(self.data)
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """A row whose picture was decoded, or what listing a container left out."""
-
-    position: Position
-    sample: Sample | None
-    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def pack(config: PackConfig, download: DownloadConfig, folder: Path) -> dict[str, int]:
@@ -99,8 +91,8 @@ class _Packer:
         self._settings = [_MADE_BY, config.samples_per_shard, config.max_pixels,
                           config.image_column, config.caption_column, config.captions,
                           config.columns, *further]  # fmt: skip
-        self._judged: Iterator[_Judged] = iter(())
-        self._next: _Judged | None = None  # a good row, which begins the next tar
+        self._judged: Iterator[Judged] = iter(())
+        self._next: Judged | None = None  # a good row, which begins the next tar
         self._end: Position = (len(source), 0)
 
     def known(self, name: str, start: Position, first: int) -> TarRecord | None:
@@ -122,8 +114,12 @@ class _Packer:
         Raises:
             ValueError: no row is good.
         """
-        if self._next is None or self._next.position != start:
-            self._judged, self._next = self._judge(start), None
+        if self._next is None or self._next[0] != start:
+            # Rows come in order, whichever thread finishes first.
+            judge = partial(_judged, bounds=Bounds(1, self._config.max_pixels))
+            workers = self._config.workers
+            self._judged = ahead(judge, self._rows(start), workers, _AHEAD * workers)
+            self._next = None
         tar = self._folder.tar(name)
         path, dropped = tar.with_suffix(".json"), Counter[str]()
         with new_file(tar, failure=PreparedError) as beside:
@@ -137,7 +133,7 @@ class _Packer:
             size, sha256 = beside.stat().st_size, sha256_of(beside)
             (tar.parent / UNFINISHED).touch()
             path.unlink(missing_ok=True)  # it may be the record of another tar of this name
-        ends = self._end if self._next is None else self._next.position
+        ends = self._end if self._next is None else self._next[0]
         bins = dict(sorted(dropped.items()))
         record = TarRecord(name, size, sha256, "", tuple(members), bins, ends)
         record = replace(record, made_of=self._made_of(record, start, first))
@@ -146,24 +142,18 @@ class _Packer:
 
     def _take(self, dropped: Counter[str]) -> Iterator[Sample]:
         """Yield the next N good rows; count the bad ones up to the good row after the N-th."""
-        for taken in count():
-            while True:
-                judged, self._next = self._next or next(self._judged, None), None
-                if judged is None:
-                    return
-                if judged.sample is not None:
-                    break
-                dropped.update(judged.dropped)
+        taken = 0
+        while judged := self._next or next(self._judged, None):
+            self._next = None
+            _, result = judged
+            if not isinstance(result, Sample):
+                dropped.update(result)
+                continue
             if taken == self._config.samples_per_shard:
                 self._next = judged
                 return
-            yield judged.sample
-
-    def _judge(self, start: Position) -> Iterator[_Judged]:
-        """Yield all rows from a position on, in order, whichever thread finishes first."""
-        judge = partial(_judged, bounds=Bounds(1, self._config.max_pixels))
-        workers = self._config.workers
-        return ahead(judge, self._rows(start), workers, _AHEAD * workers)
+            taken += 1
+            yield result
 
     def _rows(self, start: Position) -> Iterator[tuple[Position, Entry | Mapping[str, int]]]:
         """Yield the rows from a position on, and what listing a container left out."""
@@ -186,17 +176,17 @@ class _Packer:
         return digest([self._settings, position, parts, pictures, dict(record.dropped)])
 
 
-def _judged(row: tuple[Position, Entry | Mapping[str, int]], bounds: Bounds) -> _Judged:
+def _judged(row: tuple[Position, Entry | Mapping[str, int]], bounds: Bounds) -> Judged:
     """Judge a row by its picture; what a listing left out is judged already."""
     position, entry = row
     if not isinstance(entry, Entry):
-        return _Judged(position, None, entry)
+        return position, entry
     try:
-        return _Judged(position, _look_at(entry, bounds))
+        return position, _look_at(entry, bounds)
     except RefusedImageError as error:
-        return _Judged(position, None, {str(error): 1})
+        return position, {str(error): 1}
     except OSError:
-        return _Judged(position, None, {"unreadable file": 1})
+        return position, {"unreadable file": 1}
 
 
 def _look_at(entry: Entry, bounds: Bounds) -> Sample:

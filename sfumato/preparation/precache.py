@@ -100,15 +100,16 @@ def _make(job: CacheJob, todo: Sequence[tuple[str, int]], distribution: Distribu
                     _make_shard(job, encoder, own[turn][0], bar.update)
 
 
-def _make_shard(job: CacheJob, encoder: Encoder, name: str, told: Callable[[int], object]) -> None:
-    """Make the samples of one shard that the caches lack."""
+def _make_shard(
+    job: CacheJob, encoder: Encoder, name: str, progress: Callable[[int], object]
+) -> None:
     tar, file = job.folder.tar_record(name), job.folder.tar(name)
     if fault := wrong_size(file, tar.bytes):
         raise PreparedError(fault)
     for cache, indices in lacking(job, name).items():
         samples = {index: tar.samples[index] for index in indices}
         if cache == job.identity.moments_folder:
-            shard = encoder.moments(file, samples, told)
+            shard = encoder.moments(file, samples, progress)
         else:
             shard = encoder.text(file, samples)
         path = job.folder.tensors(cache, name)

@@ -89,7 +89,7 @@ def _whole(config: PackConfig, name: str) -> Container:
     listing = Listing([_row(entry, config) for entry in entries], log.counts())
     files = [_stamp(row) for row in listing.rows]
     content = [
-        [row.place, row.captions[0], row.captions[1:], row.columns, size]
+        [row.position, row.captions[0], row.captions[1:], row.columns, size]
         for row, (size, _) in zip(listing.rows, files, strict=True)
     ]
     newest = max([time for _, time in files], default=0)
@@ -129,12 +129,12 @@ def _list_one(tar: Path, config: PackConfig, expected: int | None) -> Listing:
     """
     log = SkipLog()
     every = list(list_tar(tar, _columns(config), log))
-    paths = ((entry, PurePosixPath(entry.place)) for entry in every)
+    paths = ((entry, PurePosixPath(entry.position)) for entry in every)
     entries = [entry for entry, path in paths if not path.is_absolute() and ".." not in path.parts]
     dropped = log.counts()
     dropped["member that leaves its folder"] = len(every) - len(entries)
     if expected is not None:
-        entries.sort(key=lambda entry: (len(entry.place), entry.place))
+        entries.sort(key=lambda entry: (len(entry.position), entry.position))
         for event in _EVENTS:
             dropped.pop(event, None)
         lost = expected - len(entries) - dropped.total()

@@ -26,8 +26,8 @@ class _Printer:
         self.refused = True
         self.report(stage, [fault])
 
-    def report(self, stage: str, found: Iterable[str]) -> None:
-        for fault in found:
+    def report(self, stage: str, faults: Iterable[str]) -> None:
+        for fault in faults:
             print(f"  {fault}", flush=True)
             self.counts[stage] += 1
 
@@ -113,11 +113,6 @@ def _verify_index(
 
 
 def _index_faults(path: Path, index: Index, walk: Walk, now: Index | None) -> Iterator[str]:
-    """Find what the stored index lists and the walk has not met.
-
-    Args:
-        now: the index of today; None where the walk met a refusal.
-    """
     tars = {shard.name for shard in walk.tars.shards}
     for kind, listed, met in (
         ("tar", [tar.name for tar in index.tars], tars),

@@ -1,4 +1,4 @@
-"""Reader of caches: moments and states of single samples, by their place in mapped files.
+"""Reader of caches: moments and states of single samples, out of mapped files.
 
 Few shards are open at a time. A run can read the caches of its own encoders and sizes.
 """
@@ -69,7 +69,7 @@ class CachedRows:
 def cached_rows(
     folder: PreparedFolder, caches: Caches, name: str, buckets: Sequence[Sequence[int]]
 ) -> list[CachedRows]:
-    """Read which samples of a shard can be had from a cache, by bucket.
+    """Read which samples of a shard a cache holds, by bucket.
 
     Args:
         buckets: the samples that are asked for: indices into the tar, ascending.
@@ -79,18 +79,18 @@ def cached_rows(
     """
     text = np.asarray(folder.cached_record(caches.text, name).rows, dtype=np.int64)
     rows = []
-    for cache, kept in zip(caches.moments, buckets, strict=True):
+    for cache, asked in zip(caches.moments, buckets, strict=True):
         moments = np.empty(0, dtype=np.int64)
         if cache:
             moments = np.asarray(folder.cached_record(cache, name).rows, dtype=np.int64)
-        samples = _common(_common(np.asarray(kept, dtype=np.int64), moments), text)
+        samples = _common(_common(np.asarray(asked, dtype=np.int64), moments), text)
         positions = (np.searchsorted(stored, samples) for stored in (moments, text))
         rows.append(CachedRows(samples, *positions, stored=(len(moments), len(text))))
     return rows
 
 
 def _common(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return what two ascending lists share; most often they are equal."""
+    # Most often the two are equal.
     return some if np.array_equal(some, others) else np.intersect1d(some, others, True)
 
 
@@ -131,7 +131,7 @@ class CacheReader:
 
         Args:
             counts: cached samples of each bucket and shard.
-            keep: the records of shards with so many samples are kept.
+            keep: the records of shards with so many samples stay in memory.
 
         Raises:
             PreparedError: the states of the empty prompt cannot be read.
@@ -220,7 +220,6 @@ class _BrokenFileError(Exception):
 
 
 def _rows_of(file: safe_open, name: str) -> int:
-    """Return the rows of a tensor in an open file."""
     return int(file.get_slice(name).get_shape()[0])
 
 
@@ -247,7 +246,7 @@ def find_caches(selected: Selected, identity: CacheIdentity, buckets: Sequence[b
         buckets: whether there is a sample of each size.
 
     Raises:
-        PreparedError: there is none; the message names the fields in which each cache differs.
+        PreparedError: no cache fits; the message names the fields in which each cache differs.
     """
     moments = []
     for (height, width), used in zip(selected.choices.sizes, buckets, strict=True):

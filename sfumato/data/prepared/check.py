@@ -87,12 +87,12 @@ def count_sorted(selected: Selected, log: SkipLog) -> list[list[int]]:
         return [list(selected.counts)]
     counts = [[0] * len(selected.tars) for _ in selected.choices.sizes]
     _recount(counts, selected, selected.used)
-    kept, bounds = sum(selected.counts), selected.choices.bounds
-    left_out = kept - sum(map(sum, counts))
-    if left_out == kept:
+    total, bounds = sum(selected.counts), selected.choices.bounds
+    left_out = total - sum(map(sum, counts))
+    if left_out == total:
         raise PreparedError(
             f"data.shards.min_size={bounds.smallest} and max_pixels={bounds.pixels} leave out all "
-            f"{kept} samples of selection {selected.selection!r} of {selected.folder}; loosen them"
+            f"{total} samples of selection {selected.selection!r} of {selected.folder}; loosen them"
         )
     if left_out:
         folder = selected.folder.shards
@@ -129,8 +129,8 @@ def count_cached(
     if lacking:
         folder = selected.folder.cache(caches.folders[0])
         reason = f"kept by selection {selected.selection!r}, but not in both halves of the cache"
-        place = f"{folder} (of {len(lacking)} shards, the first is {names[lacking[0]]})"
-        log.note(folder, reason, sum(before) - sum(after), place)
+        name = f"{folder} (of {len(lacking)} shards, the first is {names[lacking[0]]})"
+        log.note(folder, reason, sum(before) - sum(after), name)
     if sum(after) == 0:
         raise PreparedError(
             f"no sample of selection {selected.selection!r} is in the cache "
@@ -143,7 +143,6 @@ def count_cached(
 def _recount(
     counts: list[list[int]], selected: Selected, shards: Sequence[int], caches: Caches | None = None
 ) -> None:
-    """Count the samples of some shards anew, by their records."""
     count = partial(_counts_of, selected, caches)
     for shard, by_bucket in zip(shards, _in_threads(count, shards), strict=True):
         for bucket, samples in zip(counts, by_bucket, strict=True):
@@ -163,7 +162,6 @@ def _counts_of(selected: Selected, caches: Caches | None, shard: int) -> list[in
 
 
 def _check_files(folder: PreparedFolder, files: Sequence[tuple[Path, int]]) -> None:
-    """Refuse files that are missing, or of another size than was indexed."""
     faults = [fault for fault in _in_threads(_fault, files) if fault is not None]
     if faults:
         more = f" (and {len(faults) - 1} more of {len(files)} files)" if len(faults) > 1 else ""

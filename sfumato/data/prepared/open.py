@@ -212,8 +212,9 @@ def _guards(config: ShardDataConfig, sources: Sequence[_Source], seed: int) -> d
 
 def _fingerprint(selected: Selected, counts: Sequence[Sequence[int]]) -> str:
     """Return a hash of the samples that are read; raw and cached ones are the same samples."""
-    kept, bounds = selected.index.kept.get(selected.selection, ""), selected.choices.bounds
-    samples = hashlib.sha256(f"{selected.selection}\0{kept}".encode())
+    kept_hash = selected.index.kept.get(selected.selection, "")
+    bounds = selected.choices.bounds
+    samples = hashlib.sha256(f"{selected.selection}\0{kept_hash}".encode())
     for tar, count in zip(selected.tars, map(sum, zip(*counts, strict=True)), strict=True):
         if count:
             samples.update(f"\0{tar.name}/{tar.sha256}/{count}".encode())
