@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import final
 
@@ -60,15 +61,12 @@ class Encoder:
         rows: list[int] = []
         parts: dict[str, list[Tensor]] = {name: [] for name in self._placements}
         dropped: Counter[str] = Counter()
-        items = list(samples.items())
         pictures, workers = partial(self._pictures, tar), self._settings.workers
-        decoded = ahead(pictures, samples.values(), workers, _AHEAD * size)
-        with closing(decoded):
-            for first in range(0, len(items), size):
-                batch = items[first : first + size]
-                results = [(index, member, next(decoded)) for index, member in batch]
-                good = [(i, m, views) for i, m, views in results if not isinstance(views, str)]
-                dropped.update(reason for *_, reason in results if isinstance(reason, str))
+        with closing(ahead(pictures, samples.values(), workers, _AHEAD * size)) as decoded:
+            pairs = zip(samples.items(), decoded, strict=True)
+            while batch := list(islice(pairs, size)):
+                good = [(*item, views) for item, views in batch if not isinstance(views, str)]
+                dropped.update(reason for _, reason in batch if isinstance(reason, str))
                 names = [f"{tar}: {member.key}.{member.suffix}" for _, member, _ in good]
                 for number, name in enumerate(parts if good else ()):
                     images = torch.stack([views[number] for _, _, views in good])
