@@ -107,24 +107,23 @@ def _verify_index(
         printer.conclude("index", "index")
         return
     path, now = folder.path / INDEX, None if printer.refused else walk.index(downloaded)
-    printer.report("index", _index_faults(path, index, walk, now))
+    printer.report("index", _index_faults(path, index, now))
     samples = sum(tar.samples for tar in index.tars)
     printer.conclude("index", f"index: {len(index.tars):,} tars of {samples:,} samples")
 
 
-def _index_faults(path: Path, index: Index, walk: Walk, now: Index | None) -> Iterator[str]:
-    tars = {shard.name for shard in walk.tars.shards}
-    for kind, listed, met in (
-        ("tar", [tar.name for tar in index.tars], tars),
-        ("selection", index.selections, walk.selections),
-        ("cache", index.caches, walk.caches),
-    ):
-        for name in listed:
-            if name not in met:
-                yield f"{path} lists the {kind} {name}, which has no record any more"
+def _index_faults(path: Path, index: Index, now: Index | None) -> Iterator[str]:
+    """Compare the stored index with that of today, which a refusal leaves out."""
     if now is None:
         yield "the index cannot be made anew before the faults above are mended"
         return
-    for name in ("tars", "selections", "caches", "bins"):
-        if vars(index)[name] != vars(now)[name]:
-            yield f"{path} lists other {name} than there are; run the stage index"
+    for kind in ("tars", "selections", "caches", "bins"):
+        stored, today = (vars(each)[kind] for each in (index, now))
+        if kind == "tars":
+            stored, today = ({tar.name: tar for tar in each} for each in (stored, today))
+        names = sorted(name for name in stored | today if stored.get(name) != today.get(name))
+        if names:
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            yield (
+                f"{path} lists other {kind} than there are ({names[0]}{more}); run the stage index"
+            )
