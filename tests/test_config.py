@@ -281,7 +281,7 @@ BAD: list[tuple[str, object, str]] = [
     ("training.compile", "half", "one of none, regional, full"),
     ("training.ema_decay", 1.0, "less than 1"),
     ("training.ema_every_steps", 10**6, "training.max_steps=1000"),
-    ("training.max_time", "1h", "[DD:]HH:MM:SS"),
+    ("training.max_time", "1h", "MM:SS"),
     ("training.peak_tflops", 0.0, "more than 0"),
     ("validation.num_images", 0, "1 or more"),
     ("validation.every_steps", -1, "0 or more"),

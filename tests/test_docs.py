@@ -18,12 +18,11 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfumato.catalog import find_slot, known_keys
+from sfumato.catalog import CHOICES, find_slot, known_keys
 from sfumato.compose import compose_train, register
 from sfumato.config import (
     COMMANDS,
     CONF,
-    GROUPS,
     ColorRewardConfig,
     DraftConfig,
     LoraConfig,
@@ -146,17 +145,19 @@ def rows(page: str) -> list[list[str]]:
 
 
 def is_setting(text: str) -> bool:
-    """Say whether `sfumato train` takes this as KEY or KEY=VALUE."""
-    key, _, value = text.partition("=")
+    """Say whether a command takes this as [COMMAND] KEY[=VALUE]; the default command is train."""
+    command, _, setting = text.rpartition(" ")
+    key, _, value = setting.partition("=")
     if key == "recipe":
         return (CONF / "recipe" / f"{value}.yaml").exists()
-    if key in GROUPS:
-        return not value or value in GROUPS[key]
-    if value and (choices := find_slot("train", key).rule.choices):
+    if key in CHOICES:
+        return not value or value in CHOICES[key]
+    command = command or "train"
+    if value and (choices := find_slot(command, key).rule.choices):
         return value in choices
     sources = ("data.images.sources.", "data.shards.sources.")
     free = ("model.merge.", *sources, "reward.parts.", "objective.settings.")
-    return key in known_keys("train") or key.startswith(free)
+    return key in known_keys(command) or key.startswith(free)
 
 
 DEFINED = {
@@ -207,7 +208,7 @@ def test_the_page_of_settings_is_complete(command: str) -> None:
     """Every key that composes has a setting with its type, default, choices, bounds, comment."""
     settings = {each.key: each for each in settings_of(command)}
     owners = {key.rpartition(".")[0] for key in known_keys(command)}
-    keys = {key for key in known_keys(command) if key not in owners or key in GROUPS}
+    keys = {key for key in known_keys(command) if key not in owners or key in CHOICES}
     assert {key for key in keys if not key.endswith("kind")} <= set(settings)
     assert all(each.kind and each.default for each in settings.values())
 
