@@ -73,7 +73,10 @@ class Encoder:
                     parts[name].append(self._encode(images, names))
                 rows += [index for index, _, _ in good]
                 progress(len(batch))
-        tensors = {name: torch.cat(part or [self._none()]) for name, part in parts.items()}
+        if not rows:  # the moments of no picture
+            grey = self._encode(torch.zeros(1, 3, *self._size), ["a grey picture"])
+            parts = {name: [grey[:0]] for name in parts}
+        tensors = {name: torch.cat(part) for name, part in parts.items()}
         return Shard(tensors, tuple(rows), dict(dropped))
 
     def text(self, tar: Path, samples: Mapping[int, Member]) -> Shard:
@@ -130,9 +133,6 @@ class Encoder:
         with _deterministic():
             moments = self._model.encode_moments(images.to(self._model.device))
         return self._stored(moments, names)
-
-    def _none(self) -> Shaped[Tensor, "0 m h w"]:
-        return self._encode(torch.zeros(1, 3, *self._size), ["a grey picture"])[:0]
 
     def _states(self, prompts: Sequence[str], names: Sequence[str]) -> Conditioning:
         with _deterministic():

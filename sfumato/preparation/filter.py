@@ -35,7 +35,7 @@ def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:
     for name in names:
         tar = prepared.tar_record(name)
         _check_score(config, tar)
-        hashes = _hashes(tar)
+        hashes = np.array([int(member.sha256[:16], 16) for member in tar.samples], np.uint64)
         made_of = digest([settings, tar.made_of, before])
         record = _known(prepared, config.name, name, made_of)
         if record is None:
@@ -144,7 +144,3 @@ class _Seen:
             inside = position < len(stretch)
             known[inside] |= stretch[position[inside]] == hashes[inside]
         return known
-
-
-def _hashes(tar: TarRecord) -> np.ndarray:
-    return np.array([int(member.sha256[:16], 16) for member in tar.samples], np.uint64)

@@ -264,7 +264,9 @@ def _find(selected: Selected, kind: str, identity: Mapping[str, Any], *, flip: b
     if fitting:
 
         def order(name: str) -> tuple[int, bool, int, str]:
-            return (-_held(selected, name), name != exact, _rank(manifests[name]), name)
+            dtype = manifests[name].get("dtype")
+            rank = _DTYPES.index(dtype) if dtype in _DTYPES else len(_DTYPES)
+            return (-_held(selected, name), name != exact, rank, name)
 
         return min(fitting, key=order)
     reasons = [f"{name} differs in {', '.join(fields)}" for name, fields in differences.items()]
@@ -315,8 +317,3 @@ def _held(selected: Selected, cache: str) -> int:
     stored = {shard.name: shard.samples for shard in selected.index.caches[cache]}
     pairs = zip(selected.tars, selected.counts, strict=True)
     return sum(min(stored.get(tar.name, 0), count) for tar, count in pairs)
-
-
-def _rank(manifest: Mapping[str, Any]) -> int:
-    dtype = manifest.get("dtype")
-    return _DTYPES.index(dtype) if dtype in _DTYPES else len(_DTYPES)
