@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moons import ALL_SHAPES, CONCEPT, old_scenes, split
 from torch import Tensor
 
 from sfumato.compose import DEMO_MODELS, load_settings
-from sfumato.demo.concept import ALL_SHAPES, CONCEPT, old_scenes, split
 from sfumato.demo.reader import read_image
 from sfumato.demo.world import ATTRIBUTES, Scene, random_scene, render
 from sfumato.images import save_image

@@ -249,7 +249,7 @@ def open_ours(case: Pretrain, folder: Path) -> Ours:
     config.model.reference = False
     config.model.channels_last, config.training.compile = case.channels_last, case.compile
     ours = Ours(config, HeldCache(samples), supervised_draws)
-    arrange(ours.model, config, world=1)
+    arrange(ours.model, config)
     return ours
 
 

@@ -1,8 +1,8 @@
 """Catalog of settings: which keys a command takes, and the type and rule of each."""
 
 import types
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -93,18 +93,38 @@ def known_keys(command: str) -> list[str]:
     return [*keys_of(COMMANDS[command]), *(["recipe"] if command in RECIPES else [])]
 
 
-def keys_of(node: type, prefix: str = "") -> list[str]:
+def keys_of(node: Any, prefix: str = "") -> list[str]:
     """Return the dotted names of all settings below a dataclass, of every group choice."""
-    names = []
-    for item in fields(node):
-        name = f"{prefix}{item.name}"
-        names.append(name)
-        choices = list(CHOICES.get(item.name, {}).values())
-        inner = choices or ([item.type] if is_dataclass(item.type) else [])
-        for kind in inner:
-            assert isinstance(kind, type)
-            names += keys_of(kind, f"{name}.")
-    return sorted(set(names))
+    return sorted({entry.key for entry in walk(node, prefix)})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One field below a dataclass."""
+
+    key: str
+    owner: type
+    item: Any
+    default: Any
+    where: str  # the choice of a group that has the field, as GROUP=NAME
+
+
+def walk(node: Any, prefix: str = "", where: str = "") -> Iterator[Entry]:
+    """Yield the fields of a dataclass, each before those below it, and of every group choice.
+
+    Args:
+        node: a class, or an instance whose values are the defaults.
+    """
+    owner = node if isinstance(node, type) else type(node)
+    for item in fields(owner):
+        key = f"{prefix}{item.name}"
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        default = default if node is owner else vars(node)[item.name]
+        yield Entry(key, owner, item, default, where)
+        for name, choice in CHOICES.get(item.name, {}).items():
+            yield from walk(choice(), f"{key}.", f"{key}={name}")
+        if is_dataclass(default):
+            yield from walk(default, f"{key}.")
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:

@@ -1,13 +1,11 @@
 """Combinations of training settings that cannot work, refused before any weight is loaded."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from sfumato.config import (
     DraftConfig,
     JpegRewardConfig,
-    LoraConfig,
     NoRewardConfig,
     RewardConfig,
     SupervisedConfig,
@@ -17,6 +15,7 @@ from sfumato.config import (
     check_values,
 )
 from sfumato.training.sharding import check_sharding
+from sfumato.training.stop import parse_duration
 
 
 def check_train(config: TrainConfig, processes: int) -> None:
@@ -26,18 +25,10 @@ def check_train(config: TrainConfig, processes: int) -> None:
         ValueError: naming the key, its value, and what to do.
     """
     check_values(config)
-    if config.name in {"", ".."} or Path(config.name).name != config.name:
-        raise ValueError(
-            f"name={config.name!r} cannot be the name of a folder; give one without slashes, and "
-            "the folder of all runs as runs_dir=..."
-        )
-    if not config.model.parts:
-        raise ValueError("model.parts=[] trains nothing; give network, or a text encoder's name")
     _check_batch(config.training, processes)
     _check_loop(config.training)
     check_sharding(config, processes)
-    _check_sources(config)
-    _check_lora(config.model.lora)
+    _check_data(config)
     _check_lora_files(config)
     if len(config.optimizer.betas) != 2:
         raise ValueError(f"optimizer.betas={config.optimizer.betas} are not two numbers; give two")
@@ -64,10 +55,8 @@ def _check_batch(training: TrainingConfig, processes: int) -> None:
 
 
 def _check_loop(training: TrainingConfig) -> None:
-    from sfumato.training.stop import parse_duration
-
     if training.max_time is not None:
-        parse_duration(training.max_time)
+        parse_duration("training.max_time", training.max_time)
     if training.ema_decay is not None and training.ema_every_steps > training.max_steps:
         raise ValueError(
             f"training.ema_every_steps={training.ema_every_steps} is more than "
@@ -76,55 +65,45 @@ def _check_loop(training: TrainingConfig) -> None:
         )
 
 
-def _check_sources(config: TrainConfig) -> None:
-    data, own = config.data, config.validation
-    every = {
+def _check_data(config: TrainConfig) -> None:
+    data, shards = config.data, config.data.shards
+    sources = {
         "data.shards": data.shards,
         "data.images": data.images,
-        "validation.images": own.images,
+        "validation.images": config.validation.images,
     }
-    named = {key: each for key, each in every.items() if each.path or each.sources}
-    if "data.shards" in named:
-        _check_shards(config)
-    if named:
+    given = {key: each for key, each in sources.items() if each.path or each.sources}
+    named = {
+        key: f"{key}.path={each.path!r}" if each.path else f"{key}.sources={list(each.sources)}"
+        for key, each in given.items()
+    }
+    if named and isinstance(config.objective, DraftConfig):
+        raise ValueError(
+            f"{next(iter(named.values()))} is for objective=supervised, and objective=draft reads "
+            "only data.prompts and validation.prompts; leave it out"
+        )
+    prepared, images = named.get("data.shards"), named.get("data.images")
+    if prepared and not isinstance(config.objective, SupervisedConfig):
+        raise ValueError(f"{prepared} is for objective=supervised; bring Own(stream=...) instead")
+    if prepared and images:
+        raise ValueError(f"{prepared} and {images} are both given; leave one of them out")
+    if shards.cached and images:
+        raise ValueError(
+            f"data.shards.cached=true reads a prepared folder, and {images} is none; give "
+            "data.shards.path instead, or data.shards.cached=false"
+        )
+    if given:
         from sfumato.data.settings import checked_sources
 
-        for key, each in named.items():
+        for key, each in given.items():
             checked_sources(key, each)
-
-
-def _check_shards(config: TrainConfig) -> None:
-    shards, images = config.data.shards, config.data.images
-    if not isinstance(config.objective, SupervisedConfig):
-        raise ValueError(
-            f"data.shards.path={shards.path!r} is for objective=supervised; an objective that "
-            "maximises a reward reads data.prompts"
-        )
-    if images.path is not None or images.sources:
-        raise ValueError(
-            f"data.shards.path={shards.path!r} is given beside data.images; leave one of them out"
-        )
+    if not prepared:
+        return
     if shards.cached and config.model.parts not in (["network"], ["unet"], ["transformer"]):
         raise ValueError(
             f"model.parts={config.model.parts} trains a text encoder, but a cache holds the "
             "states of the frozen one; use data.shards.cached=false, or model.parts=[network]"
         )
-
-
-def _check_lora(lora: LoraConfig) -> None:
-    for key, targets in (
-        ("model.lora.targets", lora.targets),
-        ("model.lora.encoder_targets", lora.encoder_targets),
-    ):
-        if targets == []:
-            raise ValueError(f"{key}=[] trains nothing; leave it out for the default")
-        for target in targets or []:
-            try:
-                re.compile(target)
-            except re.error as error:
-                raise ValueError(
-                    f"{key}=[{target!r}] is no list of regular expressions ({error}); correct it"
-                ) from error
 
 
 def _check_lora_files(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Command line: `sfumato COMMAND ...` is read, explained and handed to the room of the work."""
+"""Command line: reads `sfumato COMMAND ...`, explains mistakes, calls the room of the work."""
 
 import errno
 import os
@@ -70,11 +70,9 @@ def run_command(arguments: Sequence[str]) -> None:
     }
     name, rest = arguments[0], arguments[1:]
     if name not in commands:
-        import difflib
+        from sfumato.explain import nearest
 
-        near = difflib.get_close_matches(name, commands, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
-        fail(f"unknown command {name!r}; {hint}")
+        fail(f"unknown command {name!r}; {nearest(name, commands)}")
     composed = name not in {"report", "recipes", "demo"} and rest[:1] != ["verify"]
     if composed and not HELP.isdisjoint(rest):
         show_help(name, [text for text in rest if text not in HELP])
@@ -93,13 +91,18 @@ def show_help(command: str, keys: Sequence[str]) -> None:
 
 def recipes(arguments: Sequence[str]) -> None:
     """List the recipes of every command."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="sfumato recipes", description=recipes.__doc__)
+    parser = options_parser("recipes", recipes)
     parser.parse_args(arguments)
     from sfumato.help import recipes_page
 
     print(recipes_page())
+
+
+def options_parser(name: str, command: Callable[[Sequence[str]], None]) -> Any:
+    """Return an argparse parser that describes a command by its docstring."""
+    import argparse
+
+    return argparse.ArgumentParser(prog=f"sfumato {name}", description=command.__doc__)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -122,28 +125,23 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and not as Hydra prints them
-    quiet_libraries()
+    for library in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(library, "error")
     settings = [text for text in arguments if "=" in text and not text.startswith("-")]
     others = [text for text in arguments if text not in settings]
-    sys.argv = [
-        f"sfumato {command}",
-        *others,
-        *rewritten(command, settings, sweep=is_sweep(others)),
-    ]
-    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(
-        lambda config: run_composed(command, config)
-    )
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)
+    def run(config: Any) -> None:
+        with mistakes_explained():  # here, before Hydra prints its own account
+            dispatch(command, config)
+
     with mistakes_explained():
+        overrides = rewritten(command, settings, sweep=is_sweep(others))
+        sys.argv = [f"sfumato {command}", *others, *overrides]
         try:
             run()
         except COMPOSITION_ERRORS as error:
             fail(explain(error, known_keys(command)))
-
-
-def quiet_libraries() -> None:
-    """Show errors of diffusers and transformers only, unless their own variables say otherwise."""
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
 
 
 @contextmanager
@@ -177,14 +175,8 @@ def mistakes_explained() -> Iterator[None]:
         )
 
 
-def run_composed(command: str, config: Any) -> None:
-    """Check composed settings and hand them to the room that does the work."""
-    with mistakes_explained():  # here, before Hydra prints its own account
-        dispatch(command, config)
-
-
 def dispatch(command: str, config: Any) -> None:
-    """Run a command with its composed settings."""
+    """Check composed settings and hand them to the room that does the work."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -235,10 +227,9 @@ def prepare(arguments: Sequence[str]) -> None:
     if arguments[:1] != ["verify"]:
         hydra_command("prepare", arguments)
         return
-    import argparse
     from pathlib import Path
 
-    parser = argparse.ArgumentParser(prog="sfumato prepare verify", description=prepare.__doc__)
+    parser = options_parser("prepare verify", prepare)
     parser.add_argument("folder", type=Path, help="the folder that was prepared")
     options = parser.parse_args(arguments[1:])
     from sfumato.preparation.verify import verify
@@ -254,10 +245,9 @@ def launch(arguments: Sequence[str]) -> None:
 
 def report(arguments: Sequence[str]) -> None:
     """Write a report of run folders."""
-    import argparse
     from pathlib import Path
 
-    parser = argparse.ArgumentParser(prog="sfumato report", description=report.__doc__)
+    parser = options_parser("report", report)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--title", default="Sfumato report")
@@ -272,10 +262,9 @@ def report(arguments: Sequence[str]) -> None:
 
 def demo(arguments: Sequence[str]) -> None:
     """Run DRaFT and DRaFT+ in the tiny world and write a report of reward against diversity."""
-    import argparse
     from pathlib import Path
 
-    parser = argparse.ArgumentParser(prog="sfumato demo", description=demo.__doc__)
+    parser = options_parser("demo", demo)
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/demo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -286,13 +275,15 @@ def demo(arguments: Sequence[str]) -> None:
         const=Path("runs/demo_model"),
         help="train the shipped models again, into this folder, instead of running the demo",
     )
-    parser.add_argument("--stage", metavar="NAME", help="of the rebuild: this stage alone")
+    parser.add_argument("--stage", metavar="NAME", help="of the rebuild: only this stage")
     parser.add_argument("--count", type=int, default=1, help="its training steps, or pictures")
     options = parser.parse_args(arguments)
     if options.stage and not options.rebuild:
         parser.error(f"--stage {options.stage} is of the rebuild; say --rebuild DIR too")
     if options.rebuild and options.out:
         parser.error(f"--rebuild does not write to --out; say --rebuild {options.out}")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed {options.seed} must be 0 or more, and less than 2^63")
     with mistakes_explained():
         if options.rebuild and options.stage:
             from sfumato.demo.rebuild import run_stage

@@ -32,6 +32,7 @@ from sfumato.config import (
     check_values,
     rule_of,
 )
+from sfumato.config.saved import read_saved
 from sfumato.explain import explain, first_line, unknown_key, unreadable_value
 from sfumato.overrides import escaped, rewritten
 
@@ -78,11 +79,9 @@ def to_settings(config: Any, prefix: str = "") -> Any:
         if missing:
             names = ", ".join(f"{prefix}{name}" for name in missing)
             raise ValueError(f"missing settings: {names}; give each as KEY=VALUE")
-        if odd := _added_keys(config):
-            kind = OmegaConf.get_type(config)
-            assert kind is not None
-            known = keys_of(kind, prefix)
-            raise ValueError(unknown_key(f"{prefix}{odd[0]}", known))
+        if added := _added_keys(config):
+            known = keys_of(OmegaConf.get_type(config), prefix)
+            raise ValueError(unknown_key(f"{prefix}{added[0]}", known))
         settings: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ValueError(unreadable_value(f"{prefix}{error.full_key}", error)) from error
@@ -111,7 +110,7 @@ def _resolve_entries(settings: Any, prefix: str) -> None:
 
 
 def _unread(config: DictConfig) -> list[str]:
-    """Return what a network's config and an objective need, where nothing says where it is."""
+    """Return the keys of parts and data that the settings need and leave at null."""
     if OmegaConf.get_type(config) is not TrainConfig or OmegaConf.is_missing(config, "objective"):
         return []
     data, model = config.data, config.model
@@ -131,7 +130,7 @@ def _is_open(node: DictConfig, name: str, *empty: str | None) -> bool:
 
 
 def _leave_out_jobs(config: DictConfig) -> None:
-    """Empty the jobs that are not in `stages`, and forget what was to be given for them alone."""
+    """Set the jobs that are not in `stages` to null, and drop `given` entries that no job reads."""
     _refuse_unread(config)
     for name in config.jobs if config.stages else []:
         if name not in config.stages:
@@ -146,11 +145,7 @@ def _leave_out_jobs(config: DictConfig) -> None:
 
 
 def _refuse_unread(config: DictConfig) -> None:
-    """Refuse what is given to nobody: a mistyped name would leave the recipe's own value.
-
-    Raises:
-        ValueError: naming it.
-    """
+    """Refuse `given` entries that no setting reads: their names may be mistyped."""
     whole = str(OmegaConf.to_container(config, resolve=False))
     given: Any = OmegaConf.to_container(config.given, resolve=False)
     names = list(given)
@@ -164,26 +159,26 @@ def _refuse_unread(config: DictConfig) -> None:
 
 
 def _assume_defaults(config: DictConfig) -> None:
-    """Give what a recipe leaves open the default of its field, where that has one."""
+    """Replace ??? of a recipe by the default of the field, if it has one."""
     for key in OmegaConf.missing_keys(config):
-        place, _, name = key.rpartition(".")
-        node = OmegaConf.select(config, place) if place else config
+        section, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, section) if section else config
         kind = OmegaConf.get_type(node)
         if is_dataclass(kind) and not OmegaConf.is_missing(OmegaConf.structured(kind), name):
             node[name] = OmegaConf.structured(kind)[name]
 
 
 def _added_keys(config: DictConfig, prefix: str = "") -> list[str]:
-    """Return what `+KEY=VALUE` has put into a dataclass that has no such field."""
+    """Return the keys that `+KEY=VALUE` added to a dataclass without such a field."""
     kind = OmegaConf.get_type(config)
     if not is_dataclass(kind):
         return []
     known = {item.name for item in fields(kind)}
-    found = [f"{prefix}{key}" for key in config if key not in known]
+    added = [f"{prefix}{key}" for key in config if key not in known]
     for key in known:
         if OmegaConf.is_dict(config[key]):
-            found += _added_keys(config[key], f"{prefix}{key}.")
-    return found
+            added += _added_keys(config[key], f"{prefix}{key}.")
+    return added
 
 
 def compose_train(overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]]:
@@ -249,12 +244,8 @@ def load_settings(file: Path) -> TrainConfig:
     Raises:
         ValueError: if it is not there, or not one that `sfumato train` wrote.
     """
-    if not file.exists():
-        raise ValueError(f"{file.parent} is no run folder: it has no {file.name}")
+    content = read_saved(file.parent, "give a folder that `sfumato train` made")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it has no settings, such as objective")
         root = OmegaConf.structured(TrainConfig)
         for group, choices in GROUPS.items():
             kind = content[group]["kind"]
@@ -262,7 +253,7 @@ def load_settings(file: Path) -> TrainConfig:
                 raise ValueError(f"{group}.kind = {kind!r}; there are {', '.join(choices)}")
             root[group] = choices[kind]
         return to_settings(OmegaConf.merge(root, _literal(content)))
-    except (*COMPOSITION_ERRORS, LookupError, TypeError, ValueError, OSError) as error:
+    except (*COMPOSITION_ERRORS, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is not a configuration of `sfumato train`: {first_line(str(error))}"
         ) from error
@@ -281,30 +272,29 @@ def _literal(content: Any) -> Any:
             return content
 
 
-def _resolve_part(place: str, given: Any) -> WeightedPartConfig:
-    if not isinstance(given, dict):
-        raise ValueError(f"{place} = {given!r}; write {{kind: ..., weight: ...}}")
-    settings: dict[str, Any] = dict(given)
+def _resolve_part(key: str, entry: Any) -> WeightedPartConfig:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{key} = {entry!r}; write {{kind: ..., weight: ...}}")
+    settings: dict[str, Any] = dict(entry)
     kind, weight = settings.pop("kind", None), settings.pop("weight", 1.0)
     choices = [name for name in REWARDS if name not in ("none", "weighted")]
     if kind not in choices:
-        raise ValueError(f"{place}.kind = {kind!r}; choose one of {', '.join(choices)}")
-    if not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise ValueError(f"{place}.weight = {weight!r} must be finite; give a number")
-    return WeightedPartConfig(_resolve(place, settings, REWARDS[kind]), float(weight))
+        raise ValueError(f"{key}.kind = {kind!r}; choose one of {', '.join(choices)}")
+    if type(weight) not in (int, float) or not math.isfinite(weight):
+        raise ValueError(f"{key}.weight = {weight!r} is not a finite number; give one")
+    return WeightedPartConfig(_resolve(key, settings, REWARDS[kind]), float(weight))
 
 
-def _resolve(place: str, given: Any, kind: type) -> Any:
+def _resolve(key: str, entry: Any, kind: type) -> Any:
     """Return one entry of a free dictionary, checked against its dataclass."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{place} = {given!r}; write {{KEY: VALUE, ...}}")
-    known = [item.name for item in fields(kind)]
-    for key in given:
-        if key not in known:
-            named = [f"{place}.{name}" for name in known]
-            raise ValueError(unknown_key(f"{place}.{key}", named))
+    if not isinstance(entry, dict):
+        raise ValueError(f"{key} = {entry!r}; write {{KEY: VALUE, ...}}")
+    known = [f"{key}.{item.name}" for item in fields(kind)]
+    for name in entry:
+        if f"{key}.{name}" not in known:
+            raise ValueError(unknown_key(f"{key}.{name}", known))
     try:
-        node = OmegaConf.merge(OmegaConf.structured(kind), _literal(given))
+        node = OmegaConf.merge(OmegaConf.structured(kind), _literal(entry))
     except OmegaConfBaseException as error:
-        raise ValueError(unreadable_value(f"{place}.{error.full_key}", error)) from error
-    return to_settings(node, f"{place}.")
+        raise ValueError(unreadable_value(f"{key}.{error.full_key}", error)) from error
+    return to_settings(node, f"{key}.")

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sfumato.catalog import CHOICES, keys_of
 from sfumato.config import CONF
@@ -78,23 +78,28 @@ def _unknown_choice(group: str, choice: str, message: str) -> str:
         listed = [str(p.relative_to(recipes).with_suffix("")) for p in recipes.rglob("*.yaml")]
         inner = choice.rpartition("/")[0]
         listed = sorted(n for n in listed if n.rpartition("/")[0] == inner) or sorted(listed)
-    near = difflib.get_close_matches(choice, listed, n=1)
-    hint = f"did you mean {near[0]}? There are" if near else "choose one of"
-    return f"{group} = {choice} is unknown; {hint} {', '.join(listed)}"
+    return f"{group} = {choice} is unknown; {nearest(choice, listed)}"
 
 
 def _wrong_value(key: str, value: str, cause: str, known: Sequence[str]) -> str:
-    said = f"{key} = {value}"
+    shown = f"{key} = {value}"
     inner = [name for name in known if name.startswith(f"{key}.")]
     if inner:
-        return f"{said}: {key} is a group of settings; give one of them, such as {inner[0]}=..."
+        return f"{shown}: {key} is a group of settings; give one of them, such as {inner[0]}=..."
     if "not Optional" in cause:
-        return f"{said} must have a value; run with --help {key} to see what it may be"
+        return f"{shown} must have a value; run with --help {key} to see what it may be"
     match = re.search(r"Value '(.*?)' .*(Integer|Float|bool)|is not a ListConfig, (list)", cause)
     if match is None:
-        return f"{said}: {first_line(cause)}; run with --help {key} to see what it may be"
+        return f"{shown}: {first_line(cause)}; run with --help {key} to see what it may be"
     wrong = f": {match[1]}" if match[1] not in (None, value) else ""
-    return f"{said}{wrong} is not {KINDS[match[2] or match[3]]}; give one"
+    return f"{shown}{wrong} is not {KINDS[match[2] or match[3]]}; give one"
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return the advice for an unknown name: the nearest known one, and all."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}? There are" if near else "choose one of"
+    return f"{hint} {', '.join(known)}"
 
 
 def unreadable_value(key: str, error: BaseException) -> str:

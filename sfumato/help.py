@@ -8,12 +8,12 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sfumato.catalog import CHOICES, RECIPES, find_slot, known_keys
+from sfumato.catalog import CHOICES, RECIPES, find_slot, known_keys, walk
 from sfumato.config import COMMANDS, CONF, Rule, rule_of
 from sfumato.explain import unknown_key
 
@@ -47,7 +47,9 @@ class Setting:
 
 def settings_of(command: str) -> list[Setting]:
     """Return every setting of a command, in the order of config/."""
-    return list(_settings(command, COMMANDS[command], ""))
+    owner, comment = COMMANDS[command], "a recipe; `sfumato recipes` lists them"
+    recipe = [Setting("recipe", owner, "text", "null", "", comment)]
+    return [*_settings(command, owner), *(recipe if command in RECIPES else [])]
 
 
 def command_page(command: str, key: str | None = None) -> str:
@@ -128,37 +130,21 @@ def _rows(command: str, settings: Sequence[Setting], seen: dict[type, str]) -> I
             yield f"| `{prefix}.*` | | | | as {seen[each.owner]} |"
 
 
-def _settings(command: str, node: Any, prefix: str, where: str = "") -> Iterator[Setting]:
-    """Walk a dataclass, or an instance whose values are the defaults.
-
-    Args:
-        where: the choice of a group that has these settings.
-    """
-    owner = node if isinstance(node, type) else type(node)
-    for item in fields(owner):
-        key, rule = f"{prefix}{item.name}", rule_of(item)
-        if item.name == "kind" and prefix:
-            continue  # the choice of the group
-        factory = item.default_factory
-        default = item.default if factory is MISSING else factory()
-        if node is not owner:
-            default = vars(node)[item.name]
-        if item.name in CHOICES and not prefix:
-            yield _group(command, key, owner, item.type)
-            for name, choice in CHOICES[item.name].items():
-                yield from _settings(command, choice(), f"{key}.", f"{key}={name}")
-        elif is_dataclass(default):
-            yield from _settings(command, default, f"{key}.")
-        else:
-            comment = comments()[_definer(owner, item.name)].get(item.name, "")
-            comment = ": ".join(text for text in (where, comment) if text)
+def _settings(command: str, node: Any, prefix: str = "") -> Iterator[Setting]:
+    for entry in walk(node, prefix):
+        key, item, rule = entry.key, entry.item, rule_of(entry.item)
+        if item.name in CHOICES:
+            yield _group(command, key, entry.owner, item.type)
+        elif not (is_dataclass(entry.default) or (item.name == "kind" and "." in key)):
+            bases = (
+                each for each in entry.owner.__mro__ if item.name in vars(each)["__annotations__"]
+            )
+            comment = comments()[next(bases).__name__].get(item.name, "")
+            comment = ": ".join(text for text in (entry.where, comment) if text)
             kind = _type_words(command, key, rule)
-            yield Setting(key, owner, kind, _value(default), str(rule), comment)
-        entries: Any = rule.entries
-        if is_dataclass(entries) and not prefix.startswith("reward."):
-            yield from _settings(command, entries, f"{key}.NAME.")
-    if not prefix and command in RECIPES:
-        yield Setting("recipe", owner, "text", "null", "", "a recipe; `sfumato recipes` lists them")
+            yield Setting(key, entry.owner, kind, _value(entry.default), str(rule), comment)
+        if is_dataclass(rule.entries) and not key.startswith("reward."):
+            yield from _settings(command, rule.entries, f"{key}.NAME.")
 
 
 def _group(command: str, key: str, owner: type, base: Any) -> Setting:
@@ -198,11 +184,6 @@ def _summary(owner: Any) -> str:
     return (owner.__doc__ or "").strip().splitlines()[0]
 
 
-def _definer(owner: type, name: str) -> str:
-    """Return the class that defines a field last."""
-    return next(cls.__name__ for cls in owner.__mro__ if name in vars(cls)["__annotations__"])
-
-
 @cache
 def comments() -> Mapping[str, Mapping[str, str]]:
     """Return the comment of each field of each class of config/."""
@@ -221,8 +202,8 @@ def _comments_of(node: ast.ClassDef, texts: Mapping[int, str]) -> Iterator[tuple
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             numbers: Sequence[int] = range(line.lineno, (line.end_lineno or line.lineno) + 1)
-            found = " ".join(texts[number] for number in numbers if number in texts)
-            yield line.target.id, re.sub(r"^# *(noqa: \w+ *)?", "", found)
+            comment = " ".join(texts[number] for number in numbers if number in texts)
+            yield line.target.id, re.sub(r"^# *(noqa: \w+ *)?", "", comment)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ def _rewritten(command: str, argument: str, sweep: bool) -> str:
         return argument
     plus, key, value = match.groups()
     slot = find_slot(command, key)
+    if slot.kind is float and value.lower() in ("true", "false"):  # OmegaConf would read 1.0
+        raise ValueError(f"{key} = {value} is not a number; give one")
     plus = "++" if slot.named else plus  # a new name needs no +
     return f"{plus}{key}={_swept(slot, value) if sweep else _written(slot, value)}"
 

@@ -60,7 +60,8 @@ WINGS = (
     *("data", "models.lora", "models.origins", "preparation"),
     *("evaluation", "report", "planning", "launch", "demo"),
 )
-MAX_CORE = 7_700  # lines
+OUTSIDE = ("config.commands",)  # settings of the wings, which stand beside those of training
+MAX_CORE = 7_360  # lines
 
 # Contracts for the whole core: a stream gives samples, whatever they are read from.
 SAMPLES = ("data.stream", "data.sample")
@@ -120,7 +121,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "hydra": (("compose", "overrides", "cli"), SETTINGS),
     "omegaconf": (("compose", "cli"), SETTINGS),
     "yaml": (
-        ("compose", "cli", "run.run", "report.records", "models.origins.network_weights"),
+        ("compose", "config"),
         SETTINGS,
     ),
     "wandb": (("training.tracking",), "trackers belong in training/tracking.py"),
@@ -286,7 +287,8 @@ def core_lines(root: Path) -> dict[str, int]:
     return {
         name: len((root / file).read_text(encoding="utf-8").splitlines())
         for file in sorted(path.relative_to(root) for path in root.rglob("*.py"))
-        if inside(name := ".".join(file.with_suffix("").parts), CORE) and not inside(name, WINGS)
+        if inside(name := ".".join(file.with_suffix("").parts), CORE)
+        and not inside(name, (*WINGS, *OUTSIDE))
     }
 
 

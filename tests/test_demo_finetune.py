@@ -5,10 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from torch.testing import assert_close
-
-from sfumato.compose import DEMO_IMAGES, compose_train
-from sfumato.demo.concept import (
+from moons import (
     ALL_SHAPES,
     CONCEPT,
     NUM_HELD_OUT,
@@ -17,6 +14,9 @@ from sfumato.demo.concept import (
     old_scenes,
     split,
 )
+from torch.testing import assert_close
+
+from sfumato.compose import DEMO_IMAGES, compose_train
 from sfumato.demo.reader import read_image
 from sfumato.demo.tokenizer import TEXT_LENGTH
 from sfumato.demo.world import SHAPES, parse_caption, random_scene, render

@@ -19,8 +19,8 @@ from tiny_sd import write_tiny_sd
 
 from sfumato.config import ColorRewardConfig, DraftConfig, ModelConfig, SamplerConfig, TrainConfig
 from sfumato.diffusion.randomness import derive
+from sfumato.evaluation import evaluate as evaluation
 from sfumato.evaluation.diversity import LpipsDistance, PixelDistance, build_distance
-from sfumato.evaluation.evaluate import evaluate
 from sfumato.evaluation.results import Evaluation, at_equal_reward, read_evaluations
 from sfumato.images import load_images
 from sfumato.models.generate import generate
@@ -28,7 +28,7 @@ from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import load_model
 from sfumato.rewards.clip import ClipReward
 from sfumato.rewards.simple import BrightnessReward, ColorReward
-from sfumato.rewards.weighted import WeightedPart, WeightedSum
+from sfumato.rewards.weighted import WeightedSum
 from sfumato.training.checkpoint import Snapshot, write_checkpoint
 from sfumato.training.folder import RunFolder
 
@@ -108,6 +108,19 @@ def test_unknown_features_and_single_images_are_refused(tmp_path: Path) -> None:
 
 
 # ---- evaluate
+
+
+def evaluate(
+    run: RunFolder,
+    model: TextToImageModel,
+    config: TrainConfig,
+    reward: Any,
+    steps: list[int],
+    prompts: list[str],
+    **settings: Any,
+) -> list[Any]:
+    study = evaluation.Study(model, config, reward, prompts, **settings)
+    return evaluation.evaluate(run, study, steps)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +204,7 @@ def test_the_numbers_are_those_of_the_images(
     run: RunFolder, model: TextToImageModel, config: TrainConfig
 ) -> None:
     held = {"brightness": BrightnessReward(scale=1.0)}
-    reward = WeightedSum([WeightedPart("red", ColorReward("red"), 2.0)])
+    reward = WeightedSum({"red": (2.0, ColorReward("red"))})
     (found,) = evaluate(run, model, config, reward, [0], PROMPTS, held_out=held, **STUDY)
     images = load_images(
         [run.evaluation(0) / f"images/{p:03d}-{i:03d}.png" for p in range(2) for i in range(3)]

@@ -282,7 +282,7 @@ def test_a_dry_run_prints_the_script_that_is_submitted(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ("cluster.time=4h", "cluster.time = '4h' is no time limit; write [[DD-]HH:]MM:SS"),
+        ("cluster.time=4h", "cluster.time='4h' is no duration; write [[DD-]HH:]MM:SS"),
         (
             "cluster.time=05:00",
             "cluster.signal_seconds = 300 must be below cluster.time = 05:00",

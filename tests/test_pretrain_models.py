@@ -250,7 +250,6 @@ def test_a_killed_process_leaves_no_folder_behind_its_name(
             "give model.autoencoder and model.text_encoder too",
         ),
         ({"pretrained": "M"}, r"give one of the two: a diffusers folder or hub id, or sd1, sd2"),
-        ({"prediction_type": "x0"}, "prediction_type = 'x0'; choose one of epsilon, v_prediction"),
         ({"image_size": 30}, "image_size = 30 must be a multiple of 4 pixels; the nearest is 32"),
         ({"autoencoder": "/none/here"}, "model.autoencoder = '/none/here': no such folder"),
     ],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfumato.rewards.clip import ClipReward
 from sfumato.rewards.simple import BrightnessReward, ColorReward, JpegCompressibility
-from sfumato.rewards.weighted import WeightedPart, WeightedSum
+from sfumato.rewards.weighted import WeightedSum
 
 
 def random_images(*shape: int) -> Tensor:
@@ -80,10 +80,7 @@ def test_jpeg_reward_clamps_images_outside_the_unit_interval():
 
 def test_weighted_sum_adds_and_reports_parts():
     reward = WeightedSum(
-        [
-            WeightedPart("red", ColorReward("red"), 0.5),
-            WeightedPart("dark", BrightnessReward(scale=4.0), -2.0),
-        ]
+        {"red": (0.5, ColorReward("red")), "dark": (-2.0, BrightnessReward(scale=4.0))}
     )
     images = torch.zeros(2, 3, 4, 4)
     images[0, 0] = 1
@@ -104,16 +101,14 @@ def test_weighted_sum_adds_and_reports_parts():
 
 def test_weighted_sum_is_differentiable_only_if_every_part_is():
     color, size = ColorReward("red"), JpegCompressibility()
-    assert WeightedSum([WeightedPart("a", color, 1.0)]).differentiable
-    assert not WeightedSum(
-        [WeightedPart("a", color, 1.0), WeightedPart("b", size, 1.0)]
-    ).differentiable
+    assert WeightedSum({"a": (1.0, color)}).differentiable
+    assert not WeightedSum({"a": (1.0, color), "b": (1.0, size)}).differentiable
 
 
 def test_weighted_sum_moves_and_freezes_its_parts_with_itself(tmp_path: Path):
     write_tiny_clip(tmp_path)
     clip = ClipReward.from_pretrained(str(tmp_path))
-    reward = WeightedSum([WeightedPart("clip", clip, 2.0)]).double().train()
+    reward = WeightedSum({"clip": (2.0, clip)}).double().train()
     assert {parameter.dtype for parameter in reward.parameters()} == {torch.float64}
     assert not clip.model.training
     images, prompts = random_images(2, 3, 32, 32).double(), ["a star", "a ring"]
@@ -122,18 +117,13 @@ def test_weighted_sum_moves_and_freezes_its_parts_with_itself(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("names", "weights", "message"),
+    ("weights", "message"),
     [
-        ([], [], "a weighted sum of no rewards"),
-        (["a", "b", "a"], [1.0, 1.0, 1.0], "2 rewards are named 'a'"),
-        (["a", "b"], [1.0, math.nan], "weight of reward 'b' is nan"),
-        (["a"], [math.inf], "weight of reward 'a' is inf"),
+        ({}, "a weighted sum of no rewards"),
+        ({"a": 1.0, "b": math.nan}, "weight of reward 'b' is nan"),
+        ({"a": math.inf}, "weight of reward 'a' is inf"),
     ],
 )
-def test_weighted_sum_refuses(names: list[str], weights: list[float], message: str):
-    parts = [
-        WeightedPart(name, BrightnessReward(), weight)
-        for name, weight in zip(names, weights, strict=True)
-    ]
+def test_weighted_sum_refuses(weights: dict[str, float], message: str):
     with pytest.raises(ValueError, match=message):
-        WeightedSum(parts)
+        WeightedSum({name: (weight, BrightnessReward()) for name, weight in weights.items()})

@@ -233,7 +233,7 @@ def test_its_blocks_are_sharded_before_the_network(folder: Path):
 
 def test_its_convolutions_are_laid_out(folder: Path):
     model = load(folder)
-    arrange(model, TrainConfig(model=ModelConfig(channels_last=True)), world=1)
+    arrange(model, TrainConfig(model=ModelConfig(channels_last=True)))
     kernels = [p for p in model.pipeline.vae.parameters() if p.ndim == 4 and p.shape[-1] > 1]
     assert len(kernels) > 10
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)

@@ -21,6 +21,7 @@ from sfumato.training.compiling import arrange, lay_channels_last, repeated_bloc
 from sfumato.training.distribution import Distribution, like
 from sfumato.training.flops import FlopCounter, Meter, attention_flops, peak_by_name
 from sfumato.training.optimizer import build_optimizer
+from sfumato.training.sharding import check_sharding
 
 FULL = (
     "model.trainable=full",
@@ -71,7 +72,7 @@ def test_channels_last_is_resumed_bitwise(tmp_path: Path, sd_folder: Path) -> No
 def test_convolutions_of_network_and_autoencoder_are_laid_out(sd_folder: Path) -> None:
     model = load_tiny_sd(sd_folder)
     kept = {name: weight.clone() for name, weight in model.network.state_dict().items()}
-    arrange(model, TrainConfig(model=ModelConfig(channels_last=True)), world=1)
+    arrange(model, TrainConfig(model=ModelConfig(channels_last=True)))
     for network in (model.network, model.pipeline.vae):
         weights = [p for p in network.parameters() if p.ndim == 4]
         assert len(weights) > 10
@@ -123,7 +124,7 @@ def test_what_sharding_cannot_do_is_refused(sd_folder: Path, setting: str, said:
         ]
     )
     with pytest.raises(ValueError, match=said):
-        arrange(load_tiny_sd(sd_folder), config, world=2)
+        check_sharding(config, 2)
 
 
 # --- Compiled
@@ -176,7 +177,7 @@ def test_compiling_keeps_the_names_of_weights(sd_folder: Path) -> None:
     for how in ("regional", "full"):
         model = load_tiny_sd(sd_folder, ModelConfig(str(sd_folder), trainable="full"))
         names = list(model.trained.state_dict())
-        arrange(model, TrainConfig(training=TrainingConfig(compile=how)), world=1)
+        arrange(model, TrainConfig(training=TrainingConfig(compile=how)))
         assert list(model.trained.state_dict()) == names
         compiled = [m for m in model.network.modules() if m._compiled_call_impl is not None]
         blocks = repeated_blocks(model.network, model.repeated)
@@ -188,7 +189,7 @@ def test_a_model_of_a_script_is_laid_out_and_compiled_whole(captured: list[str])
     model = ToyModel(ModelConfig())
     model.reference.add_module("convolution", nn.Conv2d(3, 4, 3))
     settings = ModelConfig(channels_last=True), TrainingConfig(compile="full")
-    arrange(model, TrainConfig(model=settings[0], training=settings[1]), world=1)
+    arrange(model, TrainConfig(model=settings[0], training=settings[1]))
     kernel = model.reference.get_parameter("convolution.weight")
     assert kernel.is_contiguous(memory_format=torch.channels_last)
     assert captured == ["ToyNetwork", "ToyNetwork"]
@@ -197,7 +198,7 @@ def test_a_model_of_a_script_is_laid_out_and_compiled_whole(captured: list[str])
 def test_a_network_without_known_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"regional knows no repeated blocks of ToyNetwork"):
         config = TrainConfig(training=TrainingConfig(compile="regional"))
-        arrange(ToyModel(ModelConfig()), config, world=1)
+        arrange(ToyModel(ModelConfig()), config)
 
 
 # --- Counted

@@ -5,12 +5,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from sfumato.config.fields import Rule, choice, count, entries, not_negative, setting
+from sfumato.config.fields import COUNT, FOLDER, NOT_NEGATIVE, UNIT, Rule, choice, entries, setting
 from sfumato.config.train import (
     MAX_PIXELS,
     MISSING,
     PIXELS,
-    UNIT,
     ImageSourceConfig,
     ModelConfig,
     TrainConfig,
@@ -24,11 +23,11 @@ STAGES = ("download", "pack", "filter", "precache", "index")
 class SamplerOverrides:
     """Settings of the sampler; null takes the run's."""
 
-    num_inference_steps: int | None = count(None)
+    num_inference_steps: int | None = setting(None, COUNT)
     guidance_scale: float | None = None
     eta: float | None = setting(None, UNIT)
-    height: int | None = count(None)  # pixels
-    width: int | None = count(None)
+    height: int | None = setting(None, COUNT)  # pixels
+    width: int | None = setting(None, COUNT)
 
 
 @dataclass
@@ -38,12 +37,12 @@ class SampleConfig:
     run: str | None = None  # a run folder
     step: str | None = None  # number of a checkpoint, or best; null is the last
     pretrained: str | None = None  # a diffusers folder or hub id, instead of a run
-    prompt: str | None = None  # one prompt
+    prompt: str | None = setting(None, Rule(blank=True))  # one prompt
     prompts: str | None = None  # a prompt file, instead of one prompt
     column: str | None = None  # of prompts in a table
-    num_images: int = count(4)  # per prompt
+    num_images: int = setting(4, COUNT)  # per prompt
     seed: int = 0
-    batch_size: int = count(4)
+    batch_size: int = setting(4, COUNT)
     schedule: str = "draft"  # annealed importance guidance: base, draft, linear, power_P, step_F
     sampler: SamplerOverrides = field(default_factory=SamplerOverrides)
     out: str = "samples"  # folder of the images
@@ -54,12 +53,14 @@ class EvaluateConfig:
     """`sfumato evaluate`: scores and images of a run's checkpoints, in the run folder."""
 
     run: str = MISSING  # a run folder
-    steps: list[int] | None = not_negative(None)  # null is every checkpoint, and 0, the base model
+    steps: list[int] | None = setting(
+        None, NOT_NEGATIVE
+    )  # null is every checkpoint, and 0, the base model
     prompts: str | None = None  # null is the run's validation prompts
     column: str | None = None  # of prompts in a table
-    num_images: int = count(16)  # per prompt
+    num_images: int = setting(16, COUNT)  # per prompt
     seed: int = 4321
-    batch_size: int = count(8)
+    batch_size: int = setting(8, COUNT)
     features: str = "pixels"  # for diversity: pixels, lpips, a CLIP folder or hub id
 
 
@@ -71,12 +72,14 @@ class DownloadConfig:
     url_column: str = "url"
     caption_column: str = "caption"
     columns: list[str] = field(default_factory=list)  # others to keep: scores, more captions
-    image_size: int | None = count(None)  # pixels of the smaller side; null keeps the files
-    samples_per_shard: int = count(10_000)
-    processes: int = count(1)
-    threads: int = count(32)
-    timeout: int = count(10)  # seconds
-    retries: int = not_negative(0)
+    image_size: int | None = setting(
+        None, COUNT
+    )  # pixels of the smaller side; null keeps the files
+    samples_per_shard: int = setting(10_000, COUNT)
+    processes: int = setting(1, COUNT)
+    threads: int = setting(32, COUNT)
+    timeout: int = setting(10, COUNT)  # seconds
+    retries: int = setting(0, NOT_NEGATIVE)
 
 
 @dataclass
@@ -85,9 +88,9 @@ class PackConfig(ImageSourceConfig):
 
     captions: list[str] = field(default_factory=list)  # columns of further captions
     columns: list[str] = field(default_factory=list)  # columns to keep, for filters
-    samples_per_shard: int = count(1000)
+    samples_per_shard: int = setting(1000, COUNT)
     max_pixels: int = setting(MAX_PIXELS, PIXELS)  # leave out larger images; Pillow's limit
-    workers: int = count(2)  # threads
+    workers: int = setting(2, COUNT)  # threads
 
 
 @dataclass
@@ -95,11 +98,11 @@ class FilterConfig:
     """Which samples of the tars to keep, as a named selection; null is no bound."""
 
     name: str = "all"  # of the selection
-    min_size: int | None = None  # pixels of the smaller side
-    max_size: int | None = None  # pixels of the larger side
+    min_size: int | None = setting(None, COUNT)  # pixels of the smaller side
+    max_size: int | None = setting(None, COUNT)  # pixels of the larger side
     max_aspect: float | None = setting(None, Rule(least=1))  # longer side / shorter side
-    min_caption: int | None = None  # characters
-    max_caption: int | None = None
+    min_caption: int | None = setting(None, NOT_NEGATIVE)  # characters
+    max_caption: int | None = setting(None, COUNT)
     score: str | None = None  # a column of pack.columns
     min_score: float | None = None
     max_score: float | None = None
@@ -111,13 +114,13 @@ class PrecacheConfig:
     """How to encode the pictures and captions of a selection into a cache."""
 
     selection: str | None = None  # null is filter.name
-    height: int | None = count(None)  # pixels; null is the model's own size
-    width: int | None = count(None)
+    height: int | None = setting(None, COUNT)  # pixels; null is the model's own size
+    width: int | None = setting(None, COUNT)
     crop: str = choice("center", "random")  # a cache holds one crop of each picture: center
     flip: bool = False  # store mirrored pictures too
     dtype: str = choice("float16", "float32", "bfloat16")  # of the stored tensors
-    batch_size: int = count(16)
-    workers: int = not_negative(4)  # threads that decode
+    batch_size: int = setting(16, COUNT)
+    workers: int = setting(4, NOT_NEGATIVE)  # threads that decode
 
 
 @dataclass
@@ -125,7 +128,7 @@ class PrepareConfig:
     """`sfumato prepare`: turn URLs or images into tars and caches that training reads."""
 
     out: str = MISSING  # the folder to prepare
-    stages: list[str] = setting(list(STAGES), Rule(choices=STAGES))  # to run
+    stages: list[str] = setting(list(STAGES), Rule(choices=STAGES, filled=True))  # to run
     download: DownloadConfig = field(default_factory=DownloadConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
@@ -145,8 +148,8 @@ class LocalClusterConfig(ClusterConfig):
     """This machine: several processes through torchrun, one job after the other."""
 
     kind: str = "local"
-    processes: int = count(1)
-    max_restarts: int = not_negative(0)  # of a job whose process died
+    processes: int = setting(1, COUNT)
+    max_restarts: int = setting(0, NOT_NEGATIVE)  # of a job whose process died
 
 
 @dataclass
@@ -154,17 +157,17 @@ class SlurmClusterConfig(ClusterConfig):
     """Slurm: each job starts after the one before it, and is requeued at its time limit."""
 
     kind: str = "slurm"
-    nodes: int = count(1)
-    gpus_per_node: int = not_negative(8)
-    cpus_per_task: int = count(64)
+    nodes: int = setting(1, COUNT)
+    gpus_per_node: int = setting(8, NOT_NEGATIVE)
+    cpus_per_task: int = setting(64, COUNT)
     time: str = "4:00:00"  # [[DD-]HH:]MM:SS
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     mem: str | None = None
-    signal_seconds: int = count(300)  # before the time limit: when to save
-    max_requeues: int = not_negative(100)  # of a job
-    max_restarts: int = not_negative(0)  # of a job whose process died, without requeueing
+    signal_seconds: int = setting(300, COUNT)  # before the time limit: when to save
+    max_requeues: int = setting(100, NOT_NEGATIVE)  # of a job
+    max_restarts: int = setting(0, NOT_NEGATIVE)  # of a job whose process died, without requeueing
     setup: list[str] = field(default_factory=list)  # shell lines before each job
     additional: dict[str, Any] = field(default_factory=dict)  # further sbatch options
 
@@ -183,15 +186,19 @@ class JobConfig:
     recipe: str | None = None
     settings: list[str] = setting([], Rule(interpolated=True))  # KEY=VALUE, as on the command line
     also: list[str] = setting([], Rule(interpolated=True))  # more KEY=VALUE, for a recipe's job
-    processes: int | None = count(None)  # per machine; null: the cluster's for prepare and train
-    nodes: int | None = count(None)  # Slurm machines; null: the cluster's for prepare and train
+    processes: int | None = setting(
+        None, COUNT
+    )  # per machine; null: the cluster's for prepare and train
+    nodes: int | None = setting(
+        None, COUNT
+    )  # Slurm machines; null: the cluster's for prepare and train
 
 
 @dataclass
 class LaunchConfig:
     """`sfumato launch`: run stages, each one job, one after the other."""
 
-    name: str = "launch"
+    name: str = setting("launch", FOLDER)  # in runs_dir
     runs_dir: str = "runs"
     stages: list[str] = field(default_factory=list)  # names of jobs; empty runs all, in order
     jobs: dict[str, Any] = entries(JobConfig)  # NAME: {command: ..., ...}
@@ -205,10 +212,12 @@ class PlanConfig(TrainConfig):
     """`sfumato plan`: what a training recipe will cost."""
 
     gpu: str = choice("h200", "a100", "h100", "b200", "cpu")
-    gpus: int = count(1)
+    gpus: int = setting(1, COUNT)
     utilisation: float = setting(0.35, Rule(above=0, most=1))  # of the peak FLOPs; see docs/plan.md
-    samples: int | None = count(None)  # pairs in the data; null: as many as are seen, each once
-    image_bytes: int = count(100_000)  # of one stored picture with its caption
+    samples: int | None = setting(
+        None, COUNT
+    )  # pairs in the data; null: as many as are seen, each once
+    image_bytes: int = setting(100_000, COUNT)  # of one stored picture with its caption
 
 
 COMMANDS = {

@@ -1,9 +1,11 @@
 """Choices and bounds of settings: stated at the fields of dataclasses, checked by one walk."""
 
 import math
+import re
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 Number = int | float
@@ -14,6 +16,10 @@ class Rule:
     """What one setting may be.
 
     Attributes:
+        blank: whether a text may be empty.
+        folder: whether a text is the name of a folder.
+        regex: whether a text is a regular expression.
+        filled: whether a list has at least one value.
         entries: the class of each value of a dictionary; str for texts.
         interpolated: whether texts read other settings as ${KEY}.
     """
@@ -23,6 +29,10 @@ class Rule:
     above: Number | None = None
     most: Number | None = None
     below: Number | None = None
+    blank: bool = False
+    folder: bool = False
+    regex: bool = False
+    filled: bool = False
     entries: type | None = None
     interpolated: bool = False
 
@@ -30,6 +40,8 @@ class Rule:
         """Return the rule in words: "0 or more, less than 1"; empty without a rule."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
+        if self.regex:
+            return "regular expressions"
         return ", ".join(advice for _, _, advice in self._bounds(0))
 
     def check(self, key: str, value: Any) -> None:
@@ -38,6 +50,19 @@ class Rule:
             raise ValueError(f"{key}={value} must be finite; give {str(self) or 'a number'}")
         if self.choices and value not in self.choices:
             raise ValueError(f"{key}={value!r} is unknown; choose {self}")
+        if isinstance(value, str) and not (value.strip() or self.blank):
+            raise ValueError(f"{key}={value!r} is empty; give a text, or leave {key} out")
+        if self.folder and (value == ".." or Path(str(value)).name != value):
+            raise ValueError(
+                f"{key}={value!r} is not the name of a folder; give it without slashes"
+            )
+        if self.regex:
+            try:
+                re.compile(str(value))
+            except re.error as error:
+                raise ValueError(
+                    f"{key}={value!r} is no regular expression ({error}); correct it"
+                ) from error
         for broken, size, advice in self._bounds(value):
             if broken:
                 raise ValueError(f"{key}={value} is too {size}; give {advice}")
@@ -53,6 +78,14 @@ class Rule:
             yield value >= self.below, "large", f"less than {self.below}"
 
 
+COUNT = Rule(least=1)  # of things
+POSITIVE = Rule(above=0)
+NOT_NEGATIVE = Rule(least=0)
+UNIT = Rule(least=0, most=1)
+FRACTION = Rule(least=0, below=1)
+FOLDER = Rule(folder=True)  # the name of one
+
+
 def setting(default: Any, rule: Rule) -> Any:
     """Return a field with a default and a rule; None and lists of allowed values are allowed."""
     if isinstance(default, list | dict):
@@ -63,26 +96,6 @@ def setting(default: Any, rule: Rule) -> Any:
 def choice(default: str, *others: str) -> Any:
     """Return a field for one of several texts."""
     return setting(default, Rule(choices=(default, *others)))
-
-
-def count(default: int | None) -> Any:
-    """Return a field for a number of things, 1 or more."""
-    return setting(default, Rule(least=1))
-
-
-def positive(default: Number | None) -> Any:
-    """Return a field for a number above 0."""
-    return setting(default, Rule(above=0))
-
-
-def not_negative(default: Number | None) -> Any:
-    """Return a field for a number that is 0 or more."""
-    return setting(default, Rule(least=0))
-
-
-def fraction(default: Number | list[float] | None) -> Any:
-    """Return a field for a number in [0, 1), or a list of them."""
-    return setting(default, Rule(least=0, below=1))
 
 
 def entries(kind: type) -> Any:
@@ -106,6 +119,8 @@ def check_values(settings: Any, prefix: str = "") -> None:
     """
     for item in fields(settings):
         key, value = f"{prefix}{item.name}", vars(settings)[item.name]
+        if value == [] and rule_of(item).filled:
+            raise ValueError(f"{key}=[] is empty; give one or more, or leave {key} out")
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
                 rule_of(item).check(key, one)

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.config.fields import (
+    COUNT,
+    FOLDER,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UNIT,
     Rule,
     choice,
-    count,
     entries,
-    fraction,
-    not_negative,
-    positive,
     setting,
 )
 
@@ -22,18 +24,20 @@ CONF = Path(__file__).parents[1] / "conf"
 MISSING: Any = "???"
 MAX_PIXELS = 178_956_970  # Pillow refuses more as a decompression bomb
 PIXELS = Rule(least=1, most=MAX_PIXELS)
-UNIT = Rule(least=0, most=1)
+LAYERS = Rule(regex=True, filled=True)
 
 
 @dataclass
 class LoraConfig:
     """Low-rank adapters: W + (alpha / rank) B A, with B = 0 at the start."""
 
-    rank: int = count(32)
-    alpha: float | None = positive(None)  # null means alpha = rank
-    dropout: float = fraction(0.0)
-    targets: list[str] | None = None  # network layers, as regular expressions; null: the family's
-    encoder_targets: list[str] | None = None  # layers of text encoders; null: the family's
+    rank: int = setting(32, COUNT)
+    alpha: float | None = setting(None, POSITIVE)  # null means alpha = rank
+    dropout: float = setting(0.0, FRACTION)
+    targets: list[str] | None = setting(None, LAYERS)  # of the network; null: the family's
+    encoder_targets: list[str] | None = setting(
+        None, LAYERS
+    )  # of text encoders; null: the family's
     start: str | None = None  # a LoRA file, or its folder, to continue training from
 
 
@@ -68,10 +72,10 @@ class ModelConfig:
     tokenizer: str | None = None  # with network.config; null is text_encoder's own
     scheduler: str | None = None  # with network.config: a diffusers folder; null is SD's DDIM
     prediction_type: str = choice("epsilon", "v_prediction")  # with network.config
-    image_size: int | None = count(None)  # with network.config: pixels of a side
+    image_size: int | None = setting(None, COUNT)  # with network.config: pixels of a side
     family: str | None = None  # refuse a folder of another family; null accepts any
     trainable: str = choice("lora", "full")  # adapters, or all weights
-    parts: list[str] = field(default_factory=lambda: ["network"])  # and text encoders, by name
+    parts: list[str] = setting(["network"], Rule(filled=True))  # and text encoders, by name
     lora: LoraConfig = field(default_factory=LoraConfig)
     reference: bool = True  # with full: keep a frozen copy, if the objective needs one
     dtype: str = choice(*DTYPES)  # of frozen weights
@@ -84,11 +88,11 @@ class ModelConfig:
 class SamplerConfig:
     """How images are sampled: in training, validation and inference."""
 
-    num_inference_steps: int = count(50)
+    num_inference_steps: int = setting(50, COUNT)
     guidance_scale: float = 7.5
     eta: float = setting(0.0, UNIT)  # 0 is deterministic
-    height: int | None = count(None)  # pixels; null is the model's own size
-    width: int | None = count(None)
+    height: int | None = setting(None, COUNT)  # pixels; null is the model's own size
+    width: int | None = setting(None, COUNT)
 
 
 @dataclass
@@ -103,10 +107,10 @@ class DraftConfig(ObjectiveConfig):
     """DRaFT (kl_coeff 0) and DRaFT+ (kl_coeff > 0)."""
 
     kind: str = "draft"
-    kl_coeff: float = not_negative(1.0)  # 0 is DRaFT, more is DRaFT+
-    truncation_steps: int = count(1)  # K, the last sampling steps that carry a gradient
-    truncation_range: list[int] | None = count(None)  # [low, high]: draw K for each batch
-    lv_samples: int = not_negative(0)  # n of DRaFT-LV, which has K = 1; 0 is off
+    kl_coeff: float = setting(1.0, NOT_NEGATIVE)  # 0 is DRaFT, more is DRaFT+
+    truncation_steps: int = setting(1, COUNT)  # K, the last sampling steps that carry a gradient
+    truncation_range: list[int] | None = setting(None, COUNT)  # [low, high]: draw K for each batch
+    lv_samples: int = setting(0, NOT_NEGATIVE)  # n of DRaFT-LV, which has K = 1; 0 is off
     cfg_gradient: str = choice("full", "detach_uncond", "rescale")  # gradient through guidance
     clamp_images: bool = True  # clip to [0, 1]: saturated pixels then carry no gradient
 
@@ -118,11 +122,11 @@ class SupervisedConfig(ObjectiveConfig):
     kind: str = "supervised"
     timesteps: str = choice("uniform", "logit_normal", "table")  # table: the family's, shifted
     logit_mean: float = 0.0
-    logit_std: float = positive(1.0)
+    logit_std: float = setting(1.0, POSITIVE)
     weighting: str = choice("none", "min_snr", "bump")  # bump is DiffSynth-Studio's
-    snr_gamma: float = positive(5.0)
+    snr_gamma: float = setting(5.0, POSITIVE)
     caption_dropout: float = setting(0.0, UNIT)  # share of captions replaced by the empty prompt
-    noise_offset: float = not_negative(0.0)
+    noise_offset: float = setting(0.0, NOT_NEGATIVE)
     sample_latents: bool = True  # draw latents from the posterior; false takes its mean
     guidance_scale: float = 1.0  # input of networks with embedded guidance
 
@@ -224,8 +228,8 @@ class ImageSourceConfig:
     base_path: str | None = None  # folder that a table's paths start from; null is the table's own
     image_column: str | None = None  # null is the first of image, file_name, path
     caption_column: str | None = None  # null is the first of caption, text, prompt
-    repeats: int = count(1)  # times in an epoch
-    weight: float | None = positive(None)  # share of the rows; null: by size x repeats
+    repeats: int = setting(1, COUNT)  # times in an epoch
+    weight: float | None = setting(None, POSITIVE)  # share of the rows; null: by size x repeats
 
 
 @dataclass
@@ -237,11 +241,13 @@ class ImageDataConfig(ImageSourceConfig):
     flip: bool = False  # mirror every second image, at random
     captions: str = choice("first", "random")  # of a picture that has several
     buckets: bool = False  # keep aspect ratios: each image is cropped to the nearest of several
-    min_size: int | None = count(None)  # pixels; leave out smaller images; null enlarges them
+    min_size: int | None = setting(
+        None, COUNT
+    )  # pixels; leave out smaller images; null enlarges them
     max_pixels: int = setting(MAX_PIXELS, PIXELS)  # leave out larger images; Pillow's limit
     shuffle: bool = True
-    workers: int = not_negative(4)  # threads that decode; 0 decodes when asked
-    prefetch: int = not_negative(2)  # batches decoded ahead
+    workers: int = setting(4, NOT_NEGATIVE)  # threads that decode; 0 decodes when asked
+    prefetch: int = setting(2, NOT_NEGATIVE)  # batches decoded ahead
 
 
 @dataclass
@@ -250,8 +256,8 @@ class ShardSourceConfig:
 
     path: str | None = None  # the prepared folder
     selection: str = "all"  # name of the filter whose samples are read
-    repeats: int = count(1)  # times in an epoch
-    weight: float | None = positive(None)  # share of the rows; null: by size x repeats
+    repeats: int = setting(1, COUNT)  # times in an epoch
+    weight: float | None = setting(None, POSITIVE)  # share of the rows; null: by size x repeats
 
 
 @dataclass
@@ -264,12 +270,14 @@ class ShardDataConfig(ShardSourceConfig):
     flip: bool = False  # mirror every second image, at random; a cache must hold mirrored ones
     captions: str = choice("first", "random")  # of a picture that has several
     buckets: bool = False  # keep aspect ratios; a cache must hold moments of each size
-    min_size: int | None = count(None)  # pixels; leave out smaller images; null enlarges them
+    min_size: int | None = setting(
+        None, COUNT
+    )  # pixels; leave out smaller images; null enlarges them
     max_pixels: int = setting(MAX_PIXELS, PIXELS)  # leave out larger images
     shuffle: bool = True
-    buffer: int = count(10_000)  # samples of the window in which samples are shuffled
-    workers: int = not_negative(4)  # threads that read and decode; 0 reads when asked
-    prefetch: int = not_negative(2)  # batches read ahead
+    buffer: int = setting(10_000, COUNT)  # samples of the window in which samples are shuffled
+    workers: int = setting(4, NOT_NEGATIVE)  # threads that read and decode; 0 reads when asked
+    prefetch: int = setting(2, NOT_NEGATIVE)  # batches read ahead
 
 
 @dataclass
@@ -279,7 +287,7 @@ class DataConfig:
     prompts: str | None = None  # .txt, tables, .tar; a folder, glob or brace pattern
     column: str | None = None  # of prompts in a table
     shuffle: bool = True  # prompts
-    buffer: int = count(10_000)  # prompts held for shuffling
+    buffer: int = setting(10_000, COUNT)  # prompts held for shuffling
     images: ImageDataConfig = field(default_factory=ImageDataConfig)
     shards: ShardDataConfig = field(default_factory=ShardDataConfig)  # instead of images
 
@@ -288,46 +296,52 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with warm-up."""
 
-    lr: float = positive(1e-4)
-    betas: list[float] = fraction([0.9, 0.999])
-    eps: float = not_negative(1e-8)
-    weight_decay: float = not_negative(0.0)
-    warmup_steps: int = not_negative(10)
+    lr: float = setting(1e-4, POSITIVE)
+    betas: list[float] = setting([0.9, 0.999], FRACTION)
+    eps: float = setting(1e-8, NOT_NEGATIVE)
+    weight_decay: float = setting(0.0, NOT_NEGATIVE)
+    warmup_steps: int = setting(10, NOT_NEGATIVE)
     schedule: str = choice("constant", "linear", "cosine")  # of lr, after the warm-up
-    max_grad_norm: float = positive(10.0)
+    max_grad_norm: float = setting(10.0, POSITIVE)
 
 
 @dataclass
 class ValidationConfig:
     """Pairs (tuned, base) of fixed prompts and fixed noise, and the loss of held-out images."""
 
-    prompts: str | None = None  # null is the first prompts, or captions, of the data
+    prompts: str | None = None  # null is the first of data.prompts, or else captions of the data
     column: str | None = None  # of validation.prompts in a table
-    num_images: int = count(8)
-    every_steps: int = not_negative(100)  # 0 is off
+    num_images: int = setting(8, COUNT)
+    every_steps: int = setting(100, NOT_NEGATIVE)  # 0 is off
     seed: int = 1234
     images: ImageDataConfig = field(default_factory=ImageDataConfig)  # held out; supervised only
-    loss_images: int = not_negative(64)  # held-out images for the validation loss; 0 is off
+    loss_images: int = setting(
+        64, NOT_NEGATIVE
+    )  # held-out images for the validation loss; 0 is off
 
 
 @dataclass
 class TrainingConfig:
     """The loop."""
 
-    max_steps: int = count(1000)
-    micro_batch_size: int = count(1)  # images per process and forward
-    global_batch_size: int = count(4)  # images per optimiser step, over all processes
+    max_steps: int = setting(1000, Rule(least=1, most=10**12))
+    micro_batch_size: int = setting(1, COUNT)  # images per process and forward
+    global_batch_size: int = setting(4, COUNT)  # images per optimiser step, over all processes
     precision: str = choice("no", "bf16", "fp16")  # of autocast
     strategy: str = choice("ddp", "fsdp", "hsdp")  # with more than one process
-    shard_size: int | None = count(None)  # processes per copy under hsdp; null is one machine's
+    shard_size: int | None = setting(
+        None, COUNT
+    )  # processes per copy under hsdp; null is one machine's
     compile: str = choice("none", "regional", "full")  # regional: the repeated blocks only
-    ema_decay: float | None = fraction(0.9999)  # null is off; warms up as (1 + n) / (10 + n)
-    ema_every_steps: int = count(1)  # update the average every N steps, with decay^N
+    ema_decay: float | None = setting(
+        0.9999, FRACTION
+    )  # null is off; warms up as (1 + n) / (10 + n)
+    ema_every_steps: int = setting(1, COUNT)  # update the average every N steps, with decay^N
     ema_on_cpu: bool = False  # keep the average off the device
     async_checkpoints: bool = True  # write while training goes on
-    peak_tflops: float | None = positive(None)  # of one device; null looks its name up
-    checkpoint_every_steps: int = count(100)
-    keep_checkpoints: int | None = count(3)  # null keeps all
+    peak_tflops: float | None = setting(None, POSITIVE)  # of one device; null looks its name up
+    checkpoint_every_steps: int = setting(100, COUNT)
+    keep_checkpoints: int | None = setting(3, COUNT)  # null keeps all
     max_time: str | None = None  # save and stop after [[DD:]HH:]MM:SS of wall clock
     seed: int = 0
     tensorboard: bool = True
@@ -338,7 +352,7 @@ class TrainingConfig:
 class TrainConfig:
     """`sfumato train`: fine-tune, align or pretrain a text-to-image model."""
 
-    name: str = "run"  # of the folder in runs_dir
+    name: str = setting("run", FOLDER)  # in runs_dir
     runs_dir: str = "runs"  # folder of all runs
     export: str = choice("last", "best")  # best has the lowest validation loss
     verify: bool = True  # load each export with diffusers and compare an image

@@ -10,7 +10,7 @@ from sfumato.compose import DEMO_MODELS, compose_train
 from sfumato.config import TrainConfig
 from sfumato.demo.reader import read_attributes
 from sfumato.demo.world import SHAPES, partial, random_scene
-from sfumato.evaluation.evaluate import evaluate
+from sfumato.evaluation.evaluate import Study, evaluate
 from sfumato.files import new_folder, write_text
 from sfumato.models.registry import load_model
 from sfumato.report.report import write_report
@@ -87,13 +87,10 @@ def evaluate_demo(config: TrainConfig, run: RunFolder, *, base: RunFolder, seed:
     model = load_model(config.model)
     reward = build_reward(config.reward)
     torch.manual_seed(seed)
-    steps = map(step_of, list_checkpoints(run.checkpoints))
-    evaluate(
-        run,
+    study = Study(
         model,
         config,
         reward,
-        [0, *steps],
         [f"a {shape}" for shape in SHAPES],
         num_images=IMAGES_PER_PROMPT,
         seed=seed,
@@ -101,3 +98,4 @@ def evaluate_demo(config: TrainConfig, run: RunFolder, *, base: RunFolder, seed:
         features=str(DEMO_MODELS / "text_image"),
         held_out={"attributes": read_attributes},
     )
+    evaluate(run, study, [0, *map(step_of, list_checkpoints(run.checkpoints))])

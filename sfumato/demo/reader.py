@@ -101,6 +101,6 @@ def read_image(
 
 
 def read_attributes(images: Float[Tensor, "b 3 64 64"], prompts: Sequence[str]) -> Tensor:
-    """Return 1 for each picture that shows everything its prompt asks for, else 0; shape (b,)."""
+    """Return 1 for each picture that shows all its prompt asks for, 0 for others; shape (b,)."""
     pairs = zip(images, map(parse_caption, prompts), strict=True)
     return torch.tensor([float(asked.matches(read_image(image))) for image, asked in pairs])

@@ -18,7 +18,7 @@ from sfumato.config import (
 from sfumato.data.prompts import read_prompts
 from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
-from sfumato.evaluation.evaluate import check_request, evaluate, find_checkpoint
+from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint
 from sfumato.evaluation.results import Evaluation
 from sfumato.images import save_image
 from sfumato.models.generate import generate
@@ -128,18 +128,8 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     settings = trained.model
     model = load_model(replace(settings, reference=True) if 0 in steps else without_start(settings))
     model.to(device)
-    results = evaluate(
-        run,
-        model,
-        trained,
-        reward,
-        steps,
-        prompts,
-        num_images=config.num_images,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        features=config.features,
-    )
+    asked = (config.num_images, config.seed, config.batch_size, config.features)
+    results = evaluate(run, Study(model, trained, reward, prompts, *asked), steps)
     for result in results:
         measured = [f"{result.diversity_label} {result.diversity:.4f}"]
         if result.reward is not None:

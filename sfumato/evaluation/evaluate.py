@@ -3,9 +3,8 @@
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,22 +30,33 @@ from sfumato.models.model import TextToImageModel
 from sfumato.rewards.reward import Reward, Score
 from sfumato.training.checkpoint import best_step, fingerprint, list_checkpoints, read_shown_weights
 from sfumato.training.distribution import AUTOCAST
-from sfumato.training.folder import RunFolder, step_name
+from sfumato.training.folder import RunFolder, json_lines, step_name
 from sfumato.training.state import load_weights
 
 HeldOut = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
-class _Study:
+class Study:
+    """What is measured, on which images.
+
+    Attributes:
+        config: settings of the run; the sampler and the precision apply.
+        reward: the reward that `config.reward` names; None measures everything else.
+        num_images: images per prompt, 2 or more.
+        features: image features for diversity; see `build_distance`.
+        held_out: scores that were not trained on: functions of images in [0, 1] and prompts.
+    """
+
     model: TextToImageModel
     config: TrainConfig
     reward: Reward | None
-    held_out: Mapping[str, HeldOut]
     prompts: Sequence[str]
     num_images: int
     seed: int
+    batch_size: int
     features: str
+    held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 
     @property
     def jobs(self) -> list[tuple[int, int]]:
@@ -75,38 +85,12 @@ class _Study:
         return json.loads(json.dumps(plain))
 
 
-@dataclass(frozen=True)
-class _Shot:
-    image: Float[Tensor, "3 H W"]
-    row: dict[str, Any]  # of scores.jsonl
-
-
-def evaluate(
-    run: RunFolder,
-    model: TextToImageModel,
-    config: TrainConfig,
-    reward: Reward | None,
-    steps: Sequence[int],
-    prompts: Sequence[str],
-    *,
-    num_images: int,
-    seed: int,
-    batch_size: int,
-    features: str,
-    held_out: Mapping[str, HeldOut] = MappingProxyType({}),
-) -> list[Evaluation]:
+def evaluate(run: RunFolder, study: Study, steps: Sequence[int]) -> list[Evaluation]:
     """Score checkpoints, and the base model as step 0, into run/evaluation/step-NNNNNN/.
 
     Image i of prompt p starts from the noise of derive(seed, p, i) at every step of every run. A
     step that was evaluated before with the same settings and weights is skipped. The model keeps
     the weights that were loaded last.
-
-    Args:
-        config: settings of the run; the sampler and the precision apply.
-        reward: the reward that `config.reward` names; None measures everything else.
-        num_images: images per prompt, 2 or more.
-        features: image features for diversity; see `build_distance`.
-        held_out: scores that were not trained on: functions of images in [0, 1] and prompts.
 
     Returns:
         One evaluation per step, in the order of steps.
@@ -115,12 +99,11 @@ def evaluate(
         ValueError: if settings are impossible, a checkpoint is missing or damaged, a reward is
             not finite, or the result cannot be written.
     """
-    check_request(prompts, num_images, batch_size)
-    study = _Study(model, config, reward, held_out, prompts, num_images, seed, features)
+    check_request(study.prompts, study.num_images, study.batch_size)
     settings, asked = study.settings(), sorted(set(steps))
     todo = [step for step in asked if not _is_current(run, step, settings)]
     checkpoints = {step: find_checkpoint(run, str(step)) for step in todo if step}
-    distance = build_distance(features, model.device) if todo else None
+    distance = build_distance(study.features, study.model.device) if todo else None
     total = len(todo) * len(study.jobs)
     with tqdm(total=total, unit="image", dynamic_ncols=True, disable=not todo) as bar:
         for step in todo:
@@ -129,8 +112,9 @@ def evaluate(
             facts = {"checkpoint": None, "settings": settings}
             if step:
                 facts["checkpoint"] = fingerprint(checkpoints[step])
-                load_weights(model, read_shown_weights(checkpoints[step]))
-            _write_step(study, step, run.evaluation(step), distance, batch_size, facts, bar)
+                load_weights(study.model, read_shown_weights(checkpoints[step]))
+            with new_folder(run.evaluation(step)) as folder:
+                _write_step(study, step, folder, distance, facts, bar)
     return [one for one in read_evaluations(run) if one.step in asked]
 
 
@@ -185,47 +169,39 @@ def _is_current(run: RunFolder, step: int, settings: Mapping[str, Any]) -> bool:
 
 
 def _write_step(
-    study: _Study,
-    step: int,
-    path: Path,
-    distance: Distance,
-    batch_size: int,
-    facts: Mapping[str, Any],
-    bar: Any,
+    study: Study, step: int, folder: Path, distance: Distance, facts: Mapping[str, Any], bar: Any
 ) -> None:
-    """Generate, score and write the images of one step whole, or nothing."""
-    with new_folder(path) as folder:
-        (folder / "images").mkdir()
-        rows, diversity = _write_images(study, step, folder, distance, batch_size, bar)
-        summary = {
-            "step": step,
-            **_means(rows, study.num_images),
-            "diversity": {
-                "label": distance.label,
-                "mean": float(np.mean(diversity)),
-                "per_prompt": diversity,
-            },
-            **facts,
-        }
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / SCORES).write_text(lines, encoding="utf-8")
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (folder / "images").mkdir()
+    rows, diversity = _write_images(study, step, folder, distance, bar)
+    summary = {
+        "step": step,
+        **_means(rows, study.num_images),
+        "diversity": {
+            "label": distance.label,
+            "mean": float(np.mean(diversity)),
+            "per_prompt": diversity,
+        },
+        **facts,
+    }
+    (folder / SCORES).write_text(json_lines(rows), encoding="utf-8")
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_images(
-    study: _Study, step: int, folder: Path, distance: Distance, batch_size: int, bar: Any
+    study: Study, step: int, folder: Path, distance: Distance, bar: Any
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """Return the rows of scores.jsonl and the diversity of each prompt; hold few images at once."""
     rows: list[dict[str, Any]] = []
     diversity: list[float] = []
     pending: list[Tensor] = []
-    for start in range(0, len(study.jobs), batch_size):
-        batch = _generate_batch(study, step, study.jobs[start : start + batch_size])
-        for shot in batch:
-            save_image(shot.image, folder / shot.row["image"])
-            rows.append(shot.row)
-        pending += [shot.image for shot in batch]
-        bar.update(len(batch))
+    for start in range(0, len(study.jobs), study.batch_size):
+        jobs = study.jobs[start : start + study.batch_size]
+        images, records = _generate_batch(study, step, jobs)
+        for image, row in zip(images, records, strict=True):
+            save_image(image, folder / row["image"])
+        rows += records
+        pending += [*images]
+        bar.update(len(jobs))
         while len(pending) >= study.num_images:
             images = torch.stack(pending[: study.num_images])
             diversity.append(distance.mean(images.to(study.model.device)))
@@ -234,8 +210,10 @@ def _write_images(
 
 
 @torch.no_grad()
-def _generate_batch(study: _Study, step: int, jobs: Sequence[tuple[int, int]]) -> list[_Shot]:
-    """Generate and score one batch of images."""
+def _generate_batch(
+    study: Study, step: int, jobs: Sequence[tuple[int, int]]
+) -> tuple[Float[Tensor, "b 3 H W"], list[dict[str, Any]]]:
+    """Return a batch of images on the CPU, and their rows of scores.jsonl."""
     device, dtype = study.model.device, AUTOCAST.get(study.config.training.precision)
     texts = [study.prompts[prompt] for prompt, _ in jobs]
     seeds = [derive(study.seed, prompt, index) for prompt, index in jobs]
@@ -246,9 +224,8 @@ def _generate_batch(study: _Study, step: int, jobs: Sequence[tuple[int, int]]) -
         score = study.reward.score(images, texts) if study.reward is not None else None
     rewards = _rewards(score, step, texts) if score is not None else [{} for _ in texts]
     held = {name: rate(images, texts).float().tolist() for name, rate in study.held_out.items()}
-    shots = []
-    for row, (prompt, index) in enumerate(jobs):
-        record = {
+    records = [
+        {
             "prompt": texts[row],
             "prompt_index": prompt,
             "index": index,
@@ -257,12 +234,12 @@ def _generate_batch(study: _Study, step: int, jobs: Sequence[tuple[int, int]]) -
             **rewards[row],
             "held_out": {name: part[row] for name, part in held.items()},
         }
-        shots.append(_Shot(images[row].cpu(), record))
-    return shots
+        for row, (prompt, index) in enumerate(jobs)
+    ]
+    return images.cpu(), records
 
 
 def _rewards(score: Score, step: int, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the reward and its parts for the row of each image."""
     values = score.value.float().tolist()
     if not np.isfinite(values).all():
         raise ValueError(f"at step {step} the rewards of {texts} are {values}; leave the step out")

@@ -139,7 +139,6 @@ def at_equal_reward(
 
 
 def _points(curve: Sequence[Evaluation]) -> list[tuple[float, float]]:
-    """Return reward and diversity in the order of steps."""
     ordered = sorted(curve, key=lambda one: one.step)
     return [(one.reward, one.diversity) for one in ordered if one.reward is not None]
 

@@ -1,1 +1,1 @@
-"""Where it runs: stages one after another, in this machine or on Slurm."""
+"""Launches: stages one after another, on this machine or on Slurm."""

@@ -1,7 +1,6 @@
 """Child process of a job: its command line, and the signals that reach it."""
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -33,11 +32,6 @@ class Ended:
         if self.code < 0:
             return f"it was ended by {signal.Signals(-self.code).name}"
         return f"it ended with exit code {self.code}"
-
-
-def one_line(job: Job) -> str:
-    """Return the job's command for one process, as typed in a shell."""
-    return shlex.join(["sfumato", job.command, *job.arguments])
 
 
 def command_line(

@@ -39,19 +39,15 @@ def _state_of(name: str) -> str | None:
         if checkpoints := list_checkpoints(RunFolder(folder).checkpoints):
             inside = (each for each in checkpoints if path.is_relative_to(each))
             return fingerprint(next(inside, checkpoints[-1])) or ""
-    tops = [path] if path.exists() else _matches(str(path))
+    try:
+        tops = [path] if path.exists() else list(expand_pattern(str(path), "the path"))
+    except ValueError:  # the command that reads the files refuses the path
+        return None
     state = hashlib.sha256()
     for file in sorted(file for top in tops for file in _files(top)):
         about = file.stat()
         state.update(f"{file}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
     return state.hexdigest() if tops else None
-
-
-def _matches(pattern: str) -> list[Path]:
-    try:
-        return list(expand_pattern(pattern, "path"))
-    except ValueError:  # the command that reads the files refuses it
-        return []
 
 
 def _files(top: Path) -> Iterator[Path]:

@@ -1,7 +1,6 @@
 """Jobs of a launch: one command each, all composed and checked before the first starts."""
 
 import copy
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from sfumato.check import check_train
 from sfumato.compose import compose_command
 from sfumato.config import (
+    FOLDER,
     JobConfig,
     LaunchConfig,
     LocalClusterConfig,
@@ -19,6 +19,7 @@ from sfumato.config import (
     SlurmClusterConfig,
     TrainConfig,
 )
+from sfumato.explain import nearest
 from sfumato.preparation.settings import check_prepare
 
 DISTRIBUTED = ("prepare", "train")  # commands that can run in several processes
@@ -127,14 +128,11 @@ def read_jobs(config: LaunchConfig) -> list[Job]:
 def _advice(name: str, jobs: Mapping[str, Any]) -> str:
     if name in jobs:
         return f", which jobs.{name}=null removes"
-    near = difflib.get_close_matches(name, jobs, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f", which is no job; {hint}There are {', '.join(jobs)}"
+    return f", which is no job; {nearest(name, jobs)}"
 
 
 def _read_job(name: str, config: JobConfig, launch: LaunchConfig) -> Job:
-    if Path(name).name != name or name in {"", ".."}:
-        raise ValueError("the name becomes a file's name; give one without slashes")
+    FOLDER.check("name", name)
     if config.recipe and config.command == "demo":
         raise ValueError(f"recipe = {config.recipe}, but `sfumato demo` has no recipes")
     recipe = [f"recipe={config.recipe}"] if config.recipe else []
@@ -181,7 +179,8 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
             continue
         if any(_absolute(Path(value)).is_relative_to(_absolute(out)) for out in promised):
             if key in WEIGHTS:  # the checks would open it, and it does not exist yet
-                _set(settings, key, None)
+                section, name = _section_of(settings, key)
+                section[name] = None
         elif not _exists(value, key in OR_HUB):
             raise ValueError(f"{key} = {value} does not exist, and no earlier job makes it")
     if isinstance(settings, TrainConfig):
@@ -201,10 +200,9 @@ def _refuse_shared_runs(job: Job, earlier: Sequence[Job]) -> None:
 
 def value_of(settings: Any, key: str) -> str | None:
     """Return the text of a dotted key, or None where it is not set."""
-    for name in key.split("."):
-        settings = vars(settings)[name]
-    assert settings is None or isinstance(settings, str)
-    return settings
+    section, name = _section_of(settings, key)
+    assert section[name] is None or isinstance(section[name], str)
+    return section[name]
 
 
 def _exists(value: str, hub: bool) -> bool:
@@ -224,8 +222,8 @@ def _absolute(path: Path | None) -> Path:
     return path.expanduser().absolute()
 
 
-def _set(settings: Any, key: str, value: str | None) -> None:
+def _section_of(settings: Any, key: str) -> tuple[dict[str, Any], str]:
     *sections, name = key.split(".")
     for section in sections:
         settings = vars(settings)[section]
-    vars(settings)[name] = value
+    return vars(settings), name

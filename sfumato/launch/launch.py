@@ -21,11 +21,6 @@ def launch(config: LaunchConfig) -> bool:
     Raises:
         ValueError: if settings cannot work, a job fails, or another launch holds the folder.
     """
-    if config.name in {"", ".."} or Path(config.name).name != config.name:
-        raise ValueError(
-            f"name = {config.name!r} is not the name of a folder; give one without slashes, and "
-            "the folder of all launches as runs_dir=..."
-        )
     jobs = read_jobs(config)
     folder = LaunchFolder((Path(config.runs_dir) / config.name / "launch").absolute())
     match config.cluster:

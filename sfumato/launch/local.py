@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 
 from sfumato.config import LocalClusterConfig
-from sfumato.launch.children import Ended, command_line, one_line, run_child
+from sfumato.launch.children import Ended, command_line, run_child
 from sfumato.launch.jobs import Job
 from sfumato.launch.record import LaunchFolder, begin, finish, hold, is_done
 from sfumato.launch.results import is_complete, what_is_missing
@@ -38,10 +38,11 @@ def run_here(jobs: Sequence[Job], folder: LaunchFolder, cluster: LocalClusterCon
             if is_done(folder, job):
                 print(f"{title}: done", flush=True)
                 continue
-            print(f"{title}: {one_line(job)}", flush=True)
+            command = shlex.join(["sfumato", job.command, *job.arguments])
+            print(f"{title}: {command}", flush=True)
             record = begin(folder, job)
-            command = command_line(job, cluster.max_restarts, SAVE_SECONDS)
-            ended = run_child(command, _passed_on(), held=[held.fileno()])
+            child = command_line(job, cluster.max_restarts, SAVE_SECONDS)
+            ended = run_child(child, _passed_on(), held=[held.fileno()])
             complete = is_complete(job, ended.code, bool(ended.asked))
             if complete:
                 finish(folder, job, record)

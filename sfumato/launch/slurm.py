@@ -1,7 +1,6 @@
 """Launch on Slurm: an sbatch script for each job, submitted to begin after the job before it."""
 
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -22,6 +21,7 @@ from sfumato.launch.record import (
 )
 from sfumato.launch.worker import WARNING, Task, ask
 from sfumato.records import read_record
+from sfumato.training.stop import parse_duration
 
 _MARGIN = 15  # seconds between torchrun's patience and the time limit
 
@@ -122,19 +122,11 @@ def _first_open(jobs: Sequence[Job], folder: LaunchFolder) -> int:
 
 
 def _check(cluster: SlurmClusterConfig) -> None:
-    if cluster.signal_seconds >= _seconds(cluster.time):
+    if cluster.signal_seconds >= parse_duration("cluster.time", cluster.time, "-"):
         raise ValueError(
             f"cluster.signal_seconds = {cluster.signal_seconds} must be below cluster.time = "
-            f"{cluster.time}; a job runs before it is told to save"
+            f"{cluster.time}; a job must run before Slurm warns it to save"
         )
-
-
-def _seconds(time: str) -> int:
-    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", time)
-    if match is None:
-        raise ValueError(f"cluster.time = {time!r} is no time limit; write [[DD-]HH:]MM:SS")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _save_seconds(cluster: SlurmClusterConfig) -> int:
@@ -142,7 +134,6 @@ def _save_seconds(cluster: SlurmClusterConfig) -> int:
 
 
 def _script(job: Job, folder: LaunchFolder, cluster: SlurmClusterConfig) -> str:
-    """Return the sbatch script of a job."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -177,7 +168,6 @@ def _send(
     folder: LaunchFolder,
     cluster: SlurmClusterConfig,
 ) -> str:
-    """Submit one job; return its id."""
     record = read_job_record(folder, job.name)
     if record is not None:
         write_job_record(folder, job.name, replace(record, requeues=0))

@@ -1,7 +1,7 @@
 """torchrun, without its tracebacks: python -m sfumato.launch.torchrun, with torchrun's arguments.
 
-A process that ends because of a mistake has said so in a line, and one that is told to stop saves;
-torchrun prints its own stack beneath either.
+A process prints its mistake as one line, or saves when a signal stops it. torchrun's own traceback
+would hide both.
 """
 
 import sys

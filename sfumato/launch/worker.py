@@ -99,7 +99,6 @@ def _meeting(job: Job, first: bool) -> list[str]:
 
 
 def _conclude(task: Task, job: Job, folder: LaunchFolder, record: JobRecord, ended: Ended) -> None:
-    """Record that the job is finished, requeue it, or fail."""
     missing = what_is_missing(job) or ended.in_words
     if is_complete(job, ended.code, bool(ended.asked)):
         finish(folder, job, record)

@@ -1,1 +1,1 @@
-"""The rim towards diffusers, transformers and peft: a published model family per file."""
+"""Rim towards diffusers, transformers and peft: a published model family per file."""

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,9 @@ def read_json(file: Path) -> Any:
 def check_components(
     folder: Path, components: dict[str, str], *, allow_pickle: bool, blank: str | None = None
 ) -> None:
-    """Check that each component's folder holds its settings, and weights that may be loaded.
+    """Check that model_index.json and the folder have each component.
+
+    A component needs its settings, and weights that may be loaded.
 
     Args:
         components: component name -> the file that configures it.
@@ -99,8 +101,14 @@ def check_components(
         ValueError: if a component is missing or damaged, or has only pickled weights without
             `allow_pickle`.
     """
+    index = read_model_index(folder)
     for name, config in components.items():
         part = folder / name
+        if index.get(name) == [None, None]:
+            raise ValueError(
+                f"model.pretrained = {str(folder)!r}: its model_index.json leaves out {name}, "
+                "which this family needs"
+            )
         if not (part / config).exists():
             raise ValueError(
                 f"model.pretrained = {str(folder)!r} lacks {name}/{config}; the folder is "
@@ -110,19 +118,15 @@ def check_components(
             content = read_json(file)
             if file.name == config and not isinstance(content, dict):
                 raise ValueError(f"{file} holds no settings; download the model again")
-        if config == "tokenizer_config.json":
-            _check_vocabulary(part)
-        elif config == "config.json" and name != blank:
+        # transformers 5 would go on with a vocabulary of three tokens.
+        vocabularies = (all((part / file).exists() for file in names) for names in VOCABULARIES)
+        if config == "tokenizer_config.json" and not any(vocabularies):
+            raise ValueError(
+                f"{part} has no tokenizer.json or vocab.json with merges.txt; download or export "
+                "the model again"
+            )
+        if config == "config.json" and name != blank:
             _check_weights(part, allow_pickle=allow_pickle)
-
-
-def _check_vocabulary(part: Path) -> None:
-    # transformers 5 would go on with a vocabulary of three tokens.
-    if not any(all((part / file).exists() for file in names) for names in VOCABULARIES):
-        raise ValueError(
-            f"{part} has no tokenizer.json or vocab.json with merges.txt; download or export "
-            "the model again"
-        )
 
 
 def _check_weights(part: Path, *, allow_pickle: bool) -> None:
@@ -139,21 +143,6 @@ def _check_weights(part: Path, *, allow_pickle: bool) -> None:
             f"{part} holds no weights; download or export the model again (pickled ones are "
             "only fetched with model.allow_pickle=true)"
         )
-
-
-def check_index(folder: Path, components: Iterable[str]) -> None:
-    """Check that model_index.json names every component that the family needs.
-
-    Raises:
-        ValueError: naming the component.
-    """
-    index = read_model_index(folder)
-    for name in components:
-        if index.get(name) == [None, None]:
-            raise ValueError(
-                f"model.pretrained = {str(folder)!r}: its model_index.json leaves out {name}, "
-                "which this family needs"
-            )
 
 
 def check_scheduler(folder: Path, allowed: str) -> None:

@@ -12,7 +12,6 @@ from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.models.adapters import CopyRoles, FrozenRoles, LoraRoles, Roles
 from sfumato.models.formats import (
     check_components,
-    check_index,
     check_scheduler,
     read_json,
     read_model_index,
@@ -40,7 +39,6 @@ def check_family(
     blank = family.network_name if config.network.config is not None else None
     components = family.components(folder)
     check_components(folder, components, allow_pickle=config.allow_pickle, blank=blank)
-    check_index(folder, components)
     check_scheduler(folder, family.schedulers)
     trained_parts(family, config)
     check_lora_files(config)
@@ -140,7 +138,6 @@ def load_on_meta(family: type[PipelineModel], folder: Path, config: ModelConfig)
 
 
 def _on_meta(folder: Path, name: str) -> nn.Module:
-    """Return a network of model_index.json on the meta device."""
     entry: Any = read_model_index(folder)[name]
     library, class_name = entry
     kind = getattr(importlib.import_module(library), class_name)

@@ -71,7 +71,7 @@ def read_blueprint(config: TrainConfig) -> Blueprint:
     """Build the model of a recipe on the meta device.
 
     Raises:
-        ValueError: if the network is neither given nor described, or a part of it is unknown.
+        ValueError: if the settings neither name nor describe the network, or a part is unknown.
     """
     if not is_described(config.model):
         family, folder = find_family(config.model, config.sampler)

@@ -62,13 +62,14 @@ def held(
     network = blueprint.model.network
     trained = count_parameters(network, trained=True)
     copies = shards(training, gpus)
+    off_device = training.ema_decay is None or training.ema_on_cpu
     return Held(
         weights=_share(bytes_of(network), copies),
-        frozen=DTYPES[dtype].itemsize * parameters_of_encoders(blueprint),
+        frozen=DTYPES[dtype].itemsize * sum(map(count_parameters, blueprint.encoders.values())),
         gathered=_gathered(blueprint) if copies > 1 else 0,
         gradients=_gradients(4 * trained, gpus, copies, accumulation),
         optimizer=_share(4 * MOMENTS * trained, copies),
-        ema=_ema(4 * trained, training, copies),
+        ema=0 if off_device else _share(4 * trained, copies),
     )
 
 
@@ -80,11 +81,6 @@ def shards(training: TrainingConfig, gpus: int) -> int:
 def bytes_of(module: nn.Module) -> int:
     """Return the bytes of a module's parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
-
-
-def parameters_of_encoders(blueprint: Blueprint) -> int:
-    """Return how many parameters the autoencoder and the text encoders have."""
-    return sum(count_parameters(module) for module in blueprint.encoders.values())
 
 
 def count_parameters(module: nn.Module, *, trained: bool | None = None) -> int:
@@ -112,12 +108,6 @@ def _gradients(size: int, gpus: int, copies: int, accumulation: int) -> int | No
         return None
     # Sharded gradients are exchanged with the last micro-batch; until then they are whole.
     return _share(size, copies) if accumulation == 1 else size
-
-
-def _ema(size: int, training: TrainingConfig, copies: int) -> int:
-    if training.ema_decay is None or training.ema_on_cpu:
-        return 0
-    return _share(size, copies)
 
 
 def largest_rows(cost: Callable[[int], int], room: int, rows: int) -> int:

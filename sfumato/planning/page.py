@@ -124,7 +124,6 @@ def storage(plan: Plan) -> Iterator[str]:
 
 
 def _feed(plan: Plan, size: int) -> str:
-    """Return the rate at which one GPU reads data, in MB/s."""
     if plan.seconds is None:
         return "unknown"
     return f"{size * plan.seen / plan.seconds / plan.config.gpus / 1e6:,.2f}"

@@ -10,8 +10,11 @@ from sfumato.planning.blueprint import Blueprint, read_blueprint
 from sfumato.planning.gpus import GPUS, Gpu, peak_flops
 from sfumato.planning.memory import USABLE, Held, count_parameters, held, largest_rows
 from sfumato.planning.step import StepCost, measure_step
-from sfumato.planning.storage import moment_bytes, raw_bytes, text_bytes
 from sfumato.training.distribution import AUTOCAST
+
+TAR_BLOCK = 512  # bytes: every member has a header of one, and ends at a multiple
+CACHE_ITEM = 2  # bytes of a cached number: precache.dtype = float16
+WORD = 8  # bytes of an index
 
 
 @dataclass(frozen=True)
@@ -171,3 +174,25 @@ def parameters_of(blueprint: Blueprint) -> dict[str, int]:
     if frozen := count_parameters(network, trained=False):
         parts["frozen, of the network"] = frozen
     return parts | {name: count_parameters(each) for name, each in blueprint.encoders.items()}
+
+
+def raw_bytes(image_bytes: int) -> int:
+    """Return the bytes of a sample in a tar: its picture, caption and record, with headers.
+
+    Args:
+        image_bytes: of the picture and the caption's text, which has a block of its own.
+    """
+    picture = -(-image_bytes // TAR_BLOCK) * TAR_BLOCK
+    return picture + 5 * TAR_BLOCK  # three headers, and a block each for caption and record
+
+
+def moment_bytes(blueprint: Blueprint, *, mirrored: bool) -> int:
+    """Return the bytes of a sample's mean and log-variance; twice if mirrored ones are cached."""
+    channels, height, width = blueprint.latent
+    return 2 * channels * height * width * CACHE_ITEM * (2 if mirrored else 1)
+
+
+def text_bytes(blueprint: Blueprint) -> int:
+    """Return the bytes of one caption's states, and of its index among all captions."""
+    tensors = blueprint.model.blank_prompts(1).tensors.values()
+    return CACHE_ITEM * sum(tensor.numel() for tensor in tensors) + WORD

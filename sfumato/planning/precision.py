@@ -4,13 +4,15 @@ torch.autocast ignores the meta device. This module casts by CUDA's rules, so th
 activation has the size that it has on a GPU.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from sfumato.training.flops import around_forwards
 
 # The operators of CUDA's autocast, from torch's documentation, that networks call.
 LOWERED = {
@@ -39,18 +41,9 @@ class MetaPrecision(TorchFunctionMode):
         self._casts: dict[int, Tensor] = {}  # of weights, each cast once per forward
         self._depth = 0
 
-    @contextmanager
-    def inside(self, network: nn.Module) -> Iterator[None]:
+    def inside(self, network: nn.Module) -> AbstractContextManager[None]:
         """Apply to each forward of a network, also to parts that a backward computes again."""
-        handles = []
-        for module in network.modules():
-            handles.append(module.register_forward_pre_hook(self._enter_module))
-            handles.append(module.register_forward_hook(self._leave_module, always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return around_forwards(network.modules(), self._enter_module, self._leave_module)
 
     def _enter_module(self, *_: object) -> None:
         if not self._depth:

@@ -2,17 +2,13 @@
 
 import re
 
-from sfumato.config import STAGES, PrepareConfig, check_values
+from sfumato.config import PrepareConfig, check_values
 
 
 def check_prepare(config: PrepareConfig) -> None:
     """Refuse single values and combinations that cannot work, with a ValueError naming the key."""
     check_values(config)
     pack = config.pack
-    if not config.out.strip():
-        raise ValueError("out is empty; name the folder to prepare")
-    if not config.stages:
-        raise ValueError(f"stages is empty; choose some of {', '.join(STAGES)}")
     if pack.repeats != 1 or pack.weight is not None:
         raise ValueError(
             "pack.repeats and pack.weight are for training; each picture is packed once"

@@ -1,1 +1,1 @@
-"""The report: one HTML page that compares run folders."""
+"""Report: one HTML page that compares run folders."""

@@ -265,7 +265,6 @@ def _label(axes: Axes, ends: Sequence[tuple[float, float, str]], dpi: float) -> 
 
 
 def _svg(figure: Figure) -> str:
-    """Return the figure as one self-contained <svg> element."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)

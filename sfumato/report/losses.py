@@ -91,12 +91,9 @@ def _profile(rows: Sequence[Mapping[str, int | float]]) -> Profile:
                 low, high = key.removeprefix(BY_T).split("-")
                 bins.setdefault((float(low) + float(high)) / 2, []).append(value)
     t = sorted(bins)
-    means = [statistics.fmean(bins[middle]) for middle in t]
-    return Profile(t, means, [_standard_error(bins[middle]) for middle in t])
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    groups = [bins[middle] for middle in t]
+    errors = [statistics.stdev(g) / len(g) ** 0.5 if len(g) > 1 else math.nan for g in groups]
+    return Profile(t, list(map(statistics.fmean, groups)), errors)
 
 
 def has_held_out(record: RunRecord) -> bool:

@@ -1,13 +1,12 @@
 """Run records: settings, starts, metrics and evaluations of run folders that can be compared."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from sfumato.config.saved import flatten, read_saved
 from sfumato.evaluation.results import SCORES, Evaluation, read_evaluations
 from sfumato.records import read_record, read_rows
 from sfumato.training.folder import RunFolder
@@ -164,15 +163,6 @@ def read_pairs(folder: Path, side: Literal["tuned", "base"]) -> list[ShownImage]
     return images
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and the value of each setting."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _names(runs: Sequence[RunFolder]) -> list[str]:
     """Return the folders' names, with their parents' names where two names are the same."""
     paths = [run.path.resolve() for run in runs]
@@ -184,38 +174,23 @@ def _names(runs: Sequence[RunFolder]) -> list[str]:
 
 
 def _read_run(run: RunFolder, name: str) -> RunRecord:
-    settings, evaluations = _read_config(run), read_evaluations(run)
+    if not run.path.is_dir():
+        raise ValueError(f"there is no run folder {run.path}; check its name")
+    settings = read_saved(run.path, "restore the file that the run wrote")
+    evaluations = read_evaluations(run)
     for other in evaluations[1:]:
         first = evaluations[0]
         names = f"step {first.step} of {name}", f"step {other.step}"
         _check_alike(*names, first.settings, other.settings)
     metrics = read_metrics(run) if run.metrics.exists() else []
-    return RunRecord(name, run, settings, _read_starts(run), metrics, evaluations)
-
-
-def _read_config(run: RunFolder) -> dict[str, Any]:
-    if not run.path.is_dir():
-        raise ValueError(f"there is no run folder {run.path}; check its name")
-    if not run.config.exists():
-        raise ValueError(f"{run.path} is no run folder: it has no {run.config.name}")
-    advice = "restore the file that the run wrote"
-    try:
-        settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{run.config} is not YAML ({error}); {advice}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{run.config} holds {type(settings).__name__}, not settings; {advice}")
-    return settings
-
-
-def _read_starts(run: RunFolder) -> list[dict[str, Any]]:
     path = run.path / "run.json"
-    return read_record(path, _Starts, "remove or correct it").starts if path.exists() else []
+    starts = read_record(path, _Starts, "remove or correct it").starts if path.exists() else []
+    return RunRecord(name, run, settings, starts, metrics, evaluations)
 
 
 def _check_alike(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     """Raise ValueError where two evaluations differ in prompts, noise or measures."""
-    left, right = dict(flatten(a)), dict(flatten(b))
+    left, right = flatten(a), flatten(b)
     for key in {**left, **right}:
         if left.get(key) != right.get(key):
             raise ValueError(

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sfumato.config.saved import flatten
 from sfumato.evaluation.results import EqualReward, Evaluation
 from sfumato.report.losses import validation_loss
-from sfumato.report.records import RunRecord, flatten
+from sfumato.report.records import RunRecord
 
 MINUS, PLUS_MINUS, NONE = "−", "±", "–"
 HELD_OUT = "held-out score "  # distinguishes a score's column from others of the same name
@@ -102,7 +103,7 @@ def origin_table(records: Sequence[RunRecord]) -> Table:
 
 def difference_table(records: Sequence[RunRecord]) -> Table | None:
     """Return the settings in which the runs differ, or None where they do not."""
-    settings = [dict(flatten(record.settings)) for record in records]
+    settings = [flatten(record.settings) for record in records]
     rows = []
     for key in dict.fromkeys(key for one in settings for key in one):
         values = [one.get(key, NONE) for one in settings]
@@ -118,8 +119,6 @@ def held_out_names(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _scores(one: Evaluation, base: Evaluation | None, label: str) -> dict[str, Cell]:
-    """Return the measures by column, each with its difference from the base model."""
-
     def against(value: float, own: float | None) -> str:
         return "" if own is None else number(value - own, value, sign=True)
 
@@ -135,7 +134,6 @@ def _scores(one: Evaluation, base: Evaluation | None, label: str) -> dict[str, C
 
 
 def _losses(record: RunRecord) -> dict[str, Cell]:
-    """Return the images and the validation losses of supervised training, by column."""
     loss, seen = validation_loss(record), record.images_seen
     if not record.supervised:
         return {}

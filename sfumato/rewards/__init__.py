@@ -1,1 +1,1 @@
-"""The rim towards scoring models: a reward family per file, and the weighted sum."""
+"""Rim towards scoring models: a reward family per file, and the weighted sum."""

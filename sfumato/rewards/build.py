@@ -13,7 +13,7 @@ from sfumato.config import (
 from sfumato.rewards.clip import ClipReward
 from sfumato.rewards.reward import Reward
 from sfumato.rewards.simple import BrightnessReward, ColorReward, JpegCompressibility
-from sfumato.rewards.weighted import WeightedPart, WeightedSum
+from sfumato.rewards.weighted import WeightedSum
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,10 +39,8 @@ def build_reward(config: RewardConfig) -> Reward:
         case JpegRewardConfig():
             return JpegCompressibility()
         case WeightedRewardConfig():
+            parts = config.parts.items()
             return WeightedSum(
-                [
-                    WeightedPart(name, build_reward(part.reward), part.weight)
-                    for name, part in config.parts.items()
-                ]
+                {name: (part.weight, build_reward(part.reward)) for name, part in parts}
             )
     raise AssertionError(f"no builder for {type(config).__name__}")

@@ -115,8 +115,8 @@ def _fetch(name: str, files: _Files, setting: str = "reward.pretrained") -> Path
     if not folder.is_dir():
         folder = fetch(name, setting, files.patterns, complete=files.are_in)
     if not files.are_in(folder):
-        wanted = " or ".join(" with ".join(names) for names in files.alternatives)
-        raise ValueError(f"{name} has no {wanted}; {files.advice}")
+        sets = " or ".join(" with ".join(names) for names in files.alternatives)
+        raise ValueError(f"{name} has no {sets}; {files.advice}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What a reward is: a score per image and prompt, differentiable or not."""
+"""Contract of a reward: a score per image and prompt, differentiable or not."""
 
 import abc
 from collections.abc import Mapping, Sequence
@@ -35,5 +35,5 @@ class Reward(nn.Module, abc.ABC):
     def forward(
         self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]
     ) -> Float[Tensor, " b"]:
-        """Return the value of `score` alone."""
+        """Return only the value of `score`."""
         return self.score(images, prompts).value

@@ -1,4 +1,4 @@
-"""Closed-form rewards of the pixels alone, for tests, demos and debugging."""
+"""Closed-form rewards of pixels, for tests, demos and debugging."""
 
 import io
 from collections.abc import Sequence
@@ -34,9 +34,9 @@ class ColorReward(Reward):
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:
         """Score images, whatever their prompts."""
         means = _channel_means(images)
-        wanted = means[:, CHANNELS.index(self.color)]
-        others = (means.sum(1) - wanted) / 2
-        return Score(self.scale * (wanted - others))
+        preferred = means[:, CHANNELS.index(self.color)]
+        others = (means.sum(1) - preferred) / 2
+        return Score(self.scale * (preferred - others))
 
 
 @final

@@ -1,1 +1,1 @@
-"""A whole run: where the core meets data, preparation and networks from elsewhere."""
+"""Assembly of a run: the core meets data, preparation and networks from elsewhere."""

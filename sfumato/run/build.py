@@ -124,7 +124,7 @@ def build_model(
     if isinstance(objective, Supervised):
         objective.check(model)
     model.to(distribution.device)
-    arrange(model, config, distribution.world)
+    arrange(model, config)
     return model
 
 

@@ -115,7 +115,6 @@ def export(
 
 
 def _write(config: TrainConfig, model: TextToImageModel, folder: Path) -> list[str]:
-    """Write each kind of export; return their names."""
     (folder / "pipeline").mkdir(parents=True)
     model.save_pipeline(folder / "pipeline", DTYPES[config.model.dtype])
     if config.model.trainable != "lora":
@@ -142,7 +141,6 @@ def _verify(
     device: torch.device,
     prompt: str,
 ) -> list[str]:
-    """Return how each export's image compares with ours."""
     with _full_precision():
         model.to(device)
         sampler = replace(config.sampler, num_inference_steps=VERIFY_STEPS, eta=0.0)

@@ -4,12 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.config import (
-    ImageDataConfig,
-    ShardDataConfig,
-    SupervisedConfig,
-    TrainConfig,
-)
+from sfumato.config import ImageDataConfig, SupervisedConfig, TrainConfig
 from sfumato.data.images import open_images, validation_samples
 from sfumato.data.prepared.format import CacheIdentity
 from sfumato.data.prepared.open import first_captions, first_samples, open_shards
@@ -45,14 +40,17 @@ def open_data(
     Raises:
         ValueError: if something cannot be read.
     """
-    if stream is None:
-        stream = open_stream(config, limits)
+    stream = open_stream(config, limits) if stream is None else stream
     held_out = held_out_samples(config, limits)
     return Data(stream, validation_prompts(config, prompts), held_out)
 
 
 def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
-    """Open the rows to train on that the settings name."""
+    """Open the rows to train on that the settings name; a cache has to be of the run's model.
+
+    Raises:
+        ValueError: if a file cannot be read, a folder is incomplete, or no cache fits.
+    """
     data, seed = config.data, config.training.seed
     if not isinstance(config.objective, SupervisedConfig):
         return open_prompts(
@@ -63,37 +61,18 @@ def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
             shuffle=data.shuffle,
             buffer=data.buffer,
         )
-    if data.shards.path or data.shards.sources:
-        return open_prepared(config, data.shards, limits)
     height, width = frame_size(config, limits)
     step = bucket_step(limits, height, width)
-    return open_images(data.images, height=height, width=width, divisor=step, seed=seed)
-
-
-def open_prepared(
-    config: TrainConfig, shards: ShardDataConfig, limits: Limits | None
-) -> Stream[Sample]:
-    """Open what `sfumato prepare` wrote, at the size of the run; a cache has to be of its model.
-
-    Raises:
-        ValueError: if the folder is incomplete or damaged, or no cache of it fits.
-    """
-    height, width = frame_size(config, limits)
+    if not (data.shards.path or data.shards.sources):
+        return open_images(data.images, height=height, width=width, divisor=step, seed=seed)
     return open_shards(
-        shards,
+        data.shards,
         height=height,
         width=width,
-        divisor=bucket_step(limits, height, width) if shards.buckets else 1,
-        seed=config.training.seed,
-        identity=_identity(config, height, width, flip=shards.flip),
+        divisor=step if data.shards.buckets else 1,
+        seed=seed,
+        identity=_identity(config, height, width, flip=data.shards.flip),
     )
-
-
-def first_rows(config: TrainConfig, limits: Limits | None, count: int) -> list[Sample]:
-    """Return the first rows of a prepared folder, or all if it has fewer, with central crops."""
-    height, width = frame_size(config, limits)
-    identity = _identity(config, height, width, flip=False)
-    return first_samples(config.data.shards, count, height=height, width=width, identity=identity)
 
 
 def _identity(config: TrainConfig, height: int, width: int, *, flip: bool) -> CacheIdentity | None:
@@ -134,12 +113,12 @@ def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Sam
     count = config.validation.loss_images
     if not isinstance(config.objective, SupervisedConfig) or not count:
         return []
-    key, images = validation_images(config)
-    if not images.path and not images.sources:
-        return first_rows(config, limits, count)
-    height, width = frame_size(config, limits)
-    own = images is not config.data.images
-    return validation_samples(images, count, height=height, width=width, key=key, warns=own)
+    (height, width), (key, images) = frame_size(config, limits), validation_images(config)
+    if images.path or images.sources:
+        own = images is not config.data.images
+        return validation_samples(images, count, height=height, width=width, key=key, warns=own)
+    identity = _identity(config, height, width, flip=False)
+    return first_samples(config.data.shards, count, height=height, width=width, identity=identity)
 
 
 def validation_images(config: TrainConfig) -> tuple[str, ImageDataConfig]:

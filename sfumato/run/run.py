@@ -3,12 +3,10 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from typing import Any
 
-import yaml
-
 from sfumato.config import TrainConfig
+from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
 from sfumato.files import lock, write_text
 from sfumato.models.limits import Limits
@@ -19,7 +17,7 @@ from sfumato.run.export import export_run
 from sfumato.run.open_data import open_data
 from sfumato.training.checkpoint import list_checkpoints, tidy
 from sfumato.training.distribution import Distribution
-from sfumato.training.folder import RunFolder, differences
+from sfumato.training.folder import RunFolder
 from sfumato.training.loop import Outcome, fit
 from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import check_trackers, read_metrics
@@ -95,51 +93,14 @@ def prepare_folder(folder: RunFolder, settings: dict[str, Any]) -> None:
     """
     tidy(folder.checkpoints)
     if folder.config.exists() and list_checkpoints(folder.checkpoints):
-        saved = completed(saved_settings(folder), asdict(TrainConfig()))
-        changed = differences(saved, settings) or stretched_schedule(saved, settings)
-        if changed:
+        saved = read_saved(folder.path, "restore the file, or choose another name (name=...)")
+        if changed := differences(flatten(saved), flatten(settings)):
             listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
             raise ValueError(
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
                 "(name=...), or remove the folder"
             )
-    write_text(folder.config, yaml.safe_dump(settings, sort_keys=False))
-
-
-def completed(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return saved settings with the defaults of those that an earlier version did not have."""
-    inner = {
-        key: completed(value, defaults[key])
-        for key, value in saved.items()
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
-    }
-    return defaults | saved | inner
-
-
-def stretched_schedule(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """Return the change of max_steps, where the learning rate falls towards it."""
-    before, after = (settings["training"].get("max_steps") for settings in (old, new))
-    if before == after or new["optimizer"]["schedule"] == "constant":
-        return {}
-    return {"training.max_steps": f"{before} -> {after}"}
-
-
-def saved_settings(folder: RunFolder) -> dict[str, Any]:
-    """Return the plain data of config.yaml.
-
-    Raises:
-        ValueError: if `sfumato train` did not write it.
-    """
-    try:
-        saved = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        saved = None
-    if not isinstance(saved, dict):
-        raise ValueError(
-            f"{folder.config} is damaged, so the run cannot be compared with these settings; "
-            "restore the file, or choose another name (name=...)"
-        )
-    return saved
+    write_saved(folder.path, settings)
 
 
 def report_left_out(stream: Stream[Any], folder: RunFolder, distribution: Distribution) -> None:
@@ -148,8 +109,7 @@ def report_left_out(stream: Stream[Any], folder: RunFolder, distribution: Distri
     lines = list(dict.fromkeys(summary for summary in summaries if summary))
     with distribution.together():
         if distribution.is_main and lines:
-            for line in lines:
-                print(f"left out: {line}", flush=True)
+            print("\n".join(f"left out: {line}" for line in lines), flush=True)
             write_text(folder.path / "left_out.json", json.dumps(lines, indent=2) + "\n")
 
 

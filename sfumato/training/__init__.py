@@ -1,1 +1,1 @@
-"""The loop around: step, state, checkpoints, distribution, metrics, validation."""
+"""Training: the loop, its state, checkpoints, processes, metrics and validation."""

@@ -1,37 +1,28 @@
 """Memory layout and compilation of networks: channels last; blocks or whole networks compiled."""
 
-from typing import Literal
-
 import torch
 from torch import nn
 
 from sfumato.config import TrainConfig
 from sfumato.models.model import TextToImageModel
-from sfumato.training.sharding import check_sharding
 
 # Widths and image sizes, times training or not, gradients or not, adapters on or off.
 VARIANTS = 128
 
 
-def arrange(model: TextToImageModel, config: TrainConfig, world: int) -> None:
+def arrange(model: TextToImageModel, config: TrainConfig) -> None:
     """Lay out and compile a model's networks as configured, before they are sharded.
 
     Neither changes the names of weights or the files that are written.
 
     Raises:
-        ValueError: if the model or the strategy does not allow it.
+        ValueError: if the model names no repeated blocks to compile.
     """
-    check_sharding(config, world)
     if config.model.channels_last:
         for network in model.networks().values():
             lay_channels_last(network)
-    match config.training.compile:
-        case "regional":
-            compile_networks(model, "regional")
-        case "full":
-            compile_networks(model, "full")
-        case _:
-            pass
+    if config.training.compile != "none":
+        compile_networks(model, whole=config.training.compile == "full")
 
 
 @torch.no_grad()
@@ -44,8 +35,10 @@ def lay_channels_last(network: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=last)
 
 
-def compile_networks(model: TextToImageModel, how: Literal["regional", "full"]) -> None:
-    """Compile the predicting networks in place; the work is done at their first call.
+def compile_networks(model: TextToImageModel, *, whole: bool) -> None:
+    """Compile the predicting networks, or their repeated blocks, in place.
+
+    The work is done at their first call.
 
     Raises:
         ValueError: if the model names no repeated blocks of a network.
@@ -55,7 +48,7 @@ def compile_networks(model: TextToImageModel, how: Literal["regional", "full"]) 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     networks = model.networks()
     for network in (networks[role] for role in ("policy", "reference") if role in networks):
-        parts = [network] if how == "full" else repeated_blocks(network, model.repeated)
+        parts = [network] if whole else repeated_blocks(network, model.repeated)
         if not parts:
             raise ValueError(
                 f"training.compile = regional knows no repeated blocks of "

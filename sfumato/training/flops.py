@@ -5,7 +5,7 @@ The model's FLOPs are those of one forward of the trained networks and of the ba
 checkpointing or fused attention repeats in the backward is executed, but none of the model's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -63,22 +63,30 @@ class FlopCounter(TorchDispatchMode):
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count what runs inside."""
-        handles = []
-        for network in self._networks:
-            handles.append(network.register_forward_pre_hook(self._enter))
-            handles.append(network.register_forward_hook(self._leave, always_call=True))
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with around_forwards(self._networks, self._enter, self._leave), self:
+            yield
 
     def _enter(self, *_: object) -> None:
         self._inside += 1
 
     def _leave(self, *_: object) -> None:
         self._inside -= 1
+
+
+@contextmanager
+def around_forwards(
+    modules: Iterable[nn.Module], enter: Callable[..., None], leave: Callable[..., None]
+) -> Iterator[None]:
+    """Call `enter` before and `leave` after each forward of the modules, even if one fails."""
+    handles = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:

@@ -19,33 +19,6 @@ from sfumato.files import parse_object, read_object, write_text
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
-# Settings that may differ in a resumed run: they change how it runs and ends, not its results.
-MAY_CHANGE = (
-    "training.max_steps",
-    "training.max_time",
-    "training.checkpoint_every_steps",
-    "training.keep_checkpoints",
-    "training.micro_batch_size",
-    "training.strategy",
-    "training.shard_size",
-    "training.compile",
-    "training.async_checkpoints",
-    "training.ema_on_cpu",
-    "training.peak_tflops",
-    "training.tensorboard",
-    "training.wandb_project",
-    "model.gradient_checkpointing",
-    "model.channels_last",
-    "reward.gradient_checkpointing",
-    "verify",
-    "export",
-    "runs_dir",
-    "data.images.workers",
-    "data.images.prefetch",
-    "data.shards.workers",
-    "data.shards.prefetch",
-)
-
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -121,19 +94,6 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 def step_name(step: int) -> str:
     """Return the folder name of a step."""
     return f"step-{step:06d}"
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the keys whose values differ, as `old -> new`, without those of MAY_CHANGE."""
-    changed: dict[str, str] = {}
-    for key in sorted({*old, *new}):
-        name = f"{prefix}{key}"
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            changed |= differences(before, after, f"{name}.")
-        elif before != after and name not in MAY_CHANGE:
-            changed[name] = f"{before} -> {after}"
-    return changed
 
 
 def _device_name() -> str:

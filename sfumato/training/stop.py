@@ -10,17 +10,30 @@ from types import FrameType
 from typing import final
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(key: str, text: str, sign: str = ":") -> int:
     """Return the seconds of [[DD:]HH:]MM:SS.
 
+    Args:
+        key: the setting that holds the text, for messages.
+        sign: what stands after DD.
+
     Raises:
-        ValueError: if the text has another form.
+        ValueError: if the text has another form, or the duration is 0.
     """
-    parts = text.split(":")
-    if not 2 <= len(parts) <= 4 or not all(re.fullmatch("[0-9]+", p) for p in parts):
-        raise ValueError(f"training.max_time={text!r} is no duration; write [[DD:]HH:]MM:SS")
-    units = (86_400, 3_600, 60, 1)[-len(parts) :]
-    return float(sum(int(part) * unit for part, unit in zip(parts, units, strict=True)))
+    form = f"[[DD{sign}]HH:]MM:SS"
+    match = re.fullmatch(rf"(?:(?:(\d+){sign})?(\d+):)?(\d+):(\d+)", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"{key}={text!r} is no duration; write {form}")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    if seconds > 59 or (match[2] and minutes > 59) or (match[1] and hours > 23):
+        raise ValueError(
+            f"{key}={text!r} has a part that is too large: seconds and minutes go up to 59, hours "
+            f"after days up to 23; write {form}"
+        )
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if not total:
+        raise ValueError(f"{key}={text!r} leaves no time; give a second or more as {form}")
+    return total
 
 
 @final
@@ -32,7 +45,7 @@ class StopWatch:
     """
 
     def __init__(self, max_time: str | None) -> None:
-        self._limit = None if max_time is None else parse_duration(max_time)
+        self._limit = None if max_time is None else parse_duration("training.max_time", max_time)
         self._started = time.monotonic()
         self._signal: str | None = None
         self._longest = 0.0

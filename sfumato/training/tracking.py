@@ -50,7 +50,9 @@ class Trackers:
         self._wandb: Any = None
         if not active:
             return
-        _drop_from(folder, first_step)
+        if folder.metrics.exists():
+            earlier = (row for row in read_metrics(folder) if row["step"] < first_step)
+            write_text(folder.metrics, json_lines(earlier))
         self._file = folder.metrics.open("a", encoding="utf-8")
         if config.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -109,12 +111,6 @@ class Trackers:
 def read_metrics(folder: RunFolder) -> list[dict[str, int | float]]:
     """Return the rows of metrics.jsonl that have a step."""
     return [row for row in read_rows(folder.metrics) if isinstance(row.get("step"), int)]
-
-
-def _drop_from(folder: RunFolder, step: int) -> None:
-    if folder.metrics.exists():
-        earlier = (row for row in read_metrics(folder) if row["step"] < step)
-        write_text(folder.metrics, json_lines(earlier))
 
 
 def _start_wandb(project: str, folder: RunFolder, settings: Mapping[str, Any]) -> Any:

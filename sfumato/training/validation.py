@@ -92,7 +92,6 @@ class Validation:
     def _record(
         self, path: Path, step: int, trackers: Trackers, sides: tuple[Pictures, Pictures]
     ) -> None:
-        """Write the pairs into a folder and show them in the trackers."""
         records: list[dict[str, Any]] = []
         for i, prompt in enumerate(self._prompts):
             records.append({"index": i, "prompt": prompt, "seed": self._seeds[i]})

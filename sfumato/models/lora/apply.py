@@ -58,7 +58,7 @@ def merge_files(pipeline: Any, network_name: str, merge: Mapping[str, MergeConfi
             weight = known[name].weight
             _check_shape(file, name, change, weight)
             weight.copy_(weight.float() + scale * change.delta.reshape(weight.shape))
-            changed.add(_component(name))
+            changed.add(name.partition(".")[0])
     return changed
 
 
@@ -123,7 +123,7 @@ def fuse_elsewhere(pipeline: Any, network_name: str, merge: Mapping[str, MergeCo
         downs = {f"{name}.lora_A.weight": each.down for name, each in changes.items()}
         ups = {f"{name}.lora_B.weight": each.up * each.scale for name, each in changes.items()}
         pipeline.load_lora_weights(downs | ups)
-        pipeline.fuse_lora(sorted({_component(name) for name in changes}), lora_scale=scale)
+        pipeline.fuse_lora(sorted({name.partition(".")[0] for name in changes}), lora_scale=scale)
         pipeline.unload_lora_weights()
 
 
@@ -163,14 +163,8 @@ def save_adapters(
 def _read_merged(
     pipeline: Any, network_name: str, merge: Mapping[str, MergeConfig]
 ) -> Iterator[tuple[LoraFile, float]]:
-    """Yield the files to merge, with their scales."""
     for name, each in merge.items():
         yield read_lora(pipeline, network_name, each.path, f"model.merge.{name}.path"), each.scale
-
-
-def _component(name: str) -> str:
-    """Return the component of COMPONENT.LAYER."""
-    return name.partition(".")[0]
 
 
 def _matched(file: LoraFile, known: Mapping[str, Any], advice: str) -> dict[str, LowRank]:

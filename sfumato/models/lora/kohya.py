@@ -35,12 +35,12 @@ def by_block(table: Stacks) -> Callable[[Collection[str]], Stacks]:
     """Return a function like `same_names` for a table in which {} is the number of a block."""
 
     def stacks(names: Collection[str]) -> Stacks:
-        found = {}
+        by_name = {}
         for kohya, layers in table.items():
             pattern = re.escape(layers[0]).replace(r"\{\}", r"(\d+)")
             for match in filter(None, (re.fullmatch(pattern, name) for name in names)):
-                found[kohya.format(match[1])] = tuple(name.format(match[1]) for name in layers)
-        return found
+                by_name[kohya.format(match[1])] = tuple(name.format(match[1]) for name in layers)
+        return by_name
 
     return stacks
 

@@ -140,11 +140,6 @@ def _find(config: ModelConfig) -> Components:
             f"model.network.config = {config.network.config!r} builds only a network; give "
             f"{' and '.join(missing)} too"
         )
-    if config.prediction_type not in {"epsilon", "v_prediction"}:
-        raise ValueError(
-            f"model.prediction_type = {config.prediction_type!r}; choose one of epsilon, "
-            "v_prediction"
-        )
     text_encoder = str(config.text_encoder)
     name = "model.tokenizer" if config.tokenizer else "model.text_encoder"
     tokenizer = _component(name, config.tokenizer or text_encoder, "tokenizer", config)
@@ -246,7 +241,6 @@ def write_settings(
 
 
 def _write_vae(part: Component, folder: Path, config: ModelConfig) -> dict[str, Any]:
-    """Write an autoencoder; return its settings."""
     if part.path.is_file():
         state = read_tensors(part.path, part.setting, allow_pickle=config.allow_pickle)
         write_autoencoder(state, folder, part.setting)
@@ -344,7 +338,7 @@ def _write_tokenizer(part: Component, folder: Path, *, zero_padded: bool) -> Non
 
 
 def _link(files: Iterable[Path], folder: Path) -> None:
-    """Link files into a folder: hard, else symbolic, else as copies."""
+    """Link files into a folder: hard, or symbolic, or as copies where links fail."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         source, target = file.resolve(), folder / file.name  # the hub's cache has links

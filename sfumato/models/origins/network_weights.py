@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from sfumato.config import ModelConfig, NetworkConfig
+from sfumato.config.saved import read_saved
 from sfumato.files import read_object, sha256_of
 from sfumato.models.formats import PICKLES, WEIGHTS
 from sfumato.models.origins.original import (
@@ -103,13 +103,11 @@ def _last_of_run(run: Path, setting: str) -> Source:
     }
     if not steps:
         raise ValueError(f"{setting} is a run without a checkpoint; train it first")
+    advice = "give one of its checkpoints instead"
     try:
-        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        last, total = max(steps), int(settings["training"]["max_steps"])
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{setting}: its config.yaml is damaged ({error}); give one of its checkpoints instead"
-        ) from error
+        last, total = max(steps), int(read_saved(run, advice)["training"]["max_steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{setting}: its config.yaml is damaged ({error}); {advice}") from error
     unfinished = (
         f"{setting} is a run that did not finish: it has step {last} of {total}. Continue it "
         f"(sfumato train, with the same settings), or give {steps[last]} to start from there"
