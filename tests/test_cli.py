@@ -372,7 +372,6 @@ def test_a_mistyped_command_is_explained(call: Call, arguments: list[str], expec
             ["no file matches data.prompts = '.'", "a folder with .tar files in it"],
         ),
         ("data.prompts=", ["data.prompts='' is empty"]),
-        ("data.images.sources={a: {}}", ["data.images.sources.a.path is missing"]),
         ("data.column=legend", ["column='legend' was given", "data.prompts", "has no columns"]),
         ("validation.prompts=nofile.txt", ["no such file: nofile.txt", "validation.prompts"]),
         ("model.pretrained=nofolder", ["model.pretrained = 'nofolder': no such folder"]),

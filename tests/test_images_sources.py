@@ -449,7 +449,7 @@ def test_without_datasets_the_extra_is_named(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "path is missing"),
+        ("", r"path='' is empty"),
         ("absent", "no such file: absent; check data.images.sources.s0.path"),
         ("absent/*.tar", "no file matches"),
         ("{000..001}.tar", "no such file"),
