@@ -634,7 +634,7 @@ def test_sources_take_names_of_ones_own():
         sources = settings.data.images.sources
         assert sources == {"mine": ImageSourceConfig("a", repeats=2), "b": ImageSourceConfig("c")}
         assert plain["data"]["images"]["sources"]["b"] == {"path": "c"}
-    recipe = ["recipe=demo_finetune", "data.images.path=mine", "data.images.sources.moons=null"]
+    recipe = ["recipe=demo_finetune", "data.images.sources.moons=null"]
     assert set(compose_train(recipe)[0].data.images.sources) == {"shapes"}
     for wrong, expected in (
         ("data.images.sources.mine={paht: a}", "sources.mine.paht: did you mean .*mine.path"),
