@@ -22,23 +22,13 @@ from measure import machine
 from safetensors.torch import save_file
 
 from sfumato.config import FilterConfig, PackConfig, PrepareConfig, ShardDataConfig
-from sfumato.data.prepared.format import (
-    CACHE,
-    EMPTY,
-    FORMAT,
-    MANIFEST,
-    SHARDS,
-    CachedRecord,
-    CacheIdentity,
-    read_tar_record,
-    record_text,
-)
+from sfumato.data.prepared.folder import CACHE, EMPTY, MANIFEST, SHARDS, PreparedFolder
+from sfumato.data.prepared.format import FORMAT, CachedRecord, CacheIdentity, made_of, record_text
 from sfumato.data.prepared.open import open_shards
 from sfumato.data.sample import Sample
 from sfumato.data.stream import Stream
 from sfumato.files import sha256_of
 from sfumato.images import to_pil
-from sfumato.preparation.cache_plan import made_of
 from sfumato.preparation.prepare import prepare
 
 STATES = (77, 768)
@@ -130,7 +120,7 @@ def write_cache(folder: Path, size: int) -> int:
     save_file(empty, folder / CACHE / places["text"] / EMPTY)
     written = 0
     for place in sorted((folder / SHARDS).glob("*.json")):
-        tar = read_tar_record(folder, place.stem)
+        tar = PreparedFolder(folder).tar_record(place.stem)
         rows = range(len(tar.samples))
         side = size // FACTOR
         moments = {"moments": torch.randn(len(rows), CHANNELS, side, side).half()}

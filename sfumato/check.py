@@ -66,18 +66,16 @@ def _check_loop(training: TrainingConfig) -> None:
 
 
 def _check_data(config: TrainConfig) -> None:
-    from sfumato.data.prepared.open import check_shard_config
-
     data, shards = config.data, config.data.shards
     sources = {
         "data.shards": data.shards,
         "data.images": data.images,
         "validation.images": config.validation.images,
     }
+    given = {key: each for key, each in sources.items() if each.path or each.sources}
     named = {
         key: f"{key}.path={each.path!r}" if each.path else f"{key}.sources={list(each.sources)}"
-        for key, each in sources.items()
-        if each.path or each.sources
+        for key, each in given.items()
     }
     if named and isinstance(config.objective, DraftConfig):
         raise ValueError(
@@ -94,9 +92,13 @@ def _check_data(config: TrainConfig) -> None:
             f"data.shards.cached=true reads a prepared folder, and {images} is none; give "
             "data.shards.path instead, or data.shards.cached=false"
         )
+    if given:
+        from sfumato.data.settings import checked_sources
+
+        for key, each in given.items():
+            checked_sources(key, each)
     if not prepared:
         return
-    check_shard_config(shards)
     if shards.cached and config.model.parts not in (["network"], ["unet"], ["transformer"]):
         raise ValueError(
             f"model.parts={config.model.parts} trains a text encoder, but a cache holds the "

@@ -1,6 +1,6 @@
 """Files and folders: written whole, read or refused, hashed, locked, fetched from the hub.
 
-Nothing appears under its own name before it is complete: it is written beside its place, synced to
+Nothing appears under its own name before it is complete: it is written beside its name, synced to
 the disk and renamed. A kill or a full disk leaves what was there before.
 """
 
@@ -19,7 +19,6 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-WRITE_ERRORS = (OSError, SafetensorError)  # what a full disk raises, among others
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -31,20 +30,19 @@ def new_file(path: Path, *, failure: type[ValueError] = ValueError) -> Iterator[
         failure: the file cannot be written; `path` is as it was.
     """
     beside = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.unlink(missing_ok=True)  # a killed writer's, perhaps of another mode
-        beside.touch()
-        mode = beside.stat().st_mode
-        yield beside
-        beside.chmod(mode)  # safetensors makes files that only their owner can read
-        _sync(beside)
-        beside.replace(path)
-        _sync(path.parent)
-    except WRITE_ERRORS as error:
-        raise failure(unwritten(path, error)) from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with _writing(path, failure):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.unlink(missing_ok=True)  # a killed writer's, perhaps of another mode
+            beside.touch()
+            mode = beside.stat().st_mode
+            yield beside
+            beside.chmod(mode)  # safetensors makes files that only their owner can read
+            _sync(beside)
+            beside.replace(path)
+            _sync(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, failure: type[ValueError] = ValueError) -> None:
@@ -69,25 +67,21 @@ def new_folder(
     """
     unique = f"-{secrets.token_hex(4)}" if shared else ""
     beside = path.with_name(f".{path.name}.tmp-{os.getpid()}{unique}")
-    try:
-        if not shared:
-            clear_unfinished(path)
-        beside.mkdir(parents=True)
-        yield beside
-        mode = beside.stat().st_mode & 0o666
-        for file in (file for file in beside.rglob("*") if file.is_file()):
-            if file.lstat().st_nlink == 1 and not file.is_symlink():
-                file.chmod(mode)
-            _sync(file)
-        if shared:
-            _place_first(beside, path)
-        else:
-            _exchange(beside, path)
-        _sync(path.parent)
-    except WRITE_ERRORS as error:
-        raise failure(unwritten(path, error)) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with _writing(path, failure):
+        try:
+            if not shared:
+                clear_unfinished(path)
+            beside.mkdir(parents=True)
+            yield beside
+            mode = beside.stat().st_mode & 0o666
+            for file in (file for file in beside.rglob("*") if file.is_file()):
+                if file.lstat().st_nlink == 1 and not file.is_symlink():
+                    file.chmod(mode)
+                _sync(file)
+            _exchange(beside, path, shared=shared)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def clear_unfinished(path: Path) -> None:
@@ -104,19 +98,6 @@ def remove_folder(path: Path) -> None:
     hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     path.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def unwritten(path: Path, error: BaseException) -> str:
-    """Return the message for a file or folder that could not be written."""
-    # safetensors' own error has no errno.
-    code = error.errno if isinstance(error, OSError) else None
-    full = code in _FULL or os.strerror(errno.ENOSPC) in str(error)
-    reason = "no space is left on the disk" if full else str(error)
-    advice = "Free some space" if full else "Correct the cause"
-    return (
-        f"{path} could not be written: {reason}; nothing half-written is left. {advice} and run "
-        "the same command again"
-    )
 
 
 def read_object(
@@ -165,8 +146,12 @@ def sha256_of(path: Path) -> str:
 
 def digest(content: Any) -> str:
     """Return the SHA-256 of a JSON value, in hex: equal values, equal digests."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(compact(content)).hexdigest()
+
+
+def compact(content: Any) -> bytes:
+    """Return a JSON value as sorted, compact text: equal values, equal bytes."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 def lock(
@@ -212,7 +197,7 @@ def fetch(
     kind: str = "model",
     complete: Callable[[Path], bool] = Path.is_dir,
 ) -> Path:
-    """Return the folder of a Hugging Face hub id: from the local cache, else downloaded.
+    """Return the folder of a Hugging Face hub id: from the local cache, or downloaded.
 
     Args:
         name: the hub id.
@@ -227,15 +212,15 @@ def fetch(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = {"repo_type": kind, "allow_patterns": list(patterns)}
+    request = {"repo_type": kind, "allow_patterns": list(patterns)}
     try:
         try:
-            cached = Path(snapshot_download(name, local_files_only=True, **wanted))
+            cached = Path(snapshot_download(name, local_files_only=True, **request))
             if complete(cached):
                 return cached
         except LocalEntryNotFoundError:
             pass
-        return Path(snapshot_download(name, ignore_patterns=list(unwanted), **wanted))
+        return Path(snapshot_download(name, ignore_patterns=list(unwanted), **request))
     except (OSError, ValueError) as error:  # the hub's own errors are of both kinds
         raise ValueError(
             f"{setting} = {name!r} is no folder here and not in the hub's local cache, and it "
@@ -244,27 +229,35 @@ def fetch(
         ) from error
 
 
-def _exchange(beside: Path, path: Path) -> None:
-    """Let a folder take the place of another; if it cannot, the other stays."""
+@contextmanager
+def _writing(path: Path, failure: type[ValueError]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors' own error has no errno.
+        code = error.errno if isinstance(error, OSError) else None
+        full = code in _FULL or os.strerror(errno.ENOSPC) in str(error)
+        reason = "no space is left on the disk" if full else str(error)
+        advice = "Free some space" if full else "Correct the cause"
+        raise failure(
+            f"{path} could not be written: {reason}; nothing half-written is left. {advice} and "
+            "run the same command again"
+        ) from error
+
+
+def _exchange(beside: Path, path: Path, *, shared: bool) -> None:
+    """Replace a folder by another. The old one stays if that fails, or if it is shared."""
     old = path.with_name(f"{beside.name}-old")
-    if path.exists():
+    if path.exists() and not shared:
         path.rename(old)
     try:
         beside.rename(path)
     except OSError:
         if old.exists():
             old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _place_first(beside: Path, path: Path) -> None:
-    """Move a folder to its place, unless another process was faster."""
-    try:
-        beside.rename(path)
-    except OSError:
-        if not path.is_dir():
+        if not (shared and path.is_dir()):
             raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -38,19 +38,17 @@ def read_record(
     """
     try:
         data = path.read_bytes()
-        if version is not None:
-            _check(path, _decoder(_Versioned).decode(data).format, version, advice, failure)
-        return _decoder(kind).decode(data)
+        if version is None or _decoder(_Versioned).decode(data).format == version:
+            return _decoder(kind).decode(data)
     except (OSError, UnicodeError, RecursionError, msgspec.DecodeError):
-        # Python's own reader says more about damaged files, and reads NaN.
-        content = read_json(path, advice, failure=failure)
-    if version is not None and isinstance(content, dict):
-        _check(path, content.get("format"), version, advice, failure)
-    try:
-        return msgspec.convert(content, kind)
-    except msgspec.ValidationError as error:
-        fault = _fault(content, str(error))
-        raise failure(f"{path} is damaged: {fault}; {advice}") from error
+        pass  # Python's own reader says more about damaged files, and reads NaN.
+    content = read_json(path, advice, failure=failure)
+    if version is not None and isinstance(content, dict) and content.get("format") != version:
+        raise failure(
+            f"{path} has format = {content.get('format')!r}, not {version}; another version of "
+            f"Sfumato or another program wrote it; {advice}"
+        )
+    return _convert(content, kind, str(path), advice, failure)
 
 
 def read_rows(path: Path, kind: type[Record], advice: str) -> list[Record]:
@@ -63,15 +61,10 @@ def read_rows(path: Path, kind: type[Record], advice: str) -> list[Record]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {advice}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        content = parse_object(line)
-        try:
-            rows.append(msgspec.convert(content, kind))
-        except msgspec.ValidationError as error:
-            fault = _fault(content, str(error))
-            raise ValueError(f"{path} is damaged: line {number}, {fault}; {advice}") from error
-    return rows
+    return [
+        _convert(parse_object(line), kind, f"{path} line {number}", advice, ValueError)
+        for number, line in enumerate(lines, 1)
+    ]
 
 
 class _Versioned(msgspec.Struct):
@@ -83,20 +76,17 @@ def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind)
 
 
-def _check(path: Path, found: Any, version: int, advice: str, failure: type[ValueError]) -> None:
-    if found != version:
-        raise failure(
-            f"{path} has format = {found!r}, not {version}; another version of Sfumato or another "
-            f"program wrote it; {advice}"
-        )
-
-
-def _fault(content: Any, reason: str) -> str:
-    """Return key, value and what is wrong with it, from a message of msgspec."""
-    reason, _, key = reason.replace("`", "").partition(" - at $")
-    shown = repr(_value_at(content, key))
-    cut = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
-    return f"{key.removeprefix('.') or 'the object'} = {cut}: {reason}"
+def _convert(
+    content: Any, kind: type[Record], name: str, advice: str, failure: type[ValueError]
+) -> Record:
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        reason, _, key = str(error).replace("`", "").partition(" - at $")
+        shown = repr(_value_at(content, key))
+        cut = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
+        key = key.removeprefix(".") or "the object"
+        raise failure(f"{name} is damaged: {key} = {cut}: {reason}; {advice}") from error
 
 
 def _value_at(content: Any, key: str) -> Any:

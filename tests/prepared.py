@@ -13,13 +13,16 @@ from image_files import png
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfumato.data.prepared.format import (
+from sfumato.data.prepared.folder import (
     CACHE,
     EMPTY,
     INDEX,
     MANIFEST,
     SELECTIONS,
     SHARDS,
+    PreparedFolder,
+)
+from sfumato.data.prepared.format import (
     CachedRecord,
     CacheIdentity,
     Index,
@@ -27,9 +30,6 @@ from sfumato.data.prepared.format import (
     KeptRecord,
     Member,
     TarRecord,
-    read_cached_record,
-    read_kept_record,
-    read_tar_record,
     record_text,
 )
 
@@ -166,8 +166,8 @@ def write_cache(
     empty = {name: t.to(dtype) for name, t in toy_states("").items()}
     save_file(empty, folder / CACHE / identity.text_folder / EMPTY)
     for record in sorted((folder / SHARDS).glob("*.json")):
-        samples = read_tar_record(folder, record.stem).samples
-        kept = read_kept_record(folder, selection, record.stem).kept
+        samples = PreparedFolder(folder).tar_record(record.stem).samples
+        kept = PreparedFolder(folder).kept_record(selection, record.stem).kept
         rows = [i for i in kept if int(samples[i].key) not in without_moments]
         moments = stacked([toy_moments(int(samples[i].key)) for i in rows], (4, 2, 2))
         tensors = {"moments": moments}
@@ -211,14 +211,18 @@ def write_half(
 def write_index(folder: Path) -> None:
     """Write the index of what the folder holds."""
     names = [file.stem for file in sorted((folder / SHARDS).glob("*.json"))]
-    tars = [read_tar_record(folder, name) for name in names]
+    tars = [PreparedFolder(folder).tar_record(name) for name in names]
     selections = {
-        each.name: tuple(len(read_kept_record(folder, each.name, name).kept) for name in names)
+        each.name: tuple(
+            len(PreparedFolder(folder).kept_record(each.name, name).kept) for name in names
+        )
         for each in sorted((folder / SELECTIONS).iterdir())
     }
     caches = {}
     for each in sorted((folder / CACHE).glob("*-*")):
-        shards = [read_cached_record(folder, each.name, n.stem) for n in shard_files(each)]
+        shards = [
+            PreparedFolder(folder).cached_record(each.name, n.stem) for n in shard_files(each)
+        ]
         caches[each.name] = tuple(
             IndexedShard(s.name, len(s.rows), s.bytes, s.sha256) for s in shards
         )

@@ -75,8 +75,8 @@ CROSSINGS: dict[str, tuple[str, ...]] = {
     # A folder may be put together from parts; its network may start from another file.
     "models.registry": ("models.origins",),
     "models.loading": ("models.origins",),
-    # Settings of a prepared folder, and files that settings name, are checked before all else.
-    "check": ("data.prepared.open", "models.lora"),
+    # Settings of sources of images, and files that settings name, are checked before all else.
+    "check": ("data.settings", "models.lora"),
 }
 
 TENSOR_ROOMS = (

@@ -614,19 +614,27 @@ def test_values_of_a_sweep(typed: str, expected: list[str]):
 # Names of one's own
 
 
+@pytest.mark.parametrize("key", ["data.images", "data.shards", "validation.images"])
+def test_a_source_without_a_path_is_refused(key: str):
+    needed = ["objective=supervised", "model.pretrained=M"]
+    needed += ["data.images.path=P"] if key == "validation.images" else []
+    with pytest.raises(ValueError, match=rf"{key}\.sources\.a\.path is missing"):
+        compose_train([*needed, f"{key}.sources={{a: {{}}}}"])
+
+
 def test_sources_take_names_of_ones_own():
     given = ["objective=supervised", "model.pretrained=M"]
     ways = [
-        ["data.images.sources.mine={path: a, weight: 2}", "data.images.sources.b.path=c"],
-        ["data.images.sources={mine: {path: a, weight: 2.0}, b: {path: c}}"],
-        ["+data.images.sources.mine={path: a, weight: 2}", "++data.images.sources.b.path=c"],
+        ["data.images.sources.mine={path: a, repeats: 2}", "data.images.sources.b.path=c"],
+        ["data.images.sources={mine: {path: a, repeats: 2}, b: {path: c}}"],
+        ["+data.images.sources.mine={path: a, repeats: 2}", "++data.images.sources.b.path=c"],
     ]
     for overrides in ways:
         settings, plain = compose_train([*given, *overrides])
         sources = settings.data.images.sources
-        assert sources == {"mine": ImageSourceConfig("a", weight=2.0), "b": ImageSourceConfig("c")}
+        assert sources == {"mine": ImageSourceConfig("a", repeats=2), "b": ImageSourceConfig("c")}
         assert plain["data"]["images"]["sources"]["b"] == {"path": "c"}
-    recipe = ["recipe=demo_finetune", "data.images.path=mine", "data.images.sources.moons=null"]
+    recipe = ["recipe=demo_finetune", "data.images.sources.moons=null"]
     assert set(compose_train(recipe)[0].data.images.sources) == {"shapes"}
     for wrong, expected in (
         ("data.images.sources.mine={paht: a}", "sources.mine.paht: did you mean .*mine.path"),

@@ -27,7 +27,7 @@ def listed(path: Path | str, **settings: str) -> list[tuple[str, str]]:
     """Return place and caption of what a path lists."""
     columns = Columns(settings.get("image"), settings.get("caption"))
     entries = list_source(str(path), settings.get("base"), columns, SkipLog())
-    return [(entry.place, entry.captions[0]) for entry in entries]
+    return [(entry.position, entry.captions[0]) for entry in entries]
 
 
 def counts(path: Path | str, **settings: str) -> dict[str, int]:
@@ -195,7 +195,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     [
         ("t.json", b'{"image": "a.png"}', "t.json holds a JSON dict; give a list"),
         ("t.json", b"[" * 10**5, "t.json is not JSON"),
-        ("t.xlsx", b"", "t.xlsx has the suffix '.xlsx'.*.csv, .tsv, .json, .jsonl, .parquet, .tar"),
+        ("t.xlsx", b"", "t.xlsx, whose suffix '.xlsx'.*.csv, .tsv, .json, .jsonl, .parquet, .tar"),
         ("t.txt", b"a fox", "suffix '.txt'"),
     ],
 )
@@ -449,8 +449,8 @@ def test_without_datasets_the_extra_is_named(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "path is missing"),
-        ("absent", "no such file: absent; check the path of the images"),
+        ("", r"path='' is empty"),
+        ("absent", "no such file: absent; check data.images.sources.s0.path"),
         ("absent/*.tar", "no file matches"),
         ("{000..001}.tar", "no such file"),
         ("x" * 5000, "no such file"),
@@ -530,10 +530,10 @@ def test_validation_takes_the_first_good_samples(tmp_path: Path) -> None:
     samples = validation_samples(config, 3, height=8, width=8)
     assert [s.caption for s in samples] == ["picture 0", "picture 2", "bpicture 0"]
     assert samples[0].original == (8, 24) and samples[0].crop == (0, 8)
-    pixels = ((samples[0].image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    pixels = ((samples[0].pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     assert np.array_equal(pixels, gradient(8, 24)[:, 8:16])
     assert len(validation_samples(config, 100, height=8, width=8)) == 5
     with pytest.raises(ValueError, match="0 validation samples"):
         validation_samples(config, 0, height=8, width=8)
-    with pytest.raises(ValueError, match=r"no sample can be used.*below min_size=99"):
+    with pytest.raises(ValueError, match=r"no sample .*below min_size=99"):
         validation_samples(config_of(tmp_path / "a", min_size=99), 1, height=8, width=8)

@@ -19,7 +19,7 @@ from runs import assert_same_state, command, fork, in_child, start
 from sfumato.cli import main
 from sfumato.compose import DEMO_IMAGES, compose_command
 from sfumato.config import CONF
-from sfumato.data.prepared.format import INDEX
+from sfumato.data.prepared.folder import INDEX
 from sfumato.launch import local
 from sfumato.launch.children import command_line, rendezvous, run_child
 from sfumato.launch.inputs import starts_from

@@ -36,13 +36,8 @@ from sfumato.config import (
     ShardDataConfig,
     TrainingConfig,
 )
-from sfumato.data.prepared.format import (
-    CachedRecord,
-    PreparedError,
-    read_cached_record,
-    read_kept_record,
-    record_text,
-)
+from sfumato.data.prepared.folder import PreparedFolder
+from sfumato.data.prepared.format import CachedRecord, PreparedError, record_text
 from sfumato.data.prepared.open import open_shards
 from sfumato.data.sample import Sample
 from sfumato.models.registry import load_encoders, load_model
@@ -50,6 +45,7 @@ from sfumato.preparation import precache as precaching
 from sfumato.preparation.encoder_hash import cache_identity
 from sfumato.preparation.precache import precache
 from sfumato.preparation.prepare import prepare
+from sfumato.preparation.settings import check_prepare
 from sfumato.training.distribution import Distribution
 
 WORDS = ("ring", "star", "dot")
@@ -80,6 +76,7 @@ def settings(folder: Path, model: Path, **precaching: Any) -> PrepareConfig:
 
 def run(config: PrepareConfig) -> dict[str, int]:
     """Precache in this process."""
+    check_prepare(config)
     distribution = Distribution(TrainingConfig())
     try:
         return precache(config, distribution)
@@ -99,7 +96,7 @@ def cache_of(folder: Path, kind: str) -> Path:
 
 
 def record_of(folder: Path, kind: str, name: str = "00000") -> CachedRecord:
-    return read_cached_record(folder, cache_of(folder, kind).name, name)
+    return PreparedFolder(folder).cached_record(cache_of(folder, kind).name, name)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +243,7 @@ def test_every_family(tmp_path: Path, family: str) -> None:
     for row, sample in enumerate(open_shards(raw, height=32, width=32, seed=0).next(3, 0, 3)):
         assert isinstance(sample, Sample)
         with torch.no_grad():
-            assert_rounded(stored[row], model.encode_moments(sample.image[None])[0], torch.float32)
+            assert_rounded(stored[row], model.encode_moments(sample.pixels[None])[0], torch.float32)
     states = load_file(cache_of(folder, "text") / "00000.safetensors")
     assert states.pop("offsets").tolist() == [0, 1, 3, 4]
     for row, text in enumerate(text for picture in made for text in picture.captions):
@@ -680,7 +677,7 @@ def test_a_selection_beyond_its_tar_is_refused_before_anything_is_encoded(
 ) -> None:
     data = write_prepared(tmp_path / "data", pictures(8))
     place = data / "selections/all/00001.json"
-    record = read_kept_record(data, "all", "00001")
+    record = PreparedFolder(data).kept_record("all", "00001")
     assert record.tar == "test" or record.tar == ""
     place.write_text(record_text(replace(record, kept=(*record.kept, 4), tar="")))
     with pytest.raises(PreparedError, match="'all' belongs to an older tar 00001"):

@@ -23,18 +23,10 @@ from sfumato.config import (
     PrecacheConfig,
     PrepareConfig,
 )
-from sfumato.data.prepared.format import (
-    CachedRecord,
-    PreparedError,
-    read_cached_record,
-    read_index,
-    read_kept_record,
-    read_tar_record,
-    record_text,
-)
+from sfumato.data.prepared.folder import PreparedFolder
+from sfumato.data.prepared.format import CachedRecord, PreparedError, made_of, record_text
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index
-from sfumato.preparation.listing import made_of
 from sfumato.preparation.pack import pack
 from sfumato.preparation.prepare import hold, prepare
 from sfumato.preparation.verify import verify
@@ -73,7 +65,7 @@ def kept(out: Path, name: str) -> list[int]:
     """Return the numbers of the samples that a selection keeps."""
     found = []
     for number, place in enumerate(sorted((out / "selections" / name).glob("*.json"))):
-        found += [8 * number + i for i in read_kept_record(out, name, place.stem).kept]
+        found += [8 * number + i for i in PreparedFolder(out).kept_record(name, place.stem).kept]
     return found
 
 
@@ -184,7 +176,7 @@ def test_nothing_is_filtered_before_it_is_packed(tmp_path: Path) -> None:
 def test_the_index_sums_up_what_went_in_and_what_was_kept(out: Path) -> None:
     filter_samples(FilterConfig("once", duplicates="drop"), out)
     write_index(out)
-    index = read_index(out)
+    index = PreparedFolder(out).index()
     assert [tar.samples for tar in index.tars] == [8, 8, 5]
     assert index.selections == {"all": (8, 8, 5), "once": (8, 8, 1)}
     assert index.bins == {
@@ -223,7 +215,7 @@ def test_a_selection_of_other_tars_is_refused(out: Path, tmp_path: Path) -> None
         write_index(out)
     filter_samples(FilterConfig(), out)
     write_index(out)
-    assert [tar.samples for tar in read_index(out).tars] == [1]
+    assert [tar.samples for tar in PreparedFolder(out).index().tars] == [1]
     verify(out)
 
 
@@ -244,13 +236,16 @@ def cached(out: Path) -> Path:
 
 def claim(out: Path, cache: str, name: str, **changes: Any) -> None:
     """Write a record anew, as if precache had made what the file holds."""
-    record, tar = read_cached_record(out, cache, name), read_tar_record(out, name)
+    record, tar = (
+        PreparedFolder(out).cached_record(cache, name),
+        PreparedFolder(out).tar_record(name),
+    )
     values = {**vars(record), "made_of": made_of(cache, tar, record.rows), **changes}
     (out / "cache" / cache / f"{name}.json").write_text(record_text(CachedRecord(**values)))
 
 
 def test_caches_are_indexed_and_verified(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    index = read_index(cached)
+    index = PreparedFolder(cached).index()
     identity = toy_identity()
     assert index.caches.keys() == {identity.moments_folder, identity.text_folder}
     assert [shard.samples for shard in index.caches[identity.text_folder]] == [8, 8, 5]
@@ -301,7 +296,7 @@ def faults(out: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_a_flipped_bit_of_a_picture_is_found(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    member = read_tar_record(out, "000001").samples[3]
+    member = PreparedFolder(out).tar_record("000001").samples[3]
     flip(out / "shards" / "000001.tar", member.offset + 20)
     assert faults(out, capsys) == [
         "shards/000001.tar differs from the SHA-256 of its record",
@@ -394,9 +389,9 @@ def test_a_shard_that_vanished_since_the_index_is_found(
     for place in cached.rglob("000002.*"):
         place.unlink()
     found = faults(cached, capsys)
-    assert "index.json lists the tar 000002, which has no record any more" in found
+    assert "index.json lists other tars than there are (000002); run the stage index" in found
     shutil.rmtree(cached / "cache")
-    assert any("lists the cache moments-" in fault for fault in faults(cached, capsys))
+    assert any("other caches than there are (moments-" in fault for fault in faults(cached, capsys))
 
 
 def test_what_was_never_prepared_is_refused(tmp_path: Path) -> None:
@@ -471,7 +466,7 @@ def test_all_stages_run_with_the_demo_model(model: Path, tmp_path: Path) -> None
         model=ModelConfig(str(BASE)),
     )
     prepare(config)
-    index = read_index(out)
+    index = PreparedFolder(out).index()
     assert sorted(name.partition("-")[0] for name in index.caches) == ["moments", "text"]
     assert all(index.bins[name] == {"kept": 17} for name in index.caches)
     verify(out)
@@ -569,7 +564,7 @@ def test_a_tar_that_changed_is_looked_at_in_all_that_come_after(tmp_path: Path) 
     pack(config, DownloadConfig(), out)
     assert last.read_bytes() == before, "it is the first tar that changed"
     filter_samples(once, out)
-    found = [read_kept_record(out, "once", f"{i:06d}").kept for i in range(3)]
+    found = [PreparedFolder(out).kept_record("once", f"{i:06d}").kept for i in range(3)]
     assert found == [(0, 1), (0, 1), (1,)]
 
 
@@ -597,7 +592,7 @@ def test_records_of_tars_that_are_no_more_are_removed(out: Path) -> None:
 def test_the_index_tells_selections_of_equal_counts_apart(out: Path) -> None:
     before = write_index(out)
     place = out / "selections/all/000001.json"
-    record = read_kept_record(out, "all", "000001")
+    record = PreparedFolder(out).kept_record("all", "000001")
     found = set()
     for rows in ((0, 1, 2), (0, 1, 3)):
         place.write_text(record_text(replace(record, kept=rows, dropped={"x": 5})))
@@ -608,7 +603,7 @@ def test_the_index_tells_selections_of_equal_counts_apart(out: Path) -> None:
 
 
 def test_a_selection_that_does_not_sum_up_is_refused(out: Path) -> None:
-    record = read_kept_record(out, "all", "000001")
+    record = PreparedFolder(out).kept_record("all", "000001")
     place = out / "selections/all/000001.json"
     place.write_text(record_text(replace(record, kept=record.kept[1:])))
     with pytest.raises(PreparedError, match=r"000001\.json has 7 samples .* has 8; run"):

@@ -17,7 +17,8 @@ from image_files import encode, gradient, png
 from PIL import Image
 
 from sfumato.config import DownloadConfig, PackConfig
-from sfumato.data.prepared.format import PreparedError, read_tar_record
+from sfumato.data.prepared.folder import PreparedFolder
+from sfumato.data.prepared.format import PreparedError
 from sfumato.preparation.download import download
 from sfumato.preparation.pack import pack
 
@@ -109,7 +110,7 @@ def calls(out: Path) -> int:
 def packed_captions(out: Path, config: DownloadConfig) -> list[str]:
     pack(PackConfig(samples_per_shard=4), config, out)
     names = sorted(place.stem for place in (out / "shards").glob("*.json"))
-    return [m.captions[0] for name in names for m in read_tar_record(out, name).samples]
+    return [m.captions[0] for name in names for m in PreparedFolder(out).tar_record(name).samples]
 
 
 def test_every_row_ends_in_one_bin_and_a_second_call_does_nothing(
@@ -146,7 +147,7 @@ def test_pictures_are_packed_in_the_order_of_the_table(tmp_path: Path, fake: Pat
     download(config, out)
     good = [i for i in range(12) if i not in {2, 5, 6, 7, 8}]
     assert packed_captions(out, config) == [f"picture {i}" for i in good]
-    first = read_tar_record(out, "000000")
+    first = PreparedFolder(out).tar_record("000000")
     assert [m.columns for m in first.samples] == [{"score": i / 2} for i in good[:4]]
     assert {m.suffix for m in first.samples} == {"png"}  # whatever img2dataset calls it
 
@@ -345,13 +346,13 @@ def test_the_real_program_is_driven_and_read(
     assert bins == ({"kept": 11, **failed} if image_size is None else
                     {"kept": 9, **failed, "not an image": 2})  # fmt: skip
     assert packed_captions(out, config) == [*names[:8], "png"]
-    sizes = {(m.height, m.width) for m in read_tar_record(out, "000000").samples}
+    sizes = {(m.height, m.width) for m in PreparedFolder(out).tar_record("000000").samples}
     assert sizes == ({(40, 50)} if image_size is None else {(32, 40)})
     before = {p: p.stat().st_mtime_ns for p in (out / "download").iterdir()}
     assert download(config, out) == bins
     assert before == {p: p.stat().st_mtime_ns for p in (out / "download").iterdir()}
     if image_size is None:
-        member = read_tar_record(out, "000000").samples[0]
+        member = PreparedFolder(out).tar_record("000000").samples[0]
         with (out / "shards" / "000000.tar").open("rb") as tar:
             tar.seek(member.offset)
             assert tar.read(member.size) == encode(Image.fromarray(gradient(40, 50, 0)), "JPEG")
@@ -363,7 +364,7 @@ def test_what_was_downloaded_is_packed_whole_without_naming_its_columns_again(
     config, out = config_of(table(tmp_path, ROWS), columns=["score"]), tmp_path / "out"
     download(config, out)
     pack(PackConfig(samples_per_shard=4), config, out)
-    before = read_tar_record(out, "000000")
+    before = PreparedFolder(out).tar_record("000000")
     assert before.samples[0].columns.keys() == {"score"}
     pack(PackConfig(samples_per_shard=4), DownloadConfig(), out)
-    assert read_tar_record(out, "000000") == before
+    assert PreparedFolder(out).tar_record("000000") == before

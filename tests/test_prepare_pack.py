@@ -19,7 +19,8 @@ from PIL import Image
 from runs import in_child, kill, on_call
 
 from sfumato.config import DownloadConfig, FilterConfig, PackConfig
-from sfumato.data.prepared.format import PreparedError, TarRecord, read_tar_record
+from sfumato.data.prepared.folder import PreparedFolder
+from sfumato.data.prepared.format import PreparedError, TarRecord
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.pack import pack
 
@@ -68,7 +69,7 @@ def packed(source: Path | str, out: Path, **settings: Any) -> dict[str, int]:
 
 
 def records(out: Path) -> list[TarRecord]:
-    return [read_tar_record(out, p.stem) for p in sorted((out / "shards").glob("*.json"))]
+    return [PreparedFolder(out).tar_record(p.stem) for p in sorted((out / "shards").glob("*.json"))]
 
 
 def tree(out: Path) -> dict[str, bytes]:
@@ -366,7 +367,7 @@ def test_what_cannot_be_packed_is_refused(source: Path, tmp_path: Path) -> None:
         (source / "003.png").write_bytes(png())
         (source / "004.png").write_bytes(png())
         packed(source, tmp_path / "out", max_pixels=3)
-    with pytest.raises(ValueError, match=r"no such file: absent; check pack.path, 'absent'"):
+    with pytest.raises(ValueError, match=r"no such file: absent; check pack.path = 'absent'"):
         packed("absent", tmp_path / "out")
     with pytest.raises(ValueError, match=r"there is nothing to pack: pack.path is not given"):
         pack(PackConfig(), DownloadConfig(), tmp_path / "out")
@@ -498,4 +499,4 @@ def test_lone_surrogates_in_a_column_are_replaced(tmp_path: Path, tags: object) 
     assert pack(PackConfig(path=str(tmp_path), columns=["tags"]), DownloadConfig(), out) == {
         "kept": 1
     }
-    assert "?" in json.dumps(read_tar_record(out, "000000").samples[0].columns["tags"])
+    assert "?" in json.dumps(PreparedFolder(out).tar_record("000000").samples[0].columns["tags"])

@@ -68,7 +68,7 @@ def test_txt_keeps_lines_and_counts_blank_ones(tmp_path: Path) -> None:
     stream = open_prompts(str(path))
     stream.next(4, 0, 4)
     assert skip_counts(stream) == {"blank prompt": 2, "prompt that is not UTF-8": 1}
-    assert [skip.places for skip in stream.skipped.skips] == [
+    assert [skip.positions for skip in stream.skipped.skips] == [
         (f"{path} line 2",),
         (f"{path} line 6",),
     ]
@@ -170,7 +170,7 @@ def test_literal_name_wins_over_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "path of the prompts is empty"),
+        ("", "prompts is empty"),
         ("absent.txt", "no such file.*absent.txt"),
         ("{000..012}.tar", "000.tar.* and 8 more"),
         ("*.tar", "no file matches"),
@@ -178,7 +178,7 @@ def test_literal_name_wins_over_pattern(tmp_path: Path) -> None:
         ("x" * 5000 + ".txt", "no such file"),
         (".", "no file matches"),
         ("notes.md", "suffix '.md'.*.txt, .csv, .*.tar"),
-        ("empty.txt", "no prompt can be read from 'empty.txt'.*file without a prompt: 1"),
+        ("empty.txt", "no prompt can be read from prompts = 'empty.txt'.*file without a prompt: 1"),
         ("blank.txt", "no prompt can be read.*blank prompt: 2"),
         ("empty.csv", "no prompt can be read"),
         ("header.csv", "no prompt can be read"),

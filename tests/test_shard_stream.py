@@ -29,7 +29,8 @@ from sfumato.data.epochs import RowPick
 from sfumato.data.images import open_images
 from sfumato.data.left_out import SkipReport
 from sfumato.data.order import PoolOrder
-from sfumato.data.prepared.format import CACHE, SELECTIONS, SHARDS, read_kept_record, record_text
+from sfumato.data.prepared.folder import CACHE, SELECTIONS, SHARDS, PreparedFolder
+from sfumato.data.prepared.format import record_text
 from sfumato.data.prepared.open import open_shards
 from sfumato.data.sample import Sample
 from sfumato.data.stream import OrderedStream
@@ -293,7 +294,7 @@ def test_resume_with_a_selection_that_was_filtered_anew_is_refused(folder: Path)
     write_index(folder)
     state = open_small(config).state()
     open_small(config).restore(state)
-    record = read_kept_record(folder, "odd", "00000")
+    record = PreparedFolder(folder).kept_record("odd", "00000")
     other = replace(record, kept=tuple(i - 1 for i in record.kept))
     (folder / SELECTIONS / "odd" / "00000.json").write_text(record_text(other))
     write_index(folder)

@@ -16,7 +16,7 @@ from sfumato.config import DownloadConfig, ImageSourceConfig, PackConfig
 from sfumato.data.entries import Columns
 from sfumato.data.images import open_images, validation_samples
 from sfumato.data.left_out import SkipLog
-from sfumato.data.prepared.format import read_tar_record
+from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prompts import open_prompts, read_prompts
 from sfumato.data.sources import list_source
 from sfumato.preparation.pack import pack
@@ -115,7 +115,7 @@ def by_images(path: str, column: str | None) -> Read:
 def by_pack(path: str, column: str | None) -> Read:
     out = Path("out")
     bins = pack(PackConfig(path, caption_column=column), DownloadConfig(), out)
-    members = read_tar_record(out, "000000").samples
+    members = PreparedFolder(out).tar_record("000000").samples
     assert bins.pop("kept") == len(members)
     return Read([member.captions[0] for member in members], bins)
 
@@ -129,8 +129,8 @@ def by_download(path: str, column: str | None) -> Read:
 
 Reader = Callable[[str, str | None], Read]
 READERS: dict[str, tuple[Reader, str, str]] = {  # what reads, whose path, and of no row at all
-    "prompts": (by_prompts, "the path of the prompts", "no prompt can be read"),
-    "images": (by_images, "the path of the images", "has no image that can be used"),
+    "prompts": (by_prompts, "prompts", "no prompt can be read"),
+    "images": (by_images, "data.images.sources.a.path", "has no image that can be used"),
     "pack": (by_pack, "pack.path", "can be packed"),
     "download": (by_download, "download.table", "has no row that can be downloaded"),
 }
@@ -251,7 +251,7 @@ def test_a_wrong_path_names_whose_it_is(reader: str, kind: str, path: str) -> No
     path = path.format(kind)
     with pytest.raises(ValueError, match="no such file: absent") as raised:
         function(path, None)
-    assert f"check {setting}, {path!r}" in str(raised.value)
+    assert f"check {setting} = {path!r}" in str(raised.value)
 
 
 @pytest.mark.parametrize(("reader", "kind"), ALL)
@@ -309,7 +309,7 @@ def test_a_list_of_captions_is_all_captions(tmp_path: Path, kind: str) -> None:
     assert [entry.captions for entry in entries] == [("a fox", "a red fox"), ("a bird",)]
     assert log.counts() == {"no caption": 1}
     pack(PackConfig(str(path)), DownloadConfig(), tmp_path / "out")
-    members = read_tar_record(tmp_path / "out", "000000").samples
+    members = PreparedFolder(tmp_path / "out").tar_record("000000").samples
     assert [member.captions for member in members] == [("a fox", "a red fox"), ("a bird",)]
 
 

@@ -99,22 +99,22 @@ class Entry:
 
     Attributes:
         container: the folder, table, tar or dataset that lists it.
-        place: which of the container's pictures; the same wherever the container lies.
+        position: which of the container's pictures; the same wherever the container lies.
         captions: at least one, the main one first; none is blank or has white space around it.
         blob: the bytes of the picture.
         columns: further columns of its row, as read.
     """
 
     container: Path
-    place: str
+    position: str
     captions: tuple[str, ...]
     blob: Blob
     columns: Mapping[str, Any] = field(default_factory=lambda: _NO_COLUMNS, compare=False)
 
     @property
     def name(self) -> str:
-        """The container and the place in it, for messages."""
-        return printable(f"{self.container} {self.place}")
+        """The container and the position, for messages."""
+        return printable(f"{self.container} {self.position}")
 
 
 class MissingColumnError(ValueError):
@@ -122,29 +122,29 @@ class MissingColumnError(ValueError):
 
 
 def choose_column(
-    wanted: tuple[str, ...], names: Iterable[str], container: Path, holds: str
+    columns: tuple[str, ...], names: Iterable[str], container: Path, holds: str
 ) -> str:
-    """Return the first of the wanted columns that is among the names.
+    """Return the first of some columns that is among the names.
 
     Raises:
         MissingColumnError: none is; `holds` says what the column should hold.
     """
     names = list(dict.fromkeys(names))
-    for name in wanted:
+    for name in columns:
         if name in names:
             return name
     raise MissingColumnError(
-        f"{container} has no column {' or '.join(map(repr, wanted))}; its columns are "
+        f"{container} has no column {' or '.join(map(repr, columns))}; its columns are "
         f"{', '.join(map(repr, names)) or 'none'}. Name the one that holds the {holds}"
     )
 
 
-def captions_of(value: object, place: int | str, skips: FileSkips) -> tuple[str, ...]:
+def captions_of(value: object, position: int | str, skips: FileSkips) -> tuple[str, ...]:
     """Return the captions that a value holds, or count why it holds none.
 
     Args:
         value: a text, its bytes, or a list of texts, of which the good ones are taken.
-        place: of the row, for the count.
+        position: of the row, for the count.
         skips: counts the row.
     """
     if not isinstance(value, list | tuple):
@@ -155,7 +155,7 @@ def captions_of(value: object, place: int | str, skips: FileSkips) -> tuple[str,
         captions = tuple(dict.fromkeys(text for text, fault in texts if not fault))
         fault = texts[0][1]
     if not captions:
-        skips.add(fault, place)
+        skips.add(fault, position)
     return captions
 
 
@@ -179,7 +179,7 @@ def text_or_fault(value: object, kind: str) -> tuple[str, str]:
 
 
 def is_utf8(text: str) -> bool:
-    """Tell text from undecodable bytes (kept as lone surrogates) and from UTF-16's zeros."""
+    """Tell text from undecodable bytes (lone surrogates) and from UTF-16's zeros."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -2,23 +2,23 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import replace
 
 from sfumato.config import ImageDataConfig, ImageSourceConfig
+from sfumato.data.ahead import ahead
 from sfumato.data.decode import Bounds, RefusedImageError, read_size
 from sfumato.data.entries import Columns, Entry
 from sfumato.data.epochs import ListEpochs, RowPick
 from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Guard, PoolOrder
-from sfumato.data.pools import SourceShare, bucket_sizes, build_pools, check_size, nearest
-from sfumato.data.sample import Placement, Sample, Size, make_sample
+from sfumato.data.pools import SourceShare, build_pools, nearest
+from sfumato.data.sample import Sample, Size
 from sfumato.data.settings import checked_sources, choices_of
 from sfumato.data.sources import list_source
 from sfumato.data.stream import BrokenRowError, OrderedStream
 
 _HEADER_THREADS = 4  # they wait for files; more would wait for each other
-_HEADERS_AT_ONCE = 1024
+_HEADERS_AHEAD = 1024
 
 
 def open_images(
@@ -40,25 +40,23 @@ def open_images(
     Raises:
         ValueError: a setting is impossible, a source cannot be read, or has no usable sample.
     """
-    settings = checked_sources("data.images", config, config.sources)
-    check_size(height, width, divisor)
-    sizes = bucket_sizes(height, width, divisor) if config.buckets else ((height, width),)
-    choices, log = choices_of(config, sizes), SkipLog()
+    settings = checked_sources("data.images", config)
+    choices, log = choices_of(config, height, width, divisor), SkipLog()
     entries: list[Entry] = []
     shares: list[SourceShare] = []
     members: list[list[list[int]]] = []  # of each source and bucket: numbers of entries
     for name, source in settings.items():
-        usable = list(_usable(_list(source, log), choices.bounds, log))
-        if not usable:
+        buckets: list[list[int]] = [[] for _ in choices.sizes]
+        for entry, original in _usable(_list(name, source, log), choices.bounds, log):
+            buckets[nearest(original, choices.sizes)].append(len(entries))
+            entries.append(entry)
+        if not any(buckets):
             raise ValueError(
                 f"{name} ({source.path}) has no image that can be used: {log.report().summary()}"
             )
-        members.append([[] for _ in sizes])
-        for number, (_, original) in enumerate(usable, len(entries)):
-            members[-1][nearest(original, sizes)].append(number)
-        counts = [len(bucket) for bucket in members[-1]]
+        members.append(buckets)
+        counts = [len(bucket) for bucket in buckets]
         shares.append(SourceShare(name, counts, source.repeats, source.weight))
-        entries += [entry for entry, _ in usable]
 
     def rows(key: str, bucket: int, chosen: Sequence[int]) -> ListEpochs:
         pool = [i for s in chosen for i in members[s][bucket] * shares[s].repeats]
@@ -67,14 +65,20 @@ def open_images(
     def read(pick: RowPick) -> Sample:
         return choices.sample(entries[pick.row], pick.bucket, pick.seed)
 
-    pools = build_pools(shares, sizes, rows)
+    pools = build_pools(shares, choices.sizes, rows)
     guards = {"places": _guard(entries)}
     order = PoolOrder(pools, name="images", guards=guards, anywhere=len(entries))
     return OrderedStream(order, read, log, workers=config.workers, prefetch=config.prefetch)
 
 
 def validation_samples(
-    config: ImageDataConfig, count: int, *, height: int, width: int, warns: bool = True
+    config: ImageDataConfig,
+    count: int,
+    *,
+    height: int,
+    width: int,
+    key: str = "data.images",
+    warns: bool = True,
 ) -> list[Sample]:
     """Decode the first `count` good samples in file order, all of one size.
 
@@ -82,38 +86,39 @@ def validation_samples(
     Fewer are returned where there are no more.
 
     Args:
+        key: of the settings, for messages.
         warns: False where the same images are opened for training, which warns of what is left out.
 
     Raises:
         ValueError: a setting is impossible, a source cannot be read, or no sample is good.
     """
     if count < 1:
-        raise ValueError(f"{count} validation samples would be none; give 1 or more")
-    sources = checked_sources("data.images", config, config.sources).values()
-    check_size(height, width, 1)
-    log = SkipLog(warns=warns)
+        raise ValueError(f"{count} validation samples are too few; give 1 or more")
+    settings = checked_sources(key, config)
+    plain = replace(config, buckets=False, crop="center", flip=False, captions="first")
+    choices, log = choices_of(plain, height, width), SkipLog(warns=warns)
     samples: list[Sample] = []
-    size = height, width
-    bounds = choices_of(config, (size,)).bounds
-    for entry in (entry for source in sources for entry in _list(source, log)):
+    for entry in (each for name, source in settings.items() for each in _list(name, source, log)):
         try:
-            samples.append(make_sample(entry, entry.captions[0], size, Placement(), bounds))
+            samples.append(choices.sample(entry, bucket=0, seed=0))
         except BrokenRowError as error:
-            log.refuse(entry.container, entry.place, error.reason)
+            log.refuse(entry.container, entry.position, error.reason)
         if len(samples) == count:
             break
     if not samples:
-        raise ValueError(f"no sample can be used for validation: {log.report().summary()}")
+        raise ValueError(
+            f"{key} has no sample that can be used for validation: {log.report().summary()}"
+        )
     return samples
 
 
-def _list(source: ImageSourceConfig, log: SkipLog) -> list[Entry]:
+def _list(name: str, source: ImageSourceConfig, log: SkipLog) -> list[Entry]:
     columns = Columns(source.image_column, source.caption_column)
-    return list_source(str(source.path), source.base_path, columns, log)
+    return list_source(str(source.path), source.base_path, columns, log, f"{name}.path")
 
 
 def _guard(entries: Sequence[Entry]) -> Guard:
-    text = "\0".join(f"{entry.container.name}/{entry.place}" for entry in entries)
+    text = "\0".join(f"{entry.container.name}/{entry.position}" for entry in entries)
     return Guard(
         hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16],
         "there are as many samples as before, but others",
@@ -123,19 +128,16 @@ def _guard(entries: Sequence[Entry]) -> Guard:
 
 def _usable(entries: Sequence[Entry], bounds: Bounds, log: SkipLog) -> Iterator[tuple[Entry, Size]]:
     """Yield the entries whose headers are good, with height and width; count the others."""
-    measure = partial(_size_or_reason, bounds=bounds)
-    with ThreadPoolExecutor(_HEADER_THREADS) as threads:
-        for first in range(0, len(entries), _HEADERS_AT_ONCE):
-            some = entries[first : first + _HEADERS_AT_ONCE]
-            for entry, size in zip(some, threads.map(measure, some), strict=True):
-                if isinstance(size, str):
-                    log.refuse(entry.container, entry.place, size)
-                else:
-                    yield entry, size
 
+    def measure(entry: Entry) -> Size | str:
+        try:
+            return read_size(entry.blob, bounds)
+        except RefusedImageError as error:
+            return str(error)
 
-def _size_or_reason(entry: Entry, bounds: Bounds) -> Size | str:
-    try:
-        return read_size(entry.blob, bounds)
-    except RefusedImageError as error:
-        return str(error)
+    sizes = ahead(measure, entries, _HEADER_THREADS, _HEADERS_AHEAD)
+    for entry, size in zip(entries, sizes, strict=True):
+        if isinstance(size, str):
+            log.refuse(entry.container, entry.position, size)
+        else:
+            yield entry, size

@@ -1,4 +1,4 @@
-"""Counter of what was left out: pictures, rows, members and files, by reason, named by place."""
+"""Counter of what was left out: pictures, rows, members and files, by reason."""
 
 import logging
 from collections import Counter
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import final
 
 _LOGGER = logging.getLogger(__name__)
-_NAMED_PLACES = 5
+_NAMED = 5
 KEPT = "kept"
 
 
@@ -20,17 +20,17 @@ class Skip:
         reason: what was wrong, such as "blank caption" or "truncated or damaged tar".
         count: rows, members or files left out in one pass over the data.
         files: in how many files.
-        places: the first place in each of these files, at most five of them.
+        positions: the first row or member in each of these files, at most five of them.
     """
 
     reason: str
     count: int
     files: int
-    places: tuple[str, ...]
+    positions: tuple[str, ...]
 
     def __str__(self) -> str:
-        more = f", and {self.files - len(self.places)} more files"
-        named = ", ".join(self.places) + (more if self.files > len(self.places) else "")
+        more = f", and {self.files - len(self.positions)} more files"
+        named = ", ".join(self.positions) + (more if self.files > len(self.positions) else "")
         return f"{self.reason}: {self.count} ({named})"
 
 
@@ -64,22 +64,22 @@ class SkipLog:
         """Start one pass over a file."""
         return FileSkips(self, path)
 
-    def refuse(self, path: Path, place: str, reason: str) -> None:
+    def refuse(self, path: Path, position: str, reason: str) -> None:
         """Count a picture that cannot be used; each is counted once, however often it is met."""
-        places = self._refused.setdefault((path, reason), set())
-        places.add(place)
-        self.note(path, reason, len(places), printable(f"{path} {place}"))
+        positions = self._refused.setdefault((path, reason), set())
+        positions.add(position)
+        self.note(path, reason, len(positions), printable(f"{path} {position}"))
 
-    def note(self, path: Path, reason: str, count: int, place: str) -> None:
-        """Record that one pass over `path` met `reason` for the `count`-th time, at `place`."""
+    def note(self, path: Path, reason: str, count: int, position: str) -> None:
+        """Record that one pass over `path` met `reason` for the `count`-th time, at `position`."""
         known = self._skips.get((path, reason))
         if known is None:
-            self._skips[path, reason] = Skip(reason, count, 1, (place,))
+            self._skips[path, reason] = Skip(reason, count, 1, (position,))
             if self._warns:
                 message = "%s: %s; left out, as are others like it in this file"
-                _LOGGER.warning(message, place, reason)
+                _LOGGER.warning(message, position, reason)
         elif count > known.count:
-            self._skips[path, reason] = Skip(reason, count, 1, known.places)
+            self._skips[path, reason] = Skip(reason, count, 1, known.positions)
 
     def report(self) -> SkipReport:
         """Sum over files, reason by reason, in the order in which the reasons were first met."""
@@ -88,8 +88,8 @@ class SkipLog:
             by_reason.setdefault(skip.reason, []).append(skip)
         sums: list[Skip] = []
         for reason, skips in by_reason.items():
-            places = tuple(skip.places[0] for skip in skips[:_NAMED_PLACES])
-            sums.append(Skip(reason, sum(skip.count for skip in skips), len(skips), places))
+            positions = tuple(skip.positions[0] for skip in skips[:_NAMED])
+            sums.append(Skip(reason, sum(skip.count for skip in skips), len(skips), positions))
         return SkipReport(tuple(sums))
 
     def counts(self) -> Counter[str]:
@@ -111,10 +111,10 @@ class FileSkips:
         """Whether this pass has left out anything."""
         return bool(self._counts)
 
-    def add(self, reason: str, place: int | str = "") -> None:
-        """Count one skip; `place` is a line number, a member's name or a remark."""
+    def add(self, reason: str, position: int | str = "") -> None:
+        """Count one skip; `position` is a line number, a member's name or a remark."""
         self._counts[reason] += 1
-        where = f"line {place}" if isinstance(place, int) else place
+        where = f"line {position}" if isinstance(position, int) else position
         name = printable(f"{self._path} {where}".strip())
         self._log.note(self._path, reason, self._counts[reason], name)
 

@@ -22,12 +22,8 @@ ATTEMPTS = 16  # replacements of a broken row: from its own size, then as many f
 _LOGGER = logging.getLogger(__name__)
 
 
-class Order(abc.ABC, Generic[Pick]):
-    """Choose rows without end, for all processes alike."""
-
-    @abc.abstractmethod
-    def take(self, count: int, start: int, stop: int) -> list[Pick]:
-        """Advance by a global batch of `count` rows; return those from `start` to `stop` - 1."""
+class Resumable(abc.ABC):
+    """A position in rows that never end."""
 
     @abc.abstractmethod
     def state(self) -> dict[str, Any]:
@@ -38,8 +34,16 @@ class Order(abc.ABC, Generic[Pick]):
         """Go to where `state` was taken.
 
         Raises:
-            ValueError: the rows, or their order, are not those of then.
+            ValueError: there is no such position, so the files or settings changed.
         """
+
+
+class Order(Resumable, Generic[Pick]):
+    """Choose rows without end, for all processes alike."""
+
+    @abc.abstractmethod
+    def take(self, count: int, start: int, stop: int) -> list[Pick]:
+        """Advance by a global batch of `count` rows; return those from `start` to `stop` - 1."""
 
     @abc.abstractmethod
     def tries(self, pick: Pick) -> Iterator[Pick]:

@@ -12,13 +12,13 @@ _NAMED_FILES = 5
 is_file, is_folder = os.path.isfile, os.path.isdir
 
 
-def find_files(path: str, setting: str, suffixes: Sequence[str]) -> tuple[Path, ...]:
+def find_files(path: str, key: str, suffixes: Sequence[str]) -> tuple[Path, ...]:
     """List the files that a path stands for, sorted where a folder or a glob names them.
 
     Args:
         path: a file; a folder, for the .tar files in it; a glob (`shards/*.tar`, `**` for any
             depth) or a brace pattern (`shards/{000..012}.tar`).
-        setting: whose path it is, for messages.
+        key: of the setting that holds the path, for messages.
         suffixes: of the files that can be read.
 
     Raises:
@@ -26,28 +26,28 @@ def find_files(path: str, setting: str, suffixes: Sequence[str]) -> tuple[Path, 
     """
     whole = Path(path).expanduser()
     if not path.strip():
-        raise ValueError(f"{setting} is empty; name a file, a folder or a pattern")
+        raise ValueError(f"{key} is empty; name a file, a folder or a pattern")
     if is_file(whole):
         files = (whole,)
     elif is_folder(whole):
         files = _glob(f"{glob.escape(str(whole))}/*.tar")
     else:
-        files = tuple(dict.fromkeys(expand_pattern(str(whole), setting)))
+        files = tuple(dict.fromkeys(expand_pattern(str(whole), key)))
     if not files:
         raise ValueError(
-            f"no file matches {path!r}; check {setting}: give a file, a folder with .tar files "
-            "in it, or a pattern that matches files"
+            f"no file matches {key} = {path!r}; give a file, a folder with .tar files in it, or a "
+            "pattern that matches files"
         )
     for file in files:
         if file.suffix.lower() not in suffixes:
             raise ValueError(
-                f"{file} has the suffix {file.suffix!r}, which {setting} cannot have; give a "
-                f"folder, or a file of {', '.join(suffixes)}"
+                f"{key} names {file}, whose suffix {file.suffix!r} is unknown; give a folder, or "
+                f"a file of {', '.join(suffixes)}"
             )
     return files
 
 
-def expand_pattern(pattern: str, setting: str) -> Iterator[Path]:
+def expand_pattern(pattern: str, key: str) -> Iterator[Path]:
     """Yield the files of a brace pattern whose alternatives may be globs.
 
     Raises:
@@ -57,14 +57,14 @@ def expand_pattern(pattern: str, setting: str) -> Iterator[Path]:
         names = tuple(braceexpand(pattern, escape=False))
     except ValueError:
         raise ValueError(
-            f"{setting} = {pattern!r} is neither a file nor a brace pattern: its braces are not "
+            f"{key} = {pattern!r} is neither a file nor a brace pattern: its braces are not "
             "balanced"
         ) from None
     missing = [name for name in names if not glob.has_magic(name) and not is_file(name)]
     if missing:
         more = f" and {len(missing) - _NAMED_FILES} more" if len(missing) > _NAMED_FILES else ""
         raise ValueError(
-            f"no such file: {', '.join(missing[:_NAMED_FILES])}{more}; check {setting}, {pattern!r}"
+            f"no such file: {', '.join(missing[:_NAMED_FILES])}{more}; check {key} = {pattern!r}"
         )
     for name in names:
         yield from _glob(name) if glob.has_magic(name) else (Path(name),)

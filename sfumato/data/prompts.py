@@ -11,16 +11,16 @@ from sfumato.data.order import PromptOrder
 from sfumato.data.paths import find_files
 from sfumato.data.stream import OrderedStream, Stream
 from sfumato.data.tables import TEXT, WITH_COLUMNS, UnreadableTableError, open_table
-from sfumato.data.webdataset import members
+from sfumato.data.webdataset import is_tar, members
 
 _COLUMNS = ("prompt", "caption", "text")
 _SUFFIXES = (".txt", *WITH_COLUMNS, ".tar")
-_SETTING = "the path of the prompts"
 
 
 def open_prompts(
     path: str,
     *,
+    key: str = "prompts",
     column: str | None = None,
     seed: int = 0,
     shuffle: bool = True,
@@ -28,55 +28,59 @@ def open_prompts(
 ) -> Stream[str]:
     """Open prompts for training: endless, shuffled, resumable, in bounded memory.
 
-    Formats are told by suffix: `.txt` (one prompt a line), tables with columns (`.csv`, `.tsv`,
+    The suffix tells the format: `.txt` (one prompt a line), tables with columns (`.csv`, `.tsv`,
     `.json`, `.jsonl`, `.parquet`), and WebDataset `.tar` (members `KEY.txt`).
 
     Args:
         path: a file, a directory of `.tar` files, a glob (`shards/*.tar`, `**` for any depth) or
             a brace pattern (`shards/{000..012}.tar`).
-        column: the column of a table; None takes the first of `prompt`, `caption` and `text`
-            that is there.
+        key: of the setting that holds the path, for messages.
+        column: the column of a table; None takes the first of `prompt`, `caption` and `text`.
         seed: with the epoch, decides the order.
         shuffle: False keeps the file order in every epoch.
         buffer: the largest number of prompts held for shuffling.
 
     Raises:
-        ValueError: a file is missing, its suffix unknown, the column not there, or no prompt can
-            be read. Only the beginnings of files are looked at, and a .jsonl up to its column.
+        ValueError: a file or the column is missing, a suffix is unknown, or no prompt can be
+            read. Only the beginnings of files are looked at, and a .jsonl up to its column.
     """
-    files, columns, log = _open(path, column)
+    files, columns, log = _open(path, key, column)
     read = partial(_read, columns=columns, log=log)
     order = PromptOrder(files, read, log, seed=seed, shuffle=shuffle, buffer=buffer)
     return OrderedStream(order, str, log)
 
 
-def read_prompts(path: str, *, column: str | None = None, limit: int | None = None) -> list[str]:
-    """Read prompts in file order, at most `limit` of them; path, column, errors: `open_prompts`.
+def read_prompts(
+    path: str, *, key: str = "prompts", column: str | None = None, limit: int | None = None
+) -> list[str]:
+    """Read the first prompts in file order, or all of them; see `open_prompts`.
 
     Raises:
-        ValueError: also, `limit` is below 1.
+        ValueError: as `open_prompts`; or `limit` is below 1.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} prompts would be none; give 1 or more, or None for all")
-    return list(islice(_chain(*_open(path, column)), limit))
+        raise ValueError(f"limit={limit} is too small; give 1 or more, or None for all")
+    return list(islice(_chain(*_open(path, key, column)), limit))
 
 
-def _open(path: str, column: str | None) -> tuple[Sequence[Path], Mapping[Path, str], SkipLog]:
+def _open(
+    path: str, key: str, column: str | None
+) -> tuple[Sequence[Path], Mapping[Path, str], SkipLog]:
     """Return the files, the columns of the tables among them, and a log.
 
-    Fail now rather than hours into a run: every column is there, one prompt can be read.
+    A missing column, or files without any prompt, fail now rather than hours into a run.
     """
-    files, log = find_files(path, _SETTING, _SUFFIXES), SkipLog()
+    files, log = find_files(path, key, _SUFFIXES), SkipLog()
     tables = [file for file in files if file.suffix.lower() in WITH_COLUMNS]
     if column is not None and not tables:
         raise ValueError(
-            f"column={column!r} was given, but {path!r} has no columns; leave it out, or give "
-            f"a table ({', '.join(WITH_COLUMNS)})"
+            f"column={column!r} was given, but {key} = {path!r} has no columns; leave the column "
+            f"out, or give a table ({', '.join(WITH_COLUMNS)})"
         )
-    wanted = _COLUMNS if column is None else (column,)
-    columns = {file: open_table(file).choose(wanted, "prompts") for file in tables}
+    names = _COLUMNS if column is None else (column,)
+    columns = {file: open_table(file).choose(names, "prompts") for file in tables}
     if next(_chain(files, columns, log), None) is None:
-        raise ValueError(f"no prompt can be read from {path!r}: {log.report().summary()}")
+        raise ValueError(f"no prompt can be read from {key} = {path!r}: {log.report().summary()}")
     return files, columns, log
 
 
@@ -89,12 +93,10 @@ def _read(path: Path, columns: Mapping[Path, str], log: SkipLog) -> Iterator[str
     """Yield the prompts of one file; a row without one is counted, as is damage."""
     skips, empty = log.begin(path), True
     try:
-        is_tar = path.suffix.lower() == ".tar"
-        rows = _tar_texts(path, skips) if is_tar else _table_texts(path, columns, skips)
-        for place, value in rows:
+        for position, value in _texts(path, columns.get(path, TEXT), skips):
             prompt, fault = text_or_fault(value, "prompt")
             if fault:
-                skips.add(fault, place)
+                skips.add(fault, position)
             else:
                 empty = False
                 yield prompt
@@ -106,16 +108,12 @@ def _read(path: Path, columns: Mapping[Path, str], log: SkipLog) -> Iterator[str
         skips.add("file without a prompt")
 
 
-def _table_texts(
-    path: Path, columns: Mapping[Path, str], skips: FileSkips
-) -> Iterator[tuple[int | str, object]]:
-    column = columns.get(path, TEXT)
-    for place, row in open_table(path).rows([column], skips):
-        yield place, row[column]
-
-
-def _tar_texts(path: Path, skips: FileSkips) -> Iterator[tuple[str, bytes]]:
-    """Yield the members that WebDataset calls `txt`."""
+def _texts(path: Path, column: str, skips: FileSkips) -> Iterator[tuple[int | str, object]]:
+    """Yield the values of a table's column, or the members that WebDataset calls `txt`."""
+    if not is_tar(path):
+        for position, row in open_table(path).rows([column], skips):
+            yield position, row[column]
+        return
     with path.open("rb") as file:
         for member in members(file, path, skips):
             if member.field == "txt":

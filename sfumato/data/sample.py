@@ -117,26 +117,18 @@ class Choices:
         return Placement(top, left, self.flip and mirror < 0.5)
 
     def sample(self, entry: Entry, bucket: int, seed: int) -> Sample:
-        """Decode one picture, drawing caption, crop and mirror; raises as `make_sample`."""
-        caption = entry.captions[self.caption(entry.captions, seed)]
-        size, placement = self.sizes[bucket], self.placement(seed)
-        return make_sample(entry, caption, size, placement, self.bounds)
+        """Decode, resize and crop one picture, drawing caption, crop and mirror.
 
-
-def make_sample(
-    entry: Entry, caption: str, size: Size, placement: Placement, bounds: Bounds
-) -> Sample:
-    """Decode, resize and crop one picture.
-
-    Raises:
-        BrokenRowError: the picture cannot be used.
-    """
-    try:
-        picture = read_rgb(entry.blob, bounds)
-    except RefusedImageError as error:
-        raise BrokenRowError(entry, str(error)) from None
-    array, crop = resize_and_crop(picture, size, placement)
-    return Sample(to_tensor(array), caption, (picture.height, picture.width), crop, entry.name)
+        Raises:
+            BrokenRowError: the picture cannot be used.
+        """
+        try:
+            picture = read_rgb(entry.blob, self.bounds)
+        except RefusedImageError as error:
+            raise BrokenRowError(entry, str(error)) from None
+        array, crop = resize_and_crop(picture, self.sizes[bucket], self.placement(seed))
+        caption, original = self.caption(entry.captions, seed), (picture.height, picture.width)
+        return Sample(to_tensor(array), entry.captions[caption], original, crop, entry.name)
 
 
 def covering(original: Size, target: Size) -> Size:

@@ -1,23 +1,16 @@
 """Datasets that Hugging Face `datasets` saved to disk."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, final
 
-from sfumato.data.entries import (
-    Blob,
-    Columns,
-    Entry,
-    FileBlob,
-    captions_of,
-    choose_column,
-    inside,
-)
-from sfumato.data.left_out import SkipLog
-from sfumato.data.tables import arrow_values
+from sfumato.data.entries import Blob, FileBlob, inside
+from sfumato.data.left_out import FileSkips
+from sfumato.data.tables import Row, Table, arrow_values
 
 _END = bytes.fromhex("ffffffff00000000")  # of an Arrow stream
 _AT_ONCE = 1000  # rows
@@ -44,41 +37,51 @@ def is_dataset(folder: Path) -> bool:
     return one or (folder / "dataset_dict.json").is_file()
 
 
-def list_dataset(folder: Path, base: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
-    """Yield the entries of a dataset in its order.
+@final
+class SavedDataset(Table):
+    """A dataset; the first column that is read holds images, whose values are blobs.
 
-    The image column holds bytes, or paths inside `base`, or Hugging Face's pair of both.
-
-    Raises:
-        ValueError: a column or a file is missing or damaged, or there are several splits.
+    An image is bytes, or a path inside `base`, or Hugging Face's pair of both.
     """
-    dataset = _load(folder)
-    names = dataset.column_names
-    image = choose_column(columns.images, names, folder, "images")
-    caption = choose_column(columns.captions, names, folder, "captions")
-    for name in columns.further:
-        choose_column((name,), names, folder, "further captions or columns")
-    rows = _undecoded(dataset, image, folder).with_format("arrow")
-    images, skips, number = rows.select_columns([image]), log.begin(folder), 0
-    for table in rows.iter(_AT_ONCE):
-        for batch in table.to_batches():
-            blobs = _blobs(batch.column(image), images, number, folder, base)
-            captions = arrow_values(batch.column(caption))
-            further = [arrow_values(batch.column(name)) for name in columns.further]
-            for blob, value, *others in zip(blobs, captions, *further, strict=True):
-                place = f"row {number}"
-                number += 1
-                if blob is None:
-                    skips.add(f"no image in column {image!r}", place)
-                    continue
-                texts = captions_of(value, place, skips)
-                if texts:
-                    fields = columns.further_of(dict(zip(columns.further, others, strict=True)))
-                    yield Entry(folder, place, texts, blob, fields)
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        super().__init__(folder)
+        self._base = base
+
+    @cached_property
+    def _dataset(self) -> Any:
+        return _load(self.path)
+
+    def _read_names(self) -> Iterator[str]:
+        yield from self._dataset.column_names
+
+    def _read_rows(self, columns: Sequence[str], skips: FileSkips) -> Iterator[Row]:
+        image, *others = columns
+        undecoded = _undecoded(self._dataset, image, self.path)
+        rows = undecoded.select_columns(list(columns)).with_format("arrow")
+        images, number = rows.select_columns([image]), 0
+        for table in rows.iter(_AT_ONCE):
+            for batch in table.to_batches():
+                blobs = self._blobs(batch.column(image), images, number)
+                further = [arrow_values(batch.column(name)) for name in others]
+                for row in zip(blobs, *further, strict=True):
+                    yield f"row {number}", dict(zip(columns, row, strict=True))
+                    number += 1
+
+    def _blobs(self, column: Any, images: Any, first: int) -> Iterator[Blob | None]:
+        # flatten, unlike field, carries a missing image over to its parts.
+        data, paths = column.flatten()
+        for index in range(len(column)):
+            if data[index].is_valid:
+                yield _RowBlob(images, first + index)
+            elif paths[index].is_valid:
+                row = f"{self.path} row {first + index}"
+                yield FileBlob(inside(self._base, paths[index].as_py(), row))
+            else:
+                yield None
 
 
 def _load(folder: Path) -> Any:
-    """Return the dataset in a folder, mapped into memory."""
     try:
         import datasets
     except ImportError:
@@ -125,17 +128,3 @@ def _undecoded(dataset: Any, image: str, folder: Path) -> Any:
             f"column {image!r} of {folder} holds {dataset.features[image]}; give one of images, "
             "bytes or paths"
         ) from None
-
-
-def _blobs(column: Any, images: Any, first: int, folder: Path, base: Path) -> Iterator[Blob | None]:
-    """Yield the image of each row, None where it is missing."""
-    # flatten, unlike field, carries a missing image over to its parts.
-    data, paths = column.flatten()
-    for index in range(len(column)):
-        if data[index].is_valid:
-            yield _RowBlob(images, first + index)
-        elif paths[index].is_valid:
-            row = f"{folder} row {first + index}"
-            yield FileBlob(inside(base, paths[index].as_py(), row))
-        else:
-            yield None

@@ -1,33 +1,36 @@
 """Settings that images and prepared folders share: their checks, and what they mean."""
 
-from typing import Any, TypeVar
+from typing import Any
 
-from sfumato.config import (
-    ImageDataConfig,
-    ImageSourceConfig,
-    ShardDataConfig,
-    ShardSourceConfig,
-    check_values,
-)
+from sfumato.config import ImageDataConfig, ShardDataConfig, check_values
 from sfumato.data.decode import Bounds
-from sfumato.data.sample import Choices, Size
+from sfumato.data.pools import bucket_sizes, check_size
+from sfumato.data.sample import Choices
 
-Source = TypeVar("Source", ImageSourceConfig, ShardSourceConfig)
 
-
-def checked_sources(key: str, config: Source, sources: dict[str, Any]) -> dict[str, Source]:
-    """Return the sources by the names of their settings, and check all settings.
+def checked_sources(key: str, config: ImageDataConfig | ShardDataConfig) -> dict[str, Any]:
+    """Return the settings of each source by key, such as data.images.sources.NAME; check all.
 
     Args:
-        key: of the settings: data.images or data.shards.
-        config: the single source, if it has a path; and how sources are read.
-        sources: several, by name.
+        key: of the settings, such as data.images.
 
     Raises:
-        ValueError: a setting is impossible; it names the setting.
+        ValueError: a setting is impossible; the message names it.
     """
-    named = _named_sources(key, config, sources)
     check_values(config, f"{key}.")
+    if isinstance(config, ShardDataConfig) and config.cached and config.crop == "random":
+        raise ValueError(
+            f"{key}.crop=random does not work with a cache, whose pictures were cropped in the "
+            "centre when they were encoded; set crop=center, or cached=false"
+        )
+    several = {f"{key}.sources.{name}": source for name, source in config.sources.items()}
+    if several and config.path is not None:
+        out = " ".join(f"{name}=null" for name in several)
+        raise ValueError(
+            f"{key}.path = {config.path!r} is given beside {key}.sources; take these out ({out}), "
+            f"or give it as one more, {key}.sources.NAME.path=..."
+        )
+    named = several or {key: config}
     weights = any(source.weight is not None for source in named.values())
     for name, source in named.items():
         if not source.path:
@@ -42,25 +45,22 @@ def checked_sources(key: str, config: Source, sources: dict[str, Any]) -> dict[s
     return named
 
 
-def _named_sources(key: str, config: Source, sources: dict[str, Any]) -> dict[str, Source]:
-    several: dict[str, Source] = {f"{key}.sources.{name}": s for name, s in sources.items()}
-    if config.path is None:
-        if not several:
-            raise ValueError(f"{key}.path is missing; name what to read")
-        return several
-    if several:
-        out = " ".join(f"{name}=null" for name in several)
-        raise ValueError(
-            f"{key}.path = {config.path!r} is given beside {key}.sources; take these out ({out}), "
-            f"or give it as one more, {key}.sources.NAME.path=..."
-        )
-    return {key: config}
+def choices_of(
+    config: ImageDataConfig | ShardDataConfig, height: int, width: int, divisor: int = 1
+) -> Choices:
+    """Return how samples are made, and which pictures are taken.
 
+    Args:
+        height: of the images, in pixels; with buckets, height x width is their area.
+        width: of the images.
+        divisor: sides are multiples of it.
 
-def choices_of(config: ImageDataConfig | ShardDataConfig, sizes: tuple[Size, ...]) -> Choices:
-    """Return how samples of these sizes are made, and which pictures are taken."""
+    Raises:
+        ValueError: a side is not a positive multiple of the divisor.
+    """
+    check_size(height, width, divisor)
     return Choices(
-        sizes,
+        bucket_sizes(height, width, divisor) if config.buckets else ((height, width),),
         random_crop=config.crop == "random",
         flip=config.flip,
         random_caption=config.captions == "random",

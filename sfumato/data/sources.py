@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sfumato.data.decode import SUFFIXES
 from sfumato.data.entries import (
+    Blob,
     Columns,
     Entry,
     FileBlob,
@@ -15,9 +16,9 @@ from sfumato.data.entries import (
 )
 from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.paths import find_files, is_folder
-from sfumato.data.saved_dataset import is_dataset, list_dataset
-from sfumato.data.tables import WITH_COLUMNS, is_text, open_table
-from sfumato.data.webdataset import list_tar
+from sfumato.data.saved_dataset import SavedDataset, is_dataset
+from sfumato.data.tables import WITH_COLUMNS, Table, is_text, open_table
+from sfumato.data.webdataset import is_tar, list_tar
 
 # What looks like an image but is not read; it is counted rather than passed over.
 _OTHER_SUFFIXES = frozenset({".tif", ".tiff", ".gif", ".avif", ".heic", ".jxl"})
@@ -32,7 +33,7 @@ def list_source(
     base_path: str | None,
     columns: Columns,
     log: SkipLog,
-    setting: str = "the path of the images",
+    key: str = "path",
 ) -> list[Entry]:
     """List the pictures with captions that a path stands for, in file order.
 
@@ -47,12 +48,12 @@ def list_source(
         base_path: where the paths in a table begin; None is the table's own folder.
         columns: which columns are read.
         log: where rows, members and files without caption or image are counted.
-        setting: whose path it is, for messages.
+        key: of the setting that holds the path, for messages.
 
     Raises:
         ValueError: nothing of the kind is there, or it cannot be read with these settings.
     """
-    folder, files = Path(path).expanduser(), find_files_of(path, setting)
+    folder, files = Path(path).expanduser(), find_files_of(path, key)
     base = Path(base_path).expanduser() if base_path is not None else None
     if base is not None and not base.is_dir():
         raise ValueError(f"base_path={base_path!r} is no folder; give the one of the images")
@@ -61,7 +62,8 @@ def list_source(
     if files:
         return _list_files(files, base, columns, log)
     if is_dataset(folder):
-        return list(list_dataset(folder, base or folder, columns, log))
+        dataset = SavedDataset(folder, base or folder)
+        return list(_list_table(dataset, folder, columns, log))
     for value, name in (
         (base_path, "base_path"),
         (columns.image, "image_column"),
@@ -75,7 +77,7 @@ def list_source(
     return list(_walk(folder, log.begin(folder)))
 
 
-def find_files_of(path: str, setting: str) -> tuple[Path, ...]:
+def find_files_of(path: str, key: str) -> tuple[Path, ...]:
     """List the tables and tars that a source of images stands for; none if it is another folder.
 
     Raises:
@@ -83,19 +85,14 @@ def find_files_of(path: str, setting: str) -> tuple[Path, ...]:
     """
     folder = Path(path).expanduser()
     if not path.strip() or not is_folder(folder):
-        return find_files(path, setting, (*WITH_COLUMNS, ".tar"))
+        return find_files(path, key, (*WITH_COLUMNS, ".tar"))
     if is_dataset(folder):
         return ()
     tables = (folder / name for name in _FOLDER_TABLES if (folder / name).is_file())
     if (table := next(tables, None)) is not None:
         return (table,)
     has_tars = any(is_tar(file) for file in folder.iterdir())
-    return find_files(path, setting, (".tar",)) if has_tars else ()
-
-
-def is_tar(path: Path) -> bool:
-    """Tell a tar by its suffix."""
-    return path.suffix.lower() == ".tar"
+    return find_files(path, key, (".tar",)) if has_tars else ()
 
 
 def _list_files(
@@ -105,7 +102,7 @@ def _list_files(
     missing: list[MissingColumnError] = []
     for file in files:
         if not is_tar(file):
-            entries += _list_table(file, base or file.parent, columns, log)
+            entries += _list_table(open_table(file), base or file.parent, columns, log)
             continue
         try:
             entries += list_tar(file, columns, log)
@@ -116,9 +113,10 @@ def _list_files(
     return entries
 
 
-def _list_table(path: Path, base: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
-    table, skips = open_table(path), log.begin(path)
-    image = table.choose(columns.images, "image paths")
+def _list_table(table: Table, base: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
+    path, skips = table.path, log.begin(table.path)
+    what = "image" if isinstance(table, SavedDataset) else "path"
+    image = table.choose(columns.images, f"{what}s")
     caption = table.choose(columns.captions, "captions")
     for name in columns.further:
         table.choose((name,), "further captions or columns")
@@ -130,17 +128,20 @@ def _list_table(path: Path, base: Path, columns: Columns, log: SkipLog) -> Itera
             "folder"
         )
     names = list(dict.fromkeys([image, caption, *columns.further]))
-    for place, row in table.rows(names, skips):
-        name = row[image]
-        if not isinstance(name, str) or not name.strip():
-            skips.add(f"no path in column {image!r}", place)
+    for position, row in table.rows(names, skips):
+        blob = row[image]
+        if isinstance(blob, str) and blob.strip():
+            line = f"line {position}" if isinstance(position, int) else position
+            blob = FileBlob(inside(base, blob, f"{path} {line}"))
+            name = os.path.relpath(blob.path, base)
+        else:
+            name = str(position)
+        if not isinstance(blob, Blob):
+            skips.add(f"no {what} in column {image!r}", position)
             continue
-        where = f"{path} line {place}" if isinstance(place, int) else f"{path} {place}"
-        file = inside(base, name, where)
-        captions = captions_of(row[caption], place, skips)
+        captions = captions_of(row[caption], position, skips)
         if captions:
-            fields = columns.further_of(row)
-            yield Entry(path, os.path.relpath(file, base), captions, FileBlob(file), fields)
+            yield Entry(path, name, captions, blob, columns.further_of(row))
 
 
 def _walk(folder: Path, skips: FileSkips) -> Iterator[Entry]:
@@ -151,10 +152,10 @@ def _walk(folder: Path, skips: FileSkips) -> Iterator[Entry]:
         skips.add("unreadable folder", str(error.filename))
 
     for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        place = Path(root).relative_to(folder)
+        path = Path(root).relative_to(folder)
         status = os.stat(root)  # noqa: PTH116
         if (status.st_dev, status.st_ino) in entered:
-            skips.add("folder met before (symbolic link)", str(place))
+            skips.add("folder met before (symbolic link)", str(path))
             folders.clear()
             continue
         entered.add((status.st_dev, status.st_ino))
@@ -164,16 +165,16 @@ def _walk(folder: Path, skips: FileSkips) -> Iterator[Entry]:
             if name.startswith("."):
                 continue
             if suffix in SUFFIXES:
-                yield from _with_caption(folder, place / name, skips)
+                yield from _with_caption(folder, path / name, skips)
             elif suffix in _OTHER_SUFFIXES:
-                skips.add(f"format {suffix} is not read", str(place / name))
+                skips.add(f"format {suffix} is not read", str(path / name))
 
 
-def _with_caption(folder: Path, place: Path, skips: FileSkips) -> Iterator[Entry]:
+def _with_caption(folder: Path, path: Path, skips: FileSkips) -> Iterator[Entry]:
     try:
-        text: bytes | None = (folder / place).with_suffix(".txt").read_bytes()
+        text: bytes | None = (folder / path).with_suffix(".txt").read_bytes()
     except OSError:
         text = None
-    captions = captions_of(text, str(place), skips)
+    captions = captions_of(text, str(path), skips)
     if captions:
-        yield Entry(folder, place.as_posix(), captions, FileBlob(folder / place))
+        yield Entry(folder, path.as_posix(), captions, FileBlob(folder / path))

@@ -15,13 +15,13 @@ from typing import Any, Generic, TypeVar, final
 
 from sfumato.data.entries import Entry
 from sfumato.data.left_out import SkipLog, SkipReport
-from sfumato.data.order import Order
+from sfumato.data.order import Order, Resumable
 
 Pick = TypeVar("Pick")
 Row = TypeVar("Row")
 
 
-class Stream(abc.ABC, Generic[Row]):
+class Stream(Resumable, Generic[Row]):
     """Give out rows without end, the same on every process that reads the same files."""
 
     @abc.abstractmethod
@@ -33,18 +33,6 @@ class Stream(abc.ABC, Generic[Row]):
 
         Raises:
             ValueError: the rows are not inside the batch, or nothing can be read any more.
-        """
-
-    @abc.abstractmethod
-    def state(self) -> dict[str, Any]:
-        """Return what `restore` needs to go on with the very next row, fit for JSON."""
-
-    @abc.abstractmethod
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to where `state` was taken.
-
-        Raises:
-            ValueError: there is no such position, so the files or settings changed.
         """
 
     @property
@@ -131,7 +119,7 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
         rows = [row() for row in self._batches[0].rows]
         self._state = self._batches.popleft().state
         for broken in (error for _, errors in rows for error in errors):
-            self._skips.refuse(broken.entry.container, broken.entry.place, broken.reason)
+            self._skips.refuse(broken.entry.container, broken.entry.position, broken.reason)
         return [row for row, _ in rows]
 
     def state(self) -> dict[str, Any]:

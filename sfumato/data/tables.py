@@ -33,8 +33,8 @@ class Table(abc.ABC):
         self._names: Iterator[str] | None = None
         self._known: dict[str, None] = {}
 
-    def choose(self, wanted: tuple[str, ...], holds: str) -> str:
-        """Return the first of the wanted columns that the table has; an empty table has any.
+    def choose(self, columns: tuple[str, ...], holds: str) -> str:
+        """Return the first of these columns that the table has; an empty table has any.
 
         A column may be missing in some objects of a .json or .jsonl file.
 
@@ -47,7 +47,7 @@ class Table(abc.ABC):
             if self._names is None:
                 self._names = self._read_names()
             # The later objects of a large .jsonl are read only if the earlier ones lack a column.
-            while wanted[0] not in self._known:
+            while columns[0] not in self._known:
                 name = next(self._names, None)
                 if name is None:
                     break
@@ -55,8 +55,8 @@ class Table(abc.ABC):
         except OSError as error:
             raise self._unreadable(error) from None
         if not self._known:
-            return wanted[0]
-        return choose_column(wanted, self._known, self.path, holds)
+            return columns[0]
+        return choose_column(columns, self._known, self.path, holds)
 
     def rows(self, columns: Sequence[str], skips: FileSkips) -> Iterator[Row]:
         """Yield the fields of each row that are in `columns`; None stands for a missing one.
@@ -117,7 +117,7 @@ class _Csv(Table):
             rows = self._split(file, skips)
             _, header = next(rows, (0, list[str]()))
             positions = {name: position for position, name in enumerate(header)}
-            places = [(name, positions.get(name, len(header))) for name in columns]
+            pairs = [(name, positions.get(name, len(header))) for name in columns]
             for line, row in rows:
                 if len(row) > len(header):
                     # An unquoted comma inside a caption would cut the caption short.
@@ -125,7 +125,7 @@ class _Csv(Table):
                     skips.add(f"more fields than columns (quote captions that hold {what})", line)
                 else:
                     size = len(row)
-                    yield line, {name: row[i] if i < size else None for name, i in places}
+                    yield line, {name: row[i] if i < size else None for name, i in pairs}
 
     @property
     def _tabs(self) -> bool:
@@ -161,14 +161,14 @@ class _Objects(Table):
                 self._refuse_encoding(file.readline())
 
     def _read_rows(self, columns: Sequence[str], skips: FileSkips) -> Iterator[Row]:
-        for place, record in self._read_objects():
+        for position, record in self._read_objects():
             if record is None:
-                skips.add("not a JSON object", place)
+                skips.add("not a JSON object", position)
             else:
-                yield place, {name: record.get(name) for name in columns}
+                yield position, {name: record.get(name) for name in columns}
 
     def _read_objects(self) -> Iterator[tuple[int | str, dict[str, Any] | None]]:
-        """Yield the objects, which may lack columns, with their places; None for another value."""
+        """Yield the objects, which may lack columns, by position; None for another value."""
         if self.path.suffix.lower() == ".json":
             for number, record in enumerate(self._list):
                 yield f"row {number}", record if isinstance(record, dict) else None

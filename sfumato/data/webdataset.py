@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -44,7 +44,7 @@ def members(file: IO[bytes], path: Path, skips: FileSkips) -> Iterator[Member]:
         path: of the tar.
         skips: counts damage, at which the walk ends.
     """
-    size = file.seek(0, os.SEEK_END)
+    size, whole = file.seek(0, os.SEEK_END), True
     file.seek(0)
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
@@ -52,12 +52,31 @@ def members(file: IO[bytes], path: Path, skips: FileSkips) -> Iterator[Member]:
         skips.add("not a tar", f"({error})")
         return
     with tar:
-        whole = yield from _walk(tar, path, size)
+        try:
+            while (member := tar.next()) is not None:
+                # tarfile remembers each member; nothing here goes back to one.
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+                name = PurePosixPath(member.name)
+                stem, _, suffix = name.name.partition(".")
+                if not (member.isfile() and stem) or member.issparse():
+                    continue
+                whole = member.offset_data + member.size <= size
+                if not whole:
+                    break
+                span = SpanBlob(path, member.offset_data, member.size)
+                yield Member(member.name, str(name.with_name(stem)), suffix.lower(), span)
+        except TAR_DAMAGE:
+            whole = False
         # tarfile takes a damaged or missing header for the end of the archive.
         end = max(0, min(tar.offset, size))
         file.seek(end)
         if not whole or file.read(tarfile.BLOCKSIZE) != _END:
             skips.add("truncated or damaged tar", f"(at byte {end})")
+
+
+def is_tar(path: Path) -> bool:
+    """Tell a tar by its suffix."""
+    return path.suffix.lower() == ".tar"
 
 
 def list_tar(path: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
@@ -78,25 +97,6 @@ def list_tar(path: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
             yield from _entries(_groups(file, path, skips), file, path, columns, skips)
     except OSError as error:
         skips.add("unreadable file", f"({error.strerror or error})")
-
-
-def _walk(tar: tarfile.TarFile, path: Path, size: int) -> Generator[Member, None, bool]:
-    """Yield whole members; return whether no damage stopped the walk."""
-    try:
-        while (member := tar.next()) is not None:
-            # tarfile remembers each member; nothing here goes back to one.
-            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
-            name = PurePosixPath(member.name)
-            stem, _, suffix = name.name.partition(".")
-            if not (member.isfile() and stem) or member.issparse():
-                continue
-            if member.offset_data + member.size > size:
-                return False
-            span = SpanBlob(path, member.offset_data, member.size)
-            yield Member(member.name, str(name.with_name(stem)), suffix.lower(), span)
-    except TAR_DAMAGE:
-        return False
-    return True
 
 
 def _groups(file: IO[bytes], path: Path, skips: FileSkips) -> _Groups:

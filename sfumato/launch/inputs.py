@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sfumato.config import ShardSourceConfig
 from sfumato.data.paths import expand_pattern
-from sfumato.data.prepared.format import INDEX, read_index
+from sfumato.data.prepared.folder import INDEX, PreparedFolder
 from sfumato.launch.jobs import STARTS, Job, value_of
 from sfumato.training.checkpoint import fingerprint, list_checkpoints
 from sfumato.training.folder import RunFolder
@@ -62,6 +62,6 @@ def _samples_of(shards: ShardSourceConfig) -> dict[str, str]:
     folder = Path(str(shards.path)).expanduser()
     if not (folder / INDEX).exists():
         return {}
-    index = read_index(folder)
+    index = PreparedFolder(folder).index()
     samples = [index.kept.get(shards.selection), [tar.sha256 for tar in index.tars]]
     return {str(shards.path): hashlib.sha256(json.dumps(samples).encode()).hexdigest()}

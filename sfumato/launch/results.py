@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sfumato.config import PrepareConfig, TrainConfig
-from sfumato.data.prepared.format import CACHE, INDEX, read_index
+from sfumato.data.prepared.folder import CACHE, INDEX, PreparedFolder
 from sfumato.files import read_object
 from sfumato.launch.jobs import Job
 from sfumato.training.checkpoint import fingerprint, list_checkpoints, step_of
@@ -54,6 +54,6 @@ def _missing_of_run(config: TrainConfig) -> str | None:
 def _missing_of_index(folder: Path) -> str | None:
     if not (folder / INDEX).exists():
         return f"{folder} has no {INDEX}"
-    lost = (name for name in read_index(folder).caches if not (folder / CACHE / name).exists())
-    name = next(lost, None)
+    caches = PreparedFolder(folder).index().caches
+    name = next((name for name in caches if not (folder / CACHE / name).exists()), None)
     return None if name is None else f"{folder} lost its cache {name}"

@@ -6,21 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sfumato.config import ModelConfig, PrecacheConfig, PrepareConfig
-from sfumato.data.prepared.format import (
-    CACHE,
-    CacheIdentity,
-    PreparedError,
-    TarRecord,
-    read_cached_record,
-    read_kept_record,
-    read_tar_record,
-)
+from sfumato.data.prepared.folder import PreparedFolder
+from sfumato.data.prepared.format import CacheIdentity, PreparedError, TarRecord, is_of, made_of
 from sfumato.data.sample import Size
 from sfumato.models.limits import check_side
 from sfumato.models.registry import find_family
 from sfumato.preparation.encoder_hash import cache_identity
-from sfumato.preparation.listing import is_of, made_of, selection_names, tar_names
-from sfumato.preparation.settings import check_precache
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,7 @@ class CacheJob:
         size: height and width of the encoded pictures, in pixels.
     """
 
-    folder: Path
+    folder: PreparedFolder
     selection: str
     names: tuple[str, ...]
     identity: CacheIdentity
@@ -50,10 +41,6 @@ class CacheJob:
         """Return the folders of moments and of text, below cache/."""
         return self.identity.moments_folder, self.identity.text_folder
 
-    def path(self, cache: str, file: str) -> Path:
-        """Return the path of a file of a cache."""
-        return self.folder / CACHE / cache / file
-
 
 def plan_cache(config: PrepareConfig) -> CacheJob:
     """Return the plan, after all checks that need no weights.
@@ -61,16 +48,15 @@ def plan_cache(config: PrepareConfig) -> CacheJob:
     Raises:
         ValueError: naming the setting, or the file.
     """
-    settings, model, folder = config.precache, config.model, Path(config.out)
+    settings, model, folder = config.precache, config.model, PreparedFolder(Path(config.out))
     if model.merge or model.lora.start is not None:
         raise ValueError(
             "model.merge and model.lora.start change no cache, which holds the output of the "
             "published encoders; leave them out"
         )
-    check_precache(settings)
-    names = tuple(tar_names(folder))
+    names = tuple(folder.tar_names())
     selection = settings.selection or config.filter.name
-    selections = selection_names(folder)
+    selections = folder.selection_names()
     if selection not in selections:
         raise ValueError(
             f"precache.selection = {selection!r} is not a selection of {folder}, which has "
@@ -100,19 +86,21 @@ def _size(settings: PrecacheConfig, model: ModelConfig) -> Size:
 
 def lacking(job: CacheJob, name: str) -> dict[str, tuple[int, ...]]:
     """Return the caches that lack samples of a shard, each with all samples it then holds."""
-    tar = read_tar_record(job.folder, name)
-    kept = _kept(job, tar)
+    tar = job.folder.tar_record(name)
+    selected = _kept(job, tar)
     lacks = {}
     for cache in job.caches:
-        exists = job.path(cache, f"{name}.json").exists()
-        record = read_cached_record(job.folder, cache, name) if exists else None
+        file = job.folder.tensors(cache, name)
+        exists = file.with_suffix(".json").exists()
+        record = job.folder.cached_record(cache, name) if exists else None
         if record is None or not is_of(cache, record, tar):
-            lacks[cache] = kept
+            lacks[cache] = selected
             continue
-        samples = tuple(sorted({*kept, *record.rows}))
+        samples = tuple(sorted({*selected, *record.rows}))
         # A dropped sample has no row; only the hash tells that it was tried.
-        finished = set(kept) <= set(record.rows) or record.made_of == made_of(cache, tar, samples)
-        file = job.path(cache, f"{name}.safetensors")
+        finished = set(selected) <= set(record.rows) or record.made_of == made_of(
+            cache, tar, samples
+        )
         if not finished or not file.exists() or file.stat().st_size != record.bytes:
             lacks[cache] = samples
     return lacks
@@ -120,7 +108,7 @@ def lacking(job: CacheJob, name: str) -> dict[str, tuple[int, ...]]:
 
 def _kept(job: CacheJob, tar: TarRecord) -> tuple[int, ...]:
     """Return the selected samples of a shard, which have to be of this very tar."""
-    record = read_kept_record(job.folder, job.selection, tar.name)
+    record = job.folder.kept_record(job.selection, tar.name)
     if record.tar in {"", tar.made_of} and max(record.kept, default=-1) < len(tar.samples):
         return record.kept
     raise PreparedError(
@@ -132,8 +120,8 @@ def _kept(job: CacheJob, tar: TarRecord) -> tuple[int, ...]:
 
 def count_samples(job: CacheJob, name: str) -> tuple[int, Mapping[str, int]]:
     """Return how many samples of a shard both caches have, and the others by reason."""
-    kept = set(read_kept_record(job.folder, job.selection, name).kept)
-    records = [read_cached_record(job.folder, cache, name) for cache in job.caches]
+    kept = set(job.folder.kept_record(job.selection, name).kept)
+    records = [job.folder.cached_record(cache, name) for cache in job.caches]
     encoded = kept.intersection(*(record.rows for record in records))
     if encoded == kept:
         return len(encoded), {}

@@ -78,17 +78,18 @@ def download(config: DownloadConfig, folder: Path) -> dict[str, int]:
                 f"{left[0]:05d}): {_last_words(folder / LOG)}. See {folder / LOG}; run the same "
                 "command again to go on"
             )
-    return download_bins(folder)
+    return read_download(folder)[0]
 
 
-def download_bins(folder: Path) -> dict[str, int]:
-    """Return the count of rows in each bin, by the statistics of img2dataset.
+def read_download(folder: Path) -> tuple[dict[str, int], list[ShardStats]]:
+    """Return the count of rows in each bin, and the statistics of the shards by number.
 
     Raises:
-        PreparedError: records are missing, or do not sum up to the rows of the table.
+        PreparedError: records are missing or damaged, or do not sum up to the rows of the table.
     """
     record = read_table_record(folder)
-    stats = read_stats(folder / DOWNLOAD)
+    unsorted = [_read_stats(path) for path in (folder / DOWNLOAD).glob("*_stats.json")]
+    stats = sorted(unsorted, key=lambda shard: shard.number)
     rows, expected = sum(shard.rows for shard in stats), sum(record.files)
     if rows != expected:
         raise PreparedError(
@@ -97,17 +98,7 @@ def download_bins(folder: Path) -> dict[str, int]:
             "that the download was started with"
         )
     kept = sum(shard.successes for shard in stats)
-    return tally(kept, [record.dropped, *(shard.dropped for shard in stats)])
-
-
-def read_stats(folder: Path) -> list[ShardStats]:
-    """Return the statistics of the finished shards, by number.
-
-    Raises:
-        PreparedError: one is damaged.
-    """
-    stats = [_read_stats(path) for path in folder.glob("*_stats.json")]
-    return sorted(stats, key=lambda shard: shard.number)
+    return tally(kept, [record.dropped, *(shard.dropped for shard in stats)]), stats
 
 
 def _read_stats(path: Path) -> ShardStats:

@@ -8,7 +8,6 @@ encoding half counts: a decoder may be tuned, and a scaling factor changed.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from sfumato.config import ModelConfig
 from sfumato.data.prepared.format import CacheIdentity
+from sfumato.files import compact
 from sfumato.models.formats import read_json, read_model_index
 from sfumato.models.lora import find_lora
 from sfumato.models.registry import find_family
@@ -59,12 +59,8 @@ def cache_identity(
     family, folder = find_family(config)
     _refuse_text_merges(config)
     components = set(family.components(folder))
-    encoders = {
-        name: _hash_encoder(folder / name, config) for name in family.encoders if name in components
-    }
-    tokenizers = {
-        name: _hash_tokenizer(folder / name) for name in family.tokenizers if name in components
-    }
+    encoders = [name for name in family.encoders if name in components]
+    tokenizers = [name for name in family.tokenizers if name in components]
     index = read_model_index(folder)
     zeros = "force_zeros_for_empty_prompt"
     return CacheIdentity(
@@ -79,8 +75,8 @@ def cache_identity(
         },
         text={
             "pipeline": family.pipeline_name,
-            **encoders,
-            **tokenizers,
+            **{name: _hash_encoder(folder / name, config) for name in encoders},
+            **{name: _hash_tokenizer(folder / name) for name in tokenizers},
             **({zeros: index[zeros]} if zeros in index else {}),
             "dtype": dtype,
         },
@@ -88,15 +84,8 @@ def cache_identity(
 
 
 def _hash_encoder(part: Path, config: ModelConfig, unread: tuple[str, ...] = ()) -> str:
-    """Return the SHA-256 of an encoder's settings and of its weights in float32, by name.
-
-    Args:
-        unread: how the names of tensors begin that do not matter.
-
-    Raises:
-        ValueError: if a file is missing or damaged.
-    """
-    digest = hashlib.sha256(_compact(_meaningful(read_json(part / "config.json"))))
+    """Return the SHA-256 of settings and float32 weights; names that begin with `unread` aside."""
+    digest = hashlib.sha256(compact(_meaningful(read_json(part / "config.json"))))
     files = _weight_files(part, config.variant, allow_pickle=config.allow_pickle)
     try:
         with ExitStack() as stack:
@@ -108,7 +97,7 @@ def _hash_encoder(part: Path, config: ModelConfig, unread: tuple[str, ...] = ())
                 tensor = named[name]()
                 if not tensor.is_floating_point():
                     continue  # positions, which some versions store and others count
-                digest.update(_compact([name, *tensor.shape]))
+                digest.update(compact([name, *tensor.shape]))
                 digest.update(tensor.float().contiguous().numpy().data)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(
@@ -144,13 +133,12 @@ def _weight_files(part: Path, variant: str | None, *, allow_pickle: bool) -> lis
 
 
 def _hash_tokenizer(part: Path) -> str:
-    """Return the SHA-256 of a tokenizer's files, by name and content."""
     digest = hashlib.sha256()
     for file in sorted(file for file in part.iterdir() if file.is_file()):
         content = file.read_bytes()
         if file.name == "tokenizer_config.json":
-            content = _compact(_meaningful(read_json(file)))
-        digest.update(_compact([file.name, len(content)]))
+            content = compact(_meaningful(read_json(file)))
+        digest.update(compact([file.name, len(content)]))
         digest.update(content)
     return digest.hexdigest()
 
@@ -164,10 +152,6 @@ def _meaningful(settings: Any) -> Any:
         for key, value in settings.items()
         if key not in _UNREAD and not (key in _DEFAULTS and value == _DEFAULTS[key])
     }
-
-
-def _compact(content: Any) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _refuse_text_merges(config: ModelConfig) -> None:

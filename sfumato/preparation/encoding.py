@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import final
 
@@ -17,12 +18,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from sfumato.config import PrecacheConfig
+from sfumato.data.ahead import ahead
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb
 from sfumato.data.entries import SpanBlob
 from sfumato.data.prepared.format import Member, PreparedError
 from sfumato.data.sample import Placement, Size, resize_and_crop, to_tensor
 from sfumato.models.model import DTYPES, Conditioning, TextToImageModel
-from sfumato.preparation.ahead import ahead
 
 _AHEAD = 2  # batches that are decoded while one is encoded
 
@@ -45,13 +46,13 @@ class Encoder:
         self.empty = self._states([""], ["the empty prompt"]).tensors
 
     def moments(
-        self, tar: Path, samples: Mapping[int, Member], told: Callable[[int], object]
+        self, tar: Path, samples: Mapping[int, Member], progress: Callable[[int], object]
     ) -> Shard:
         """Encode the pictures of some samples of a tar.
 
         Args:
             samples: by index, ascending.
-            told: called with the number of pictures after each batch.
+            progress: called with the number of pictures after each batch.
 
         Raises:
             ValueError: if a picture's bytes have changed, or its moments are not finite.
@@ -60,22 +61,22 @@ class Encoder:
         rows: list[int] = []
         parts: dict[str, list[Tensor]] = {name: [] for name in self._placements}
         dropped: Counter[str] = Counter()
-        items = list(samples.items())
         pictures, workers = partial(self._pictures, tar), self._settings.workers
-        decoded = ahead(pictures, samples.values(), workers, _AHEAD * size)
-        with closing(decoded):
-            for first in range(0, len(items), size):
-                batch = items[first : first + size]
-                results = [(index, member, next(decoded)) for index, member in batch]
-                good = [(i, m, views) for i, m, views in results if not isinstance(views, str)]
-                dropped.update(reason for *_, reason in results if isinstance(reason, str))
+        with closing(ahead(pictures, samples.values(), workers, _AHEAD * size)) as decoded:
+            pairs = zip(samples.items(), decoded, strict=True)
+            while batch := list(islice(pairs, size)):
+                good = [(*item, views) for item, views in batch if not isinstance(views, str)]
+                dropped.update(reason for _, reason in batch if isinstance(reason, str))
                 names = [f"{tar}: {member.key}.{member.suffix}" for _, member, _ in good]
                 for number, name in enumerate(parts if good else ()):
                     images = torch.stack([views[number] for _, _, views in good])
                     parts[name].append(self._encode(images, names))
                 rows += [index for index, _, _ in good]
-                told(len(batch))
-        tensors = {name: torch.cat(part or [self._none()]) for name, part in parts.items()}
+                progress(len(batch))
+        if not rows:  # the moments of no picture
+            grey = self._encode(torch.zeros(1, 3, *self._size), ["a grey picture"])
+            parts = {name: [grey[:0]] for name in parts}
+        tensors = {name: torch.cat(part) for name, part in parts.items()}
         return Shard(tensors, tuple(rows), dict(dropped))
 
     def text(self, tar: Path, samples: Mapping[int, Member]) -> Shard:
@@ -132,10 +133,6 @@ class Encoder:
         with _deterministic():
             moments = self._model.encode_moments(images.to(self._model.device))
         return self._stored(moments, names)
-
-    def _none(self) -> Shaped[Tensor, "0 m h w"]:
-        """Return the moments of no picture."""
-        return self._encode(torch.zeros(1, 3, *self._size), ["a grey picture"])[:0]
 
     def _states(self, prompts: Sequence[str], names: Sequence[str]) -> Conditioning:
         with _deterministic():

@@ -8,15 +8,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from sfumato.data.prepared.format import (
-    EMPTY,
-    MANIFEST,
-    CachedRecord,
-    PreparedError,
-    TarRecord,
-    cache_key,
-    read_fields,
-)
+from sfumato.data.prepared.folder import EMPTY, MANIFEST, PreparedFolder
+from sfumato.data.prepared.format import CachedRecord, PreparedError, TarRecord, cache_key
 from sfumato.data.webdataset import TAR_DAMAGE
 from sfumato.files import sha256_of
 from sfumato.preparation.tars import texts
@@ -105,16 +98,16 @@ def _of_members(tar: Path, record: TarRecord) -> Iterator[str]:
                 yield f"{tar}: {name} is not what its record says"
 
 
-def of_manifest(cache: Path) -> Iterator[str]:
+def of_manifest(folder: PreparedFolder, name: str) -> Iterator[str]:
     """Find a cache whose name does not follow from its manifest, or without an empty prompt."""
     try:
-        content = read_fields(cache / MANIFEST)
+        kind, identity = folder.manifest(name)
     except PreparedError as error:
         yield str(error)
         return
-    kind = content.pop("kind", None)
-    if cache.name != f"{kind}-{cache_key(content)}":
-        yield f"{cache / MANIFEST} belongs into {kind}-{cache_key(content)}; remove the folder"
+    cache, expected = folder.cache(name), f"{kind}-{cache_key(identity)}"
+    if name != expected:
+        yield f"{cache / MANIFEST} belongs into {expected}; remove the folder"
     if kind == "text" and not (cache / EMPTY).is_file():
         yield f"{cache / EMPTY} is missing; run the stage precache again"
 

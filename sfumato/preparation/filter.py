@@ -11,18 +11,10 @@ import numpy as np
 
 from sfumato.config import FilterConfig
 from sfumato.data.left_out import tally
-from sfumato.data.prepared.format import (
-    SELECTIONS,
-    KeptRecord,
-    Member,
-    PreparedError,
-    TarRecord,
-    read_kept_record,
-    read_tar_record,
-    record_text,
-)
-from sfumato.files import digest, write_text
-from sfumato.preparation.listing import forget_others, tar_names
+from sfumato.data.prepared.folder import PreparedFolder
+from sfumato.data.prepared.format import KeptRecord, Member, PreparedError, TarRecord, write_record
+from sfumato.files import digest
+from sfumato.preparation.tars import forget_others
 
 _MADE_BY = 1  # raised when the same settings come to keep other samples
 
@@ -35,20 +27,20 @@ def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:
         ValueError: no sample has the score.
     """
     settings = {**asdict(config), "name": None, "made by": _MADE_BY}
-    root = folder / SELECTIONS / config.name
+    prepared = PreparedFolder(folder)
+    root = prepared.selection(config.name)
     seen, before = _Seen(), ""
-    names, total = tar_names(folder), 0
+    names, total = prepared.tar_names(), 0
     dropped: list[Mapping[str, int]] = []
     for name in names:
-        tar = read_tar_record(folder, name)
+        tar = prepared.tar_record(name)
         _check_score(config, tar)
-        hashes = _hashes(tar)
+        hashes = np.array([int(member.sha256[:16], 16) for member in tar.samples], np.uint64)
         made_of = digest([settings, tar.made_of, before])
-        record = _known(folder, config.name, name, made_of)
+        record = _known(prepared, config.name, name, made_of)
         if record is None:
             record = _judge(config, tar, made_of, seen.has(hashes).tolist())
-            path = root / f"{name}.json"
-            write_text(path, record_text(record), failure=PreparedError)
+            write_record(root / f"{name}.json", record)
         if config.duplicates == "drop":
             # Whether a sample is a duplicate depends on all tars before its own.
             before = made_of
@@ -68,9 +60,9 @@ def _check_score(config: FilterConfig, tar: TarRecord) -> None:
         )
 
 
-def _known(folder: Path, selection: str, name: str, made_of: str) -> KeptRecord | None:
+def _known(folder: PreparedFolder, selection: str, name: str, made_of: str) -> KeptRecord | None:
     try:
-        record = read_kept_record(folder, selection, name)
+        record = folder.kept_record(selection, name)
     except PreparedError:
         return None
     return record if record.made_of == made_of else None
@@ -79,17 +71,17 @@ def _known(folder: Path, selection: str, name: str, made_of: str) -> KeptRecord 
 def _judge(
     config: FilterConfig, tar: TarRecord, made_of: str, repeated: Sequence[bool]
 ) -> KeptRecord:
-    kept, dropped, here = list[int](), Counter[str](), set[str]()
+    kept, dropped, own = list[int](), Counter[str](), set[str]()
     for number, member in enumerate(tar.samples):
         reason = _reason(config, member)
-        if reason is None and (repeated[number] or member.sha256 in here):
+        if reason is None and (repeated[number] or member.sha256 in own):
             reason = "duplicate"
         if reason is not None:
             dropped[reason] += 1
             continue
         kept.append(number)
         if config.duplicates == "drop":
-            here.add(member.sha256)
+            own.add(member.sha256)
     return KeptRecord(tar.name, made_of, tuple(kept), dict(sorted(dropped.items())), tar.made_of)
 
 
@@ -152,7 +144,3 @@ class _Seen:
             inside = position < len(stretch)
             known[inside] |= stretch[position[inside]] == hashes[inside]
         return known
-
-
-def _hashes(tar: TarRecord) -> np.ndarray:
-    return np.array([int(member.sha256[:16], 16) for member in tar.samples], np.uint64)

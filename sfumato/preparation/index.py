@@ -7,29 +7,23 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, final
 
 from sfumato.data.left_out import tally
+from sfumato.data.prepared.folder import INDEX, PreparedFolder
 from sfumato.data.prepared.format import (
-    CACHE,
-    INDEX,
-    SELECTIONS,
-    SHARDS,
     Index,
     IndexedShard,
     KeptRecord,
     PreparedError,
     TarRecord,
-    read_cached_record,
-    read_kept_record,
-    read_tar_record,
-    record_text,
+    is_of,
+    write_record,
 )
-from sfumato.files import write_text
 from sfumato.preparation import faults
-from sfumato.preparation.download import DOWNLOAD, download_bins
-from sfumato.preparation.listing import cache_names, is_of, selection_names, tar_names
+from sfumato.preparation.download import DOWNLOAD, read_download
 
 T = TypeVar("T")
 Refuse = Callable[[str, str], None]  # takes a stage, and a fault with which there is no index
@@ -60,27 +54,33 @@ class Walk:
         tars: counts of the tars; `selections` and `caches` by name.
     """
 
-    def __init__(self, folder: Path, refuse: Refuse, report: Report) -> None:
+    def __init__(self, folder: PreparedFolder, refuse: Refuse, report: Report) -> None:
         self._folder, self._refuse, self._report = folder, refuse, report
         self.tars, self._samples = Part(), 0
-        self.selections = {name: Part() for name in selection_names(folder)}
-        self.caches = {name: Part(covered={*self.selections}) for name in cache_names(folder)}
-        self._read("pack", lambda: tar_names(folder))
-        for name in sorted(path.stem for path in (folder / SHARDS).glob("[!.]*.json")):
-            tar = self._read("pack", lambda name=name: read_tar_record(folder, name))
+        self.selections = {name: Part() for name in folder.selection_names()}
+        self.caches = {name: Part(covered={*self.selections}) for name in folder.cache_names()}
+        self._read("pack", folder.tar_names)
+        for name in sorted(path.stem for path in folder.shards.glob("[!.]*.json")):
+            tar = self._read("pack", partial(folder.tar_record, name))
             if tar is not None:
                 self._visit(tar)
         names = {shard.name for shard in self.tars.shards}
-        report("pack", faults.tars_without_record(folder / SHARDS))
+        report("pack", faults.tars_without_record(folder.shards))
         for name in self.selections:
-            report(f"filter {name}", faults.strangers(folder / SELECTIONS / name, names))
+            report(f"filter {name}", faults.strangers(folder.selection(name), names))
         for name, part in self.caches.items():
-            path = folder / CACHE / name
-            report(name, faults.of_manifest(path))
+            path = folder.cache(name)
+            report(name, faults.of_manifest(folder, name))
             report(name, faults.strangers(path, names))
             if len(part.kept) == len(names) and not part.covered:
                 fault = f"{path} lacks samples of every selection; run the stage precache again"
                 report(name, [fault])
+
+    @property
+    def stages(self) -> dict[str, Part]:
+        """The counts of tars, selections and caches, by the name of their stage."""
+        selections = {f"filter {name}": part for name, part in self.selections.items()}
+        return {"pack": self.tars, **selections, **self.caches}
 
     def index(self, downloaded: Mapping[str, int] | None) -> Index:
         """Return the index; caches that lack a tar are left out.
@@ -90,14 +90,13 @@ class Walk:
         """
         tars = tuple(self.tars.shards)
         whole = {name: part for name, part in self.caches.items() if len(part.shards) == len(tars)}
-        parts = {"pack": self.tars}
-        parts |= {f"filter {name}": part for name, part in self.selections.items()} | whole
+        left_out = self.caches.keys() - whole.keys()
+        bins = {stage: part.bins for stage, part in self.stages.items() if stage not in left_out}
         return Index(
             tars,
             {name: tuple(part.kept) for name, part in self.selections.items()},
             {name: tuple(part.shards) for name, part in whole.items()},
-            ({} if downloaded is None else {"download": downloaded})
-            | {stage: part.bins for stage, part in parts.items()},
+            bins if downloaded is None else {"download": downloaded, **bins},
             {name: part.state.hexdigest() for name, part in self.selections.items()},
         )
 
@@ -110,7 +109,7 @@ class Walk:
             return None
 
     def _visit(self, tar: TarRecord) -> None:
-        path = self._folder / SHARDS / f"{tar.name}.tar"
+        path = self._folder.tar(tar.name)
         if fault := faults.wrong_size(path, tar.bytes):
             self._refuse("pack", fault)
         self._report("pack", faults.of_tar(path, tar, self._samples))
@@ -123,7 +122,7 @@ class Walk:
             self._visit_cache(name, tar, kept)
 
     def _visit_selection(self, name: str, tar: TarRecord) -> KeptRecord | None:
-        stage, root = f"filter {name}", self._folder / SELECTIONS / name
+        stage, root = f"filter {name}", self._folder.selection(name)
         path, part = root / f"{tar.name}.json", self.selections[name]
         again = (
             f"run: sfumato prepare out={self._folder} stages=[filter,index] with "
@@ -133,7 +132,7 @@ class Walk:
             missing = f"{path} is missing: the selection {name!r} has no record of {tar.name}"
             self._refuse(stage, f"{missing}; {again}")
             return None
-        record = self._read(stage, lambda: read_kept_record(self._folder, name, tar.name))
+        record = self._read(stage, partial(self._folder.kept_record, name, tar.name))
         if record is None:
             return None
         if record.tar not in ("", tar.made_of):
@@ -152,14 +151,15 @@ class Walk:
     def _visit_cache(
         self, name: str, tar: TarRecord, selections: Mapping[str, KeptRecord | None]
     ) -> None:
-        path, part = self._folder / CACHE / name / f"{tar.name}.json", self.caches[name]
+        file, part = self._folder.tensors(name, tar.name), self.caches[name]
+        path = file.with_suffix(".json")
         if not path.exists():
             self._report(name, [f"{path} is missing; run the stage precache again"])
             return
-        record = self._read(name, lambda: read_cached_record(self._folder, name, tar.name))
+        record = self._read(name, partial(self._folder.cached_record, name, tar.name))
         if record is None:
             return
-        file, fits = path.with_suffix(".safetensors"), is_of(name, record, tar)
+        fits = is_of(name, record, tar)
         fault = faults.wrong_size(file, record.bytes)
         if fits:
             if fault:
@@ -191,7 +191,7 @@ def write_index(folder: Path) -> Index:
     def refuse(_: str, fault: str) -> None:
         raise PreparedError(fault)
 
-    downloaded = download_bins(folder) if (folder / DOWNLOAD).is_dir() else None
-    index = Walk(folder, refuse, lambda *_: None).index(downloaded)
-    write_text(folder / INDEX, record_text(index), failure=PreparedError)
+    downloaded = read_download(folder)[0] if (folder / DOWNLOAD).is_dir() else None
+    index = Walk(PreparedFolder(folder), refuse, lambda *_: None).index(downloaded)
+    write_record(folder / INDEX, index)
     return index

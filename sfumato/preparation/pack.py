@@ -10,31 +10,22 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
-from itertools import count
 from pathlib import Path
 from typing import IO, final
 
 from sfumato.config import DownloadConfig, PackConfig
+from sfumato.data.ahead import ahead
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb, read_size
 from sfumato.data.entries import Blob, Entry
 from sfumato.data.left_out import tally
-from sfumato.data.prepared.format import (
-    SHARDS,
-    UNFINISHED,
-    Member,
-    PreparedError,
-    TarRecord,
-    read_tar_record,
-    record_text,
-)
-from sfumato.files import digest, new_file, sha256_of, write_text
-from sfumato.preparation.ahead import ahead
-from sfumato.preparation.listing import forget_others
+from sfumato.data.prepared.folder import UNFINISHED, PreparedFolder
+from sfumato.data.prepared.format import Member, PreparedError, TarRecord, write_record
+from sfumato.files import digest, new_file, sha256_of
 from sfumato.preparation.sources import Container, containers
-from sfumato.preparation.tars import Sample, write_tar
+from sfumato.preparation.tars import Sample, forget_others, write_tar
 from sfumato.preparation.url_table import further_columns
 
 _MADE_BY = 1  # raised when the same rows are to become other tars
@@ -44,6 +35,8 @@ _MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"B
 
 # A container and a row of it, from 1; row 0 stands for what listing the container left out.
 Position = tuple[int, int]
+# What became of a row: a decoded picture, or reasons with their counts.
+Judged = tuple[Position, Sample | Mapping[str, int]]
 
 
 @final
@@ -56,15 +49,6 @@ class _BytesBlob(Blob):
         yield BytesIO(self.data)
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """A row whose picture was decoded, or what listing a container left out."""
-
-    position: Position
-    sample: Sample | None
-    dropped: Mapping[str, int] = field(default_factory=dict)
-
-
 def pack(config: PackConfig, download: DownloadConfig, folder: Path) -> dict[str, int]:
     """Write the tars that are missing, and return the count of rows in each bin.
 
@@ -75,19 +59,20 @@ def pack(config: PackConfig, download: DownloadConfig, folder: Path) -> dict[str
     # A download is packed with the columns that it has, without naming them again.
     further = download.columns or ([] if config.path else further_columns(folder))
     source = containers(config, further, folder)
-    _refuse_foreign(folder / SHARDS)
+    prepared = PreparedFolder(folder)
+    _refuse_foreign(prepared.shards)
     names: set[str] = set()
     bins: list[Mapping[str, int]] = []
     start, first = (0, 0), 0
-    packer = _Packer(config, source, folder, further)
+    packer = _Packer(config, source, prepared, further)
     while start[0] < len(source):
         name = f"{len(names):06d}"
         record = packer.known(name, start, first) or packer.make(name, start, first)
         names.add(name)
         bins.append(record.dropped)
         start, first = record.ends, first + len(record.samples)
-    forget_others(folder / SHARDS, names)
-    (folder / SHARDS / UNFINISHED).unlink(missing_ok=True)
+    forget_others(prepared.shards, names)
+    (prepared.shards / UNFINISHED).unlink(missing_ok=True)
     return tally(first, bins)
 
 
@@ -99,25 +84,25 @@ class _Packer:
         self,
         config: PackConfig,
         source: Sequence[Container],
-        folder: Path,
+        folder: PreparedFolder,
         further: Sequence[str],
     ) -> None:
         self._config, self._source, self._folder = config, source, folder
         self._settings = [_MADE_BY, config.samples_per_shard, config.max_pixels,
                           config.image_column, config.caption_column, config.captions,
                           config.columns, *further]  # fmt: skip
-        self._judged: Iterator[_Judged] = iter(())
-        self._next: _Judged | None = None  # a good row, which begins the next tar
+        self._judged: Iterator[Judged] = iter(())
+        self._next: Judged | None = None  # a good row, which begins the next tar
         self._end: Position = (len(source), 0)
 
     def known(self, name: str, start: Position, first: int) -> TarRecord | None:
         """Return the record of a tar that exists and was packed from the same rows."""
         try:
-            record = read_tar_record(self._folder, name)
+            record = self._folder.tar_record(name)
         except PreparedError:
             return None
-        tar, path = self._paths(name)
-        written = path.stat().st_mtime_ns
+        tar = self._folder.tar(name)
+        written = tar.with_suffix(".json").stat().st_mtime_ns
         exists = tar.is_file() and tar.stat().st_size == record.bytes
         fresh = all(each.newest <= written for each in self._range(start, record.ends))
         same = record.made_of == self._made_of(record, start, first)
@@ -129,10 +114,14 @@ class _Packer:
         Raises:
             ValueError: no row is good.
         """
-        if self._next is None or self._next.position != start:
-            self._judged, self._next = self._judge(start), None
-        tar, path = self._paths(name)
-        dropped = Counter[str]()
+        if self._next is None or self._next[0] != start:
+            # Rows come in order, whichever thread finishes first.
+            judge = partial(_judged, bounds=Bounds(1, self._config.max_pixels))
+            workers = self._config.workers
+            self._judged = ahead(judge, self._rows(start), workers, _AHEAD * workers)
+            self._next = None
+        tar = self._folder.tar(name)
+        path, dropped = tar.with_suffix(".json"), Counter[str]()
         with new_file(tar, failure=PreparedError) as beside:
             members = write_tar(beside, first, self._take(dropped))
             if not members:
@@ -144,33 +133,27 @@ class _Packer:
             size, sha256 = beside.stat().st_size, sha256_of(beside)
             (tar.parent / UNFINISHED).touch()
             path.unlink(missing_ok=True)  # it may be the record of another tar of this name
-        ends = self._end if self._next is None else self._next.position
+        ends = self._end if self._next is None else self._next[0]
         bins = dict(sorted(dropped.items()))
         record = TarRecord(name, size, sha256, "", tuple(members), bins, ends)
         record = replace(record, made_of=self._made_of(record, start, first))
-        write_text(path, record_text(record), failure=PreparedError)
+        write_record(path, record)
         return record
 
     def _take(self, dropped: Counter[str]) -> Iterator[Sample]:
         """Yield the next N good rows; count the bad ones up to the good row after the N-th."""
-        for taken in count():
-            while True:
-                judged, self._next = self._next or next(self._judged, None), None
-                if judged is None:
-                    return
-                if judged.sample is not None:
-                    break
-                dropped.update(judged.dropped)
+        taken = 0
+        while judged := self._next or next(self._judged, None):
+            self._next = None
+            _, result = judged
+            if not isinstance(result, Sample):
+                dropped.update(result)
+                continue
             if taken == self._config.samples_per_shard:
                 self._next = judged
                 return
-            yield judged.sample
-
-    def _judge(self, start: Position) -> Iterator[_Judged]:
-        """Yield all rows from a position on, in order, whichever thread finishes first."""
-        judge = partial(_judged, bounds=Bounds(1, self._config.max_pixels))
-        workers = self._config.workers
-        return ahead(judge, self._rows(start), workers, _AHEAD * workers)
+            taken += 1
+            yield result
 
     def _rows(self, start: Position) -> Iterator[tuple[Position, Entry | Mapping[str, int]]]:
         """Yield the rows from a position on, and what listing a container left out."""
@@ -181,11 +164,6 @@ class _Packer:
                 yield (number, 0), listing.dropped
             for row in range(max(1, begin), len(listing.rows) + 1):
                 yield (number, row), listing.rows[row - 1]
-
-    def _paths(self, name: str) -> tuple[Path, Path]:
-        """Return the paths of a tar and of its record."""
-        shards = self._folder / SHARDS
-        return shards / f"{name}.tar", shards / f"{name}.json"
 
     def _range(self, start: Position, ends: Position) -> Sequence[Container]:
         return self._source[start[0] : ends[0] + 1]
@@ -198,17 +176,17 @@ class _Packer:
         return digest([self._settings, position, parts, pictures, dict(record.dropped)])
 
 
-def _judged(row: tuple[Position, Entry | Mapping[str, int]], bounds: Bounds) -> _Judged:
+def _judged(row: tuple[Position, Entry | Mapping[str, int]], bounds: Bounds) -> Judged:
     """Judge a row by its picture; what a listing left out is judged already."""
     position, entry = row
     if not isinstance(entry, Entry):
-        return _Judged(position, None, entry)
+        return position, entry
     try:
-        return _Judged(position, _look_at(entry, bounds))
+        return position, _look_at(entry, bounds)
     except RefusedImageError as error:
-        return _Judged(position, None, {str(error): 1})
+        return position, {str(error): 1}
     except OSError:
-        return _Judged(position, None, {"unreadable file": 1})
+        return position, {"unreadable file": 1}
 
 
 def _look_at(entry: Entry, bounds: Bounds) -> Sample:

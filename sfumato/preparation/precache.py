@@ -15,27 +15,19 @@ from tqdm import tqdm
 
 from sfumato.config import PrepareConfig
 from sfumato.data.left_out import tally
+from sfumato.data.prepared.folder import EMPTY, MANIFEST
 from sfumato.data.prepared.format import (
-    EMPTY,
     FORMAT,
-    MANIFEST,
-    SHARDS,
     CachedRecord,
     PreparedError,
-    read_tar_record,
-    record_text,
+    made_of,
+    write_record,
 )
 from sfumato.files import new_file, sha256_of, write_text
 from sfumato.models.registry import load_encoders
-from sfumato.preparation.cache_plan import (
-    CacheJob,
-    count_samples,
-    lacking,
-    plan_cache,
-)
+from sfumato.preparation.cache_plan import CacheJob, count_samples, lacking, plan_cache
 from sfumato.preparation.encoding import Encoder
 from sfumato.preparation.faults import wrong_size
-from sfumato.preparation.listing import made_of
 from sfumato.training.distribution import Distribution
 
 
@@ -74,11 +66,12 @@ def _begin(job: CacheJob) -> None:
     for cache, kind, content in zip(
         job.caches, ("moments", "text"), (identity.moments, identity.text), strict=True
     ):
-        for unfinished in job.path(cache, "").glob(".*.tmp"):
+        folder = job.folder.cache(cache)
+        for unfinished in folder.glob(".*.tmp"):
             unfinished.unlink()
         manifest = {"format": FORMAT, "kind": kind, **content}
         text = json.dumps(manifest, indent=2) + "\n"
-        write_text(job.path(cache, MANIFEST), text, failure=PreparedError)
+        write_text(folder / MANIFEST, text, failure=PreparedError)
 
 
 def _make(job: CacheJob, todo: Sequence[tuple[str, int]], distribution: Distribution) -> None:
@@ -88,7 +81,7 @@ def _make(job: CacheJob, todo: Sequence[tuple[str, int]], distribution: Distribu
         todo: names of shards, with their numbers of pictures.
     """
     own = todo[distribution.rank :: distribution.world]
-    empty = job.path(job.caches[1], EMPTY)
+    empty = job.folder.cache(job.caches[1]) / EMPTY
     encoder = None
     with distribution.together():
         lacks_empty = distribution.is_main and not empty.exists()
@@ -107,24 +100,24 @@ def _make(job: CacheJob, todo: Sequence[tuple[str, int]], distribution: Distribu
                     _make_shard(job, encoder, own[turn][0], bar.update)
 
 
-def _make_shard(job: CacheJob, encoder: Encoder, name: str, told: Callable[[int], object]) -> None:
-    """Make the samples of one shard that the caches lack."""
-    tar = read_tar_record(job.folder, name)
-    file = job.folder / SHARDS / f"{name}.tar"
+def _make_shard(
+    job: CacheJob, encoder: Encoder, name: str, progress: Callable[[int], object]
+) -> None:
+    tar, file = job.folder.tar_record(name), job.folder.tar(name)
     if fault := wrong_size(file, tar.bytes):
         raise PreparedError(fault)
     for cache, indices in lacking(job, name).items():
         samples = {index: tar.samples[index] for index in indices}
         if cache == job.identity.moments_folder:
-            shard = encoder.moments(file, samples, told)
+            shard = encoder.moments(file, samples, progress)
         else:
             shard = encoder.text(file, samples)
-        path = job.path(cache, f"{name}.safetensors")
+        path = job.folder.tensors(cache, name)
         size, sha256 = _save(shard.tensors, path)
         record = CachedRecord(
             name, made_of(cache, tar, indices), size, sha256, shard.rows, shard.dropped
         )
-        write_text(path.with_suffix(".json"), record_text(record), failure=PreparedError)
+        write_record(path.with_suffix(".json"), record)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> tuple[int, str]:

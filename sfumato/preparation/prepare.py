@@ -11,12 +11,12 @@ from typing import IO, TYPE_CHECKING
 
 from sfumato.config import PrepareConfig, TrainingConfig
 from sfumato.data.left_out import line
+from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import PreparedError
 from sfumato.files import lock
 from sfumato.preparation.download import download
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index
-from sfumato.preparation.listing import cache_names
 from sfumato.preparation.pack import pack
 from sfumato.preparation.settings import check_prepare
 
@@ -37,8 +37,10 @@ def prepare(config: PrepareConfig) -> None:
     check_prepare(config)
     folder = Path(config.out).expanduser()
     config = replace(config, out=str(folder))
-    distribution, held = _distribution(config), ExitStack()
-    try:
+    with ExitStack() as held:
+        distribution = _distribution(config)
+        if distribution is not None:
+            held.callback(distribution.close)
         on_first = _on_first(distribution)
 
         def before() -> None:
@@ -55,10 +57,6 @@ def prepare(config: PrepareConfig) -> None:
                 print(line("precache", bins), flush=True)
         if "index" in config.stages:
             on_first(lambda: _index(folder))
-    finally:
-        held.close()
-        if distribution is not None:
-            distribution.close()
 
 
 def hold(folder: Path) -> IO[str]:
@@ -83,7 +81,7 @@ def _before_precaching(config: PrepareConfig, folder: Path) -> None:
 
 def _index(folder: Path) -> None:
     index = write_index(folder)
-    for name in cache_names(folder):
+    for name in PreparedFolder(folder).cache_names():
         if name not in index.caches:
             print(f"index: {name} is left out, as it is not finished or not of these tars; "
                   "run the stages precache and index to have it", flush=True)  # fmt: skip

@@ -2,7 +2,7 @@
 
 import re
 
-from sfumato.config import PrecacheConfig, PrepareConfig, check_values
+from sfumato.config import PrepareConfig, check_values
 
 
 def check_prepare(config: PrepareConfig) -> None:
@@ -15,7 +15,11 @@ def check_prepare(config: PrepareConfig) -> None:
         )
     _check_source(config)
     _check_filter(config)
-    check_precache(config.precache)
+    if config.precache.crop != "center":
+        raise ValueError(
+            f"precache.crop={config.precache.crop!r} does not work, as a cache holds one crop of "
+            "each picture; set precache.crop=center, or train from tars (data.shards.cached=false)"
+        )
 
 
 def _check_source(config: PrepareConfig) -> None:
@@ -54,14 +58,4 @@ def _check_filter(config: PrepareConfig) -> None:
         raise ValueError(
             "filter.score names the column that filter.min_score and filter.max_score bound; give "
             "it with one of them, or none of the three"
-        )
-
-
-def check_precache(settings: PrecacheConfig) -> None:
-    """Refuse settings of precaching that cannot work, with a ValueError naming the key."""
-    check_values(settings, "precache.")
-    if settings.crop != "center":
-        raise ValueError(
-            f"precache.crop={settings.crop!r} does not work, as a cache holds one crop of each "
-            "picture; set precache.crop=center, or train from tars (data.shards.cached=false)"
         )

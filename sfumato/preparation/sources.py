@@ -10,11 +10,12 @@ from typing import Any, final
 from sfumato.config import PackConfig
 from sfumato.data.entries import Columns, Entry, FileBlob, is_utf8
 from sfumato.data.left_out import SkipLog
-from sfumato.data.prepared.format import SHARDS, PreparedError
-from sfumato.data.sources import find_files_of, is_tar, list_source
-from sfumato.data.webdataset import list_tar
+from sfumato.data.prepared.folder import SHARDS
+from sfumato.data.prepared.format import PreparedError
+from sfumato.data.sources import find_files_of, list_source
+from sfumato.data.webdataset import is_tar, list_tar
 from sfumato.files import digest
-from sfumato.preparation.download import DOWNLOAD, download_bins, read_stats
+from sfumato.preparation.download import DOWNLOAD, read_download
 
 # Reasons that count a file or a member of a download, whose lost rows are counted otherwise.
 _EVENTS = (
@@ -88,7 +89,7 @@ def _whole(config: PackConfig, name: str) -> Container:
     listing = Listing([_row(entry, config) for entry in entries], log.counts())
     files = [_stamp(row) for row in listing.rows]
     content = [
-        [row.place, row.captions[0], row.captions[1:], row.columns, size]
+        [row.position, row.captions[0], row.captions[1:], row.columns, size]
         for row, (size, _) in zip(listing.rows, files, strict=True)
     ]
     newest = max([time for _, time in files], default=0)
@@ -101,12 +102,11 @@ def _downloaded(config: PackConfig, further: Sequence[str], folder: Path) -> lis
             f"there is nothing to pack: pack.path is not given, and {folder} holds no download; "
             "give pack.path=FOLDER, or download.table=TABLE"
         )
-    download_bins(folder)
     known = {*config.columns, *config.captions}
     columns = [*config.columns, *(name for name in further if name not in known)]
     config = replace(config, columns=columns)
     tars = []
-    for stats in read_stats(folder / DOWNLOAD):
+    for stats in read_download(folder)[1]:
         tar = folder / DOWNLOAD / f"{stats.number:05d}.tar"
         if not tar.is_file():
             raise PreparedError(f"{tar} is missing; run the stage download again, which fetches it")
@@ -129,21 +129,18 @@ def _list_one(tar: Path, config: PackConfig, expected: int | None) -> Listing:
     """
     log = SkipLog()
     every = list(list_tar(tar, _columns(config), log))
-    entries = [entry for entry in every if not _leaves(entry.place)]
+    paths = ((entry, PurePosixPath(entry.position)) for entry in every)
+    entries = [entry for entry, path in paths if not path.is_absolute() and ".." not in path.parts]
     dropped = log.counts()
     dropped["member that leaves its folder"] = len(every) - len(entries)
     if expected is not None:
-        entries.sort(key=lambda entry: (len(entry.place), entry.place))
+        entries.sort(key=lambda entry: (len(entry.position), entry.position))
         for event in _EVENTS:
             dropped.pop(event, None)
         lost = expected - len(entries) - dropped.total()
         dropped["lost in a damaged tar"] = max(0, lost)
     rows = [_row(entry, config) for entry in entries]
     return Listing(rows, {reason: n for reason, n in sorted(dropped.items()) if n})
-
-
-def _leaves(place: str) -> bool:
-    return place.startswith("/") or ".." in PurePosixPath(place).parts
 
 
 def _columns(config: PackConfig) -> Columns:

@@ -8,7 +8,7 @@ KEY.txt     the main caption
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +54,13 @@ def texts(member: Member) -> dict[str, bytes]:
     }
     text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return {"json": text.encode(), "txt": member.captions[0].encode()}
+
+
+def forget_others(folder: Path, names: Set[str]) -> None:
+    """Remove tars and records of other names, and the unfinished files of a killed process."""
+    for path in [*folder.glob("*.json"), *folder.glob("*.tar"), *folder.glob(".*.tmp")]:
+        if path.stem not in names:
+            path.unlink()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -1,7 +1,7 @@
-"""Table that is downloaded: every usable row of the given table, in parquet of one layout.
+"""Table of what is downloaded: each usable row of download.table, in parquet of one layout.
 
 table/000000.parquet   url, caption and further columns
-table/table.json       TableRecord: the given table, and the rows that are left out
+table/table.json       TableRecord: what download.table was, and the rows that are left out
 """
 
 import json
@@ -22,7 +22,6 @@ from sfumato.files import digest, fetch, new_file, sha256_of, write_text
 from sfumato.records import read_record
 
 TABLE, RECORD = "table", "table.json"
-_SETTING = "download.table"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A folder of tables often has other files of JSON beside them.
 _IN_FOLDER = tuple(suffix for suffix in WITH_COLUMNS if suffix != ".json")
@@ -41,10 +40,10 @@ class TableRecord:
     """What the folder of the table holds.
 
     Attributes:
-        made_of: a hash of the given files' bytes and of the settings.
-        stamps: name, bytes and time of change of each given file; while they stay the same, the
+        made_of: a hash of the input files' bytes and of the settings.
+        stamps: name, bytes and time of change of each input file; while they stay the same, the
             file's bytes are not read again.
-        digests: the SHA-256 of each given file.
+        digests: the SHA-256 of each input file.
         files: rows in each file of the folder.
         dropped: rows that are in none of them, by reason.
     """
@@ -60,7 +59,7 @@ def write_table(config: DownloadConfig, folder: Path) -> TableRecord:
     """Write the table of the rows that can be downloaded, unless it exists.
 
     Raises:
-        ValueError: the given table cannot be read, or lacks a column.
+        ValueError: download.table cannot be read, or lacks a column.
         PreparedError: another table was begun in this folder.
     """
     assert config.table is not None
@@ -127,20 +126,18 @@ def further_columns(folder: Path) -> list[str]:
 
 
 def _table_files(table: str) -> list[Path]:
-    """List the files that a table stands for: see `find_files`; or a folder, or a hub data set.
-
-    Raises:
-        ValueError: there are none, or they are of several kinds.
-    """
+    """List the files of a path (see `find_files`), of a folder, or of a hub data set."""
     folder = Path(table).expanduser()
     is_id = _HUB_ID.fullmatch(table) and folder.suffix.lower() not in WITH_COLUMNS
     if is_id and not is_folder(folder) and not is_file(folder):
         # A cache that a kill left half-filled must not be taken for the whole data set.
-        folder = fetch(table, _SETTING, ["*.parquet"], kind="dataset", complete=lambda _: False)
+        folder = fetch(
+            table, "download.table", ["*.parquet"], kind="dataset", complete=lambda _: False
+        )
     if is_folder(folder):
         files = [path for path in folder.rglob("[!.]*") if path.suffix.lower() in _IN_FOLDER]
     else:
-        files = find_files(table, _SETTING, WITH_COLUMNS)
+        files = find_files(table, "download.table", WITH_COLUMNS)
     kinds = sorted({file.suffix.lower() for file in files})
     if len(kinds) != 1:
         raise ValueError(
@@ -156,30 +153,28 @@ def _usable(file: Path, config: DownloadConfig, log: SkipLog) -> Iterator[dict[s
     columns = [config.url_column, config.caption_column, *config.columns]
     for name in columns:
         table.choose((name,), "URLs, captions or download.columns")
-    for place, row in table.rows(columns, skips):
-        url = _url(row[config.url_column], place, skips)
-        captions = captions_of(row[config.caption_column], place, skips) if url else ()
+    for position, row in table.rows(columns, skips):
+        url = _url(row[config.url_column], position, skips)
+        captions = captions_of(row[config.caption_column], position, skips) if url else ()
         if captions:
-            others = {name: _printable(row[name]) for name in config.columns}
-            yield {"url": url, "caption": captions[0], **others}
+            yield {"url": url, "caption": captions[0]} | {
+                name: value.encode(errors="replace").decode() if isinstance(value, str) else value
+                for name, value in ((name, row[name]) for name in config.columns)
+            }
 
 
-def _url(value: Any, place: int | str, skips: FileSkips) -> str | None:
+def _url(value: Any, position: int | str, skips: FileSkips) -> str | None:
     url = value.strip() if isinstance(value, str) else ""
     if not url:
-        skips.add("no URL", place)
+        skips.add("no URL", position)
     elif not url.isprintable() or "://" not in url:
-        skips.add("not a URL", place)
+        skips.add("not a URL", position)
     elif not url.lower().startswith(("http://", "https://")):
         # file:// would copy files of this machine into the data.
-        skips.add("URL that is not of http or https", place)
+        skips.add("URL that is not of http or https", position)
     else:
         return url
     return None
-
-
-def _printable(value: Any) -> Any:
-    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def _write(rows: Iterator[dict[str, Any]], config: DownloadConfig, folder: Path) -> Iterator[int]:
@@ -210,11 +205,9 @@ def _write(rows: Iterator[dict[str, Any]], config: DownloadConfig, folder: Path)
 
 
 def _schema(rows: Sequence[Mapping[str, Any]], config: DownloadConfig) -> Any:
-    """Return the types of the columns, as the first rows have them."""
     import pyarrow
 
     untyped = not str(config.table).lower().endswith(".parquet")
-
     fields = [("url", pyarrow.string()), ("caption", pyarrow.string())]
     for name in config.columns:
         kind = pyarrow.array([row[name] for row in rows]).type

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import final
 
 from sfumato.data.left_out import line
-from sfumato.data.prepared.format import INDEX, SHARDS, Index, PreparedError, read_index
-from sfumato.preparation.download import DOWNLOAD, download_bins, read_stats
+from sfumato.data.prepared.folder import INDEX, SHARDS, PreparedFolder
+from sfumato.data.prepared.format import Index, PreparedError
+from sfumato.preparation.download import DOWNLOAD, read_download
 from sfumato.preparation.faults import DAMAGE
 from sfumato.preparation.index import Walk
 
@@ -25,8 +26,8 @@ class _Printer:
         self.refused = True
         self.report(stage, [fault])
 
-    def report(self, stage: str, found: Iterable[str]) -> None:
-        for fault in found:
+    def report(self, stage: str, faults: Iterable[str]) -> None:
+        for fault in faults:
             print(f"  {fault}", flush=True)
             self.counts[stage] += 1
 
@@ -42,22 +43,23 @@ def verify(folder: Path) -> None:
         PreparedError: there are faults, or nothing is prepared there.
     """
     folder = folder.expanduser()
-    if not (folder / SHARDS).is_dir() and not (folder / DOWNLOAD).is_dir():
-        raise PreparedError(f"{folder} is no prepared folder: it has neither {DOWNLOAD}/ nor "
-                            f"{SHARDS}/; give the out of sfumato prepare")  # fmt: skip
+    prepared = PreparedFolder(folder)
+    if not prepared.shards.is_dir() and not (folder / DOWNLOAD).is_dir():
+        raise PreparedError(
+            f"{folder} is no prepared folder: it has neither {DOWNLOAD}/ nor {SHARDS}/; give the "
+            "out of sfumato prepare"
+        )
     printer = _Printer()
     downloaded = _verify_download(folder, printer)
-    walk = Walk(folder, printer.refuse, printer.report)
+    walk = Walk(prepared, printer.refuse, printer.report)
     packed = sum(walk.tars.bins.values())
     if downloaded and not printer.counts["pack"] and downloaded["kept"] != packed:
         fault = f"{packed} rows were packed or dropped, and {downloaded['kept']} were downloaded"
         printer.report("pack", [f"{fault}; run the stage pack again"])
-    printer.conclude("pack", line(f"pack: {len(walk.tars.shards):,} tars", walk.tars.bins))
-    for name, part in walk.selections.items():
-        printer.conclude(f"filter {name}", line(f"filter {name}", part.bins))
-    for name, part in walk.caches.items():
-        printer.conclude(name, line(name, part.bins))
-    _verify_index(folder, printer, walk, downloaded)
+    for stage, part in walk.stages.items():
+        tars = f": {len(part.shards):,} tars" if stage == "pack" else ""
+        printer.conclude(stage, line(f"{stage}{tars}", part.bins))
+    _verify_index(prepared, printer, walk, downloaded)
     if total := printer.counts.total():
         raise PreparedError(
             f"{folder} has faults, {total:,} in all, listed above; put back what was there, or "
@@ -71,7 +73,7 @@ def _verify_download(folder: Path, printer: _Printer) -> Mapping[str, int] | Non
     if not root.is_dir():
         return None
     try:
-        bins, stats = download_bins(folder), read_stats(root)
+        bins, stats = read_download(folder)
     except PreparedError as error:
         printer.refuse("download", str(error))
         printer.conclude("download", "download")
@@ -96,38 +98,32 @@ def _tar_faults(tar: Path, expected: int) -> Iterator[str]:
 
 
 def _verify_index(
-    folder: Path, printer: _Printer, walk: Walk, downloaded: Mapping[str, int] | None
+    folder: PreparedFolder, printer: _Printer, walk: Walk, downloaded: Mapping[str, int] | None
 ) -> None:
     try:
-        index = read_index(folder)
+        index = folder.index()
     except PreparedError as error:
         printer.report("index", [str(error)])
         printer.conclude("index", "index")
         return
-    path, now = folder / INDEX, None if printer.refused else walk.index(downloaded)
-    printer.report("index", _index_faults(path, index, walk, now))
+    path, now = folder.path / INDEX, None if printer.refused else walk.index(downloaded)
+    printer.report("index", _index_faults(path, index, now))
     samples = sum(tar.samples for tar in index.tars)
     printer.conclude("index", f"index: {len(index.tars):,} tars of {samples:,} samples")
 
 
-def _index_faults(path: Path, index: Index, walk: Walk, now: Index | None) -> Iterator[str]:
-    """Find what the stored index lists and the walk has not met.
-
-    Args:
-        now: the index of today; None where the walk met a refusal.
-    """
-    tars = {shard.name for shard in walk.tars.shards}
-    for kind, listed, met in (
-        ("tar", [tar.name for tar in index.tars], tars),
-        ("selection", index.selections, walk.selections),
-        ("cache", index.caches, walk.caches),
-    ):
-        for name in listed:
-            if name not in met:
-                yield f"{path} lists the {kind} {name}, which has no record any more"
+def _index_faults(path: Path, index: Index, now: Index | None) -> Iterator[str]:
+    """Compare the stored index with that of today, which a refusal leaves out."""
     if now is None:
         yield "the index cannot be made anew before the faults above are mended"
         return
-    for name in ("tars", "selections", "caches", "bins"):
-        if vars(index)[name] != vars(now)[name]:
-            yield f"{path} lists other {name} than there are; run the stage index"
+    for kind in ("tars", "selections", "caches", "bins"):
+        stored, today = (vars(each)[kind] for each in (index, now))
+        if kind == "tars":
+            stored, today = ({tar.name: tar for tar in each} for each in (stored, today))
+        names = sorted(name for name in stored | today if stored.get(name) != today.get(name))
+        if names:
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            yield (
+                f"{path} lists other {kind} than there are ({names[0]}{more}); run the stage index"
+            )

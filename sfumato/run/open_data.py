@@ -53,8 +53,14 @@ def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
     """
     data, seed = config.data, config.training.seed
     if not isinstance(config.objective, SupervisedConfig):
-        path, shuffle, buffer = str(data.prompts), data.shuffle, data.buffer
-        return open_prompts(path, column=data.column, seed=seed, shuffle=shuffle, buffer=buffer)
+        return open_prompts(
+            str(data.prompts),
+            key="data.prompts",
+            column=data.column,
+            seed=seed,
+            shuffle=data.shuffle,
+            buffer=data.buffer,
+        )
     height, width = frame_size(config, limits)
     step = bucket_step(limits, height, width)
     if not (data.shards.path or data.shards.sources):
@@ -107,18 +113,20 @@ def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Sam
     count = config.validation.loss_images
     if not isinstance(config.objective, SupervisedConfig) or not count:
         return []
-    (height, width), images = frame_size(config, limits), validation_images(config)
+    (height, width), (key, images) = frame_size(config, limits), validation_images(config)
     if images.path or images.sources:
         own = images is not config.data.images
-        return validation_samples(images, count, height=height, width=width, warns=own)
+        return validation_samples(images, count, height=height, width=width, key=key, warns=own)
     identity = _identity(config, height, width, flip=False)
     return first_samples(config.data.shards, count, height=height, width=width, identity=identity)
 
 
-def validation_images(config: TrainConfig) -> ImageDataConfig:
-    """Return the images of validation, or those of training if validation has none."""
+def validation_images(config: TrainConfig) -> tuple[str, ImageDataConfig]:
+    """Return key and value of the images of validation, or training's if validation has none."""
     own = config.validation.images
-    return own if own.path or own.sources else config.data.images
+    if own.path or own.sources:
+        return "validation.images", own
+    return "data.images", config.data.images
 
 
 def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None) -> list[str]:
@@ -131,14 +139,15 @@ def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None
         ValueError: if there is no prompt, or a file cannot be read.
     """
     count = config.validation.num_images
-    own, data, images = config.validation, config.data, validation_images(config)
+    own, data, (key, images) = config.validation, config.data, validation_images(config)
     if brought:
         prompts = list(brought)
     elif own.prompts or data.prompts:
-        path, column = (own.prompts, own.column) if own.prompts else (data.prompts, data.column)
-        prompts = read_prompts(str(path), column=column, limit=count)
+        chosen, room = (own, "validation") if own.prompts else (data, "data")
+        path, column = str(chosen.prompts), chosen.column
+        prompts = read_prompts(path, key=f"{room}.prompts", column=column, limit=count)
     elif images.path or images.sources:
-        samples = validation_samples(images, count, height=8, width=8, warns=False)
+        samples = validation_samples(images, count, height=8, width=8, key=key, warns=False)
         prompts = [sample.caption for sample in samples]
     elif config.data.shards.path or config.data.shards.sources:
         prompts = first_captions(config.data.shards, count)

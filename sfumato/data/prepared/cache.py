@@ -1,4 +1,4 @@
-"""Reader of caches: moments and states of single samples, by their place in mapped files.
+"""Reader of caches: moments and states of single samples, out of mapped files.
 
 Few shards are open at a time. A run can read the caches of its own encoders and sizes.
 """
@@ -15,18 +15,8 @@ from torch import Tensor
 
 from sfumato.data.entries import Entry, SpanBlob
 from sfumato.data.epochs import RowPick
-from sfumato.data.prepared.format import (
-    CACHE,
-    EMPTY,
-    MANIFEST,
-    CacheIdentity,
-    Member,
-    PreparedError,
-    cache_key,
-    read_cached_record,
-    read_fields,
-    read_tar_record,
-)
+from sfumato.data.prepared.folder import EMPTY, MANIFEST, PreparedFolder
+from sfumato.data.prepared.format import CacheIdentity, Member, PreparedError, cache_key
 from sfumato.data.prepared.tars import LruCache, Selected
 from sfumato.data.sample import Encoded, Sample, central_crop
 from sfumato.data.stream import BrokenRowError
@@ -77,9 +67,9 @@ class CachedRows:
 
 
 def cached_rows(
-    folder: Path, caches: Caches, name: str, buckets: Sequence[Sequence[int]]
+    folder: PreparedFolder, caches: Caches, name: str, buckets: Sequence[Sequence[int]]
 ) -> list[CachedRows]:
-    """Read which samples of a shard can be had from a cache, by bucket.
+    """Read which samples of a shard a cache holds, by bucket.
 
     Args:
         buckets: the samples that are asked for: indices into the tar, ascending.
@@ -87,20 +77,20 @@ def cached_rows(
     Raises:
         PreparedError: a record is missing or damaged.
     """
-    text = np.asarray(read_cached_record(folder, caches.text, name).rows, dtype=np.int64)
+    text = np.asarray(folder.cached_record(caches.text, name).rows, dtype=np.int64)
     rows = []
-    for cache, kept in zip(caches.moments, buckets, strict=True):
+    for cache, asked in zip(caches.moments, buckets, strict=True):
         moments = np.empty(0, dtype=np.int64)
         if cache:
-            moments = np.asarray(read_cached_record(folder, cache, name).rows, dtype=np.int64)
-        samples = _common(_common(np.asarray(kept, dtype=np.int64), moments), text)
+            moments = np.asarray(folder.cached_record(cache, name).rows, dtype=np.int64)
+        samples = _common(_common(np.asarray(asked, dtype=np.int64), moments), text)
         positions = (np.searchsorted(stored, samples) for stored in (moments, text))
         rows.append(CachedRows(samples, *positions, stored=(len(moments), len(text))))
     return rows
 
 
 def _common(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return what two ascending lists share; most often they are equal."""
+    # Most often the two are equal.
     return some if np.array_equal(some, others) else np.intersect1d(some, others, True)
 
 
@@ -141,7 +131,7 @@ class CacheReader:
 
         Args:
             counts: cached samples of each bucket and shard.
-            keep: the records of shards with so many samples are kept.
+            keep: the records of shards with so many samples stay in memory.
 
         Raises:
             PreparedError: the states of the empty prompt cannot be read.
@@ -150,7 +140,7 @@ class CacheReader:
         self._selected = selected
         self._caches = caches
         self._counts = counts
-        self._empty = _read_empty(selected.folder / CACHE / caches.text / EMPTY)
+        self._empty = _read_empty(selected.folder.cache(caches.text) / EMPTY)
         self._choices = selected.choices
         self._shards = LruCache(self._load, lambda all_: sum(len(b.members) for b in all_), keep)
         self._files = LruCache(self._open, lambda _: 1, OPEN_SHARDS)
@@ -195,12 +185,11 @@ class CacheReader:
         return Sample(None, member.captions[caption], original, crop, entry.name, encoded)
 
     def _path(self, cache: str, shard: int) -> Path:
-        name = self._selected.tars[shard].name
-        return self._selected.folder / CACHE / cache / f"{name}.safetensors"
+        return self._selected.folder.tensors(cache, self._selected.tars[shard].name)
 
     def _load(self, shard: int) -> list[_Bucket]:
         selected, name = self._selected, self._selected.tars[shard].name
-        record = read_tar_record(selected.folder, name)
+        record = selected.folder.tar_record(name)
         buckets = cached_rows(selected.folder, self._caches, name, selected.rows(shard, record))
         samples = [rows.samples for rows in buckets]
         selected.check(shard, samples, self._counts, "precache,index")
@@ -231,7 +220,6 @@ class _BrokenFileError(Exception):
 
 
 def _rows_of(file: safe_open, name: str) -> int:
-    """Return the rows of a tensor in an open file."""
     return int(file.get_slice(name).get_shape()[0])
 
 
@@ -258,7 +246,7 @@ def find_caches(selected: Selected, identity: CacheIdentity, buckets: Sequence[b
         buckets: whether there is a sample of each size.
 
     Raises:
-        PreparedError: there is none; the message names the fields in which each cache differs.
+        PreparedError: no cache fits; the message names the fields in which each cache differs.
     """
     moments = []
     for (height, width), used in zip(selected.choices.sizes, buckets, strict=True):
@@ -276,11 +264,13 @@ def _find(selected: Selected, kind: str, identity: Mapping[str, Any], *, flip: b
     if fitting:
 
         def order(name: str) -> tuple[int, bool, int, str]:
-            return (-_held(selected, name), name != exact, _rank(manifests[name]), name)
+            dtype = manifests[name].get("dtype")
+            rank = _DTYPES.index(dtype) if dtype in _DTYPES else len(_DTYPES)
+            return (-_held(selected, name), name != exact, rank, name)
 
         return min(fitting, key=order)
     reasons = [f"{name} differs in {', '.join(fields)}" for name, fields in differences.items()]
-    if exact not in manifests and (folder / CACHE / exact / MANIFEST).exists():
+    if exact not in manifests and (folder.cache(exact) / MANIFEST).exists():
         reasons.append(f"{exact} exists, but was incomplete when the folder was indexed")
     size = "".join(f", {key}={identity[key]}" for key in ("height", "width") if key in identity)
     raise PreparedError(
@@ -297,14 +287,14 @@ def _manifests(selected: Selected, kind: str) -> Iterator[tuple[str, dict[str, A
     for name in sorted(selected.index.caches):
         if not name.startswith(f"{kind}-"):
             continue
-        path = selected.folder / CACHE / name / MANIFEST
-        content = read_fields(path)
-        if content.pop("kind", None) != kind or name != f"{kind}-{cache_key(content)}":
+        stored, identity = selected.folder.manifest(name)
+        if stored != kind or name != f"{kind}-{cache_key(identity)}":
+            path = selected.folder.cache(name) / MANIFEST
             raise PreparedError(
                 f"{path} does not belong to its folder, whose name is a hash of it; one of them "
                 "was changed. Remove the folder and precache again"
             )
-        yield name, content
+        yield name, identity
 
 
 def _differences(
@@ -327,8 +317,3 @@ def _held(selected: Selected, cache: str) -> int:
     stored = {shard.name: shard.samples for shard in selected.index.caches[cache]}
     pairs = zip(selected.tars, selected.counts, strict=True)
     return sum(min(stored.get(tar.name, 0), count) for tar, count in pairs)
-
-
-def _rank(manifest: Mapping[str, Any]) -> int:
-    dtype = manifest.get("dtype")
-    return _DTYPES.index(dtype) if dtype in _DTYPES else len(_DTYPES)

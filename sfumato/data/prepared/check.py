@@ -2,23 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from sfumato.config import ShardSourceConfig
+from sfumato.data.ahead import ahead
 from sfumato.data.left_out import SkipLog
 from sfumato.data.prepared.cache import Caches, cached_rows
-from sfumato.data.prepared.format import (
-    CACHE,
-    INDEX,
-    SHARDS,
-    PreparedError,
-    read_index,
-    read_kept_record,
-    read_shapes,
-)
+from sfumato.data.prepared.folder import INDEX, PreparedFolder
+from sfumato.data.prepared.format import PreparedError
 from sfumato.data.prepared.tars import Selected
 from sfumato.data.sample import Choices
 
@@ -37,8 +30,8 @@ def select(source: ShardSourceConfig, choices: Choices) -> Selected:
     Raises:
         PreparedError: the folder has no index or no such selection, or the selection is empty.
     """
-    folder, selection = Path(source.path or "").expanduser(), source.selection
-    index = read_index(folder)
+    folder, selection = PreparedFolder(Path(source.path or "").expanduser()), source.selection
+    index = folder.index()
     counts = index.selections.get(selection)
     if counts is None:
         known = ", ".join(sorted(index.selections)) or "none"
@@ -49,7 +42,7 @@ def select(source: ShardSourceConfig, choices: Choices) -> Selected:
         )
     if len(counts) != len(index.tars):
         raise PreparedError(
-            f"{folder / INDEX} is damaged: it has {len(index.tars)} tars and the counts of "
+            f"{folder.path / INDEX} is damaged: it has {len(index.tars)} tars and the counts of "
             f"{len(counts)}; run: sfumato prepare out={folder} stages=[index]"
         )
     if sum(counts) == 0:
@@ -63,7 +56,7 @@ def select(source: ShardSourceConfig, choices: Choices) -> Selected:
 def check_tars(selected: Selected) -> None:
     """Refuse tars of the selection that are missing or changed."""
     tars = [selected.tars[shard] for shard in selected.used]
-    _check_files(selected.folder, SHARDS, [(f"{tar.name}.tar", tar.bytes) for tar in tars])
+    _check_files(selected.folder, [(selected.folder.tar(tar.name), tar.bytes) for tar in tars])
 
 
 def check_caches(selected: Selected, caches: Caches) -> None:
@@ -79,8 +72,7 @@ def check_caches(selected: Selected, caches: Caches) -> None:
                 f"of selection {selection!r}, the first is {missing[0]}; finish it: sfumato "
                 f"prepare out={folder} stages=[precache,index] precache.selection={selection}"
             )
-        files = [(f"{name}.safetensors", stored[name]) for name in needed]
-        _check_files(folder, f"{CACHE}/{cache}", files)
+        _check_files(folder, [(folder.tensors(cache, name), stored[name]) for name in needed])
 
 
 def count_sorted(selected: Selected, log: SkipLog) -> list[list[int]]:
@@ -95,15 +87,15 @@ def count_sorted(selected: Selected, log: SkipLog) -> list[list[int]]:
         return [list(selected.counts)]
     counts = [[0] * len(selected.tars) for _ in selected.choices.sizes]
     _recount(counts, selected, selected.used)
-    kept, bounds = sum(selected.counts), selected.choices.bounds
-    left_out = kept - sum(map(sum, counts))
-    if left_out == kept:
+    total, bounds = sum(selected.counts), selected.choices.bounds
+    left_out = total - sum(map(sum, counts))
+    if left_out == total:
         raise PreparedError(
             f"data.shards.min_size={bounds.smallest} and max_pixels={bounds.pixels} leave out all "
-            f"{kept} samples of selection {selected.selection!r} of {selected.folder}; loosen them"
+            f"{total} samples of selection {selected.selection!r} of {selected.folder}; loosen them"
         )
     if left_out:
-        folder = selected.folder / SHARDS
+        folder = selected.folder.shards
         reason = f"outside min_size={bounds.smallest} and max_pixels={bounds.pixels}"
         log.note(folder, reason, left_out, f"{folder} (selection {selected.selection!r})")
     return counts
@@ -135,10 +127,10 @@ def count_cached(
     before, after = (list(map(sum, zip(*each, strict=True))) for each in (counts, cached))
     lacking = [shard for shard in read if after[shard] < before[shard]]
     if lacking:
-        folder = selected.folder / CACHE / caches.folders[0]
+        folder = selected.folder.cache(caches.folders[0])
         reason = f"kept by selection {selected.selection!r}, but not in both halves of the cache"
-        place = f"{folder} (of {len(lacking)} shards, the first is {names[lacking[0]]})"
-        log.note(folder, reason, sum(before) - sum(after), place)
+        name = f"{folder} (of {len(lacking)} shards, the first is {names[lacking[0]]})"
+        log.note(folder, reason, sum(before) - sum(after), name)
     if sum(after) == 0:
         raise PreparedError(
             f"no sample of selection {selected.selection!r} is in the cache "
@@ -151,7 +143,6 @@ def count_cached(
 def _recount(
     counts: list[list[int]], selected: Selected, shards: Sequence[int], caches: Caches | None = None
 ) -> None:
-    """Count the samples of some shards anew, by their records."""
     count = partial(_counts_of, selected, caches)
     for shard, by_bucket in zip(shards, _in_threads(count, shards), strict=True):
         for bucket, samples in zip(counts, by_bucket, strict=True):
@@ -162,36 +153,34 @@ def _counts_of(selected: Selected, caches: Caches | None, shard: int) -> list[in
     folder, name = selected.folder, selected.tars[shard].name
     rows: Sequence[Sequence[int]]
     if selected.is_sorted:
-        rows = selected.rows(shard, read_shapes(folder, name))
+        rows = selected.rows(shard, folder.shapes(name))
     else:
-        rows = [read_kept_record(folder, selected.selection, name).kept]
+        rows = [folder.kept_record(selected.selection, name).kept]
     if caches is None:
         return [len(bucket) for bucket in rows]
     return [len(bucket.samples) for bucket in cached_rows(folder, caches, name, rows)]
 
 
-def _check_files(folder: Path, below: str, files: Sequence[tuple[str, int]]) -> None:
-    """Refuse files that are missing, or of another size than was indexed."""
-    root = str(folder / below)
-    faults = [fault for fault in _in_threads(partial(_fault, root), files) if fault is not None]
+def _check_files(folder: PreparedFolder, files: Sequence[tuple[Path, int]]) -> None:
+    faults = [fault for fault in _in_threads(_fault, files) if fault is not None]
     if faults:
         more = f" (and {len(faults) - 1} more of {len(files)} files)" if len(faults) > 1 else ""
         raise PreparedError(
-            f"{root}/{faults[0]}{more}. Bring back what was indexed, or prepare it again and end "
+            f"{faults[0]}{more}. Bring back what was indexed, or prepare it again and end "
             f"with: sfumato prepare out={folder} stages=[index]"
         )
 
 
-def _fault(root: str, file: tuple[str, int]) -> str | None:
-    name, size = file
+def _fault(file: tuple[Path, int]) -> str | None:
+    path, size = file
     try:
-        actual = os.stat(f"{root}/{name}").st_size  # noqa: PTH116, quicker by the million
+        actual = os.stat(path).st_size  # noqa: PTH116, quicker by the million
     except FileNotFoundError:
-        return f"{name} is missing, though {INDEX} lists it"
+        return f"{path} is missing, though {INDEX} lists it"
     except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
+        return f"{path} cannot be read ({error.strerror})"
     if actual != size:
-        return f"{name} has {actual} bytes, and had {size} when it was indexed"
+        return f"{path} has {actual} bytes, and had {size} when it was indexed"
     return None
 
 
@@ -201,6 +190,5 @@ def _in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterat
     def several(first: int) -> list[Result]:
         return [work(item) for item in items[first : first + _AT_ONCE]]
 
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for results in threads.map(several, range(0, len(items), _AT_ONCE)):
-            yield from results
+    for results in ahead(several, range(0, len(items), _AT_ONCE), _THREADS, 2 * _THREADS):
+        yield from results

@@ -1,33 +1,16 @@
-"""Format of a prepared folder: tars, selections of their samples, caches, and their records.
-
-shards/000000.tar            uniform WebDataset tars
-shards/000000.json           TarRecord: what is in it, and where
-selections/NAME/000000.json  KeptRecord: which of its samples a filter keeps
-cache/moments-KEY/000000.safetensors (and .json)   latents' moments of the kept samples
-cache/moments-KEY/manifest.json     {"format": 1, "kind": "moments", ...identity}
-cache/text-KEY/000000.safetensors (and .json)      their captions' states
-cache/text-KEY/manifest.json        {"format": 1, "kind": "text", ...identity}
-cache/text-KEY/empty.safetensors    the states of the empty prompt, one row
-index.json                   Index: what training opens, and every sample's bin
-
-KEY is the first 16 hex digits of the SHA-256 of the identity as sorted, compact JSON.
-"""
+"""Records of a prepared folder; folder.py says where each lies."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sfumato.files import digest
-from sfumato.records import read_record
+from sfumato.files import digest, write_text
 
-Record = TypeVar("Record")
-SHARDS, SELECTIONS, CACHE, INDEX = "shards", "selections", "cache", "index.json"
-MANIFEST, EMPTY = "manifest.json", "empty.safetensors"
-UNFINISHED = ".unfinished"  # in shards/, while they are packed
 FORMAT = 1
 _KEY_DIGITS = 16
+_HALF = 32  # hex digits of each half of `made_of` of a shard of a cache
 
 
 class PreparedError(ValueError):
@@ -189,56 +172,27 @@ class CacheIdentity:
         return f"text-{cache_key(self.text)}"
 
 
-# Readers; each raises a PreparedError where the file is missing, damaged or of another format
-
-
-def read_index(folder: Path) -> Index:
-    """Read index.json of a prepared folder."""
-    if not (folder / INDEX).exists():
-        raise PreparedError(
-            f"{folder} has no {INDEX}, so it is no prepared folder, or not prepared to the end; "
-            f"run: sfumato prepare out={folder} stages=[index]"
-        )
-    return _read(folder / INDEX, Index)
-
-
-def read_tar_record(folder: Path, name: str) -> TarRecord:
-    """Read what is in one tar of a prepared folder."""
-    return _read(folder / SHARDS / f"{name}.json", TarRecord)
-
-
-def read_shapes(folder: Path, name: str) -> Shapes:
-    """Read height and width of each sample of a tar, and nothing else."""
-    return _read(folder / SHARDS / f"{name}.json", Shapes)
-
-
-def read_kept_record(folder: Path, selection: str, name: str) -> KeptRecord:
-    """Read what a selection keeps of one tar."""
-    return _read(folder / SELECTIONS / selection / f"{name}.json", KeptRecord)
-
-
-def read_cached_record(folder: Path, cache: str, name: str) -> CachedRecord:
-    """Read what one shard of a cache (moments-KEY or text-KEY) holds."""
-    return _read(folder / CACHE / cache / f"{name}.json", CachedRecord)
-
-
-def read_fields(path: Path) -> dict[str, Any]:
-    """Return the object in a record's file, without its format; such as a cache's manifest."""
-    fields: dict[str, Any] = _read(path, dict)
-    return {key: value for key, value in fields.items() if key != "format"}
-
-
 def record_text(record: TarRecord | KeptRecord | CachedRecord | Index) -> str:
     """Return a record as the text of its file: the same record is the same text."""
     content = {"format": FORMAT, **asdict(record)}
     return json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":")) + "\n"
 
 
+def write_record(path: Path, record: TarRecord | KeptRecord | CachedRecord | Index) -> None:
+    """Write a record whole, or raise a PreparedError."""
+    write_text(path, record_text(record), failure=PreparedError)
+
+
+def made_of(cache: str, tar: TarRecord, samples: Sequence[int]) -> str:
+    """Return a hash in two halves: of tar and cache, and of the encoded samples."""
+    return digest([tar.sha256, cache])[:_HALF] + digest(list(samples))[:_HALF]
+
+
+def is_of(cache: str, cached: CachedRecord, tar: TarRecord) -> bool:
+    """Tell whether a shard of a cache was encoded from this very tar, whichever samples of it."""
+    return cached.made_of[:_HALF] == made_of(cache, tar, ())[:_HALF]
+
+
 def cache_key(identity: Mapping[str, Any]) -> str:
     """Return the hash that a cache's folder is named after."""
     return digest(identity)[:_KEY_DIGITS]
-
-
-def _read(path: Path, kind: type[Record]) -> Record:
-    advice = "remove it, if it is there, and run the same sfumato prepare again"
-    return read_record(path, kind, advice, version=FORMAT, failure=PreparedError)

@@ -11,7 +11,7 @@ from sfumato.data.decode import Bounds
 from sfumato.data.epochs import RowPick, ShardEpochs
 from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Guard, Pool, PoolOrder
-from sfumato.data.pools import SourceShare, bucket_sizes, build_pools, check_size
+from sfumato.data.pools import SourceShare, build_pools
 from sfumato.data.prepared.cache import CacheReader, find_caches
 from sfumato.data.prepared.check import (
     check_caches,
@@ -20,14 +20,13 @@ from sfumato.data.prepared.check import (
     count_sorted,
     select,
 )
-from sfumato.data.prepared.format import CacheIdentity, read_tar_record
+from sfumato.data.prepared.format import CacheIdentity
 from sfumato.data.prepared.tars import Selected, TarReader
-from sfumato.data.sample import Sample, Size
+from sfumato.data.sample import Choices, Sample
 from sfumato.data.settings import checked_sources, choices_of
 from sfumato.data.stream import OrderedStream
 from sfumato.files import digest
 
-KEY = "data.shards"
 _DIGITS = 16  # of fingerprints
 
 
@@ -90,14 +89,12 @@ def open_shards(
         ValueError: a setting is impossible, a folder is incomplete, a shard vanished or changed
             since it was indexed, or no cache fits.
     """
-    named = check_shard_config(config)
-    check_size(height, width, divisor)
-    sizes = bucket_sizes(height, width, divisor) if config.buckets else ((height, width),)
-    log = SkipLog()
+    named = checked_sources("data.shards", config)
+    choices, log = choices_of(config, height, width, divisor), SkipLog()
     sources = [
-        _open_source(name, source, config, sizes, identity, log) for name, source in named.items()
+        _open_source(name, source, config, choices, identity, log) for name, source in named.items()
     ]
-    order = _order(config, sources, sizes, seed)
+    order = _order(config, sources, choices, seed)
     read = _reader([sources[index] for index in _repeated(sources)])
     return OrderedStream(order, read, log, workers=config.workers, prefetch=config.prefetch)
 
@@ -131,36 +128,25 @@ def first_captions(config: ShardDataConfig, count: int) -> list[str]:
         ValueError: as `open_shards`, of the folders and their selections.
     """
     captions: list[str] = []
-    for source in check_shard_config(config).values():
-        selected = select(source, choices_of(config, ((1, 1),)))
+    for source in checked_sources("data.shards", config).values():
+        selected = select(source, choices_of(config, 1, 1))
         for shard in selected.used:
             if len(captions) < count:
-                record = read_tar_record(selected.folder, selected.tars[shard].name)
+                record = selected.folder.tar_record(selected.tars[shard].name)
                 (rows,) = selected.rows(shard, record)
                 captions += [record.samples[row].captions[0] for row in rows]
     return captions[:count]
-
-
-def check_shard_config(config: ShardDataConfig) -> dict[str, ShardSourceConfig]:
-    """Return the sources by name; refuse impossible settings with a ValueError that names one."""
-    sources: dict[str, ShardSourceConfig] = checked_sources(KEY, config, config.sources)
-    if config.cached and config.crop == "random":
-        raise ValueError(
-            "data.shards.crop=random cannot be had from a cache, whose pictures were cropped in "
-            "the centre when they were encoded; set crop=center, or cached=false"
-        )
-    return sources
 
 
 def _open_source(
     name: str,
     source: ShardSourceConfig,
     config: ShardDataConfig,
-    sizes: tuple[Size, ...],
+    choices: Choices,
     identity: CacheIdentity | None,
     log: SkipLog,
 ) -> _Source:
-    selected = select(source, choices_of(config, sizes))
+    selected = select(source, choices)
     counts = count_sorted(selected, log)
     # While one window ends, prefetching is in the next: so no record is read twice.
     keep = 2 * (config.buffer + max(selected.counts))
@@ -183,7 +169,7 @@ def _repeated(sources: Sequence[_Source]) -> list[int]:
 
 
 def _order(
-    config: ShardDataConfig, sources: Sequence[_Source], sizes: Sequence[Size], seed: int
+    config: ShardDataConfig, sources: Sequence[_Source], choices: Choices, seed: int
 ) -> PoolOrder:
     def rows(key: str | None, bucket: int, chosen: Sequence[int]) -> ShardEpochs:
         """List the samples of one bucket; a source that is not chosen counts as empty."""
@@ -199,10 +185,10 @@ def _order(
 
     guards = _guards(config, sources, seed)
     shares = [source.share for source in sources]
-    if len(sizes) == 1 and all(share.weight is None for share in shares):
+    if len(choices.sizes) == 1 and all(share.weight is None for share in shares):
         pool = Pool("", 0, rows(None, 0, range(len(sources))), 1.0)
         return PoolOrder([pool], guards=guards)
-    return PoolOrder(build_pools(shares, sizes, rows), name="pools", guards=guards)
+    return PoolOrder(build_pools(shares, choices.sizes, rows), name="pools", guards=guards)
 
 
 def _guards(config: ShardDataConfig, sources: Sequence[_Source], seed: int) -> dict[str, Guard]:
@@ -226,8 +212,9 @@ def _guards(config: ShardDataConfig, sources: Sequence[_Source], seed: int) -> d
 
 def _fingerprint(selected: Selected, counts: Sequence[Sequence[int]]) -> str:
     """Return a hash of the samples that are read; raw and cached ones are the same samples."""
-    kept, bounds = selected.index.kept.get(selected.selection, ""), selected.choices.bounds
-    samples = hashlib.sha256(f"{selected.selection}\0{kept}".encode())
+    kept_hash = selected.index.kept.get(selected.selection, "")
+    bounds = selected.choices.bounds
+    samples = hashlib.sha256(f"{selected.selection}\0{kept_hash}".encode())
     for tar, count in zip(selected.tars, map(sum, zip(*counts, strict=True)), strict=True):
         if count:
             samples.update(f"\0{tar.name}/{tar.sha256}/{count}".encode())

@@ -1,6 +1,6 @@
 """Reader of pictures out of prepared tars.
 
-The records of a shard are read when it is first met, and kept as long as its window lasts.
+The records of a shard are read when it is first met, and stay in memory for its window.
 """
 
 import threading
@@ -14,16 +14,14 @@ from sfumato.data.decode import Bounds
 from sfumato.data.entries import Entry, SpanBlob
 from sfumato.data.epochs import RowPick
 from sfumato.data.pools import nearest
+from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import (
-    SHARDS,
     Index,
     IndexedShard,
     Member,
     PreparedError,
     Shapes,
     TarRecord,
-    read_kept_record,
-    read_tar_record,
 )
 from sfumato.data.sample import Choices, Sample
 
@@ -42,7 +40,7 @@ class Selected:
         choices: how samples are made: in which sizes, and of which pictures.
     """
 
-    folder: Path
+    folder: PreparedFolder
     selection: str
     index: Index
     choices: Choices
@@ -69,7 +67,7 @@ class Selected:
 
     def tar(self, shard: int) -> Path:
         """Return the file of a shard."""
-        return self.folder / SHARDS / f"{self.tars[shard].name}.tar"
+        return self.folder.tar(self.tars[shard].name)
 
     def rows(self, shard: int, record: TarRecord | Shapes) -> list[list[int]]:
         """Return which samples of a shard are read, by bucket: indices into its tar.
@@ -78,20 +76,20 @@ class Selected:
             PreparedError: the records are missing, damaged, or not those that were indexed.
         """
         tar, samples = self.tars[shard], record.samples
-        kept = read_kept_record(self.folder, self.selection, tar.name).kept
-        inside = all(0 <= index < len(samples) for index in kept)
-        if record.sha256 != tar.sha256 or len(kept) != self.counts[shard] or not inside:
+        indices = self.folder.kept_record(self.selection, tar.name).kept
+        inside = all(0 <= index < len(samples) for index in indices)
+        if record.sha256 != tar.sha256 or len(indices) != self.counts[shard] or not inside:
             raise PreparedError(
                 f"shard {tar.name} of {self.folder} is not the one that was indexed: the selection "
-                f"{self.selection!r} keeps {len(kept)} of its {len(samples)} samples, not "
+                f"{self.selection!r} keeps {len(indices)} of its {len(samples)} samples, not "
                 f"{self.counts[shard]}, or its records were written again; run: sfumato prepare "
                 f"out={self.folder} stages=[index], and start a new run"
             )
         if not self.is_sorted:
-            return [list(kept)]
+            return [list(indices)]
         sizes, bounds = self.choices.sizes, self.choices.bounds
         buckets: list[list[int]] = [[] for _ in sizes]
-        for index in kept:
+        for index in indices:
             height, width = samples[index].height, samples[index].width
             if min(height, width) >= bounds.smallest and height * width <= bounds.pixels:
                 buckets[nearest((height, width), sizes)].append(index)
@@ -139,7 +137,7 @@ class TarReader:
         return self._selected.choices.sample(entry, pick.bucket, pick.seed)
 
     def _load(self, shard: int) -> list[list[Member]]:
-        record = read_tar_record(self._selected.folder, self._selected.tars[shard].name)
+        record = self._selected.folder.tar_record(self._selected.tars[shard].name)
         rows = self._selected.rows(shard, record)
         self._selected.check(shard, rows, self._counts, "index")
         return [[record.samples[index] for index in bucket] for bucket in rows]
@@ -166,7 +164,7 @@ class LruCache(Generic[Value]):
         self._loading = tuple(threading.Lock() for _ in range(_LOCKS))
 
     def get(self, *key: int) -> Value:
-        """Return the value of a key; what loading raises is raised, and nothing is kept."""
+        """Return the value of a key; an error of loading is raised, and nothing is stored."""
         held = self._look(key)
         if held is not None:
             return held[0]

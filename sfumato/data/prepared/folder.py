@@ -1,0 +1,131 @@
+"""Layout of a prepared folder: where its tars, selections, caches and records lie.
+
+shards/000000.tar            uniform WebDataset tars
+shards/000000.json           TarRecord: what is in it, and where
+selections/NAME/000000.json  KeptRecord: which of its samples a filter keeps
+cache/moments-KEY/000000.safetensors (and .json)   latents' moments of the kept samples
+cache/moments-KEY/manifest.json     {"format": 1, "kind": "moments", ...identity}
+cache/text-KEY/000000.safetensors (and .json)      their captions' states
+cache/text-KEY/manifest.json        {"format": 1, "kind": "text", ...identity}
+cache/text-KEY/empty.safetensors    the states of the empty prompt, one row
+index.json                   Index: what training opens, and every sample's bin
+
+KEY is the first 16 hex digits of the SHA-256 of the identity as sorted, compact JSON.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sfumato.data.prepared.format import (
+    FORMAT,
+    CachedRecord,
+    Index,
+    KeptRecord,
+    PreparedError,
+    Shapes,
+    TarRecord,
+)
+from sfumato.records import read_record
+
+Record = TypeVar("Record")
+SHARDS, SELECTIONS, CACHE, INDEX = "shards", "selections", "cache", "index.json"
+MANIFEST, EMPTY = "manifest.json", "empty.safetensors"
+UNFINISHED = ".unfinished"  # in shards/, while they are packed
+
+
+@dataclass(frozen=True)
+class PreparedFolder:
+    """Paths and records below a folder; each record is checked when it is read.
+
+    Reading a record raises a PreparedError where the file is missing, damaged or of another format.
+    """
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def shards(self) -> Path:
+        """The folder of the tars."""
+        return self.path / SHARDS
+
+    def selection(self, name: str) -> Path:
+        """Return the folder of a selection."""
+        return self.path / SELECTIONS / name
+
+    def cache(self, name: str) -> Path:
+        """Return the folder of a cache, moments-KEY or text-KEY."""
+        return self.path / CACHE / name
+
+    def tar(self, name: str) -> Path:
+        """Return the file of a tar."""
+        return self.shards / f"{name}.tar"
+
+    def tensors(self, cache: str, name: str) -> Path:
+        """Return the file of one shard of a cache."""
+        return self.cache(cache) / f"{name}.safetensors"
+
+    def index(self) -> Index:
+        """Read the index."""
+        if not (self.path / INDEX).exists():
+            raise PreparedError(
+                f"{self} has no {INDEX}, so it is no prepared folder, or not prepared to the end; "
+                f"run: sfumato prepare out={self} stages=[index]"
+            )
+        return _read(self.path / INDEX, Index)
+
+    def tar_record(self, name: str) -> TarRecord:
+        """Read what is in a tar."""
+        return _read(self.shards / f"{name}.json", TarRecord)
+
+    def shapes(self, name: str) -> Shapes:
+        """Read height and width of each sample of a tar, and nothing else."""
+        return _read(self.shards / f"{name}.json", Shapes)
+
+    def kept_record(self, selection: str, name: str) -> KeptRecord:
+        """Read what a selection keeps of a tar."""
+        return _read(self.selection(selection) / f"{name}.json", KeptRecord)
+
+    def cached_record(self, cache: str, name: str) -> CachedRecord:
+        """Read what one shard of a cache holds."""
+        return _read(self.cache(cache) / f"{name}.json", CachedRecord)
+
+    def manifest(self, cache: str) -> tuple[str | None, dict[str, Any]]:
+        """Read kind and identity of a cache."""
+        fields: dict[str, Any] = _read(self.cache(cache) / MANIFEST, dict)
+        identity = {key: value for key, value in fields.items() if key not in ("format", "kind")}
+        return fields.get("kind"), identity
+
+    def tar_names(self) -> list[str]:
+        """Return the names of the packed tars, in order.
+
+        Raises:
+            PreparedError: there is none, or not all of them.
+        """
+        if (self.shards / UNFINISHED).exists():
+            raise PreparedError(
+                f"packing into {self} was not finished; run the same sfumato prepare with its "
+                "stage pack, which resumes"
+            )
+        names = sorted(path.stem for path in self.shards.glob("[!.]*.json"))
+        if not names:
+            raise PreparedError(
+                f"{self} holds no packed tars; run: sfumato prepare out={self} stages=[pack] with "
+                "pack.path=FOLDER or after a download"
+            )
+        return names
+
+    def selection_names(self) -> list[str]:
+        """Return the names of the selections, sorted."""
+        return sorted(path.name for path in self.selection("").glob("[!.]*") if path.is_dir())
+
+    def cache_names(self) -> list[str]:
+        """Return the folders of the caches that have a manifest, sorted."""
+        return sorted(path.parent.name for path in self.cache("").glob(f"[!.]*/{MANIFEST}"))
+
+
+def _read(path: Path, kind: type[Record]) -> Record:
+    advice = "remove it, if it is there, and run the same sfumato prepare again"
+    return read_record(path, kind, advice, version=FORMAT, failure=PreparedError)
