@@ -232,7 +232,7 @@ def test_a_killed_process_leaves_no_folder_behind_its_name(
     config = of_parts(unet, sd_folder, clip)
 
     def die() -> None:
-        monkeypatch.setattr("sfumato.files._place_first", lambda *_: os._exit(9))
+        monkeypatch.setattr("sfumato.files._exchange", lambda *_, **__: os._exit(9))
         find_family(config)
 
     assert in_child(die) == 9
