@@ -77,10 +77,8 @@ class Differences:
     def _reason(self) -> str:
         """Name the likely cause as a sentence, or return no text."""
         for prefix, wrapper in WRAPPERS.items():
-            if self.missing and all(name.startswith(prefix) for name in self.unexpected):
-                bare = {name.removeprefix(prefix) for name in self.unexpected}
-                if bare & set(self.missing):
-                    return f"Its names begin with {prefix!r}, as {wrapper} writes them. "
+            if self.unexpected and all(name.startswith(prefix) for name in self.unexpected):
+                return f"Its names begin with {prefix!r}, as {wrapper} writes them. "
         if self.shapes and not self.missing and not self.unexpected:
             return "Its settings are of a network of another width. "
         if self.missing and not self.unexpected:

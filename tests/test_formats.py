@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_sd import write_tiny_sd
 
 from sfumato.config import ModelConfig, SamplerConfig
-from sfumato.models.formats import copy_frozen, find_model, read_model_index
+from sfumato.models.formats import VARIANT, copy_frozen, find_model, read_model_index
 from sfumato.models.registry import find_family, load_model
 from sfumato.models.stable_diffusion import StableDiffusion
 
@@ -119,7 +119,7 @@ def test_unreadable_component_is_an_error_of_one_line(
     sd_copy: Path, damage: Callable[[Path], object]
 ):
     damage(sd_copy)
-    expected = r"could not be read as StableDiffusionPipeline: .+"
+    expected = r"(vae|text_encoder) of model\.pretrained: .+ (could not be read|does not fit)"
     with pytest.raises(ValueError, match=expected) as caught:
         load(sd_copy)
     assert str(sd_copy) in str(caught.value)
@@ -221,8 +221,27 @@ def test_variant_names_the_files(sd_copy: Path):
         file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
     model = load_model(ModelConfig(str(sd_copy), variant="fp16"))
     assert model.image_size() == (32, 32)
-    with pytest.raises(ValueError, match="could not be read as StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match=r"the variants fp16.+set model\.variant=fp16"):
         load(sd_copy)
+    with pytest.raises(ValueError, match=r"model\.variant = bf16; set model\.variant=fp16"):
+        load_model(ModelConfig(str(sd_copy), variant="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("model.safetensors", None),
+        ("model-00001-of-00002.safetensors", None),
+        ("model.safetensors.index.json", None),
+        ("model.fp16.safetensors", "fp16"),
+        ("model.fp16-00001-of-00002.safetensors", "fp16"),
+        ("diffusion_pytorch_model.non_ema.safetensors", "non_ema"),
+        ("model.safetensors.index.fp16.json", "fp16"),
+    ],
+)
+def test_a_variant_is_read_from_a_files_name(name: str, variant: str | None):
+    match = VARIANT.fullmatch(name)
+    assert (match and match[1]) == variant
 
 
 def test_frozen_parts_are_copied_byte_for_byte(sd_copy: Path, tmp_path: Path):

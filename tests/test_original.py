@@ -285,10 +285,10 @@ def test_what_does_not_fit_is_listed(tmp_path: Path):
     save_file(state, file)
     with pytest.raises(ValueError) as caught:
         started("sd1", settings(file))
-    shown = ", ".join(key.removeprefix(PREFIX) for key in lost[:10])
+    shown = ", ".join(key.removeprefix(PREFIX) for key in lost[:3])
     message = str(caught.value)
     assert message.startswith(f"model.network.from_pretrained = {str(file)!r} does not fit")
-    assert f"{len(lost)} weights are missing ({shown});" in message
+    assert f"{len(lost)} weights are missing ({shown}, ...);" in message
     assert "1 weights are unexpected (label_emb.0.0.weight);" in message
     assert "1 weights are of another shape (out.2.bias: (9,) in the file, (4,) " in message
     assert len(lost) == 10

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from sfumato import files
 from sfumato.config import ModelConfig
 from sfumato.weights import hide_progress_bars
 
+LIBRARIES = ("diffusers", "transformers")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# A file of weights has its variant after the first dot, an index before the last.
+VARIANT = re.compile(r"\w+\.(?:safetensors\.index\.)?(?!safetensors|index)(\w+)[.-].+")
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt")
 
@@ -93,6 +96,7 @@ def check_components(
     classes: Mapping[str, str],
     *,
     allow_pickle: bool,
+    variant: str | None = None,
     blank: str | None = None,
 ) -> None:
     """Check that model_index.json and the folder have each component.
@@ -135,7 +139,25 @@ def check_components(
                 "the model again"
             )
         if config == "config.json" and name != blank:
-            _check_weights(part, allow_pickle=allow_pickle)
+            _check_weights(part, allow_pickle=allow_pickle, variant=variant)
+
+
+def check_libraries(folder: Path, unused: Collection[str]) -> None:
+    """Refuse a folder whose model_index.json names a library of somebody else.
+
+    Args:
+        unused: components that the family never reads.
+
+    Raises:
+        ValueError: naming the component and the library.
+    """
+    for name, entry in read_model_index(folder).items():
+        is_part = isinstance(entry, list) and name not in unused
+        if is_part and entry[:1] not in ([None], *([library] for library in LIBRARIES)):
+            raise ValueError(
+                f"{folder / 'model_index.json'}: {name} is {entry}, and only classes of "
+                f"{' and '.join(LIBRARIES)} are imported; remove the entry, or give another release"
+            )
 
 
 def check_class(folder: Path, entry: object, name: str, known: str) -> None:
@@ -149,8 +171,7 @@ def check_class(folder: Path, entry: object, name: str, known: str) -> None:
     """
     if entry in (None, [None, None]):
         return  # whether the component may be missing is checked elsewhere
-    libraries = ("diffusers", "transformers")
-    is_pair = isinstance(entry, list) and len(entry) == 2 and entry[0] in libraries
+    is_pair = isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES
     if is_pair and str(entry[1]).removesuffix("Fast") == known:
         return
     raise ValueError(
@@ -159,8 +180,15 @@ def check_class(folder: Path, entry: object, name: str, known: str) -> None:
     )
 
 
-def _check_weights(part: Path, *, allow_pickle: bool) -> None:
-    if any(list(part.glob(pattern)) for pattern in WEIGHTS):
+def _check_weights(part: Path, *, allow_pickle: bool, variant: str | None) -> None:
+    files = [path.name for pattern in WEIGHTS for path in part.glob(pattern)]
+    variants = sorted({match[1] for name in files if (match := VARIANT.fullmatch(name))})
+    if files and variant not in variants and all(map(VARIANT.fullmatch, files)):
+        raise ValueError(
+            f"{part} has only weights of the variants {', '.join(variants)}, and model.variant = "
+            f"{variant}; set model.variant={variants[0]}"
+        )
+    if files:
         return
     pickles = [path.name for pattern in PICKLES for path in part.glob(pattern)]
     if pickles and not allow_pickle:

@@ -14,6 +14,7 @@ from sfumato.models.agreement import check_fits, check_noise, check_read, check_
 from sfumato.models.formats import (
     check_class,
     check_components,
+    check_libraries,
     check_scheduler,
     read_json,
     read_model_index,
@@ -41,8 +42,14 @@ def check_family(
     """
     blank = family.network_name if config.network.config is not None else None
     components = family.components(folder)
+    check_libraries(folder, family.unused)
     check_components(
-        folder, components, family.classes, allow_pickle=config.allow_pickle, blank=blank
+        folder,
+        components,
+        family.classes,
+        allow_pickle=config.allow_pickle,
+        variant=config.variant,
+        blank=blank,
     )
     check_scheduler(folder, family.schedulers)
     _check_agreement(family, folder, components)

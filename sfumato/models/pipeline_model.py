@@ -156,13 +156,9 @@ class PipelineModel(TextToImageModel):
 
     @classmethod
     def left_out(cls, folder: Path) -> dict[str, Any]:
-        """Return from_pretrained's arguments that leave out all but the family's components.
-
-        diffusers imports the module that model_index.json names for each part that it reads.
-        """
-        parts = {n for n, entry in read_model_index(folder).items() if isinstance(entry, list)}
-        absent = (parts | cls.optional).difference(cls.components(folder))
-        return {**dict.fromkeys(absent), **cls.unused}
+        """Return from_pretrained's arguments that leave out what is unused or not there."""
+        absent = cls.optional.difference(cls.components(folder))
+        return {**cls.unused, **dict.fromkeys(absent)}
 
     @classmethod
     def read_tokens(cls, folder: Path) -> dict[str, int]:

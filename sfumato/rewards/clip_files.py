@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sfumato.files import fetch, read_object
+from sfumato.weights import load_whole
 
 if TYPE_CHECKING:
     import transformers
@@ -53,7 +54,7 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     Raises:
         ValueError: if a folder or a file is missing, unreadable, or of another kind of model.
     """
-    from transformers import CLIPTextConfig, CLIPVisionConfig
+    from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
     config = _read_config(_fetch(path_or_hub_id, _CONFIG))
     text, vision = config.text_config, config.vision_config
@@ -66,7 +67,9 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     tokenizer = _read_tokenizer(folder, text)
     image_size = _pixels(vision.image_size, (), f"image_size of {path_or_hub_id}")
     image_settings = _read_image_settings(folder, image_size)
-    model = _read_weights(_fetch(path_or_hub_id, _WEIGHTS))
+    model = load_whole(
+        CLIPModel, _fetch(path_or_hub_id, _WEIGHTS), "CLIPModel", use_safetensors=True
+    )
     return ClipParts(model, tokenizer, image_settings, text.max_position_embeddings)
 
 
@@ -192,24 +195,3 @@ def _pixels(value: object, keys: tuple[str, ...], what: str) -> int:
     raise ValueError(
         f"{what} is {value}; state one whole number of pixels, as published CLIP models do"
     )
-
-
-def _read_weights(folder: Path) -> "transformers.CLIPModel":
-    from safetensors import SafetensorError
-    from transformers import CLIPModel
-
-    try:
-        loaded: Any = CLIPModel.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"the weights in {folder} cannot be read ({error}); copy or download them again"
-        ) from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"the weights in {folder} lack {len(missing)} tensors of a CLIPModel, the first is "
-            f"{missing[0]}; save the whole model there"
-        )
-    return model

@@ -21,8 +21,8 @@ from sfumato.models.origins.original import (
 )
 from sfumato.models.origins.tensor_files import check_suffix, read_files, read_tensors
 from sfumato.models.origins.unets import build_network
+from sfumato.weights import differences, refuse_non_finite
 
-LISTED = 10
 NETWORKS = ("unet", "transformer")  # folders of the network in a diffusers folder
 DIFFUSERS_FILE = "diffusion_pytorch_model"
 
@@ -161,7 +161,10 @@ def start_network(network: nn.Module, name: str, config: ModelConfig) -> None:
     diffusers_names = {original: key for key, original in layout.items()}
     rename = (lambda key: key) if config.network.from_NeMo is False else nemo_to_original
     weights = {diffusers_names.get(rename(key), key): tensor for key, tensor in weights.items()}
-    _compare(weights, own, layout, source.setting)
+    advice = "give the weights of this network, or its settings as model.network.config"
+    advice += " (sd1, sd2 or a config.json)"
+    differences(weights, own, layout).refuse(source.setting, advice)
+    refuse_non_finite(weights.items(), source.setting)
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(weights[key])
@@ -192,36 +195,6 @@ def _layout(
         return original_names(own)
     except ValueError as error:
         raise ValueError(f"{setting} does not have the names of diffusers, and {error}") from error
-
-
-def _compare(
-    weights: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    layout: Mapping[str, str],
-    setting: str,
-) -> None:
-    """Refuse weights whose names or shapes are not exactly the network's."""
-    faults = {
-        "missing": [layout.get(key, key) for key in own if key not in weights],
-        "unexpected": [key for key in weights if key not in own],
-        "of another shape": [
-            f"{layout.get(key, key)}: {tuple(weights[key].shape)} in the file, "
-            f"{tuple(tensor.shape)} in the network"
-            for key, tensor in own.items()
-            if key in weights and weights[key].shape != tensor.shape
-        ],
-    }
-    complaints = [
-        f"{len(names)} weights are {fault} ({', '.join(names[:LISTED])}"
-        f"{', ...' if len(names) > LISTED else ''})"
-        for fault, names in faults.items()
-        if names
-    ]
-    if complaints:
-        raise ValueError(
-            f"{setting} does not fit the network: {'; '.join(complaints)}. Give the weights of "
-            "this network, or its settings as model.network.config (sd1, sd2 or a config.json)"
-        )
 
 
 def _read_checkpoint(source: Source, name: str, network: NetworkConfig) -> dict[str, Tensor]:
