@@ -280,13 +280,13 @@ def test_max_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Simple
     [("00:30", 30), ("01:02", 62), ("2:00:00", 7200), ("01:01:01:01", 90_061), ("90:00", 5400)],
 )
 def test_durations(text: str, seconds: float) -> None:
-    assert parse_duration(text) == seconds
+    assert parse_duration("training.max_time", text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "30", "1h", "1:2:3:4:5", "-1:00", "1:", "01:3.5", "a:b"])
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError, match=r"training\.max_time=.*MM:SS"):
-        parse_duration(text)
+        parse_duration("training.max_time", text)
 
 
 def test_a_damaged_checkpoint_stops_the_run(

@@ -215,7 +215,7 @@ AGREEMENTS = [
     ("stable_diffusion", "unet", {"time_cond_proj_dim": 32}, "time_cond_proj_dim = 32"),
     ("stable_diffusion", "unet", {"class_embed_type": "timestep"}, "class_embed_type = 'timestep'"),
     ("stable_diffusion", "unet", {"encoder_hid_dim": 8}, "encoder_hid_dim = 8"),
-    ("stable_diffusion", "unet", {"addition_embed_type": "text"}, "addition_embed_type = 'text'"),
+    ("stable_diffusion", "unet", {"addition_embed_type": "image"}, "addition_embed_type = 'image'"),
     ("stable_diffusion", "unet", {"attention_type": "gated"}, "attention_type = 'gated'"),
     ("stable_diffusion", "vae", {"latent_channels": 16}, "latent_channels in vae is 16"),
     ("stable_diffusion", "text_encoder", {"vocab_size": 5}, "vocab_size = 5"),

@@ -1,6 +1,6 @@
 """Check of a diffusers folder: the settings of its parts fit together; reads JSON files only."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,22 +45,23 @@ def _text(settings: Settings) -> Settings:
     return {**settings, **settings.get("text_config", {})}
 
 
-def check_read(folder: Path, component: str, unread: Settings) -> None:
+def check_inputs(folder: Path, component: str, supported: Mapping[str, Collection[Any]]) -> None:
     """Refuse settings of a network that ask for inputs which the family does not give.
 
     Args:
-        unread: the only value of each such key.
+        supported: the values of such keys that the family computes with, the default first.
 
     Raises:
         ValueError: naming the key.
     """
     file = folder / component / "config.json"
     settings = read_json(file)
-    for key, value in unread.items():
-        if settings.get(key, value) != value:
+    for key, values in supported.items():
+        if key in settings and settings[key] not in values:
             raise ValueError(
                 f"{file} states {key} = {settings[key]!r}, and this family computes with "
-                f"{value!r}; the images would differ from the release's, give another release"
+                f"{' or '.join(map(repr, values))}; the images would differ from the release's, "
+                "give another release"
             )
 
 

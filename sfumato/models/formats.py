@@ -171,8 +171,8 @@ def check_class(folder: Path, entry: object, name: str, known: str) -> None:
     """
     if entry in (None, [None, None]):
         return  # whether the component may be missing is checked elsewhere
-    is_pair = isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES
-    if is_pair and str(entry[1]).removesuffix("Fast") == known:
+    library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    if library in LIBRARIES and str(kind).removesuffix("Fast") == known:
         return
     raise ValueError(
         f"{folder / 'model_index.json'}: {name} is {entry}, and this family needs {known}; give a "

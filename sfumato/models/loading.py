@@ -10,7 +10,7 @@ from torch import nn
 
 from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.models.adapters import CopyRoles, FrozenRoles, LoraRoles, Roles
-from sfumato.models.agreement import check_fits, check_noise, check_read, check_tokenizer
+from sfumato.models.agreement import check_fits, check_inputs, check_noise, check_tokenizer
 from sfumato.models.formats import (
     check_class,
     check_components,
@@ -75,7 +75,7 @@ def _check_agreement(
     """Check that the parts of a folder fit together, and ask for no input that is not given."""
     names = (family.network_name, "vae", *family.encoders)
     settings = {n: read_json(folder / n / "config.json") if n in components else {} for n in names}
-    check_read(folder, family.network_name, family.unread)
+    check_inputs(folder, family.network_name, family.supported)
     check_fits(folder, family.fits(settings))
     check_noise(folder)
     for encoder in family.encoders:

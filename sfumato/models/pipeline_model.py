@@ -3,7 +3,7 @@
 import abc
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +62,7 @@ class PipelineModel(TextToImageModel):
     optional: ClassVar[frozenset[str]] = frozenset()  # what model_index.json may leave out
     upcast: ClassVar[tuple[str, ...]] = ()  # in float32 if their `force_upcast` says so
     unused: ClassVar[Mapping[str, Any]] = {}  # from_pretrained's arguments that switch parts off
-    unread: ClassVar[Mapping[str, Any]] = {}  # settings of the network that no input serves
+    supported: ClassVar[Mapping[str, Collection[Any]]] = {}  # values of settings that add inputs
     schedulers: ClassVar[str] = r"(?!EDM|FlowMatch).*"  # of the process, as a regular expression
     blocks: ClassVar[tuple[str, ...]]  # the network's attributes that are blocks, or lists of them
     lora_targets: ClassVar[Mapping[str, Sequence[str]]]  # the preset, by component

@@ -72,12 +72,9 @@ class QwenImage(PipelineModel):
     lora_targets: ClassVar = {"transformer": LINEAR}
     kohya = KohyaLayout({"transformer": "lora_unet"})
     blocks = ("transformer_blocks",)
-    unread: ClassVar = {
-        "guidance_embeds": False,
-        "zero_cond_t": False,
-        "use_additional_t_cond": False,
-        "use_layer3d_rope": False,
-    }
+    supported: ClassVar = dict.fromkeys(
+        ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"), (False,)
+    )
     repeated = frozenset({"QwenImageTransformerBlock"})
     combine = staticmethod(rescaled_guidance)
     process = RectifiedFlow()

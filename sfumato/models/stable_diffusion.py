@@ -18,15 +18,12 @@ from sfumato.models.schedules import ddim_of, table_index, table_times
 
 UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 UNET_REPEATED = frozenset({"BasicTransformerBlock", "ResnetBlock2D"})
-# Each of these asks for an input beside states and time, or changes how they are read.
-UNET_UNREAD = {
-    "time_cond_proj_dim": None,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "addition_embed_type": None,
-    "attention_type": "default",
+# Other values ask for inputs beside x_t, t and states; `text` reads the states once more.
+UNET_SUPPORTED = {
+    **dict.fromkeys(("time_cond_proj_dim", "class_embed_type", "num_class_embeds"), (None,)),
+    **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type"), (None,)),
+    "addition_embed_type": (None, "text"),
+    "attention_type": ("default",),
 }
 UNET_LINEAR = (
     r".*attn\d?\.to_[qkv]",
@@ -83,7 +80,7 @@ class StableDiffusion(PipelineModel):
     lora_targets: ClassVar = {"unet": UNET_LINEAR, "text_encoder": CLIP_ATTENTION}
     kohya = KohyaLayout({"unet": "lora_unet", "text_encoder": "lora_te"})
     blocks = UNET_BLOCKS
-    unread = UNET_UNREAD
+    supported: ClassVar = UNET_SUPPORTED
     repeated = UNET_REPEATED
     has_cfg = True
 

@@ -22,7 +22,7 @@ from sfumato.models.stable_diffusion import (
     UNET_BLOCKS,
     UNET_LINEAR,
     UNET_REPEATED,
-    UNET_UNREAD,
+    UNET_SUPPORTED,
     unet_fits,
     unet_limits,
 )
@@ -79,7 +79,7 @@ class StableDiffusionXL(PipelineModel):
         published_names,
     )
     blocks = UNET_BLOCKS
-    unread: ClassVar = {**UNET_UNREAD, "addition_embed_type": "text_time"}
+    supported: ClassVar = {**UNET_SUPPORTED, "addition_embed_type": ("text_time",)}
     repeated = UNET_REPEATED
     has_cfg = True
 
@@ -113,8 +113,8 @@ class StableDiffusionXL(PipelineModel):
             unet.get("addition_time_embed_dim"),
         )
         name = "projection_class_embeddings_input_dim in unet, less 6 addition_time_embed_dim,"
-        known = None not in (pooled, side)
-        pooled = pooled - 6 * side if known else None  # six sides of framing
+        if pooled is not None and side is not None:
+            pooled -= 6 * side  # six sides of framing
         yield sum_fit(settings, name, pooled, projection_dim=["text_encoder_2"])
 
     def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
