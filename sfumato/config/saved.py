@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "reward.gradient_checkpointing",
     "verify",
     "export",
+    "allow_changed",
     "runs_dir",
     "data.images.workers",
     "data.images.prefetch",

@@ -356,6 +356,7 @@ class TrainConfig:
     runs_dir: str = "runs"  # folder of all runs
     export: str = choice("last", "best")  # best has the lowest validation loss
     verify: bool = True  # load each export with diffusers and compare an image
+    allow_changed: list[str] = field(default_factory=list)  # settings whose files may be others now
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     objective: ObjectiveConfig = MISSING

@@ -26,10 +26,13 @@ from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
 from sfumato.models.registry import find_family, load_model
 from sfumato.run.build import build_scorer
+from sfumato.run.identity import contents_of, digests
 from sfumato.run.open_data import validation_prompts
 from sfumato.training.checkpoint import list_checkpoints, read_shown_weights, step_of
 from sfumato.training.folder import RunFolder
 from sfumato.training.state import load_weights
+
+MEASURING = ("model", "reward", "features")  # whose files the numbers of an evaluation depend on
 
 
 def default_device() -> torch.device:
@@ -129,7 +132,10 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     model = load_model(replace(settings, reference=True) if 0 in steps else without_start(settings))
     model.to(device)
     asked = (config.num_images, config.seed, config.batch_size, config.features)
-    results = evaluate(run, Study(model, trained, reward, prompts, *asked), steps)
+    contents = contents_of(trained, run.path, started=True)
+    contents |= digests({"features": config.features}, run.path)
+    read = {key: each for key, each in contents.items() if key.split(".")[0] in MEASURING}
+    results = evaluate(run, Study(model, trained, reward, prompts, *asked, contents=read), steps)
     for result in results:
         measured = [f"{result.diversity_label} {result.diversity:.4f}"]
         if result.reward is not None:

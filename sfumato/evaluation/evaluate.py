@@ -28,6 +28,7 @@ from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
 from sfumato.rewards.reward import Reward, Score
+from sfumato.run.identity import typed
 from sfumato.training.checkpoint import best_step, fingerprint, list_checkpoints, read_shown_weights
 from sfumato.training.distribution import AUTOCAST
 from sfumato.training.folder import RunFolder, json_lines, step_name
@@ -46,6 +47,7 @@ class Study:
         num_images: images per prompt, 2 or more.
         features: image features for diversity; see `build_distance`.
         held_out: scores that were not trained on: functions of images in [0, 1] and prompts.
+        contents: digests of the files of model, reward and features, by their settings.
     """
 
     model: TextToImageModel
@@ -57,6 +59,7 @@ class Study:
     batch_size: int
     features: str
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
+    contents: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def jobs(self) -> list[tuple[int, int]]:
@@ -75,14 +78,29 @@ class Study:
             "dtype": model.dtype,
             "precision": config.training.precision,
             "sampler": asdict(config.sampler),
-            "reward": scored if self.reward is not None else None,
+            "reward": _by_content(scored, "reward.", self.contents) if self.reward else None,
             "prompts": list(self.prompts),
             "num_images": self.num_images,
             "seed": self.seed,
             "features": self.features,
             "held_out": sorted(self.held_out),
+            "contents": dict(self.contents),
         }
+        if "model.pretrained" in self.contents:
+            plain["pretrained"] = "by content"
         return json.loads(json.dumps(plain))
+
+
+def _by_content(
+    settings: Mapping[str, Any], prefix: str, contents: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return settings without the paths whose content is known."""
+    return {
+        key: _by_content(value, f"{prefix}{key}.", contents)
+        if isinstance(value, dict)
+        else ("by content" if typed(f"{prefix}{key}") in contents else value)
+        for key, value in settings.items()
+    }
 
 
 def evaluate(run: RunFolder, study: Study, steps: Sequence[int]) -> list[Evaluation]:

@@ -14,6 +14,7 @@ from sfumato.models.origins import check_start
 from sfumato.models.registry import find_family
 from sfumato.run.build import Own, build_job, check_own
 from sfumato.run.export import export_run
+from sfumato.run.identity import contents_of, read_began, write_began
 from sfumato.run.open_data import open_data
 from sfumato.training.checkpoint import list_checkpoints, tidy
 from sfumato.training.distribution import Distribution
@@ -48,7 +49,7 @@ def train(
     with exclusive(folder, distribution):
         with distribution.together():
             if distribution.is_main:
-                prepare_folder(folder, settings)
+                prepare_folder(folder, config, settings)
         job = build_job(config, settings, own, data, distribution)
         outcome = fit(job, folder, distribution, watch)
         report_left_out(data.stream, folder, distribution)
@@ -85,22 +86,36 @@ def exclusive(folder: RunFolder, distribution: Distribution) -> Iterator[None]:
         yield
 
 
-def prepare_folder(folder: RunFolder, settings: dict[str, Any]) -> None:
-    """Clean up after a killed run and write config.yaml.
+def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, Any]) -> None:
+    """Clean up after a killed run and write config.yaml and what lies at its paths.
 
     Raises:
-        ValueError: if the folder holds a run of other settings; naming those that differ.
+        ValueError: if the folder holds a run of other settings, or of other files at its paths;
+            naming those that differ.
     """
     tidy(folder.checkpoints)
-    if folder.config.exists() and list_checkpoints(folder.checkpoints):
+    started = bool(list_checkpoints(folder.checkpoints))
+    contents = contents_of(config, folder.path, started=started)
+    if folder.config.exists() and started:
+        before = read_began(folder.path)
+        same = {key for key, content in contents.items() if before.get(key) == content}
         saved = read_saved(folder.path, "restore the file, or choose another name (name=...)")
-        if changed := differences(flatten(saved), flatten(settings)):
+        changed = differences(flatten(saved), flatten(settings))
+        if changed := {key: change for key, change in changed.items() if key not in same}:
             listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
             raise ValueError(
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
                 "(name=...), or remove the folder"
             )
+        others = [key for key in contents if key in before and key not in same]
+        if others := [key for key in others if key not in config.allow_changed]:
+            raise ValueError(
+                f"{folder.path} began with other files than those that lie now at "
+                f"{', '.join(others)}; restore them, choose another name (name=...), or go on with "
+                f"the changed files: allow_changed=[{','.join(others)}]"
+            )
     write_saved(folder.path, settings)
+    write_began(folder.path, contents)
 
 
 def report_left_out(stream: Stream[Any], folder: RunFolder, distribution: Distribution) -> None:
