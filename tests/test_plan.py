@@ -176,7 +176,8 @@ def test_what_fits_fits_and_one_row_more_does_not(sd_folder: Path):
 # --- Recipes, and the page
 
 
-@pytest.mark.parametrize("stage", STAGES)
+# v1.1 and v1.2 differ from v1.5 only in what they start from.
+@pytest.mark.parametrize("stage", [name for name in STAGES if name[-4:] not in ("v1_1", "v1_2")])
 def test_a_stage_is_planned_with_nothing_else_given(stage: str):
     given = [f"recipe=stable_diffusion/{stage}", "gpus=64"]
     if stage == STAGES[0]:

@@ -144,6 +144,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.nightly
 def test_compiled_blocks_train_like_the_others(
     tmp_path: Path, sd_folder: Path, captured: list[str]
 ) -> None:
