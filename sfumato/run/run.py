@@ -8,7 +8,7 @@ from typing import Any
 from sfumato.config import TrainConfig
 from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
-from sfumato.files import lock, write_text
+from sfumato.files import lock, refuse_link, write_text
 from sfumato.models.limits import Limits
 from sfumato.models.origins import check_start
 from sfumato.models.registry import find_family
@@ -89,8 +89,10 @@ def prepare_folder(folder: RunFolder, settings: dict[str, Any]) -> None:
     """Clean up after a killed run and write config.yaml.
 
     Raises:
-        ValueError: if the folder holds a run of other settings; naming those that differ.
+        ValueError: if the folder holds a run of other settings, naming those that differ, or a link
+            where the export is written.
     """
+    refuse_link(folder.export)
     tidy(folder.checkpoints)
     if folder.config.exists() and list_checkpoints(folder.checkpoints):
         saved = read_saved(folder.path, "restore the file, or choose another name (name=...)")
