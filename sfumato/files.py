@@ -2,6 +2,9 @@
 
 Nothing appears under its own name before it is complete: it is written beside its name, synced to
 the disk and renamed. A kill or a full disk leaves what was there before.
+
+A folder that is replaced has a record, .sfumato.json, of the files that Sfumato wrote. Only these
+are ever removed or overwritten.
 """
 
 import errno
@@ -9,17 +12,21 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
 
+RECORD = ".sfumato.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNFINISHED = re.compile(r"\.tmp-\d+(-[0-9a-f]{8})?(?P<old>-old)?")
 
 
 @contextmanager
@@ -53,26 +60,40 @@ def write_text(path: Path, text: str, *, failure: type[ValueError] = ValueError)
 
 @contextmanager
 def new_folder(
-    path: Path, *, shared: bool = False, failure: type[ValueError] = ValueError
+    path: Path,
+    *,
+    shared: bool = False,
+    older: Sequence[str] = (),
+    failure: type[ValueError] = ValueError,
 ) -> Iterator[Path]:
     """Give an empty folder to fill; it then replaces `path`. Files get the umask's mode.
 
-    Links to files elsewhere keep their mode.
+    Links to files elsewhere keep their mode. Files of others in `path` stay there.
 
     Args:
         shared: several processes may make the same folder at once; the first one's stays.
+        older: a file, then patterns; a folder with that file and without a record was written by an
+            older version, namely the files that the patterns match.
 
     Raises:
-        failure: something cannot be written; `path` is as it was.
+        failure: something cannot be written, `path` is a link, or a file of others has a name that
+            is needed; `path` is as it was.
     """
     unique = f"-{secrets.token_hex(4)}" if shared else ""
     beside = path.with_name(f".{path.name}.tmp-{os.getpid()}{unique}")
     with _writing(path, failure):
         try:
             if not shared:
+                refuse_link(path, failure=failure)
                 clear_unfinished(path)
             beside.mkdir(parents=True)
             yield beside
+            if not shared:
+                _record(beside, _files(beside))
+                if path.is_dir():
+                    others = others_in(path, older)
+                    _refuse_clash(beside, path, others, failure)
+                    _record(path, set(_files(path)).difference(others))
             mode = beside.stat().st_mode & 0o666
             for file in (file for file in beside.rglob("*") if file.is_file()):
                 if file.lstat().st_nlink == 1 and not file.is_symlink():
@@ -87,17 +108,72 @@ def new_folder(
 def clear_unfinished(path: Path) -> None:
     """Remove what a killed `new_folder` left beside `path`; bring back what it had put aside."""
     for stale in sorted(path.parent.glob(f".{path.name}.tmp-*")):
-        if stale.name.endswith("-old") and not path.exists():
+        match = _UNFINISHED.fullmatch(stale.name.removeprefix(f".{path.name}"))
+        if match is None or stale.is_symlink():
+            continue
+        if not match["old"]:
+            shutil.rmtree(stale, ignore_errors=True)
+        elif not path.exists():
             stale.rename(path)
         else:
-            shutil.rmtree(stale, ignore_errors=True)
+            _discard(stale, path)
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder; a kill leaves no half of it under its own name."""
+def remove_folder(path: Path, *, older: Sequence[str] = ()) -> None:
+    """Remove a folder of `new_folder`; a kill leaves no half of it under its own name.
+
+    Raises:
+        ValueError: it is a link, or holds files of others; it is as it was.
+    """
+    refuse_link(path)
+    refuse_others(path, older)
     hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     path.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def refuse_link(path: Path, *, failure: type[ValueError] = ValueError) -> None:
+    """Refuse to replace or remove what is a link, or a file where a folder should be.
+
+    Raises:
+        failure: naming it.
+    """
+    kind = "a symbolic link" if path.is_symlink() else "a file"
+    if path.is_symlink() or path.is_file():
+        raise failure(
+            f"{path} is {kind}, and Sfumato replaces and removes only folders that it made; move "
+            "it away and run the same command again"
+        )
+
+
+def refuse_others(
+    path: Path, older: Sequence[str] = (), *, failure: type[ValueError] = ValueError
+) -> None:
+    """Refuse a folder with files that Sfumato did not write.
+
+    Raises:
+        failure: naming the first.
+    """
+    if others := others_in(path, older):
+        raise failure(
+            f"{path} holds {others[0]}, which Sfumato did not write; move it away and run the "
+            "same command again"
+        )
+
+
+def others_in(path: Path, older: Sequence[str] = ()) -> list[str]:
+    """Return the relative paths of the files in a folder that Sfumato did not write, sorted.
+
+    Args:
+        older: as in `new_folder`.
+    """
+    if (path / RECORD).is_file():
+        content = parse_object((path / RECORD).read_bytes()) or {}
+        names = content.get("files")
+        own = {RECORD, *map(str, names if isinstance(names, list) else ())}
+        return [name for name in _files(path) if name not in own]
+    patterns = older if older and (path / older[0]).is_file() else ()
+    return [name for name in _files(path) if not any(fnmatchcase(name, p) for p in patterns)]
 
 
 def read_object(
@@ -257,7 +333,47 @@ def _exchange(beside: Path, path: Path, *, shared: bool) -> None:
             old.rename(path)
         if not (shared and path.is_dir()):
             raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        _discard(old, path)
+
+
+def _discard(old: Path, path: Path) -> None:
+    """Remove a replaced folder; the files of others in it go into the new one."""
+    if not (old / RECORD).is_file():
+        return
+    for name in others_in(old):
+        if os.path.lexists(path / name):
+            return
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (old / name).rename(path / name)
+    unfinished = old.with_name(old.name.removesuffix("-old"))
+    old.rename(unfinished)  # a kill while it is removed must not leave what looks like a folder
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the relative paths of all files and links, sorted."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _record(folder: Path, names: Collection[str]) -> None:
+    content = {"files": sorted(name for name in names if name != RECORD)}
+    write_text(folder / RECORD, json.dumps(content, indent=0) + "\n")
+
+
+def _refuse_clash(
+    beside: Path, path: Path, others: Collection[str], failure: type[ValueError]
+) -> None:
+    """Refuse new files and folders under the names of files of others, and the reverse."""
+    files = set(_files(beside))
+    folders = {str(parent) for name in files for parent in Path(name).parents}
+    for name in others:
+        if name in files | folders or not files.isdisjoint(map(str, Path(name).parents)):
+            raise failure(
+                f"{path / name} is in the way, and Sfumato did not write it; move it away and run "
+                "the same command again"
+            )
 
 
 def _sync(path: Path) -> None:

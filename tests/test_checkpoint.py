@@ -15,6 +15,7 @@ import torch
 from runs import in_child, kill, on_event
 from safetensors import SafetensorError
 
+from sfumato.files import RECORD
 from sfumato.training import checkpoint
 from sfumato.training.checkpoint import (
     CheckpointError,
@@ -95,7 +96,7 @@ def test_the_same_step_again_replaces_it(root: Path) -> None:
 def test_nothing_is_pickled(root: Path) -> None:
     """Read every file by its format's own description: JSON, or a JSON header and raw numbers."""
     place, expected = root / "step-000001", make(1)
-    assert {path.name for path in place.iterdir()} == {*FILES, "manifest.json"}
+    assert {path.name for path in place.iterdir()} == {*FILES, "manifest.json", RECORD}
     for name in ("state.json", "manifest.json"):
         json.loads((place / name).read_text())
     content = (place / "weights.safetensors").read_bytes()

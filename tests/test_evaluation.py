@@ -252,7 +252,7 @@ def test_done_steps_are_skipped_until_the_settings_change(
     reward = ColorReward("red")
     (run.path / "evaluation" / ".step-000000.tmp-1" / "images").mkdir(parents=True)
     first = evaluate(run, model, config, reward, [0], PROMPTS, **STUDY)
-    assert sorted(p.name for p in (run.path / "evaluation").iterdir()) == ["step-000000"]
+    assert sorted(p.name for p in (run.path / "evaluation").iterdir()) == [".lock", "step-000000"]
     written = (run.evaluation(0) / "summary.json").stat()
 
     again = evaluate(run, model, config, reward, [0], PROMPTS, **{**STUDY, "batch_size": 2})
@@ -275,7 +275,7 @@ def test_an_interrupted_step_leaves_nothing(
         evaluate(
             run, model, config, ColorReward("red"), [0], PROMPTS, held_out={"x": broken}, **STUDY
         )
-    assert list((run.path / "evaluation").iterdir()) == []
+    assert [p.name for p in (run.path / "evaluation").iterdir()] == [".lock"]
     assert read_evaluations(run) == []
 
 

@@ -97,7 +97,7 @@ def test_full_fine_tuning_exports_no_adapter(sd2_folder: Path, tmp_path: Path):
     model = trained(settings)
     lines = export(settings, checkpoint(tmp_path, model), tmp_path / "out", CPU, PROMPT)
     assert len(lines) == 2
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"pipeline", "original"}
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {"pipeline", "original"}
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     torch.testing.assert_close(their_image(pipeline), our_image(model), atol=1e-4, rtol=0)
     base = their_image(reference_pipeline(sd2_folder))

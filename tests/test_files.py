@@ -152,7 +152,7 @@ with new_folder(Path(sys.argv[1])) as beside:
 """
 
 
-@pytest.mark.parametrize(("renames", "content"), [(0, "old"), (1, "old"), (2, "new")])
+@pytest.mark.parametrize(("renames", "content"), [(0, "old"), (1, "old"), (2, "new"), (3, "new")])
 def test_a_kill_between_two_renames_loses_no_folder(
     tmp_path: Path, renames: int, content: str
 ) -> None:
@@ -160,7 +160,7 @@ def test_a_kill_between_two_renames_loses_no_folder(
     with new_folder(path) as beside:
         (beside / "a.txt").write_text("old")
     code = subprocess.run([sys.executable, "-c", KILLED, str(path), str(renames)], check=False)
-    assert code.returncode == (0 if renames == 2 else 9)
+    assert code.returncode == (0 if renames == 3 else 9)
     clear_unfinished(path)
     assert (path / "a.txt").read_text() == content
     assert names(tmp_path) == ["folder"]
@@ -187,8 +187,9 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
 
 
 def test_a_removed_folder_is_gone(tmp_path: Path) -> None:
-    fill(tmp_path, "a")
-    remove_folder(tmp_path / "inner")
+    with new_folder(tmp_path / "folder") as folder:
+        fill(folder, "a")
+    remove_folder(tmp_path / "folder")
     assert names(tmp_path) == []
 
 

@@ -10,8 +10,9 @@ from sfumato.compose import DEMO_MODELS, compose_train
 from sfumato.config import TrainConfig
 from sfumato.demo.reader import read_attributes
 from sfumato.demo.world import SHAPES, partial, random_scene
-from sfumato.evaluation.evaluate import Study, evaluate
-from sfumato.files import new_folder, write_text
+from sfumato.evaluation.evaluate import Study, evaluate, hold
+from sfumato.evaluation.results import OLDER
+from sfumato.files import RECORD, new_folder, write_text
 from sfumato.models.registry import load_model
 from sfumato.report.report import write_report
 from sfumato.rewards.build import build_reward
@@ -82,8 +83,9 @@ def run_demo(out: Path, *, seed: int = 0) -> Path | None:
 def evaluate_demo(config: TrainConfig, run: RunFolder, *, base: RunFolder, seed: int) -> None:
     """Score the base model and every checkpoint of a run on one open prompt per shape."""
     if run != base:  # every run has the same base model
-        with new_folder(run.evaluation(0)) as folder:
-            shutil.copytree(base.evaluation(0), folder, dirs_exist_ok=True)
+        with hold(run), new_folder(run.evaluation(0), older=OLDER) as folder:
+            leave = shutil.ignore_patterns(RECORD)
+            shutil.copytree(base.evaluation(0), folder, dirs_exist_ok=True, ignore=leave)
     model = load_model(config.model)
     reward = build_reward(config.reward)
     torch.manual_seed(seed)

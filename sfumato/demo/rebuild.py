@@ -21,7 +21,7 @@ from sfumato.demo.text import train_text
 from sfumato.demo.text_image import train_text_image
 from sfumato.demo.tokenizer import write_tokenizer
 from sfumato.demo.world import render
-from sfumato.files import new_folder, read_object, write_text
+from sfumato.files import RECORD, new_folder, read_object, refuse_others, write_text
 from sfumato.images import save_image
 from sfumato.launch.launch import launch
 
@@ -57,8 +57,9 @@ def rebuild(out: Path) -> None:
     """Train every model of the demo by recipe=ladder/demo, and write the package's to out/model.
 
     Raises:
-        ValueError: if a stage fails or is stopped.
+        ValueError: if a stage fails or is stopped, or out/model holds files of others.
     """
+    refuse_others(out / "model", _older(out))
     settings, _ = compose_command("launch", ["recipe=ladder/demo", f"given.out={out}"])
     if not launch(settings):
         raise ValueError("the rebuild was stopped; the same command continues it")
@@ -97,10 +98,11 @@ def run_stage(out: Path, name: str, count: int) -> None:
 def ship(out: Path) -> None:
     """Write the package's folders base, reward and text_image, with float16 weights."""
     model = out / "model"
-    with new_folder(model) as folder:
+    with new_folder(model, older=_older(out)) as folder:
         shutil.copytree(out / "runs" / "base_64" / "export" / "pipeline", folder / "base")
         for name in ("reward", "text_image"):
-            shutil.copytree(out / "parts" / name, folder / name)
+            leave = shutil.ignore_patterns(RECORD)
+            shutil.copytree(out / "parts" / name, folder / name, ignore=leave)
         for path in folder.rglob("*.safetensors"):
             halve(path)
         for path in folder.rglob("config.json"):
@@ -108,6 +110,12 @@ def ship(out: Path) -> None:
             settings.pop("_name_or_path", None)  # a path of this machine
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     print(f"the models are in {model}; copy them to sfumato/demo/model to ship them")
+
+
+def _older(out: Path) -> tuple[str, ...]:
+    """Return what an older version's rebuild wrote to out/model; see `new_folder`."""
+    marker = "base/model_index.json"
+    return (marker, "base/*", "reward/*", "text_image/*") if (out / "parts").is_dir() else ()
 
 
 def halve(path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -17,13 +17,14 @@ from sfumato.config import TrainConfig
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation.diversity import Distance, build_distance
 from sfumato.evaluation.results import (
+    OLDER,
     SCORES,
     SUMMARY,
     Evaluation,
     read_evaluation,
     read_evaluations,
 )
-from sfumato.files import new_folder
+from sfumato.files import lock, new_folder
 from sfumato.images import save_image
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
@@ -121,19 +122,29 @@ def evaluate(run: RunFolder, study: Study, steps: Sequence[int]) -> list[Evaluat
     settings, asked = study.settings(), sorted(set(steps))
     todo = [step for step in asked if not _is_current(run, step, settings)]
     checkpoints = {step: find_checkpoint(run, str(step)) for step in todo if step}
-    distance = build_distance(study.features, study.model.device) if todo else None
-    total = len(todo) * len(study.jobs)
-    with tqdm(total=total, unit="image", dynamic_ncols=True, disable=not todo) as bar:
-        for step in todo:
-            assert distance is not None
-            bar.set_description(f"{run.path.name} step {step}")
-            facts = {"checkpoint": None, "settings": settings}
-            if step:
-                facts["checkpoint"] = fingerprint(checkpoints[step])
-                load_weights(study.model, read_shown_weights(checkpoints[step]))
-            with new_folder(run.evaluation(step)) as folder:
-                _write_step(study, step, folder, distance, facts, bar)
+    if todo:
+        distance = build_distance(study.features, study.model.device)
+        total = len(todo) * len(study.jobs)
+        with hold(run), tqdm(total=total, unit="image", dynamic_ncols=True) as bar:
+            for step in todo:
+                bar.set_description(f"{run.path.name} step {step}")
+                facts = {"checkpoint": None, "settings": settings}
+                if step:
+                    facts["checkpoint"] = fingerprint(checkpoints[step])
+                    load_weights(study.model, read_shown_weights(checkpoints[step]))
+                with new_folder(run.evaluation(step), older=OLDER) as folder:
+                    _write_step(study, step, folder, distance, facts, bar)
     return [one for one in read_evaluations(run) if one.step in asked]
+
+
+def hold(run: RunFolder) -> IO[str]:
+    """Hold the evaluations of a run until the returned file is closed.
+
+    Raises:
+        ValueError: another process holds them, or their folder cannot be made.
+    """
+    busy = f"another sfumato evaluate works on {run.path}; wait for it and run the command again"
+    return lock(run.evaluation(0).parent, busy=busy, unmade="run it where you may write")
 
 
 def find_checkpoint(run: RunFolder, step: str | None) -> Path:

@@ -11,6 +11,7 @@ from sfumato.training.folder import RunFolder
 
 SUMMARY = "summary.json"
 SCORES = "scores.jsonl"
+OLDER = (SUMMARY, SUMMARY, SCORES, "images/[0-9]*-[0-9]*.png")  # see files.new_folder
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,11 @@ from sfumato.training.checkpoint import (
 from sfumato.training.folder import RunFolder, step_name
 from sfumato.training.state import load_weights
 
+NOTE = "export.json"
 VERIFY_STEPS = 4
 LARGEST_DIFFERENCE = 2e-3  # of a pixel, where nothing is rounded
 MEAN_DIFFERENCE = {"bfloat16": 0.02, "float16": 0.005}  # of all pixels, where weights are rounded
+_OLDER = ("pipeline/model_index.json", "pipeline/*", "lora/*", "original/*")
 
 
 class ExportError(ValueError):
@@ -50,7 +52,7 @@ def export_run(
         load: a script's own way to the model, if there is one.
     """
     folder = RunFolder.of(config)
-    note, path = folder.path / "export.json", chosen_checkpoint(config, folder)
+    note, path = folder.path / NOTE, chosen_checkpoint(config, folder)
     done: dict[str, Any] = {}
     if note.exists() and folder.export.exists():
         done = read_object(note, "remove it and run the same command again")
@@ -105,7 +107,8 @@ def export(
     network = replace(config.model.network, from_pretrained=None)
     model = load(replace(config.model, dtype="float32", network=network))
     load_weights(model, read_shown_weights(checkpoint))
-    with new_folder(folder, failure=ExportError) as beside:
+    older = _OLDER if (folder.parent / NOTE).exists() else ()
+    with new_folder(folder, older=older, failure=ExportError) as beside:
         names = _write(config, model, beside)
         lines = [_located(config, folder / name) for name in names]
         if config.verify:

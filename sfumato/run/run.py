@@ -8,7 +8,7 @@ from typing import Any
 from sfumato.config import TrainConfig
 from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
-from sfumato.files import lock, write_text
+from sfumato.files import lock, refuse_link, write_text
 from sfumato.models.limits import Limits
 from sfumato.models.origins import check_start
 from sfumato.models.registry import find_family
@@ -90,9 +90,10 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
     """Clean up after a killed run and write config.yaml and what lies at its paths.
 
     Raises:
-        ValueError: if the folder holds a run of other settings, or of other files at its paths;
-            naming those that differ.
+        ValueError: if the folder holds a run of other settings, or of other files at its paths,
+            naming those that differ; or a link where the export is written.
     """
+    refuse_link(folder.export)
     tidy(folder.checkpoints)
     started = bool(list_checkpoints(folder.checkpoints))
     contents = contents_of(config, folder.path, started=started)

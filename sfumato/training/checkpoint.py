@@ -5,6 +5,7 @@ with the SHA-256 of each file. Nothing is pickled.
 """
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from sfumato.training.folder import step_name
 
 TENSORS = ("weights", "ema", "optimizer")
 STATE, MANIFEST = "state.json", "manifest.json"
+_OLDER = (MANIFEST, MANIFEST, STATE, *(f"{name}.safetensors" for name in TENSORS))
 
 
 class CheckpointError(ValueError):
@@ -49,7 +51,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
     """
     path = root / step_name(snapshot.step)
     try:
-        with new_folder(path, failure=CheckpointError) as folder:
+        with new_folder(path, older=_OLDER, failure=CheckpointError) as folder:
             _write(folder, snapshot)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {_last_good(root)}") from error
@@ -144,6 +146,8 @@ def fingerprint(path: Path) -> str | None:
 def tidy(root: Path, keep: int | None = None, *, spare: int | None = None) -> None:
     """Finish or undo what a killed writer began; remove old checkpoints.
 
+    A link, or a checkpoint that somebody put files into, stays.
+
     Args:
         keep: how many of the newest stay; None keeps all.
         spare: a step that stays in any case.
@@ -152,7 +156,10 @@ def tidy(root: Path, keep: int | None = None, *, spare: int | None = None) -> No
         clear_unfinished(root / stale.name[1:].partition(".tmp-")[0])
     for path in list_checkpoints(root)[:-keep] if keep else []:
         if step_of(path) != spare:
-            remove_folder(path)
+            try:
+                remove_folder(path, older=_OLDER)
+            except ValueError as error:
+                print(f"an old checkpoint is not removed: {error}", file=sys.stderr)
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from sfumato.training.folder import RunFolder, json_lines, read_rows
 from sfumato.training.tracking import Trackers
 
 SIDES, PAIRS = ("tuned", "base"), "pairs.jsonl"
+_OLDER = (PAIRS, PAIRS, *(f"[0-9]*-{side}.png" for side in SIDES))
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Validation:
             for name, side in zip(SIDES, sides, strict=True):
                 if side.rewards is not None:
                     records[i][f"reward_{name}"] = side.rewards[i].item()
-        with new_folder(path) as folder:
+        with new_folder(path, older=_OLDER) as folder:
             for name, side in zip(SIDES, sides, strict=True):
                 for i, image in enumerate(side.images):
                     save_image(image, folder / f"{i:03d}-{name}.png")
