@@ -13,7 +13,7 @@ from sfumato.files import read_bytes, write_text
 # Bounds of a config.yaml, far above those of any run: it may come from a stranger.
 _LARGEST = 2**22  # bytes
 _SHOWN = 40  # characters of a key in messages
-_DEEPEST, _MOST = 32, 200_000  # levels, and values with those that aliases repeat
+_DEEPEST, _MOST = 32, 50_000  # levels, and values with those that aliases repeat
 
 # Settings that may differ in a resumed run: they change how it runs and ends, not its results.
 MAY_CHANGE = (
