@@ -248,14 +248,19 @@ def load_settings(file: Path) -> TrainConfig:
     try:
         root = OmegaConf.structured(TrainConfig)
         for group, choices in GROUPS.items():
+            if not isinstance(content.get(group), dict):
+                raise ValueError(f"{group} = {content.get(group)!r} holds no settings")
             kind = content[group]["kind"]
             if kind not in list(choices):  # a list has no hash
                 raise ValueError(f"{group}.kind = {kind!r}; there are {', '.join(choices)}")
             root[group] = choices[kind]
         return to_settings(OmegaConf.merge(root, _literal(content)))
     except (*COMPOSITION_ERRORS, LookupError, TypeError, ValueError) as error:
+        has_key = isinstance(error, OmegaConfBaseException) and error.full_key
+        reason = unreadable_value(str(error.full_key), error) if has_key else str(error)
         raise ValueError(
-            f"{file} is not a configuration of `sfumato train`: {first_line(str(error))}"
+            f"{file} is not a configuration of `sfumato train`: {first_line(reason)}; restore "
+            "the file, or correct it"
         ) from error
 
 

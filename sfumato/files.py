@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from safetensors import SafetensorError
 RECORD = ".sfumato.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNFINISHED = re.compile(r"\.tmp-\d+(-[0-9a-f]{8})?(?P<old>-old)?")
+_LARGEST = 2**30  # bytes of a file that is read into memory whole
 
 
 @contextmanager
@@ -195,14 +197,47 @@ def read_object(
 
 def read_json(path: Path, advice: str, *, failure: type[ValueError] = ValueError) -> Any:
     """Return the JSON value in a file; see `read_object`."""
+    content = read_bytes(path, advice, failure=failure)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise failure(f"{path} is damaged: it is not JSON ({error}); {advice}") from error
+
+
+def read_bytes(
+    path: Path, advice: str, *, most: int = _LARGEST, failure: type[ValueError] = ValueError
+) -> bytes:
+    """Return the bytes of a regular file; a pipe or a device could be read without an end.
+
+    Args:
+        advice: what to do about a bad file.
+        most: bytes that such a file has at most.
+
+    Raises:
+        failure: the file is missing, unreadable, larger, or no regular file; naming it.
+    """
+    try:
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise failure(f"{path} cannot be read (it is not a regular file); {advice}")
+        if status.st_size > most:
+            raise failure(
+                f"{path} has {status.st_size:,} bytes, more than the {most:,} of any such file; "
+                f"{advice}"
+            )
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise failure(f"{path} is missing; {advice}") from error
     except OSError as error:
         raise failure(f"{path} cannot be read ({error.strerror}); {advice}") from error
-    except (ValueError, RecursionError) as error:
-        raise failure(f"{path} is damaged: it is not JSON ({error}); {advice}") from error
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Say whether a path lies in a folder once all links are followed."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself; a NUL
+        return False
 
 
 def parse_object(text: str | bytes) -> dict[str, Any] | None:

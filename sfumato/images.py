@@ -22,6 +22,12 @@ def save_image(image: Float[Tensor, "3 H W"], file: Path) -> None:
 
 
 def load_images(files: Sequence[Path]) -> Float[Tensor, "b 3 H W"]:
-    """Read pictures of one size into [0, 1]."""
-    arrays = [np.array(Image.open(file).convert("RGB"), dtype=np.float32) / 255 for file in files]
+    """Read pictures of one size, which Sfumato wrote, into [0, 1]."""
+    arrays = [np.array(_open(file), dtype=np.float32) / 255 for file in files]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def _open(file: Path) -> Image.Image:
+    # Pillow reads many formats, some of them by starting other programs.
+    with Image.open(file, formats=("PNG", "JPEG")) as picture:
+        return picture.convert("RGB")

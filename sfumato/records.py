@@ -6,13 +6,16 @@ A record is a dataclass. Each field is checked against its type; unknown keys ar
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from sfumato.files import parse_object, read_json
+from sfumato.files import parse_object, read_bytes, read_json
 
 Record = TypeVar("Record")
+# Numbers that any arithmetic bears; NaN is not among them.
+Finite = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 _SHOWN = 80  # characters of a value in messages
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")  # of a key such as $.samples[3].offset
 
@@ -36,11 +39,11 @@ def read_record(
         failure: the file is missing, unreadable or no JSON, or a field is missing or of another
             type; the message names file, key and value.
     """
+    data = read_bytes(path, advice, failure=failure)
     try:
-        data = path.read_bytes()
         if version is None or _decoder(_Versioned).decode(data).format == version:
             return _decoder(kind).decode(data)
-    except (OSError, UnicodeError, RecursionError, msgspec.DecodeError):
+    except (UnicodeError, RecursionError, msgspec.DecodeError):
         pass  # Python's own reader says more about damaged files, and reads NaN.
     content = read_json(path, advice, failure=failure)
     if version is not None and isinstance(content, dict) and content.get("format") != version:
@@ -48,7 +51,7 @@ def read_record(
             f"{path} has format = {content.get('format')!r}, not {version}; another version of "
             f"Sfumato or another program wrote it; {advice}"
         )
-    return _convert(content, kind, str(path), advice, failure)
+    return convert(content, kind, str(path), advice, failure)
 
 
 def read_rows(path: Path, kind: type[Record], advice: str) -> list[Record]:
@@ -57,13 +60,9 @@ def read_rows(path: Path, kind: type[Record], advice: str) -> list[Record]:
     Raises:
         ValueError: as `read_record` does; the message also names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); {advice}") from error
     return [
-        _convert(parse_object(line), kind, f"{path} line {number}", advice, ValueError)
-        for number, line in enumerate(lines, 1)
+        convert(parse_object(line), kind, f"{path} line {number}", advice)
+        for number, line in enumerate(read_bytes(path, advice).splitlines(), 1)
     ]
 
 
@@ -76,9 +75,18 @@ def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind)
 
 
-def _convert(
-    content: Any, kind: type[Record], name: str, advice: str, failure: type[ValueError]
+def convert(
+    content: Any,
+    kind: type[Record],
+    name: str,
+    advice: str,
+    failure: type[ValueError] = ValueError,
 ) -> Record:
+    """Return the record in a JSON value; `name` says where it stands.
+
+    Raises:
+        failure: as `read_record` does.
+    """
     try:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:

@@ -4,7 +4,7 @@ import re
 
 REMEDY = re.compile(
     r"\b(give|choose|set|use|write|leave|add|correct|name|save|download|remove|did you mean"
-    r"|run with|check|convert|copy|merge|is [\d.]+$)\b"
+    r"|run with|restore|train|check|convert|copy|merge|is [\d.]+$)\b"
 )
 
 

@@ -5,7 +5,18 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from sfumato.config.fields import COUNT, FOLDER, NOT_NEGATIVE, UNIT, Rule, choice, entries, setting
+from sfumato.config.fields import (
+    COUNT,
+    FEW,
+    FOLDER,
+    NOT_NEGATIVE,
+    SIDE,
+    UNIT,
+    Rule,
+    choice,
+    entries,
+    setting,
+)
 from sfumato.config.train import (
     MAX_PIXELS,
     MISSING,
@@ -23,11 +34,11 @@ STAGES = ("download", "pack", "filter", "precache", "index")
 class SamplerOverrides:
     """Settings of the sampler; null takes the run's."""
 
-    num_inference_steps: int | None = setting(None, COUNT)
+    num_inference_steps: int | None = setting(None, FEW)
     guidance_scale: float | None = None
     eta: float | None = setting(None, UNIT)
-    height: int | None = setting(None, COUNT)  # pixels
-    width: int | None = setting(None, COUNT)
+    height: int | None = setting(None, SIDE)  # pixels
+    width: int | None = setting(None, SIDE)
 
 
 @dataclass
@@ -37,12 +48,13 @@ class SampleConfig:
     run: str | None = None  # a run folder
     step: str | None = None  # number of a checkpoint, or best; null is the last
     pretrained: str | None = None  # a diffusers folder or hub id, instead of a run
+    allow_pickle: bool = False  # pickled weights can run code; a run's own setting is not believed
     prompt: str | None = setting(None, Rule(blank=True))  # one prompt
     prompts: str | None = None  # a prompt file, instead of one prompt
     column: str | None = None  # of prompts in a table
-    num_images: int = setting(4, COUNT)  # per prompt
+    num_images: int = setting(4, FEW)  # per prompt
     seed: int = 0
-    batch_size: int = setting(4, COUNT)
+    batch_size: int = setting(4, FEW)
     schedule: str = "draft"  # annealed importance guidance: base, draft, linear, power_P, step_F
     sampler: SamplerOverrides = field(default_factory=SamplerOverrides)
     out: str = "samples"  # folder of the images
@@ -58,10 +70,11 @@ class EvaluateConfig:
     )  # null is every checkpoint, and 0, the base model
     prompts: str | None = None  # null is the run's validation prompts
     column: str | None = None  # of prompts in a table
-    num_images: int = setting(16, COUNT)  # per prompt
+    num_images: int = setting(16, FEW)  # per prompt
     seed: int = 4321
-    batch_size: int = setting(8, COUNT)
+    batch_size: int = setting(8, FEW)
     features: str = "pixels"  # for diversity: pixels, lpips, a CLIP folder or hub id
+    allow_pickle: bool = False  # pickled weights can run code; a run's own setting is not believed
 
 
 @dataclass
@@ -114,12 +127,12 @@ class PrecacheConfig:
     """How to encode the pictures and captions of a selection into a cache."""
 
     selection: str | None = None  # null is filter.name
-    height: int | None = setting(None, COUNT)  # pixels; null is the model's own size
-    width: int | None = setting(None, COUNT)
+    height: int | None = setting(None, SIDE)  # pixels; null is the model's own size
+    width: int | None = setting(None, SIDE)
     crop: str = choice("center", "random")  # a cache holds one crop of each picture: center
     flip: bool = False  # store mirrored pictures too
     dtype: str = choice("float16", "float32", "bfloat16")  # of the stored tensors
-    batch_size: int = setting(16, COUNT)
+    batch_size: int = setting(16, FEW)
     workers: int = setting(4, NOT_NEGATIVE)  # threads that decode
 
 

@@ -79,6 +79,8 @@ class Rule:
 
 
 COUNT = Rule(least=1)  # of things
+FEW = Rule(least=1, most=1_000_000)  # of things that are held in memory, or made one by one
+SIDE = Rule(least=1, most=16_384)  # pixels of an image that a model makes
 POSITIVE = Rule(above=0)
 NOT_NEGATIVE = Rule(least=0)
 UNIT = Rule(least=0, most=1)

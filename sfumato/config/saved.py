@@ -5,8 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sfumato.config.train import MISSING, TrainConfig
-from sfumato.files import write_text
+from sfumato.files import read_bytes, write_text
+
+# Bounds of a config.yaml, far above those of any run: it may come from a stranger.
+_LARGEST = 2**22  # bytes
+_SHOWN = 40  # characters of a key in messages
+_DEEPEST, _MOST = 32, 50_000  # levels, and values with those that aliases repeat
 
 # Settings that may differ in a resumed run: they change how it runs and ends, not its results.
 MAY_CHANGE = (
@@ -37,21 +44,59 @@ MAY_CHANGE = (
 )
 
 
+class _Bounded(yaml.SafeLoader):
+    """Loader that stops at texts that are deeper or, with their aliases, larger than settings."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = self._count = 0
+        self._sizes: dict[str, int] = {}  # of what each anchor names
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node as YAML does, and count it; an alias counts as all that it repeats."""
+        event: Any = self.peek_event()
+        before = self._count
+        alias = isinstance(event, yaml.AliasEvent)
+        # An alias inside its own anchor has no end.
+        self._count += self._sizes.get(event.anchor, _MOST) if alias else 1
+        self._depth += 1
+        if self._depth > _DEEPEST or self._count > _MOST:
+            raise yaml.YAMLError(
+                f"it has more than {_DEEPEST} levels, or more than {_MOST:,} values with those "
+                "that aliases repeat"
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if event.anchor is not None and not alias:
+            self._sizes[event.anchor] = self._count - before
+        return node
+
+    def construct_yaml_int(self, node: Any) -> int:
+        """Return a whole number; refuse one that no setting can hold."""
+        value = super().construct_yaml_int(node)
+        if not -(2**63) <= value < 2**64:
+            raise yaml.YAMLError(f"a whole number has {value.bit_length()} bits")
+        return value
+
+
+_Bounded.add_constructor("tag:yaml.org,2002:int", _Bounded.construct_yaml_int)
+
+
 def read_saved(run: Path, advice: str) -> dict[str, Any]:
     """Return the content of a run folder's config.yaml.
 
     Raises:
         ValueError: if the file is missing or damaged; with the advice.
     """
-    import yaml
-
     file = run / "config.yaml"
     if not file.exists():
         raise ValueError(f"{run} is no run folder: it has no {file.name}; {advice}")
+    text = read_bytes(file, advice, most=_LARGEST)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged: it is not YAML ({error}); {advice}") from error
+        content = yaml.load(text.decode("utf-8"), _Bounded)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is damaged: it is not YAML ({reason}); {advice}") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{file} is damaged: it holds {type(content).__name__}, not settings; {advice}"
@@ -61,13 +106,13 @@ def read_saved(run: Path, advice: str) -> dict[str, Any]:
 
 def write_saved(run: Path, settings: Mapping[str, Any]) -> None:
     """Write settings, as plain data, to a run folder's config.yaml."""
-    import yaml
-
     write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by their dotted keys."""
+    if prefix.count(".") > _DEEPEST:
+        raise ValueError(f"settings at {prefix[:_SHOWN]}... have more than {_DEEPEST} levels")
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         nested = isinstance(value, dict)

@@ -8,10 +8,12 @@ from typing import Any
 
 from sfumato.config.fields import (
     COUNT,
+    FEW,
     FOLDER,
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
+    SIDE,
     UNIT,
     Rule,
     choice,
@@ -31,7 +33,7 @@ LAYERS = Rule(regex=True, filled=True)
 class LoraConfig:
     """Low-rank adapters: W + (alpha / rank) B A, with B = 0 at the start."""
 
-    rank: int = setting(32, COUNT)
+    rank: int = setting(32, FEW)
     alpha: float | None = setting(None, POSITIVE)  # null means alpha = rank
     dropout: float = setting(0.0, FRACTION)
     targets: list[str] | None = setting(None, LAYERS)  # of the network; null: the family's
@@ -72,7 +74,7 @@ class ModelConfig:
     tokenizer: str | None = None  # with network.config; null is text_encoder's own
     scheduler: str | None = None  # with network.config: a diffusers folder; null is SD's DDIM
     prediction_type: str = choice("epsilon", "v_prediction")  # with network.config
-    image_size: int | None = setting(None, COUNT)  # with network.config: pixels of a side
+    image_size: int | None = setting(None, SIDE)  # with network.config: pixels of a side
     family: str | None = None  # refuse a folder of another family; null accepts any
     trainable: str = choice("lora", "full")  # adapters, or all weights
     parts: list[str] = setting(["network"], Rule(filled=True))  # and text encoders, by name
@@ -88,11 +90,11 @@ class ModelConfig:
 class SamplerConfig:
     """How images are sampled: in training, validation and inference."""
 
-    num_inference_steps: int = setting(50, COUNT)
+    num_inference_steps: int = setting(50, FEW)
     guidance_scale: float = 7.5
     eta: float = setting(0.0, UNIT)  # 0 is deterministic
-    height: int | None = setting(None, COUNT)  # pixels; null is the model's own size
-    width: int | None = setting(None, COUNT)
+    height: int | None = setting(None, SIDE)  # pixels; null is the model's own size
+    width: int | None = setting(None, SIDE)
 
 
 @dataclass
@@ -108,7 +110,7 @@ class DraftConfig(ObjectiveConfig):
 
     kind: str = "draft"
     kl_coeff: float = setting(1.0, NOT_NEGATIVE)  # 0 is DRaFT, more is DRaFT+
-    truncation_steps: int = setting(1, COUNT)  # K, the last sampling steps that carry a gradient
+    truncation_steps: int = setting(1, FEW)  # K, the last sampling steps that carry a gradient
     truncation_range: list[int] | None = setting(None, COUNT)  # [low, high]: draw K for each batch
     lv_samples: int = setting(0, NOT_NEGATIVE)  # n of DRaFT-LV, which has K = 1; 0 is off
     cfg_gradient: str = choice("full", "detach_uncond", "rescale")  # gradient through guidance
@@ -311,12 +313,12 @@ class ValidationConfig:
 
     prompts: str | None = None  # null is the first of data.prompts, or else captions of the data
     column: str | None = None  # of validation.prompts in a table
-    num_images: int = setting(8, COUNT)
+    num_images: int = setting(8, FEW)
     every_steps: int = setting(100, NOT_NEGATIVE)  # 0 is off
     seed: int = 1234
     images: ImageDataConfig = field(default_factory=ImageDataConfig)  # held out; supervised only
     loss_images: int = setting(
-        64, NOT_NEGATIVE
+        64, Rule(least=0, most=1_000_000)
     )  # held-out images for the validation loss; 0 is off
 
 
@@ -325,8 +327,8 @@ class TrainingConfig:
     """The loop."""
 
     max_steps: int = setting(1000, Rule(least=1, most=10**12))
-    micro_batch_size: int = setting(1, COUNT)  # images per process and forward
-    global_batch_size: int = setting(4, COUNT)  # images per optimiser step, over all processes
+    micro_batch_size: int = setting(1, FEW)  # images per process and forward
+    global_batch_size: int = setting(4, FEW)  # images per optimiser step, over all processes
     precision: str = choice("no", "bf16", "fp16")  # of autocast
     strategy: str = choice("ddp", "fsdp", "hsdp")  # with more than one process
     shard_size: int | None = setting(
@@ -336,7 +338,7 @@ class TrainingConfig:
     ema_decay: float | None = setting(
         0.9999, FRACTION
     )  # null is off; warms up as (1 + n) / (10 + n)
-    ema_every_steps: int = setting(1, COUNT)  # update the average every N steps, with decay^N
+    ema_every_steps: int = setting(1, FEW)  # update the average every N steps, with decay^N
     ema_on_cpu: bool = False  # keep the average off the device
     async_checkpoints: bool = True  # write while training goes on
     peak_tflops: float | None = setting(None, POSITIVE)  # of one device; null looks its name up

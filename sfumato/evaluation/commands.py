@@ -1,7 +1,7 @@
 """Commands `sample` and `evaluate`: they read settings and write files."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,12 +25,20 @@ from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
 from sfumato.models.registry import find_family, load_model
+from sfumato.records import read_rows
 from sfumato.run.build import build_scorer
 from sfumato.run.identity import contents_of, digests
-from sfumato.run.open_data import validation_prompts
 from sfumato.training.checkpoint import list_checkpoints, read_shown_weights, step_of
 from sfumato.training.folder import RunFolder
 from sfumato.training.state import load_weights
+from sfumato.training.validation import PAIRS
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What is read of a row of pairs.jsonl."""
+
+    prompt: str
 
 MEASURING = ("model", "reward", "features")  # whose files the numbers of an evaluation depend on
 
@@ -81,12 +89,15 @@ def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
         ValueError: if the model cannot be found or read.
     """
     if config.run is None:
-        settings, sampler = ModelConfig(pretrained=str(config.pretrained)), SamplerConfig()
+        settings = ModelConfig(str(config.pretrained), allow_pickle=config.allow_pickle)
+        sampler = SamplerConfig()
         checkpoint = None
     else:
         run = RunFolder(Path(config.run))
         trained = load_settings(run.config)
-        settings, sampler = trained.model, trained.sampler
+        # A run may come from a stranger: whether to trust pickles is for the user to say.
+        settings = replace(trained.model, allow_pickle=config.allow_pickle)
+        sampler = trained.sampler
         checkpoint = find_checkpoint(run, config.step)
     changes = {name: value for name, value in vars(config.sampler).items() if value is not None}
     sampler = replace(sampler, **changes)
@@ -103,6 +114,24 @@ def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
     return model, sampler
 
 
+def shown_prompts(run: RunFolder) -> list[str]:
+    """Return the prompts of a run's last validation images.
+
+    The files that its settings name are not read: a run may come from a stranger.
+
+    Raises:
+        ValueError: the run shows no validation images.
+    """
+    folders = list_checkpoints(run.path / "samples")
+    if not folders:
+        raise ValueError(
+            f"{run.path} stored no prompts of validation images; give prompts=FILE (files that its "
+            "config.yaml names are read only where you name them)"
+        )
+    path = folders[-1] / PAIRS
+    return [row.prompt for row in read_rows(path, _Shown, f"remove {folders[-1]}")]
+
+
 def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     """Evaluate a run's checkpoints, and the base model as step 0, and write to the run folder.
 
@@ -111,6 +140,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     """
     run = RunFolder(Path(config.run))
     trained: TrainConfig = load_settings(run.config)
+    trained.model.allow_pickle = config.allow_pickle
     steps = config.steps
     if steps is None:
         steps = [0, *map(step_of, list_checkpoints(run.checkpoints))]
@@ -120,7 +150,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     if config.prompts:
         prompts = read_prompts(config.prompts, column=config.column)
     else:
-        prompts = validation_prompts(trained)
+        prompts = shown_prompts(run)
     prompts = list(dict.fromkeys(prompts))
     check_request(prompts, config.num_images, config.batch_size)
     find_family(trained.model, trained.sampler)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfumato.records import read_record
-from sfumato.training.folder import RunFolder
+from sfumato.records import Count, Finite, read_record
+from sfumato.training.checkpoint import list_checkpoints
+from sfumato.training.folder import RunFolder, step_name
 
 SUMMARY = "summary.json"
 SCORES = "scores.jsonl"
@@ -54,19 +55,19 @@ class EqualReward:
 @dataclass(frozen=True)
 class _Diversity:
     label: str
-    mean: float
+    mean: Finite
 
 
 @dataclass(frozen=True)
 class _Summary:
     """summary.json of one evaluated step."""
 
-    step: int
+    step: Count
     diversity: _Diversity
-    held_out: dict[str, float]
+    held_out: dict[str, Finite]
     settings: dict[str, Any]
-    reward: float | None = None
-    reward_error: float | None = None
+    reward: Finite | None = None
+    reward_error: Finite | None = None
     checkpoint: str | None = None
 
 
@@ -76,7 +77,7 @@ def read_evaluations(run: RunFolder) -> list[Evaluation]:
     Raises:
         ValueError: if a summary cannot be read.
     """
-    return list(map(read_evaluation, sorted((run.path / "evaluation").glob("step-*"))))
+    return list(map(read_evaluation, list_checkpoints(run.path / "evaluation")))
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -89,8 +90,11 @@ def read_evaluation(folder: Path) -> Evaluation:
     one = read_record(path, _Summary, advice)
     # Older versions wrote no reward settings, but always a reward.
     has_reward = one.settings.get("reward", "of an older version") is not None
-    if has_reward and (one.reward is None or one.reward_error is None):
+    scores = (one.reward, one.reward_error)
+    if None in scores and (has_reward or scores != (None, None)):
         raise ValueError(f"{path} is damaged: reward or reward_error is missing; {advice}")
+    if folder.name != step_name(one.step):
+        raise ValueError(f"{path} is damaged: step = {one.step}; {advice}")
     return Evaluation(
         one.step,
         one.reward,

@@ -194,7 +194,8 @@ def _check_weights(part: Path, *, allow_pickle: bool, variant: str | None) -> No
     if pickles and not allow_pickle:
         raise ValueError(
             f"{part} has only pickled weights ({pickles[0]}), and loading these can run code; "
-            "get the safetensors file, or set model.allow_pickle=true if you trust it"
+            "get the safetensors file, or set model.allow_pickle=true if you trust it "
+            "(allow_pickle=true in sample and evaluate)"
         )
     if not pickles:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from sfumato.report.records import RunRecord
 
-BY_T = "mse_by_t/"  # followed by the bin: mse_by_t/0.0-0.1
+_BIN = re.compile(r"mse_by_t/(\d\.\d{1,9})-(\d\.\d{1,9})")  # a bin of t: mse_by_t/0.0-0.1
 SHARE = 10  # one tenth of training at each end
 FEWEST = 25  # logged steps to average at each end, if there are twice as many
 SOURCE = ("path", "base_path", "image_column", "caption_column")  # settings that select images
@@ -76,7 +77,7 @@ def validation_loss(record: RunRecord) -> ValidationLoss | None:
 
 def loss_by_t(record: RunRecord) -> LossByT | None:
     """Return the loss by t at both ends of training, or None where fewer than two steps have it."""
-    rows = [row for row in record.metrics if any(key.startswith(BY_T) for key in row)]
+    rows = [row for row in record.metrics if any(map(_BIN.fullmatch, row))]
     window = max(len(rows) // SHARE, min(FEWEST, len(rows) // 2))
     if not window:
         return None
@@ -87,9 +88,8 @@ def _profile(rows: Sequence[Mapping[str, int | float]]) -> Profile:
     bins: dict[float, list[float]] = {}
     for row in rows:
         for key, value in row.items():
-            if key.startswith(BY_T):
-                low, high = key.removeprefix(BY_T).split("-")
-                bins.setdefault((float(low) + float(high)) / 2, []).append(value)
+            if bounds := _BIN.fullmatch(key):
+                bins.setdefault((float(bounds[1]) + float(bounds[2])) / 2, []).append(value)
     t = sorted(bins)
     groups = [bins[middle] for middle in t]
     errors = [statistics.stdev(g) / len(g) ** 0.5 if len(g) > 1 else math.nan for g in groups]

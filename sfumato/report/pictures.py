@@ -8,10 +8,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from sfumato.data.decode import Bounds, RefusedImageError, read_rgb
+from sfumato.data.entries import FileBlob
+from sfumato.files import is_inside
 from sfumato.report.losses import validation_loss
 from sfumato.report.records import RunRecord, ShownImage, read_pairs, read_scores
 from sfumato.report.tables import Cell, number
-from sfumato.training.checkpoint import step_of
+from sfumato.training.checkpoint import list_checkpoints, step_of
+from sfumato.training.folder import RunFolder
 
 GRID_PROMPTS = 4
 GRID_ROWS = 4
@@ -23,12 +27,18 @@ EMBEDDED_SIDE = 384  # pixels; larger images are scaled down to this size
 
 @dataclass(frozen=True)
 class Picture:
-    """An embedded image; `uri` is empty where its file is missing."""
+    """An embedded image.
+
+    Attributes:
+        uri: empty where the file is missing or refused.
+        outside: the path of a file that is not shown, because it lies outside the run folder.
+    """
 
     uri: str
     crisp: bool
     alt: str
     note: str
+    outside: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,16 @@ class Grid:
     rows: Sequence[Sequence[Picture]]
 
 
+@dataclass(frozen=True)
+class _Column:
+    """The images of a model at an evaluated step, and the run folder that holds them."""
+
+    name: str
+    run: Path
+    step: int
+    images: Sequence[ShownImage]
+
+
 def image_grids(columns: Sequence[tuple[str, RunRecord, int]]) -> list[Grid]:
     """Return a grid for each of the first few prompts, with the first few noises.
 
@@ -49,10 +69,13 @@ def image_grids(columns: Sequence[tuple[str, RunRecord, int]]) -> list[Grid]:
     Raises:
         ValueError: if scores cannot be read.
     """
-    models = [(name, step, read_scores(record, step)) for name, record, step in columns]
+    models = [
+        _Column(name, record.folder.path, step, read_scores(record, step))
+        for name, record, step in columns
+    ]
     if not models:
         return []
-    count = 1 + max((image.prompt_index for image in models[0][2]), default=-1)
+    count = 1 + max((image.prompt_index for image in models[0].images), default=-1)
     return [_prompt_grid(models, prompt) for prompt in range(min(count, GRID_PROMPTS))]
 
 
@@ -66,9 +89,13 @@ def validation_grid(record: RunRecord) -> Grid | None:
     if not folders:
         return None
     step = max(folders)
-    tuned = [_picture(one, "tuned", one.prompt) for one in read_pairs(folders[step], "tuned")]
-    base = [_picture(one, "base", one.prompt) for one in read_pairs(folders[step], "base")]
-    rows = list(zip(tuned, base, strict=True))[:PAIRS]
+    run = record.folder.path
+    tuned = read_pairs(folders[step], "tuned")[:PAIRS]
+    base = read_pairs(folders[step], "base")[:PAIRS]
+    rows = [
+        [_picture(one, run, "tuned", one.prompt), _picture(other, run, "base", other.prompt)]
+        for one, other in zip(tuned, base, strict=True)
+    ]
     return Grid(f"{record.name}, step {step}", [Cell("tuned"), Cell("base")], rows)
 
 
@@ -84,13 +111,14 @@ def before_and_after(record: RunRecord) -> Grid | None:
     loss, last = validation_loss(record), max(folders)
     best = loss.lowest.step if loss and loss.lowest else None
     before = read_pairs(folders[last], "base")[:PAIRS]
-    header, columns = [Cell("base model")], [[_picture(one, "base", one.prompt) for one in before]]
+    run, header = record.folder.path, [Cell("base model")]
+    columns = [[_picture(one, run, "base", one.prompt) for one in before]]
     for step in sorted({best, last} & (folders.keys() - {0})):
         marks = {"lowest validation loss": best, "last": last}
         notes = [text for text, marked in marks.items() if marked == step]
         header.append(Cell(f"step {step}", ", ".join(notes)))
         tuned = read_pairs(folders[step], "tuned")[:PAIRS]
-        columns.append([_picture(one, f"step {step}") for one in tuned])
+        columns.append([_picture(one, run, f"step {step}") for one in tuned])
     if len({len(column) for column in columns}) > 1:
         folder = record.folder.path / "samples"
         raise ValueError(f"{folder} holds validations of different lengths; remove the older ones")
@@ -99,34 +127,43 @@ def before_and_after(record: RunRecord) -> Grid | None:
 
 def validations(record: RunRecord) -> dict[int, Path]:
     """Return the folders of validation images, by step."""
-    folders = sorted((record.folder.path / "samples").glob("step-*"))
+    folders = list_checkpoints(record.folder.path / "samples")
     return {step_of(folder): folder for folder in folders}
 
 
-def _prompt_grid(models: Sequence[tuple[str, int, Sequence[ShownImage]]], prompt: int) -> Grid:
+def _prompt_grid(models: Sequence[_Column], prompt: int) -> Grid:
     header, columns, text = [], [], ""
-    for name, step, images in models:
-        selected = [image for image in images if image.prompt_index == prompt]
+    for one in models:
+        name, step = one.name, one.step
+        selected = [image for image in one.images if image.prompt_index == prompt]
         rewards = [image.reward for image in selected if image.reward is not None]
         notes = [f"step {step}"] if step else []
         if rewards:
             notes.append(f"mean reward {number(sum(rewards) / len(rewards))}")
         header.append(Cell(name, ", ".join(notes)))
-        columns.append([_picture(image, name) for image in selected[:GRID_ROWS]])
+        columns.append([_picture(image, one.run, name) for image in selected[:GRID_ROWS]])
         text = text or next((image.prompt for image in selected), "")
+    if len({len(column) for column in columns}) > 1:
+        folders = ", ".join(str(RunFolder(one.run).evaluation(one.step)) for one in models)
+        raise ValueError(
+            f"the evaluations {folders} have different numbers of images of prompt {prompt}; "
+            "remove the damaged one and evaluate again"
+        )
     return Grid(text, header, list(zip(*columns, strict=True)))
 
 
-def _picture(image: ShownImage, model: str, text: str = "") -> Picture:
+def _picture(image: ShownImage, run: Path, model: str, text: str = "") -> Picture:
     alt = f"{model}: {image.prompt}, image {image.index}"
     notes = [f"{text[:PROMPT_LENGTH]}…" if len(text) > PROMPT_LENGTH else text] if text else []
     if image.reward is not None:
         notes.append(number(image.reward))
     note = ": ".join(notes)
+    path = Path(image.image)
+    if not is_inside(path, run):
+        return Picture("", False, alt, note, str(path))
     try:
-        with Image.open(image.image) as opened:
-            picture = opened.convert("RGB")
-    except OSError:
+        picture = read_rgb(FileBlob(path), Bounds())
+    except RefusedImageError:
         return Picture("", False, alt, note)
     if max(picture.size) <= CRISP_SIDE:
         return Picture(_uri(picture, "png", {}), True, alt, note)

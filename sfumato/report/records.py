@@ -1,16 +1,21 @@
 """Run records: settings, starts, metrics and evaluations of run folders that can be compared."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sfumato.config.saved import flatten, read_saved
-from sfumato.evaluation.results import SCORES, Evaluation, read_evaluations
-from sfumato.records import read_record, read_rows
+from sfumato.evaluation.results import SCORES, SUMMARY, Evaluation, read_evaluations
+from sfumato.files import is_inside, parse_object, read_bytes
+from sfumato.records import Count, Finite, convert, read_record, read_rows
+from sfumato.training.checkpoint import list_checkpoints
 from sfumato.training.folder import RunFolder
-from sfumato.training.tracking import read_metrics
+
+_RESTORE = "restore the file that the run wrote"
+_LARGEST, _SHOWN = 1e100, 80  # of a metric; characters of a value in messages
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class RunRecord:
         settings: config.yaml.
         starts: from run.json, oldest first.
         metrics: rows of metrics.jsonl.
+        lost: numbers of the lines of metrics.jsonl that are no such row.
         evaluations: in the order of steps; all have the same settings.
     """
 
@@ -29,6 +35,7 @@ class RunRecord:
     settings: Mapping[str, Any]
     starts: Sequence[Mapping[str, Any]]
     metrics: Sequence[Mapping[str, int | float]]
+    lost: Sequence[int]
     evaluations: Sequence[Evaluation]
 
     def setting(self, *keys: str) -> Any:
@@ -96,10 +103,10 @@ class ShownImage:
     """One row of scores.jsonl, or one side of a validation pair; `image` is a path."""
 
     prompt: str
-    prompt_index: int
-    index: int
+    prompt_index: Count
+    index: Count
     image: str
-    reward: float | None = None
+    reward: Finite | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +114,16 @@ class _Pair:
     """One row of pairs.jsonl."""
 
     prompt: str
-    index: int
-    reward_tuned: float | None = None
-    reward_base: float | None = None
+    index: Count
+    reward_tuned: Finite | None = None
+    reward_base: Finite | None = None
+
+
+@dataclass(frozen=True)
+class _Logged:
+    """One row of metrics.jsonl, whose other keys are metrics."""
+
+    step: Count
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,58 @@ class _Starts:
     """run.json."""
 
     starts: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    num_inference_steps: Count
+    guidance_scale: Finite
+
+
+@dataclass(frozen=True)
+class _Method:
+    """Settings of an evaluation that the page shows."""
+
+    sampler: _Sampler
+    num_images: Count
+    prompts: list[str]
+    seed: int
+    features: str
+
+
+@dataclass(frozen=True)
+class _Images:
+    sources: dict[str, dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class _Lora:
+    rank: Count | None = None
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A section of config.yaml, with the settings that the page computes with."""
+
+    kind: str | None = None
+    kl_coeff: Finite | None = None
+    trainable: str | None = None
+    lora: _Lora | None = None
+    global_batch_size: Count | None = None
+    images: _Images | None = None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """config.yaml; older versions wrote fewer settings."""
+
+    objective: _Section | None = None
+    reward: _Section | None = None
+    model: _Section | None = None
+    training: _Section | None = None
+    data: _Section | None = None
+    validation: _Section | None = None
+    sampler: dict[str, Any] | None = None
 
 
 def read_runs(runs: Sequence[RunFolder]) -> list[RunRecord]:
@@ -176,16 +242,60 @@ def _names(runs: Sequence[RunFolder]) -> list[str]:
 def _read_run(run: RunFolder, name: str) -> RunRecord:
     if not run.path.is_dir():
         raise ValueError(f"there is no run folder {run.path}; check its name")
-    settings = read_saved(run.path, "restore the file that the run wrote")
+    _refuse_links(run)
+    settings = read_saved(run.path, _RESTORE)
+    convert(settings, _Settings, str(run.config), _RESTORE)
     evaluations = read_evaluations(run)
+    for one in evaluations:
+        folder = run.evaluation(one.step)
+        again = f"remove {folder} and evaluate again"
+        convert(one.settings, _Method, f"{folder / SUMMARY} settings", again)
     for other in evaluations[1:]:
         first = evaluations[0]
         names = f"step {first.step} of {name}", f"step {other.step}"
         _check_alike(*names, first.settings, other.settings)
-    metrics = read_metrics(run) if run.metrics.exists() else []
+    metrics, lost = _read_metrics(run.metrics) if run.metrics.exists() else ([], [])
     path = run.path / "run.json"
     starts = read_record(path, _Starts, "remove or correct it").starts if path.exists() else []
-    return RunRecord(name, run, settings, starts, metrics, evaluations)
+    return RunRecord(name, run, settings, starts, metrics, lost, evaluations)
+
+
+def _refuse_links(run: RunFolder) -> None:
+    """Refuse a run whose records are links to files elsewhere: a page would show those files."""
+    folders = [*list_checkpoints(run.path / "samples"), *list_checkpoints(run.path / "evaluation")]
+    files = [file for folder in folders for file in folder.glob("*.json*")]
+    for path in (run.config, run.metrics, run.path / "run.json", *files):
+        if not is_inside(path, run.path):
+            raise ValueError(
+                f"{path} is a link that leaves the run folder; remove it, or copy the file there"
+            )
+
+
+def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the rows of metrics.jsonl, and the numbers of the lines that are none.
+
+    A kill may cut a line. Values that are not finite are left out, as training leaves them out.
+
+    Raises:
+        ValueError: a value is no number, or too large for one; naming file, line and key.
+    """
+    rows: list[dict[str, Any]] = []
+    lost: list[int] = []
+    for number, line in enumerate(read_bytes(path, _RESTORE).splitlines(), 1):
+        row = parse_object(line)
+        if row is None or "step" not in row:
+            lost.append(number)
+            continue
+        name = f"{path} line {number}"
+        convert(row, _Logged, name, f"remove the line, or {_RESTORE}")
+        for key, value in row.items():
+            if type(value) not in (int, float) or _LARGEST < abs(value) < math.inf:
+                raise ValueError(
+                    f"{name} is damaged: {key} = {str(value)[:_SHOWN]!r} is no number up to "
+                    f"{_LARGEST:g}; remove the line, or {_RESTORE}"
+                )
+        rows.append({key: value for key, value in row.items() if math.isfinite(value)})
+    return rows, lost
 
 
 def _check_alike(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:

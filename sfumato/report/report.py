@@ -14,7 +14,13 @@ from sfumato.files import write_text
 from sfumato.report.comparison import compare, steps_at_equal_reward
 from sfumato.report.figures import COLORS, SYMBOLS, draw_panel, draw_tradeoff, training_panels
 from sfumato.report.losses import differing_losses, has_held_out, loss_by_t, validation_loss
-from sfumato.report.pictures import before_and_after, image_grids, validation_grid, validations
+from sfumato.report.pictures import (
+    Grid,
+    before_and_after,
+    image_grids,
+    validation_grid,
+    validations,
+)
 from sfumato.report.records import RunRecord, read_runs
 from sfumato.report.tables import (
     difference_table,
@@ -60,7 +66,9 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str
         "version": sfumato.__version__,
         **_content(read_runs(runs)),
     }
-    write_text(out, environment.get_template(TEMPLATE.name).render(page=page))
+    html = environment.get_template(TEMPLATE.name).render(page=page)
+    # A text of a run may hold lone surrogates, which no file can.
+    write_text(out, html.encode(errors="replace").decode())
     return out
 
 
@@ -76,9 +84,14 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
     unseen = [record for record in records if not record.supervised and not record.evaluations]
     tradeoff = draw_tradeoff(records, base)
     legend = zip(records, itertools.cycle(COLORS), itertools.cycle(SYMBOLS))
+    courses = [grid for r in records if r.supervised and (grid := before_and_after(r))]
+    equal_grids = image_grids([*first, *equal]) if any(c not in last for c in equal) else []
+    last_grids = image_grids([*first, *last])
+    pairs = [grid for r in unseen if (grid := validation_grid(r))]
+    grids = [*courses, *equal_grids, *last_grids, *pairs]
     return {
         "compared": compared,
-        "gaps": _gaps(records, base),
+        "gaps": [*_gaps(records, base), *_refused_pictures(grids)],
         "summary": summary_table(records, base),
         "method": evaluations[0].settings if evaluations else None,
         "features": _features(evaluations[0]) if evaluations else "",
@@ -95,11 +108,11 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
             for one in compared
             if one.result is not None
         ],
-        "courses": [grid for r in records if r.supervised and (grid := before_and_after(r))],
-        "equal_grids": image_grids([*first, *equal]) if any(c not in last for c in equal) else [],
-        "last_grids": image_grids([*first, *last]),
+        "courses": courses,
+        "equal_grids": equal_grids,
+        "last_grids": last_grids,
         "has_rewards": any(record.final and record.final.reward is not None for record in records),
-        "pairs": [grid for r in unseen if (grid := validation_grid(r))],
+        "pairs": pairs,
         "origins": origin_table(records),
         "differences": difference_table(records),
         "configs": [(r.name, r.folder.config.read_text(encoding="utf-8")) for r in records],
@@ -109,6 +122,17 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
 def _features(evaluation: Evaluation) -> str:
     path = Path(evaluation.settings["features"])
     return path.name if path.is_absolute() else str(path)
+
+
+def _refused_pictures(grids: Sequence[Grid]) -> list[str]:
+    pictures = [picture for grid in grids for row in grid.rows for picture in row]
+    paths = [picture.outside for picture in pictures if picture.outside]
+    if not paths:
+        return []
+    return [
+        f"Pictures outside the run folders are not shown, nor are links that lead there: "
+        f"{len(paths)}, the first is {paths[0]}."
+    ]
 
 
 def _gaps(records: Sequence[RunRecord], base: Evaluation | None) -> list[str]:
@@ -129,6 +153,11 @@ def _run_gaps(record: RunRecord) -> list[str]:
     gaps = []
     if not record.metrics:
         gaps.append("has no metrics.jsonl: its training curves are missing.")
+    if record.lost:
+        gaps.append(
+            f"has lines in metrics.jsonl that are no row with a step: {len(record.lost)}, the "
+            f"first is line {record.lost[0]}. A kill may cut a line; they are left out."
+        )
     if record.supervised:
         if validation_loss(record) is None:
             gaps.append(

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato.config import TrainingConfig
 from sfumato.files import clear_unfinished, new_folder, read_object, remove_folder, sha256_of
+from sfumato.records import Count, read_record
 from sfumato.training.folder import step_name
 
 TENSORS = ("weights", "ema", "optimizer")
@@ -39,6 +41,25 @@ class Snapshot:
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]  # JSON: counters, position in the data, loss scale
+
+
+@dataclass(frozen=True)
+class _File:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    files: dict[str, _File]
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is read of state.json without its run: the step, and the best step with its loss."""
+
+    step: Count
+    best: tuple[Count, float] | None = None
 
 
 def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
@@ -83,8 +104,12 @@ def read_checkpoint(path: Path) -> Snapshot:
             f"checkpoint {path} is damaged: {fault}. {_last_good(path.parent)} To go on from "
             f"there, remove {path} and run the same command again"
         )
-    weights, ema, optimizer = (load_file(path / f"{name}.safetensors") for name in TENSORS)
-    state = _read_state(path)
+    try:
+        weights, ema, optimizer = (load_file(path / f"{name}.safetensors") for name in TENSORS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} holds no safetensors ({error}); remove it") from error
+    _read_state(path)
+    state = read_object(path / STATE, _advice(path), failure=CheckpointError)
     return Snapshot(state.pop("step"), weights, ema, optimizer, state)
 
 
@@ -101,17 +126,21 @@ def read_shown_weights(path: Path) -> Mapping[str, Tensor]:
 def find_fault(path: Path) -> str | None:
     """Say what is wrong with a checkpoint, or None."""
     try:
-        files = read_object(path / MANIFEST, "remove the checkpoint")["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = read_record(path / MANIFEST, _Manifest, "remove the checkpoint").files
+    except ValueError as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for name, (size, digest) in expected.items():
+    for name in (*(f"{name}.safetensors" for name in TENSORS), STATE):
+        if name not in files:
+            return f"{MANIFEST} does not list {name}"
+    for name, entry in files.items():
         file = path / name
+        if Path(name).name != name or (file.exists() and not file.is_file()):
+            return f"{MANIFEST} lists {name!r}, which is no file of the checkpoint"
         if not file.exists():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if sha256_of(file) != digest:
+        if file.stat().st_size != entry.bytes:
+            return f"{name} has {file.stat().st_size} bytes instead of {entry.bytes}"
+        if sha256_of(file) != entry.sha256:
             return f"{name} differs from its SHA-256 in {MANIFEST}"
     return None
 
@@ -128,7 +157,7 @@ def best_step(root: Path) -> int | None:
     None if no loss was measured, or the best checkpoint was removed.
     """
     checkpoints = list_checkpoints(root)
-    best = _read_state(checkpoints[-1]).get("best") if checkpoints else None
+    best = _read_state(checkpoints[-1]).best if checkpoints else None
     return best[0] if best and best[0] in map(step_of, checkpoints) else None
 
 
@@ -140,7 +169,7 @@ def step_of(path: Path) -> int:
 def fingerprint(path: Path) -> str | None:
     """Return the SHA-256 of the manifest, which no other checkpoint shares; None without one."""
     manifest = path / MANIFEST
-    return sha256_of(manifest) if manifest.exists() else None
+    return sha256_of(manifest) if manifest.is_file() else None
 
 
 def tidy(root: Path, keep: int | None = None, *, spare: int | None = None) -> None:
@@ -162,9 +191,12 @@ def tidy(root: Path, keep: int | None = None, *, spare: int | None = None) -> No
                 print(f"an old checkpoint is not removed: {error}", file=sys.stderr)
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    advice = f"remove {path} and run the same command again"
-    return read_object(path / STATE, advice, failure=CheckpointError)
+def _read_state(path: Path) -> _State:
+    return read_record(path / STATE, _State, _advice(path), failure=CheckpointError)
+
+
+def _advice(path: Path) -> str:
+    return f"remove {path} and run the same command again"
 
 
 def _last_good(root: Path) -> str:

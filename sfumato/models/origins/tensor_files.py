@@ -72,7 +72,8 @@ def check_suffix(file: Path, setting: str, *, allow_pickle: bool) -> None:
     if not allow_pickle:
         raise ValueError(
             f"{setting}: {file.name} is a pickle, and loading pickles can run code; give a "
-            ".safetensors file, or set model.allow_pickle=true (only its tensors are then read)"
+            ".safetensors file, or set model.allow_pickle=true (in sample and evaluate "
+            "allow_pickle=true; only its tensors are then read)"
         )
 
 
