@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
+from sfumato.data.colours import conversion
 from sfumato.data.entries import Blob
 
 # Pillow reads many more formats, some of them by starting other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".jfif", ".jpe", ".pjpeg", ".apng")
 LARGEST = 178_956_970  # pixels: above it Pillow itself refuses a decompression bomb
 
 # What Pillow raises on damaged files; its decoders trust their input in many places.
@@ -31,6 +32,11 @@ _DAMAGE = (
     struct.error,
     zlib.error,
 )
+# Pillow's bound of 1 MB is below what other programs write: workflows, histories, large profiles.
+NOTES = 64 * 2**20  # bytes of a PNG's notes and profile
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = NOTES
+# The factor by which Pillow scales the pixels of a raw mode, but not their colour key.
+_KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -62,22 +68,35 @@ def read_size(blob: Blob, bounds: Bounds) -> tuple[int, int]:
     Raises:
         RefusedImageError: it is missing, no picture, or outside the bounds.
     """
+    return read_header(blob, bounds)[0]
+
+
+def read_header(blob: Blob, bounds: Bounds) -> tuple[tuple[int, int], str]:
+    """Return what `read_size` does, and a remark if the picture's colours will be converted.
+
+    Raises:
+        RefusedImageError: as `read_size`.
+    """
     with _opened(blob, bounds) as picture:
         width, height = picture.size
-        return (width, height) if _orientation(picture) in _ON_ITS_SIDE else (height, width)
+        turned = _orientation(picture) in _ON_ITS_SIDE
+        return (width, height) if turned else (height, width), conversion(picture)[1]
 
 
 def read_rgb(blob: Blob, bounds: Bounds) -> Image.Image:
     """Return a picture in 8-bit RGB, upright.
 
-    EXIF's orientation is applied. Transparent parts (alpha channel, palette or colour key) are
-    composited over white. CMYK goes through Pillow's own conversion; colour profiles are not
-    applied. Grey of 16 bits is scaled to 8. Of an animation, the first picture is taken.
+    EXIF's orientation is applied. Colours are converted to sRGB by ICC profile, or by a PNG's
+    gamma and primaries; CMYK without a profile goes through Pillow's own conversion. Transparent
+    parts (alpha channel, palette or colour key) are composited over white. Grey of 16 bits is
+    scaled to 8. Of an animation, the first picture is taken.
 
     Raises:
-        RefusedImageError: it is missing, no picture, outside the bounds, or its pixels are damaged.
+        RefusedImageError: it is missing, no picture, outside the bounds, wholly transparent, or
+            its pixels are damaged.
     """
     with _opened(blob, bounds) as picture:
+        _scale_key(picture)
         picture.load()
         # Pillow finds the EXIF of some PNGs only after their pixels.
         orientation = _orientation(picture)
@@ -110,6 +129,9 @@ def _opened(blob: Blob, bounds: Bounds) -> Iterator[Image.Image]:
         # Pillow's own errors have no number; those of the file system do.
         if isinstance(error, OSError) and error.errno is not None:
             raise RefusedImageError("unreadable file") from None
+        if "MAX_TEXT" in str(error):
+            reason = f"notes or profile of a PNG above {NOTES // 2**20} MB"
+            raise RefusedImageError(reason) from None
         raise RefusedImageError("truncated or damaged image") from None
 
 
@@ -121,11 +143,39 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
+def _scale_key(picture: Image.Image) -> None:
+    """Scale the colour key of a PNG as Pillow will scale its pixels."""
+    tile = picture.tile if isinstance(picture, ImageFile.ImageFile) else []
+    scale, key = (
+        _KEY_SCALES.get(str(tile[0][3])) if tile else None,
+        picture.info.get("transparency"),
+    )
+    if scale is not None and key is not None:
+        scaled = tuple(int(each * scale) for each in (key if isinstance(key, tuple) else [key]))
+        picture.info["transparency"] = scaled if isinstance(key, tuple) else scaled[0]
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
+    convert, _ = conversion(picture)
     if picture.mode.startswith("I"):
-        grey = np.asarray(picture).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        picture = _eight_bits(picture)
     if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        if alpha.getextrema()[1] == 0:
+            raise RefusedImageError("wholly transparent picture")
+        if convert is not None:
+            rgba = convert(rgba.convert("RGB"))
+            rgba.putalpha(alpha)
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return picture.convert("RGB")
+    return picture.convert("RGB") if convert is None else convert(picture)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Return grey of 16 bits as grey of 8, with alpha if one value is transparent."""
+    raw, key = np.asarray(picture), picture.info.get("transparency")
+    scaled = ((raw.astype(np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8)
+    if key is None:
+        return Image.fromarray(scaled)
+    alpha = np.where(raw == key, 0, 255).astype(np.uint8)
+    return Image.merge("LA", (Image.fromarray(scaled), Image.fromarray(alpha)))

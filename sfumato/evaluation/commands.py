@@ -40,6 +40,7 @@ class _Shown:
 
     prompt: str
 
+
 MEASURING = ("model", "reward", "features")  # whose files the numbers of an evaluation depend on
 
 
