@@ -35,7 +35,7 @@ def sum_fit(
         parts: one key of config.json, with the components whose numbers are added.
     """
     ((key, components),) = parts.items()
-    numbers = [_text(settings[component]).get(key) for component in components]
+    numbers: list[Any] = [_text(settings[component]).get(key) for component in components]
     total = None if None in numbers else sum(numbers)
     return name, number, f"{key} in {' + '.join(components)}", total
 

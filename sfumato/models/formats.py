@@ -152,8 +152,9 @@ def check_libraries(folder: Path, unused: Collection[str]) -> None:
         ValueError: naming the component and the library.
     """
     for name, entry in read_model_index(folder).items():
-        is_part = isinstance(entry, list) and name not in unused
-        if is_part and entry[:1] not in ([None], *([library] for library in LIBRARIES)):
+        if not isinstance(entry, list) or name in unused:
+            continue
+        if entry[:1] not in ([None], *([library] for library in LIBRARIES)):
             raise ValueError(
                 f"{folder / 'model_index.json'}: {name} is {entry}, and only classes of "
                 f"{' and '.join(LIBRARIES)} are imported; remove the entry, or give another release"
