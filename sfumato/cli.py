@@ -1,6 +1,7 @@
 """Command line: reads `sfumato COMMAND ...`, explains mistakes, calls the room of the work."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ def main() -> None:
     0 is done, or stopped by a signal or a limit with all saved; 1 failed; 2 a mistake in what was
     asked; 130 interrupted with nothing to save.
     """
+    _mend_streams()
     try:
         run_command(sys.argv[1:])
         sys.stdout.flush()
@@ -48,6 +50,18 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python's exit would complain again
         sys.exit(1)
+
+
+def _mend_streams() -> None:
+    """Give closed streams a place to write to, and show what a terminal has no letters for."""
+    from pathlib import Path
+
+    # A stream that the caller closed is None.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_command(arguments: Sequence[str]) -> None:

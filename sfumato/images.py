@@ -1,13 +1,20 @@
 """Tensors to image files and back."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from sfumato.files import new_file
+
+NOTE = "sfumato"  # the key of a PNG's text
 
 
 def to_pil(image: Float[Tensor, "3 H W"]) -> Image.Image:
@@ -19,6 +26,18 @@ def to_pil(image: Float[Tensor, "3 H W"]) -> Image.Image:
 def save_image(image: Float[Tensor, "3 H W"], file: Path) -> None:
     """Write a tensor in [0, 1] as the format of the file's suffix."""
     to_pil(image).save(file)
+
+
+def write_png(image: Float[Tensor, "3 H W"], file: Path, note: Mapping[str, Any]) -> None:
+    """Write a tensor in [0, 1] as a PNG whose text holds a note as JSON.
+
+    Raises:
+        ValueError: the file cannot be written; nothing is left of it.
+    """
+    text = PngInfo()
+    text.add_itxt(NOTE, json.dumps(note, ensure_ascii=False))
+    with new_file(file) as beside:
+        to_pil(image).save(beside, "PNG", pnginfo=text)
 
 
 def load_images(files: Sequence[Path]) -> Float[Tensor, "b 3 H W"]:

@@ -1,5 +1,6 @@
 """The command line: what it answers, what it runs, and what it says to a mistake."""
 
+import errno
 import json
 import os
 import resource
@@ -9,10 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from test_prompts import txt_members, write_tar
 from tiny_clip import write_tiny_clip
 
@@ -292,7 +295,71 @@ def test_sample_writes_pictures_of_a_run(call: Call, run_folder: Path, tmp_path:
     answer = call("sample", f"run={run_folder}", "prompt=a star, red", *sampling)
     assert answer.code == 0
     assert answer.out.count("a star, red") == 2
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["000-00.png", "000-01.png"]
+    written = {p.name: p.read_bytes() for p in (tmp_path / "samples").iterdir()}
+    assert sorted(written) == ["000-00.png", "000-01.png", "sample.json"]
+    notes = json.loads(written["sample.json"])
+    with Image.open(tmp_path / "samples" / "000-01.png") as picture:
+        note = json.loads(picture.text["sfumato"])  # pyright: ignore[reportAttributeAccessIssue]
+    assert note == notes["000-01.png"]
+    assert (note["prompt"], note["seed"], note["image"]) == ("a star, red", 0, 1)
+    assert (note["run"], note["step"], note["schedule"]) == (str(run_folder), 1, "linear")
+    assert note["sampler"]["num_inference_steps"] == 2
+    assert len(note["checkpoint"]) == 64
+
+    again = call("sample", f"run={run_folder}", "prompt=a moon", "seed=5", *sampling)
+    assert again.code == 0
+    assert "samples/001/000-00.png  a moon" in again.out
+    assert {p.name: p.read_bytes() for p in (tmp_path / "samples").glob("*.*")} == written
+
+
+def test_a_sweep_of_samples_keeps_the_pictures_of_all_its_jobs(
+    call: Call, run_folder: Path, tmp_path: Path
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "000-00.png").write_text("mine")
+    given = ["num_images=1", "sampler.num_inference_steps=1", "out=out", "prompt=ein rotes Ä"]
+    answer = call("sample", f"run={run_folder}", "schedule=choice(draft,base)", "-m", *given)
+    assert answer.code == 0
+    notes = [
+        json.loads((tmp_path / "out" / n / "sample.json").read_text())["000-00.png"]
+        for n in ("001", "002")
+    ]
+    assert [note["schedule"] for note in notes] == ["draft", "base"]
+    assert notes[0]["prompt"] == "ein rotes Ä"
+    assert (tmp_path / "out" / "000-00.png").read_text() == "mine"
+
+
+def test_a_sample_that_cannot_be_written_is_named_and_leaves_nothing_half(
+    call: Call, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(image: Image.Image, file: Path, *_: Any, **__: Any) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    given = ["num_images=1", "sampler.num_inference_steps=1", "prompt=a"]
+    answer = call("sample", f"run={run_folder}", *given)
+    assert answer.code == 2
+    assert "samples/000-00.png could not be written: no space is left" in answer.err
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["sample.json"]
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "| cat"])
+def test_closed_streams_and_ascii_terminals_end_without_a_traceback(tmp_path: Path, streams: str):
+    program = (
+        "import sys; from sfumato import cli; cli.USAGE = 'usage: \u00e4 \u2603'; "
+        "sys.argv = ['sfumato']; cli.main()"
+    )
+    command = f'{sys.executable} -c "{program}" {streams}'
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ("\\xe4 \\u2603" in result.stdout) == (not streams.startswith(">&-"))
 
 
 # Mistakes in what is typed

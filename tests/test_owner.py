@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from sfumato.config import DownloadConfig, PrepareConfig
 from sfumato.files import RECORD, clear_unfinished, new_folder, remove_folder
+from sfumato.preparation.download import download
+from sfumato.preparation.prepare import prepare
+from sfumato.preparation.tars import claim, forget_others
+from sfumato.preparation.url_table import write_table
 
 
 def files(folder: Path) -> list[str]:
@@ -142,3 +147,86 @@ def test_a_folder_with_files_of_the_user_is_not_removed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds notes\.txt, which Sfumato did not write"):
         remove_folder(tmp_path / "step")
     assert files(tmp_path / "step") == [RECORD, "notes.txt", "weights"]
+
+
+def record(name: str) -> str:
+    return f'{{"format": 1, "name": "{name}", "made_of": "x"}}'
+
+
+def test_numbered_files_of_others_are_refused_and_never_removed(tmp_path: Path) -> None:
+    write(tmp_path, "000001.tar", "000001.json", "000007.json", "notes.json", ".mine.tmp")
+    claim(tmp_path / "000000.json")
+    with pytest.raises(ValueError, match=r"000001\.json .* did not write"):
+        claim(tmp_path / "000001.json")
+    write(tmp_path, "000000.tar", "000000.json", ".000000.tar.tmp")
+    forget_others(tmp_path, set())
+    assert files(tmp_path) == sorted(
+        [".mine.tmp", ".written", "000001.json", "000001.tar", "000007.json", "notes.json"]
+    )
+
+
+def test_records_of_an_older_version_are_known_by_what_they_hold(tmp_path: Path) -> None:
+    write(tmp_path, "000000.tar", "000001.tar", "000002.tar", "000002.json")
+    for name in ("000000", "000001"):
+        (tmp_path / f"{name}.json").write_text(record(name))
+    claim(tmp_path / "000000.json")
+    forget_others(tmp_path, {"000000"})
+    assert files(tmp_path) == [".written", "000000.json", "000000.tar", "000002.json", "000002.tar"]
+
+
+def table(folder: Path) -> DownloadConfig:
+    folder.mkdir(parents=True)
+    rows = [{"url": f"http://localhost:9/{i}.png", "caption": f"a {i}"} for i in range(5)]
+    (folder / "urls.csv").write_text(
+        "url,caption\n" + "".join(f"{r['url']},{r['caption']}\n" for r in rows)
+    )
+    return DownloadConfig(table=str(folder / "urls.csv"), samples_per_shard=2)
+
+
+def test_a_table_of_the_user_in_the_folder_of_the_table_is_refused(tmp_path: Path) -> None:
+    config = table(tmp_path / "in")
+    write(tmp_path / "out", "table/urls.parquet", "table/notes.txt")
+    with pytest.raises(ValueError, match=r"table/urls\.parquet .* did not write"):
+        download(config, tmp_path / "out")
+    assert files(tmp_path / "out") == ["table/notes.txt", "table/urls.parquet"]
+    (tmp_path / "out/table/urls.parquet").unlink()
+    write_table(config, tmp_path / "out")
+    assert files(tmp_path / "out" / "table") == [
+        RECORD,
+        "000000.parquet",
+        "notes.txt",
+        "table.json",
+    ]
+    write(tmp_path / "out", "table/more.parquet")
+    with pytest.raises(ValueError, match=r"table/more\.parquet .* did not write"):
+        download(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize("theirs", ["00000_stats.json", "00000.tar", "notes.json", "00000.parquet"])
+def test_files_of_the_user_where_img2dataset_writes_are_refused(
+    tmp_path: Path, theirs: str
+) -> None:
+    config = table(tmp_path / "in")
+    write(tmp_path / "out" / "download", theirs)
+    with pytest.raises(ValueError, match=rf"download/{theirs} .* not of this download"):
+        download(config, tmp_path / "out")
+    assert files(tmp_path / "out") == [f"download/{theirs}"]
+
+
+@pytest.mark.parametrize("theirs", ["notes.json", "00009_stats.json"])
+def test_a_begun_download_keeps_the_files_of_the_user(tmp_path: Path, theirs: str) -> None:
+    config = table(tmp_path / "in")
+    write_table(config, tmp_path / "out")
+    write(tmp_path / "out" / "download", theirs, "00001_stats.json")  # of a killed img2dataset
+    with pytest.raises(ValueError, match=rf"download/{theirs} .* not of this download"):
+        download(config, tmp_path / "out")
+    assert files(tmp_path / "out" / "download") == [theirs]
+
+
+def test_an_index_of_the_user_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "out/index.json")
+    config = PrepareConfig(out=str(tmp_path / "out"), stages=["pack"])
+    config.pack.path = str(tmp_path)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        prepare(config)
+    assert (tmp_path / "out/index.json").read_text() == "out/index.json"

@@ -581,12 +581,15 @@ def test_a_sample_is_dropped_for_the_first_bound_that_it_breaks(tmp_path: Path) 
 
 
 def test_records_of_tars_that_are_no_more_are_removed(out: Path) -> None:
-    for name in ("000009.json", ".000001.json.123.tmp"):
-        (out / "selections/all" / name).write_text("{}")
+    selection = out / "selections/all"
+    other = replace(PreparedFolder(out).kept_record("all", "000001"), name="000009")
+    (selection / "000009.json").write_text(record_text(other))
+    for name in ("000008.json", ".000001.json.tmp"):
+        (selection / name).write_text("{}")
     filter_samples(FilterConfig(), out)
-    assert sorted(p.name for p in (out / "selections/all").iterdir()) == [
-        f"{i:06d}.json" for i in range(3)
-    ]
+    names = [*(f"{i:06d}.json" for i in range(3)), "000008.json"]  # which nobody here wrote
+    assert sorted(p.name for p in selection.glob("*.json")) == names
+    assert not list(selection.glob(".*.tmp"))
 
 
 def test_the_index_tells_selections_of_equal_counts_apart(out: Path) -> None:

@@ -1,11 +1,15 @@
 """Commands `sample` and `evaluate`: they read settings and write files."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import sfumato
 from sfumato.compose import load_settings
 from sfumato.config import (
     EvaluateConfig,
@@ -20,7 +24,8 @@ from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint
 from sfumato.evaluation.results import Evaluation
-from sfumato.images import save_image
+from sfumato.files import write_text
+from sfumato.images import write_png
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
@@ -28,7 +33,12 @@ from sfumato.models.registry import find_family, load_model
 from sfumato.records import read_rows
 from sfumato.run.build import build_scorer
 from sfumato.run.identity import contents_of, digests
-from sfumato.training.checkpoint import list_checkpoints, read_shown_weights, step_of
+from sfumato.training.checkpoint import (
+    fingerprint,
+    list_checkpoints,
+    read_shown_weights,
+    step_of,
+)
 from sfumato.training.folder import RunFolder
 from sfumato.training.state import load_weights
 from sfumato.training.validation import PAIRS
@@ -43,6 +53,21 @@ class _Shown:
 
 MEASURING = ("model", "reward", "features")  # whose files the numbers of an evaluation depend on
 
+SAMPLED = "sample.json"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to sample from.
+
+    Attributes:
+        origin: model, step and checkpoint, for the record of the pictures.
+    """
+
+    model: TextToImageModel
+    sampler: SamplerConfig
+    origin: Mapping[str, Any]
+
 
 def default_device() -> torch.device:
     """Return the GPU if there is one."""
@@ -50,10 +75,13 @@ def default_device() -> torch.device:
 
 
 def sample_images(config: SampleConfig) -> None:
-    """Write out/PROMPT-IMAGE.png for each prompt and seed.
+    """Write PROMPT-IMAGE.png for each prompt and seed, and sample.json, into a new folder.
+
+    The folder is `out` if that is empty, or else out/001, out/002 and so on. Each PNG holds its
+    prompt, seed, model and settings as text.
 
     Raises:
-        ValueError: if the settings name no model or no prompt.
+        ValueError: if the settings name no model or no prompt, or a picture cannot be written.
     """
     if (config.run is None) == (config.pretrained is None):
         raise ValueError("give either run=FOLDER or pretrained=MODEL")
@@ -69,21 +97,52 @@ def sample_images(config: SampleConfig) -> None:
         else read_prompts(str(config.prompts), column=config.column)
     )
     out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={config.out!r} is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
-    model, sampler = open_model(config)
-    model.to(default_device())
+    opened = open_model(config)
+    opened.model.to(default_device())
     prompts = [text for text in texts for _ in range(config.num_images)]
     seeds = [derive(config.seed, i) for _ in texts for i in range(config.num_images)]
+    notes = [
+        {"prompt": prompt, "seed": config.seed, "image": i % config.num_images, **opened.origin}
+        for i, prompt in enumerate(prompts)
+    ]
+    names = [
+        f"{i // config.num_images:03d}-{i % config.num_images:02d}.png" for i in range(len(prompts))
+    ]
+    folder = _new_folder(out, dict(zip(names, notes, strict=True)))
     for start in range(0, len(prompts), config.batch_size):
         rows = slice(start, start + config.batch_size)
-        images = generate(model, prompts[rows], seeds[rows], sampler, schedule=config.schedule)
+        images = generate(
+            opened.model, prompts[rows], seeds[rows], opened.sampler, schedule=config.schedule
+        )
         for i, image in enumerate(images, start):
-            path = out / f"{i // config.num_images:03d}-{i % config.num_images:02d}.png"
-            save_image(image, path)
-            print(f"{path}  {prompts[i]}", flush=True)
+            write_png(image, folder / names[i], notes[i])
+            print(f"{folder / names[i]}  {prompts[i]}", flush=True)
 
 
-def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
+def _new_folder(out: Path, record: Mapping[str, Any]) -> Path:
+    """Return `out` if it is empty, or else a new numbered folder in it; write the record there."""
+    folder = out
+    try:
+        if any(out.iterdir()):
+            raise FileExistsError
+        (out / SAMPLED).touch(exist_ok=False)  # of two calls at once only one has the folder
+    except FileExistsError:
+        for number in itertools.count(1):
+            folder = out / f"{number:03d}"
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            break
+        print(f"{out} is not empty: the pictures go to {folder}", flush=True)
+    write_text(folder / SAMPLED, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return folder
+
+
+def open_model(config: SampleConfig) -> Opened:
     """Return a run's model with its averaged weights, or a pretrained model, and its sampler.
 
     Raises:
@@ -91,8 +150,7 @@ def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
     """
     if config.run is None:
         settings = ModelConfig(str(config.pretrained), allow_pickle=config.allow_pickle)
-        sampler = SamplerConfig()
-        checkpoint = None
+        sampler, checkpoint, origin = SamplerConfig(), None, {"model": config.pretrained}
     else:
         run = RunFolder(Path(config.run))
         trained = load_settings(run.config)
@@ -100,6 +158,8 @@ def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
         settings = replace(trained.model, allow_pickle=config.allow_pickle)
         sampler = trained.sampler
         checkpoint = find_checkpoint(run, config.step)
+        origin = {"run": config.run, "model": settings.pretrained}
+        origin |= {"step": step_of(checkpoint), "checkpoint": fingerprint(checkpoint)}
     changes = {name: value for name, value in vars(config.sampler).items() if value is not None}
     sampler = replace(sampler, **changes)
     check_values(sampler, "sampler.")
@@ -112,7 +172,8 @@ def open_model(config: SampleConfig) -> tuple[TextToImageModel, SamplerConfig]:
     model = load_model(settings)
     if weights is not None:
         load_weights(model, weights)
-    return model, sampler
+    origin |= {"schedule": config.schedule, "sampler": asdict(sampler)}
+    return Opened(model, sampler, {**origin, "sfumato": sfumato.__version__})
 
 
 def shown_prompts(run: RunFolder) -> list[str]:

@@ -24,7 +24,14 @@ from typing import Any
 from sfumato.config import DownloadConfig
 from sfumato.data.left_out import tally
 from sfumato.data.prepared.format import PreparedError
-from sfumato.preparation.url_table import TABLE, TableRecord, read_table_record, write_table
+from sfumato.preparation.url_table import (
+    RECORD,
+    TABLE,
+    TableRecord,
+    read_table_record,
+    refuse_others,
+    write_table,
+)
 from sfumato.records import read_record
 
 DOWNLOAD, LOG = "download", "img2dataset.log"
@@ -66,11 +73,16 @@ def download(config: DownloadConfig, folder: Path) -> dict[str, int]:
 
     Raises:
         ValueError: the table cannot be read, or img2dataset is not installed.
-        PreparedError: img2dataset ended before all shards were done.
+        PreparedError: img2dataset ended before all shards were done, or files of others are where
+            it writes.
     """
-    record = write_table(config, folder)
     tars = folder / DOWNLOAD
+    if not (folder / TABLE / RECORD).exists():  # no download was begun
+        for path in sorted(path for path in tars.glob("[!.]*") if path.is_file()):
+            raise PreparedError(_foreign(path))
+    record = write_table(config, folder)
     if _unfinished(record, config.samples_per_shard, tars):
+        refuse_others(folder, record)
         _run(config, folder)
         if left := _unfinished(record, config.samples_per_shard, tars):
             raise PreparedError(
@@ -105,7 +117,7 @@ def _read_stats(path: Path) -> ShardStats:
     advice = "run the download again, which replaces it"
     match = _SHARD.fullmatch(path.name)
     if match is None:
-        raise PreparedError(f"{path} is not named as the statistics of a shard; {advice}")
+        raise PreparedError(_foreign(path))
     stats = read_record(path, _Stats, advice, failure=PreparedError)
     dropped = Counter[str]()
     for message, count in stats.status_dict.items():
@@ -125,19 +137,39 @@ def _reason(message: str) -> str:
 
 
 def _unfinished(record: TableRecord, size: int, tars: Path) -> list[int]:
-    """Return the numbers of the shards to fetch; remove what a kill or a full disk spoiled."""
+    """Return the numbers of the shards to fetch; remove what a kill or a full disk spoiled.
+
+    Raises:
+        PreparedError: img2dataset would take a file of others for a finished shard.
+    """
     number = sum(math.ceil(rows / size) for rows in record.files)
-    done = set[int]()
-    for path in tars.glob("*.json"):
-        try:
-            shard = _read_stats(path).number
-        except PreparedError:
-            shard = None
-        if shard is not None and (tars / f"{shard:05d}.tar").is_file():
-            done.add(shard)
+    shards = {f"{shard:05d}_stats.json": shard for shard in range(number)}
+    left, others = set(shards.values()), list[Path]()
+    for path in sorted(tars.glob("*.json")):
+        if path.name not in shards:
+            others.append(path)
+        elif _is_whole(path) and (tars / f"{shards[path.name]:05d}.tar").is_file():
+            left.discard(shards[path.name])
         else:
             path.unlink()  # img2dataset would take the shard for finished
-    return [shard for shard in range(number) if shard not in done]
+    if left and others:
+        raise PreparedError(_foreign(others[0]))
+    return sorted(left)
+
+
+def _is_whole(stats: Path) -> bool:
+    try:
+        _read_stats(stats)
+    except PreparedError:
+        return False
+    return True
+
+
+def _foreign(path: Path) -> str:
+    return (
+        f"{path} is where img2dataset writes, and it is not of this download; move it away, or "
+        "give another out"
+    )
 
 
 def _run(config: DownloadConfig, folder: Path) -> None:

@@ -14,7 +14,7 @@ from sfumato.data.left_out import tally
 from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import KeptRecord, Member, PreparedError, TarRecord, write_record
 from sfumato.files import digest
-from sfumato.preparation.tars import forget_others
+from sfumato.preparation.tars import claim, forget_others
 
 _MADE_BY = 1  # raised when the same settings come to keep other samples
 
@@ -39,6 +39,7 @@ def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:
         made_of = digest([settings, tar.made_of, before])
         record = _known(prepared, config.name, name, made_of)
         if record is None:
+            claim(root / f"{name}.json")
             record = _judge(config, tar, made_of, seen.has(hashes).tolist())
             write_record(root / f"{name}.json", record)
         if config.duplicates == "drop":

@@ -25,7 +25,14 @@ from sfumato.data.prepared.folder import UNFINISHED, PreparedFolder
 from sfumato.data.prepared.format import Member, PreparedError, TarRecord, write_record
 from sfumato.files import digest, new_file, sha256_of
 from sfumato.preparation.sources import Container, containers
-from sfumato.preparation.tars import Sample, forget_others, write_tar
+from sfumato.preparation.tars import (
+    Sample,
+    claim,
+    count_written,
+    forget_others,
+    is_ours,
+    write_tar,
+)
 from sfumato.preparation.url_table import further_columns
 
 _MADE_BY = 1  # raised when the same rows are to become other tars
@@ -122,6 +129,7 @@ class _Packer:
             self._next = None
         tar = self._folder.tar(name)
         path, dropped = tar.with_suffix(".json"), Counter[str]()
+        claim(path)
         with new_file(tar, failure=PreparedError) as beside:
             members = write_tar(beside, first, self._take(dropped))
             if not members:
@@ -205,6 +213,8 @@ def _refuse_foreign(shards: Path) -> None:
     """Refuse a folder with files that no packing wrote: packing could replace them."""
     paths = sorted(shards.glob("[!.]*"))
     foreign = [path for path in paths if not _OURS.fullmatch(path.name)]
+    written = count_written(shards)
+    foreign += [p for p in paths if p.suffix == ".json" and not is_ours(p, written)]
     if not (shards / UNFINISHED).exists():  # a kill may leave a tar without its record
         foreign += [p for p in paths if p.suffix == ".tar" and not p.with_suffix(".json").exists()]
     if foreign:

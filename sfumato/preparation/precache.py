@@ -6,6 +6,7 @@ never cross shards, so every process makes the same bytes.
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from sfumato.preparation.cache_plan import CacheJob, count_samples, lacking, pla
 from sfumato.preparation.encoding import Encoder
 from sfumato.preparation.faults import wrong_size
 from sfumato.training.distribution import Distribution
+
+_UNFINISHED = re.compile(r"\.(\d{6,}|empty|manifest)\.(safetensors|json)\.tmp")
 
 
 def precache(config: PrepareConfig, distribution: Distribution) -> dict[str, int]:
@@ -67,8 +70,15 @@ def _begin(job: CacheJob) -> None:
         job.caches, ("moments", "text"), (identity.moments, identity.text), strict=True
     ):
         folder = job.folder.cache(cache)
+        files = sorted(folder.glob("[!.]*"))
+        if files and not (folder / MANIFEST).exists():
+            raise PreparedError(
+                f"{folder} holds {files[0].name}, which sfumato prepare did not write; give "
+                "another out, or move it away"
+            )
         for unfinished in folder.glob(".*.tmp"):
-            unfinished.unlink()
+            if _UNFINISHED.fullmatch(unfinished.name):
+                unfinished.unlink()
         manifest = {"format": FORMAT, "kind": kind, **content}
         text = json.dumps(manifest, indent=2) + "\n"
         write_text(folder / MANIFEST, text, failure=PreparedError)

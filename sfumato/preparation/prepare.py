@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 from sfumato.config import PrepareConfig, TrainingConfig
 from sfumato.data.left_out import line
-from sfumato.data.prepared.folder import PreparedFolder
+from sfumato.data.prepared.folder import INDEX, PreparedFolder
 from sfumato.data.prepared.format import PreparedError
 from sfumato.files import lock
 from sfumato.preparation.download import download
@@ -45,6 +45,7 @@ def prepare(config: PrepareConfig) -> None:
 
         def before() -> None:
             held.enter_context(hold(folder))
+            _refuse_index_of_others(folder)
             _before_precaching(config, folder)
 
         on_first(before)
@@ -67,6 +68,16 @@ def hold(folder: Path) -> IO[str]:
     """
     busy = f"another sfumato prepare works on {folder}; wait for it, or give another out"
     return lock(folder, busy=busy, unmade="give another out", failure=PreparedError)
+
+
+def _refuse_index_of_others(folder: Path) -> None:
+    """Refuse an index.json in a folder where nothing was packed yet."""
+    prepared = PreparedFolder(folder)
+    if (folder / INDEX).exists() and not prepared.shards.exists():
+        raise PreparedError(
+            f"{folder / INDEX} is where sfumato prepare writes its index, and nothing was prepared "
+            "here yet; move it away, or give another out"
+        )
 
 
 def _before_precaching(config: PrepareConfig, folder: Path) -> None:

@@ -7,12 +7,27 @@ KEY.txt     the main caption
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sfumato.data.prepared.format import Member
+from sfumato.data.prepared.folder import UNFINISHED
+from sfumato.data.prepared.format import FORMAT, Member, PreparedError
+from sfumato.files import write_text
+from sfumato.records import read_record
+
+_WRITTEN = ".written"  # in a folder: how many numbered files are of sfumato prepare
+_UNFINISHED = re.compile(r"\.\d{6,}\.(tar|json)\.tmp")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The part of a record by which an older version's files are known."""
+
+    name: str
+    made_of: str
 
 
 @dataclass(frozen=True)
@@ -56,11 +71,54 @@ def texts(member: Member) -> dict[str, bytes]:
     return {"json": text.encode(), "txt": member.captions[0].encode()}
 
 
+def claim(record: Path) -> None:
+    """Count the record of a tar, and the tar beside it, as files of sfumato prepare.
+
+    Raises:
+        PreparedError: one of them is there, and of others.
+    """
+    written = count_written(record.parent)
+    if int(record.stem) < written:
+        return
+    there = [path for path in (record, record.with_suffix(".tar")) if path.exists()]
+    # An older version counted nothing, and a kill could leave a tar without its record.
+    killed = record not in there and (record.parent / UNFINISHED).exists()
+    if there and not killed and not is_ours(record, written):
+        raise PreparedError(
+            f"{there[0]} is where sfumato prepare writes, and it did not write this file; move it "
+            "away, or give another out"
+        )
+    write_text(record.parent / _WRITTEN, f"{int(record.stem) + 1}\n", failure=PreparedError)
+
+
 def forget_others(folder: Path, names: Set[str]) -> None:
-    """Remove tars and records of other names, and the unfinished files of a killed process."""
-    for path in [*folder.glob("*.json"), *folder.glob("*.tar"), *folder.glob(".*.tmp")]:
-        if path.stem not in names:
+    """Remove our tars and records of other names, and the unfinished files of a killed process."""
+    written = count_written(folder)
+    for path in [*folder.glob("*.tar"), *folder.glob("*.json")]:
+        if path.stem not in names and is_ours(path.with_suffix(".json"), written):
             path.unlink()
+    for path in folder.glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(path.name):
+            path.unlink()
+    if written != len(names):
+        write_text(folder / _WRITTEN, f"{len(names)}\n", failure=PreparedError)
+
+
+def count_written(folder: Path) -> int:
+    """Return how many numbered files, from 0, sfumato prepare wrote to a folder."""
+    file = folder / _WRITTEN
+    text = file.read_text(errors="replace").strip() if file.is_file() else ""
+    return int(text) if text.isdecimal() else 0
+
+
+def is_ours(record: Path, written: int) -> bool:
+    """Say whether sfumato prepare wrote a record: it was counted, or holds what records hold."""
+    if record.stem.isdecimal() and int(record.stem) < written:
+        return True
+    try:
+        return read_record(record, _Record, "", version=FORMAT).name == record.stem
+    except ValueError:
+        return False
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -18,7 +18,7 @@ from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.paths import find_files, is_file, is_folder
 from sfumato.data.prepared.format import FORMAT, PreparedError
 from sfumato.data.tables import WITH_COLUMNS, open_table
-from sfumato.files import digest, fetch, new_file, sha256_of, write_text
+from sfumato.files import digest, fetch, new_folder, sha256_of, write_text
 from sfumato.records import read_record
 
 TABLE, RECORD = "table", "table.json"
@@ -77,7 +77,7 @@ def write_table(config: DownloadConfig, folder: Path) -> TableRecord:
                       config.samples_per_shard, config.image_size])  # fmt: skip
     if known is not None and known.made_of == made_of:
         if not seen:
-            _save(folder, replace(known, stamps=stamps))
+            _save(folder / TABLE, replace(known, stamps=stamps))
         return known
     if known is not None:
         raise PreparedError(
@@ -87,20 +87,41 @@ def write_table(config: DownloadConfig, folder: Path) -> TableRecord:
         )
     log = SkipLog()
     rows = chain.from_iterable(_usable(file, config, log) for file in files)
-    counts = tuple(_write(rows, config, folder / TABLE))
-    if not counts:
-        raise ValueError(
-            f"download.table={config.table!r} has no row that can be downloaded: "
-            f"{log.report().summary()}"
-        )
-    record = TableRecord(made_of, stamps, digests, counts, dict(log.counts()))
-    _save(folder, record)
+    refuse_others(folder)
+    with new_folder(folder / TABLE, failure=PreparedError) as beside:
+        counts = tuple(_write(rows, config, beside))
+        if not counts:
+            raise ValueError(
+                f"download.table={config.table!r} has no row that can be downloaded: "
+                f"{log.report().summary()}"
+            )
+        record = TableRecord(made_of, stamps, digests, counts, dict(log.counts()))
+        _save(beside, record)
     return record
+
+
+def refuse_others(folder: Path, record: TableRecord | None = None) -> None:
+    """Refuse a table's folder with parquet of others, which img2dataset would read as well.
+
+    Raises:
+        PreparedError: naming the first.
+    """
+    own = {_file(number) for number in range(len(record.files))} if record else ()
+    for path in sorted((folder / TABLE).glob("*.parquet")):
+        if path.name not in own:
+            raise PreparedError(
+                f"{path} is where sfumato prepare writes its own table, and sfumato did not write "
+                "it; move it away, or give another out"
+            )
+
+
+def _file(number: int) -> str:
+    return f"{number:06d}.parquet"
 
 
 def _save(folder: Path, record: TableRecord) -> None:
     text = json.dumps({"format": FORMAT, **asdict(record)}) + "\n"
-    write_text(folder / TABLE / RECORD, text, failure=PreparedError)
+    write_text(folder / RECORD, text, failure=PreparedError)
 
 
 def read_table_record(folder: Path) -> TableRecord:
@@ -117,7 +138,7 @@ def read_table_record(folder: Path) -> TableRecord:
 
 def further_columns(folder: Path) -> list[str]:
     """Return the columns of a downloaded table beside URLs and captions; none without a table."""
-    file = folder / TABLE / "000000.parquet"
+    file = folder / TABLE / _file(0)
     if not file.exists():
         return []
     from pyarrow import parquet
@@ -182,8 +203,6 @@ def _write(rows: Iterator[dict[str, Any]], config: DownloadConfig, folder: Path)
     import pyarrow
     from pyarrow import parquet
 
-    for stale in folder.glob("*.parquet"):
-        stale.unlink()
     whole = max(1, _ROWS // config.samples_per_shard) * config.samples_per_shard
     first = list(islice(rows, _INFERRED))
     if not first:
@@ -193,8 +212,7 @@ def _write(rows: Iterator[dict[str, Any]], config: DownloadConfig, folder: Path)
         schema = _schema(first, config)
         while some := list(islice(rows, whole)):
             table = pyarrow.Table.from_pylist(some, schema)
-            with new_file(folder / f"{number:06d}.parquet", failure=PreparedError) as beside:
-                parquet.write_table(table, beside)
+            parquet.write_table(table, folder / _file(number))
             yield len(some)
             number += 1
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
