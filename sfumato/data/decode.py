@@ -1,10 +1,13 @@
 """Decoder of pictures: a file's size and format are checked before its pixels are allocated."""
 
+import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -15,6 +18,10 @@ from sfumato.data.entries import Blob
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LARGEST = 178_956_970  # pixels: above it Pillow itself refuses a decompression bomb
+
+_LARGE = 2**24  # pixels: pictures above it are decoded one at a time, for the sake of memory
+_ONE_LARGE = threading.Lock()
+_LARGEST_FILE = 2**31  # bytes, more than any picture of LARGEST pixels has
 
 # What Pillow raises on damaged files; its decoders trust their input in many places.
 _DAMAGE = (
@@ -77,11 +84,12 @@ def read_rgb(blob: Blob, bounds: Bounds) -> Image.Image:
     Raises:
         RefusedImageError: it is missing, no picture, outside the bounds, or its pixels are damaged.
     """
-    with _opened(blob, bounds) as picture:
+    with _opened(blob, bounds) as picture, _turn(picture):
         picture.load()
         # Pillow finds the EXIF of some PNGs only after their pixels.
         orientation = _orientation(picture)
-        rgb = _to_rgb(picture)
+        rgb = _by_strips(picture)
+    del picture  # else its pixels would stay beside the copies
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
@@ -93,6 +101,9 @@ def _opened(blob: Blob, bounds: Bounds) -> Iterator[Image.Image]:
         with blob.open() as file:
             if not file.read(1):
                 raise RefusedImageError("zero-byte file")
+            file.seek(0, os.SEEK_END)
+            if file.tell() > _LARGEST_FILE:
+                raise RefusedImageError("file above 2 GiB")
             file.seek(0)
             with Image.open(file, formats=FORMATS) as picture:
                 if picture.width * picture.height > bounds.pixels:
@@ -119,6 +130,23 @@ def _orientation(picture: Image.Image) -> int:
         return Image.Image.getexif(picture).get(_ORIENTATION, 1)
     except _DAMAGE:
         return 1
+
+
+def _turn(picture: Image.Image) -> AbstractContextManager[Any]:
+    """Let large pictures wait for each other."""
+    return _ONE_LARGE if picture.width * picture.height > _LARGE else nullcontext()
+
+
+def _by_strips(picture: Image.Image) -> Image.Image:
+    """Convert strip by strip: what a conversion holds meanwhile is small."""
+    rows = max(1, _LARGE // picture.width)
+    if rows >= picture.height:
+        return _to_rgb(picture)
+    whole = Image.new("RGB", picture.size)
+    for top in range(0, picture.height, rows):
+        box = (0, top, picture.width, min(top + rows, picture.height))
+        whole.paste(_to_rgb(picture.crop(box)), box)
+    return whole
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
