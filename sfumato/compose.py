@@ -256,8 +256,9 @@ def load_settings(file: Path) -> TrainConfig:
             root[group] = choices[kind]
         return to_settings(OmegaConf.merge(root, _literal(content)))
     except (*COMPOSITION_ERRORS, LookupError, TypeError, ValueError) as error:
-        has_key = isinstance(error, OmegaConfBaseException) and error.full_key
-        reason = unreadable_value(str(error.full_key), error) if has_key else str(error)
+        reason = str(error)
+        if isinstance(error, OmegaConfBaseException) and error.full_key:
+            reason = unreadable_value(str(error.full_key), error)
         raise ValueError(
             f"{file} is not a configuration of `sfumato train`: {first_line(reason)}; restore "
             "the file, or correct it"
