@@ -287,3 +287,24 @@ def test_tensors_span_minus_one_to_one() -> None:
 def test_a_sample_names_itself() -> None:
     sample = Sample(torch.zeros(3, 8, 8), "x" * 100, (8, 8), (0, 0), "folder a.png")
     assert str(sample) == f"folder a.png ({'x' * 79}…)"
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA", "P", "CMYK", "L", "RGB"])
+def test_large_pictures_are_converted_as_small_ones(
+    blob: FileBlob, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    if mode == "I;16":
+        deep = np.arange(37 * 23, dtype=np.uint16).reshape(37, 23) * 77
+        data = encode(Image.fromarray(deep))
+    else:
+        picture = Image.fromarray(gradient(37, 23)).convert(mode)
+        data = encode(picture, "JPEG" if mode == "CMYK" else "PNG")
+    expected = decoded(blob, data)
+    monkeypatch.setattr("sfumato.data.decode._LARGE", 100)
+    assert np.array_equal(decoded(blob, data), expected)
+
+
+def test_a_file_larger_than_any_picture_is_refused(blob: FileBlob) -> None:
+    blob.path.write_bytes(png())
+    os.truncate(blob.path, 2**31 + 1)
+    assert refusal(blob) == header_refusal(blob) == "file above 2 GiB"

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -537,3 +539,67 @@ def test_validation_takes_the_first_good_samples(tmp_path: Path) -> None:
         validation_samples(config, 0, height=8, width=8)
     with pytest.raises(ValueError, match=r"no sample .*below min_size=99"):
         validation_samples(config_of(tmp_path / "a", min_size=99), 1, height=8, width=8)
+
+
+def test_links_and_pipes_of_a_folder_are_counted(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", [(8, 8)] * 6)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a secret")
+    for number, target in enumerate((secret, "/dev/zero")):
+        (folder / f"00{number}.txt").unlink()
+        (folder / f"00{number}.txt").symlink_to(target)
+    (folder / "002.txt").unlink()
+    os.mkfifo(folder / "002.txt")
+    (folder / "003.txt").write_text("x" * (2**20 + 1))
+    (folder / "004.png").unlink()
+    (folder / "004.png").symlink_to(write_folder(tmp_path / "private", [(8, 8)]) / "000.png")
+    (folder / "006.png").symlink_to(folder / "005.png")  # stays inside
+    (folder / "006.txt").write_text("a link inside")
+    assert listed(folder) == [("005.png", "picture 5"), ("006.png", "a link inside")]
+    leaves = "link that leaves the folder (copy the file instead)"
+    assert counts(folder) == {
+        f"caption: {leaves}": 2,
+        "unreadable caption": 1,
+        "caption above 1,048,576 bytes": 1,
+        leaves: 1,
+    }
+
+
+def test_links_of_the_hubs_cache_are_read(tmp_path: Path) -> None:
+    blobs = write_folder(tmp_path / "datasets--a--b" / "blobs", [(8, 8)])
+    folder = tmp_path / "datasets--a--b" / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    for suffix in (".png", ".txt"):
+        (folder / f"cat{suffix}").symlink_to(blobs / f"000{suffix}")
+    assert listed(folder) == [("cat.png", "picture 0")]
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_headers_of_any_size_end_a_tar(tmp_path: Path, kind: bytes) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.png", png()), ("a.txt", b"a")])
+    header = tarfile.TarInfo("huge")
+    header.size, header.type = 2**33 - 1, kind
+    data = path.read_bytes().rstrip(b"\0")
+    start = -(-len(data) // 512) * 512
+    path.write_bytes(data.ljust(start, b"\0") + header.tobuf(tarfile.USTAR_FORMAT))
+    os.truncate(path, start + 2**33 + 4096)  # sparse: it takes no room
+    assert listed(path) == [("a.png", "a")]
+    assert counts(path) == {"truncated or damaged tar": 1}
+
+
+def test_texts_of_any_size_are_counted(tmp_path: Path) -> None:
+    members = [("a.png", png()), ("a.txt", b"x" * (2**24 + 1)), ("b.png", png()), ("b.txt", b"b")]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert listed(path) == [("b.png", "b")]
+    assert counts(path)["member .txt above 16,777,216 bytes"] == 1
+
+
+def test_a_zero_in_a_path_spoils_its_row_only(tmp_path: Path) -> None:
+    write_folder(tmp_path, [(8, 8)])
+    (tmp_path / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "0\0.png", "text": "a"})
+        + "\n"
+        + json.dumps({"file_name": "000.png", "text": "b"})
+    )
+    stream = open_small(config_of(tmp_path))
+    assert [sample.caption for sample in stream.next(2, 0, 2)] == ["b"] * 2

@@ -500,3 +500,20 @@ def test_lone_surrogates_in_a_column_are_replaced(tmp_path: Path, tags: object) 
         "kept": 1
     }
     assert "?" in json.dumps(PreparedFolder(out).tar_record("000000").samples[0].columns["tags"])
+
+
+def test_hostile_rows_do_not_stop_a_pack(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", [(8, 8)] * 3)
+    rows = [{"file_name": name, "text": "a"} for name in ("0\0.png", "000.png", "pipe.png")]
+    (source / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.mkfifo(source / "pipe.png")
+    bins = packed(source, tmp_path / "out")
+    assert bins["kept"] == 1 and sum(bins.values()) == 3
+    (source / "metadata.jsonl").unlink()
+    (source / "001.txt").unlink()
+    os.mkfifo(source / "001.txt")
+    (source / "002.txt").unlink()
+    (source / "002.txt").symlink_to("/etc/hostname")
+    bins = packed(source, tmp_path / "other")
+    assert bins["kept"] == 1 and bins["unreadable caption"] == 1
+    assert bins["caption: link that leaves the folder (copy the file instead)"] == 1

@@ -1,10 +1,13 @@
 """Decoder of pictures: a file's size and format are checked before its pixels are allocated."""
 
+import os
 import struct
+import threading
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
@@ -16,6 +19,10 @@ from sfumato.data.entries import Blob
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".jfif", ".jpe", ".pjpeg", ".apng")
 LARGEST = 178_956_970  # pixels: above it Pillow itself refuses a decompression bomb
+
+_LARGE = 2**24  # pixels: pictures above it are decoded one at a time, for the sake of memory
+_ONE_LARGE = threading.Lock()
+_LARGEST_FILE = 2**31  # bytes, more than any picture of LARGEST pixels has
 
 # What Pillow raises on damaged files; its decoders trust their input in many places.
 _DAMAGE = (
@@ -95,12 +102,13 @@ def read_rgb(blob: Blob, bounds: Bounds) -> Image.Image:
         RefusedImageError: it is missing, no picture, outside the bounds, wholly transparent, or
             its pixels are damaged.
     """
-    with _opened(blob, bounds) as picture:
+    with _opened(blob, bounds) as picture, _turn(picture):
         _scale_key(picture)
         picture.load()
         # Pillow finds the EXIF of some PNGs only after their pixels.
         orientation = _orientation(picture)
-        rgb = _to_rgb(picture)
+        rgb = _by_strips(picture)
+    del picture  # else its pixels would stay beside the copies
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
@@ -112,6 +120,9 @@ def _opened(blob: Blob, bounds: Bounds) -> Iterator[Image.Image]:
         with blob.open() as file:
             if not file.read(1):
                 raise RefusedImageError("zero-byte file")
+            file.seek(0, os.SEEK_END)
+            if file.tell() > _LARGEST_FILE:
+                raise RefusedImageError("file above 2 GiB")
             file.seek(0)
             with Image.open(file, formats=FORMATS) as picture:
                 if picture.width * picture.height > bounds.pixels:
@@ -155,20 +166,44 @@ def _scale_key(picture: Image.Image) -> None:
         picture.info["transparency"] = scaled if isinstance(key, tuple) else scaled[0]
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _turn(picture: Image.Image) -> AbstractContextManager[Any]:
+    """Let large pictures wait for each other."""
+    return _ONE_LARGE if picture.width * picture.height > _LARGE else nullcontext()
+
+
+def _by_strips(picture: Image.Image) -> Image.Image:
+    """Convert strip by strip: what a conversion holds meanwhile is small."""
     convert, _ = conversion(picture)
+    rows = max(1, _LARGE // picture.width)
+    tops = range(0, picture.height, rows)
+    whole = Image.new("RGB", picture.size) if len(tops) > 1 else None
+    rgb, seen = picture, False
+    for top in tops:
+        box = (0, top, picture.width, min(top + rows, picture.height))
+        rgb, opacity = _to_rgb(picture if whole is None else picture.crop(box), convert)
+        seen = seen or opacity > 0
+        if whole is not None:
+            whole.paste(rgb, box)
+    if not seen:
+        raise RefusedImageError("wholly transparent picture")
+    return rgb if whole is None else whole
+
+
+def _to_rgb(
+    picture: Image.Image, convert: Callable[[Image.Image], Image.Image] | None
+) -> tuple[Image.Image, int]:
+    """Return a picture in RGB, and its highest opacity, of 255."""
     if picture.mode.startswith("I"):
         picture = _eight_bits(picture)
-    if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
-        alpha = rgba.getchannel("A")
-        if alpha.getextrema()[1] == 0:
-            raise RefusedImageError("wholly transparent picture")
-        if convert is not None:
-            rgba = convert(rgba.convert("RGB"))
-            rgba.putalpha(alpha)
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return picture.convert("RGB") if convert is None else convert(picture)
+    if picture.mode not in {"RGBA", "LA", "PA"} and "transparency" not in picture.info:
+        return picture.convert("RGB") if convert is None else convert(picture), 255
+    rgba = picture.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if convert is not None:
+        rgba = convert(rgba.convert("RGB"))
+        rgba.putalpha(alpha)
+    on_white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return on_white.convert("RGB"), int(alpha.getextrema()[1])  # type: ignore[arg-type]
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -22,6 +22,8 @@ from sfumato.data.webdataset import is_tar, list_tar
 
 # What looks like an image but is not read; it is counted rather than passed over.
 _OTHER_SUFFIXES = frozenset({".tif", ".tiff", ".gif", ".avif", ".heic", ".jxl"})
+_LEAVES = "link that leaves the folder (copy the file instead)"
+_LONGEST = 2**20  # bytes of a caption's file
 # Hugging Face's imagefolder, and what DiffSynth's examples have.
 _FOLDER_TABLES = tuple(
     f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".json", ".parquet", ".tsv")
@@ -74,7 +76,7 @@ def list_source(
                 f"{name}={value!r} was given, but {folder} holds images and no table; leave it "
                 "out, or give a table"
             )
-    return list(_walk(folder, log.begin(folder)))
+    return list(_walk(folder, _home(folder), log.begin(folder)))
 
 
 def find_files_of(path: str, key: str) -> tuple[Path, ...]:
@@ -144,7 +146,15 @@ def _list_table(table: Table, base: Path, columns: Columns, log: SkipLog) -> Ite
             yield Entry(path, name, captions, blob, columns.further_of(row))
 
 
-def _walk(folder: Path, skips: FileSkips) -> Iterator[Entry]:
+def _home(folder: Path) -> Path:
+    """Return the folder that links may not leave: the folder, or that of a hub's snapshots."""
+    whole = folder.resolve()
+    snapshots = next((path for path in whole.parents if path.name == "snapshots"), None)
+    is_hub = snapshots is not None and (snapshots.parent / "blobs").is_dir()
+    return snapshots.parent if snapshots is not None and is_hub else whole
+
+
+def _walk(folder: Path, home: Path, skips: FileSkips) -> Iterator[Entry]:
     """Yield the images below a folder; every folder is entered once, whatever links lead to it."""
     entered: set[tuple[int, int]] = set()
 
@@ -164,17 +174,40 @@ def _walk(folder: Path, skips: FileSkips) -> Iterator[Entry]:
             suffix = Path(name).suffix.lower()
             if name.startswith("."):
                 continue
-            if suffix in SUFFIXES:
-                yield from _with_caption(folder, path / name, skips)
+            if suffix in SUFFIXES and _leaves(home, folder / path / name):
+                skips.add(_LEAVES, str(path / name))
+            elif suffix in SUFFIXES:
+                yield from _with_caption(folder, home, path / name, skips)
             elif suffix in _OTHER_SUFFIXES:
                 skips.add(f"format {suffix} is not read", str(path / name))
 
 
-def _with_caption(folder: Path, path: Path, skips: FileSkips) -> Iterator[Entry]:
+def _leaves(home: Path, file: Path) -> bool:
+    """Say whether a file is a link that leads out of its source; loops are unreadable files."""
     try:
-        text: bytes | None = (folder / path).with_suffix(".txt").read_bytes()
+        target = file.resolve(strict=True) if file.is_symlink() else None
+        homes = (home, file.parent.resolve())  # the folder itself may be a link
+        return target is not None and not any(map(target.is_relative_to, homes))
+    except (OSError, RuntimeError):
+        return False
+
+
+def _with_caption(folder: Path, home: Path, path: Path, skips: FileSkips) -> Iterator[Entry]:
+    file, text = (folder / path).with_suffix(".txt"), None
+    if _leaves(home, file):
+        skips.add(f"caption: {_LEAVES}", str(path))
+        return
+    try:
+        with FileBlob(file).open() as stream:
+            text = stream.read(_LONGEST + 1)
+    except FileNotFoundError:
+        pass
     except OSError:
-        text = None
+        skips.add("unreadable caption", str(path))
+        return
+    if text is not None and len(text) > _LONGEST:
+        skips.add(f"caption above {_LONGEST:,} bytes", str(path))
+        return
     captions = captions_of(text, str(path), skips)
     if captions:
         yield Entry(folder, path.as_posix(), captions, FileBlob(folder / path))

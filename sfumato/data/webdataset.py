@@ -4,8 +4,9 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, final
 
 from sfumato.data.decode import SUFFIXES
 from sfumato.data.entries import Columns, Entry, SpanBlob, captions_of, choose_column
@@ -15,6 +16,7 @@ from sfumato.files import parse_object
 # What tarfile raises on damaged headers, beside its own errors: bad numbers and bad sizes.
 TAR_DAMAGE = (tarfile.TarError, ValueError, OverflowError, EOFError)
 _END = bytes(tarfile.BLOCKSIZE)
+_TEXTS, _LARGEST = ("txt", "json"), 2**24  # read into memory; bytes of one of them, or of a header
 _IMAGE_FIELDS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 
 
@@ -33,6 +35,32 @@ class Member:
         return file.read(self.span.size)
 
 
+@final
+class _Headers(RawIOBase):
+    """A tar as tarfile reads it: its headers, of which a damaged one may claim any size."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return the next bytes.
+
+        Raises:
+            tarfile.ReadError: they are more than any header has.
+        """
+        if not 0 <= size <= _LARGEST:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go to a position."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._file.tell()
+
+
 _Groups = dict[str, dict[str, Member]]  # by key and by field
 
 
@@ -47,7 +75,7 @@ def members(file: IO[bytes], path: Path, skips: FileSkips) -> Iterator[Member]:
     size, whole = file.seek(0, os.SEEK_END), True
     file.seek(0)
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+        tar = tarfile.open(fileobj=_Headers(file), mode="r:")  # noqa: SIM115
     except TAR_DAMAGE as error:
         skips.add("not a tar", f"({error})")
         return
@@ -103,7 +131,9 @@ def _groups(file: IO[bytes], path: Path, skips: FileSkips) -> _Groups:
     groups: _Groups = {}
     for member in members(file, path, skips):
         group = groups.setdefault(member.key, {})
-        if member.field in group:
+        if member.field in _TEXTS and member.span.size > _LARGEST:
+            skips.add(f"member .{member.field} above {_LARGEST:,} bytes", member.name)
+        elif member.field in group:
             skips.add("second member of the same name", member.name)
         else:
             group[member.field] = member

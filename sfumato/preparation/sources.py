@@ -180,6 +180,6 @@ def _stamp(entry: Entry) -> tuple[int, int]:
     file = entry.blob.path if isinstance(entry.blob, FileBlob) else entry.container
     try:
         status = file.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError is a NUL in the path
         return -1, 0
     return status.st_size, status.st_mtime_ns
