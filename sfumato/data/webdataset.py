@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -61,7 +62,7 @@ def members(
         skips: counts damage, at which the walk ends, by the keys that lie behind it.
         damage: is told what the damage took.
     """
-    damage, last = damage or Damage(), ""
+    damage, seen = damage or Damage(), Counter[str]()
     size, whole, cut = file.seek(0, os.SEEK_END), True, None
     file.seek(0)
     try:
@@ -85,7 +86,7 @@ def members(
                     break
                 span = SpanBlob(path, member.offset_data, member.size)
                 yield Member(member.name, key, suffix.lower(), span, plain)
-                last = key
+                seen = Counter({key: seen[key] + 1})  # of the last key only
         except TAR_DAMAGE:
             whole = False
         # tarfile takes a damaged or missing header for the end of the archive.
@@ -94,28 +95,39 @@ def members(
         block = file.read(tarfile.BLOCKSIZE)
         if whole and block == _END:
             if behind := _keys(file, end):
-                where = f"({behind[0]} to {behind[-1]})"
+                where = f"({next(iter(behind))} to {next(reversed(behind))})"
                 skips.add("member behind the end of a tar", where, rows=len(behind))
             return
-        rows, where = _lost(file, end if cut is None else cut, last, damage)
+        rows, where = _lost(file, end if cut is None else cut, seen, damage)
         skips.add("truncated or damaged tar", f"(at byte {end}{where})", rows=rows)
 
 
-def _lost(file: IO[bytes], start: int, last: str, damage: Damage) -> tuple[int, str]:
-    """Count the keys behind damage, as far as their headers can be read, and name them."""
+def _lost(file: IO[bytes], start: int, seen: Counter[str], damage: Damage) -> tuple[int, str]:
+    """Count the keys behind damage, as far as their headers can be read, and name them.
+
+    A damaged header is of another key, or of the first key behind it if that lacks a member.
+
+    Args:
+        seen: the last key before the damage, and how many members it had.
+    """
     file.seek(start)
     block = file.read(tarfile.BLOCKSIZE)
-    behind = [key for key in _keys(file, start) if key != last]
+    sizes = _keys(file, start)
+    behind = [key for key in sizes if key not in seen]
     own, valid = _key_of(block)
-    unknown = bool(block) and own != last and own not in behind
-    damage.takes_last = not valid if unknown else not behind
+    unknown = bool(block) and own not in seen and own not in behind
+    if unknown and behind:
+        unknown = sizes[behind[0]] >= max([*seen.values(), *sizes.values()])
+        damage.takes_last = unknown and not valid
+    else:
+        damage.takes_last = not valid if unknown else not behind
     where = f", before {' to '.join(dict.fromkeys([behind[0], behind[-1]]))}" if behind else ""
     return max(1, len(behind) + unknown), where
 
 
-def _keys(file: IO[bytes], start: int) -> list[str]:
+def _keys(file: IO[bytes], start: int) -> Counter[str]:
     """Return the keys of the members whose headers are whole, from a block of the tar on."""
-    keys: dict[str, None] = {}
+    keys = Counter[str]()
     file.seek(start)
     while block := file.read(tarfile.BLOCKSIZE):
         key, valid = _key_of(block)
@@ -123,11 +135,11 @@ def _keys(file: IO[bytes], start: int) -> list[str]:
             continue
         member = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
         if key and not member.isdir() and member.type not in _NOTES:
-            keys[key] = None
+            keys[key] += 1
         if member.isfile() or member.type in _NOTES:
             blocks = -(-member.size // tarfile.BLOCKSIZE)
             file.seek(blocks * tarfile.BLOCKSIZE, os.SEEK_CUR)
-    return list(keys)
+    return keys
 
 
 def _key_of(block: bytes) -> tuple[str, bool]:
