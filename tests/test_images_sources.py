@@ -126,10 +126,10 @@ def test_tables_join_the_base_path_and_the_chosen_columns(tmp_path: Path, name: 
     ]
     table = write_table(tmp_path / name, rows)
     found = listed(table, base=str(base), image="picture", caption="Beschreibung")
-    assert found == [("000.png", '"a", fox\n雨'), ("001.png", "a bird")]
+    assert found == [("000.png", '"a", fox'), ("001.png", "a bird")]
     source = ImageSourceConfig(str(table), str(base), "picture", "Beschreibung")
     (sample, _) = open_small(ImageDataConfig(sources={"a": source}, shuffle=False)).next(2, 0, 2)
-    assert sample.caption == '"a", fox\n雨' and sample.name == f"{table} 000.png"
+    assert sample.caption == '"a", fox' and sample.name == f"{table} 000.png"
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -318,7 +318,7 @@ def test_a_picture_cut_off_at_the_end_of_a_tar_is_no_member(tmp_path: Path) -> N
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.index(b"1.png") + 512 + len(png()) - 1])
     assert listed(path) == [("000.png", "picture 0")]
-    assert counts(path) == {"truncated or damaged tar": 1, "no image with this key": 1}
+    assert counts(path) == {"truncated or damaged tar": 1}
 
 
 def test_a_damaged_header_ends_a_tar(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_damaged_header_ends_a_tar(tmp_path: Path) -> None:
     damaged[damaged.index(b"001.txt")] ^= 0x55
     path.write_bytes(damaged)
     assert listed(path) == [("000.png", "picture 0")]
-    assert counts(path)["truncated or damaged tar"] == 1
+    assert counts(path) == {"truncated or damaged tar": 2}
 
 
 # Hugging Face

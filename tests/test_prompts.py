@@ -74,11 +74,35 @@ def test_txt_keeps_lines_and_counts_blank_ones(tmp_path: Path) -> None:
     ]
 
 
-def test_utf16_is_refused(tmp_path: Path) -> None:
+def test_zero_bytes_are_called_what_they_are(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_text("a fox\na bird\n", encoding="utf-16")
-    with pytest.raises(ValueError, match=r"no prompt can be read.*not UTF-8: 3"):
+    path.write_text("a fox\na bird\n", encoding="utf-16-le")
+    with pytest.raises(ValueError, match=r"no prompt can be read.*zero bytes: 3"):
         open_prompts(str(path))
+    path.write_bytes(b"a\0cat\na dog\n")
+    stream = open_prompts(str(path))
+    assert stream.next(2, 0, 2) == ["a dog"] * 2
+    assert skip_counts(stream) == {"prompt with zero bytes": 1}
+
+
+@pytest.mark.parametrize("text", ["\ufeffa fox\na bird", "\ufeffa fox\r\n\r\na bird\r\n"])
+def test_utf16_is_read(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(text.encode("utf-16-le"))
+    assert read_prompts(str(path)) == ["a fox", "a bird"]
+    path.write_bytes(text.encode("utf-16-be")[:-1])  # cut inside a letter
+    stream = open_prompts(str(path), shuffle=False)
+    assert stream.next(3, 0, 3)[0] == "a fox"
+    assert stream.skipped.skips[-1].reason == "prompt that is not UTF-8"
+
+
+def test_usual_columns_are_found_in_capitals_and_lists_are_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "Parti.tsv"
+    path.write_text("Prompt\tCategory\na cat\tAnimals\n")
+    assert read_prompts(str(path)) == ["a cat"]
+    path = tmp_path / "lists.jsonl"
+    path.write_text('{"caption": ["a", "b"]}\n{"caption": []}\n')
+    assert read_prompts(str(path)) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +269,7 @@ def test_damaged_header_ends_a_tar_and_is_named(tmp_path: Path, offset: int) -> 
     path.write_bytes(damaged)
     stream = open_prompts(str(path), shuffle=False)
     assert stream.next(4, 0, 4) == [*numbered(3), "prompt 0"]
-    assert f"truncated or damaged tar: 1 ({path} (at byte 3072))" in stream.skipped.summary()
+    assert f"truncated or damaged tar: 2 ({path} (at byte 3072, before " in stream.skipped.summary()
 
 
 def test_bad_members_and_unreadable_tars_among_good_ones(
@@ -253,7 +277,7 @@ def test_bad_members_and_unreadable_tars_among_good_ones(
 ) -> None:
     folder = Path(three_shards)
     (folder / "003.tar").write_bytes(b"no tar at all" * 100)
-    write_tar(folder / "004.tar", [("x.txt", b"\xff\xfe"), ("y.txt", b" \n"), ("z.jpg", b"z")])
+    write_tar(folder / "004.tar", [("x.txt", b"\xff\xff"), ("y.txt", b" \n"), ("z.jpg", b"z")])
     write_tar(folder / "005.tar", [("z.jpg", b"z")])
     with caplog.at_level(logging.WARNING, logger="sfumato.data.left_out"):
         stream = open_prompts(three_shards)

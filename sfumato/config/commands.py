@@ -101,6 +101,7 @@ class PackConfig(ImageSourceConfig):
 
     captions: list[str] = field(default_factory=list)  # columns of further captions
     columns: list[str] = field(default_factory=list)  # columns to keep, for filters
+    caption_lines: str = choice("first", "all", "random")  # random: each line is a caption
     samples_per_shard: int = setting(1000, COUNT)
     max_pixels: int = setting(MAX_PIXELS, PIXELS)  # leave out larger images; Pillow's limit
     workers: int = setting(2, COUNT)  # threads

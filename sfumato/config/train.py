@@ -242,6 +242,7 @@ class ImageDataConfig(ImageSourceConfig):
     crop: str = choice("center", "random")
     flip: bool = False  # mirror every second image, at random
     captions: str = choice("first", "random")  # of a picture that has several
+    caption_lines: str = choice("first", "all", "random")  # of a caption that has several
     buckets: bool = False  # keep aspect ratios: each image is cropped to the nearest of several
     min_size: int | None = setting(
         None, COUNT

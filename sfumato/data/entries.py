@@ -1,8 +1,10 @@
 """Entry: a picture in its container, and the captions and columns of its row."""
 
 import abc
+import codecs
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +19,16 @@ from sfumato.data.left_out import FileSkips, printable
 
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 IMAGE_COLUMNS = ("image", "file_name", "path")
+# UTF-16 has no bytes that Python's surrogateescape could stand for.
+_LONE = "sfumato.lone_surrogate"
+
+
+def _lone_surrogate(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff", error.end
+
+
+codecs.register_error(_LONE, _lone_surrogate)
 _NO_COLUMNS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -72,11 +84,14 @@ class Columns:
         image: holds the images, or their paths; None takes the first of the usual names.
         caption: holds a caption, or several in a list; None takes the first of the usual names.
         further: what an entry has beside its captions.
+        lines: of a caption that has several: the first, all of them as one caption, or random,
+            where each is a caption of its own.
     """
 
     image: str | None = None
     caption: str | None = None
     further: tuple[str, ...] = ()
+    lines: str = "first"
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -139,24 +154,38 @@ def choose_column(
     )
 
 
-def captions_of(value: object, position: int | str, skips: FileSkips) -> tuple[str, ...]:
+def captions_of(
+    value: object, position: int | str, skips: FileSkips, lines: str = "first"
+) -> tuple[str, ...]:
     """Return the captions that a value holds, or count why it holds none.
 
     Args:
         value: a text, its bytes, or a list of texts, of which the good ones are taken.
         position: of the row, for the count.
-        skips: counts the row.
+        skips: counts the row, or a remark on it.
+        lines: as in `Columns`.
     """
-    if not isinstance(value, list | tuple):
-        text, fault = text_or_fault(value, "caption")
-        captions = () if fault else (text,)
-    else:
-        texts = [text_or_fault(each, "caption") for each in value or [None]]
-        captions = tuple(dict.fromkeys(text for text, fault in texts if not fault))
-        fault = texts[0][1]
-    if not captions:
-        skips.add(fault, position)
-    return captions
+    values = value if isinstance(value, list | tuple) else [value]
+    texts = [text_or_fault(each, "caption") for each in values or [None]]
+    good = [text for text, fault in texts if not fault]
+    if not good:
+        skips.add(texts[0][1], position)
+        return ()
+    if len(good) < len(texts):
+        skips.remark("one of several captions left out", position)
+    captions = [line for text in good for line in lines_of(text, lines)]
+    if captions != good:
+        taken = "the first is taken" if lines == "first" else "each is a caption"
+        skips.remark(f"caption of several lines, of which {taken} (caption_lines)", position)
+    return tuple(dict.fromkeys(captions))
+
+
+def lines_of(text: str, lines: str) -> list[str]:
+    """Return the captions that the lines of a text stand for; see `Columns`."""
+    if lines == "all" or not ("\n" in text or "\r" in text):
+        return [text]
+    each = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return each[:1] if lines == "first" else each
 
 
 def text_or_fault(value: object, kind: str) -> tuple[str, str]:
@@ -169,13 +198,25 @@ def text_or_fault(value: object, kind: str) -> tuple[str, str]:
     if value is None:
         return "", f"no {kind}"
     if isinstance(value, bytes):
-        value = value.decode("utf-8-sig", errors="surrogateescape")
+        value = value.decode(*encoding_of(value[:2]))
     if not isinstance(value, str):
         return "", f"{kind} that is no text"
     text = value.strip()
     if not text:
         return "", f"blank {kind}"
+    if "\0" in text:
+        return text, f"{kind} with zero bytes"
     return text, "" if is_utf8(text) else f"{kind} that is not UTF-8"
+
+
+def encoding_of(beginning: bytes) -> tuple[str, str]:
+    """Return encoding and error handler for a text with these first two bytes.
+
+    The handlers turn what cannot be decoded into lone surrogates.
+    """
+    if beginning in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}:
+        return "utf-16", _LONE
+    return "utf-8-sig", "surrogateescape"
 
 
 def is_utf8(text: str) -> bool:

@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from sfumato.config import ImageDataConfig, ImageSourceConfig
 from sfumato.data.ahead import ahead
-from sfumato.data.decode import Bounds, RefusedImageError, read_size
+from sfumato.data.decode import Bounds, RefusedImageError, read_header
 from sfumato.data.entries import Columns, Entry
 from sfumato.data.epochs import ListEpochs, RowPick
 from sfumato.data.left_out import SkipLog
@@ -47,7 +48,8 @@ def open_images(
     members: list[list[list[int]]] = []  # of each source and bucket: numbers of entries
     for name, source in settings.items():
         buckets: list[list[int]] = [[] for _ in choices.sizes]
-        for entry, original in _usable(_list(name, source, log), choices.bounds, log):
+        listed = _list(name, source, log, config.caption_lines)
+        for entry, original in _usable(listed, choices.bounds, log):
             buckets[nearest(original, choices.sizes)].append(len(entries))
             entries.append(entry)
         if not any(buckets):
@@ -95,10 +97,13 @@ def validation_samples(
     if count < 1:
         raise ValueError(f"{count} validation samples are too few; give 1 or more")
     settings = checked_sources(key, config)
-    plain = replace(config, buckets=False, crop="center", flip=False, captions="first")
+    lines = "all" if config.caption_lines == "all" else "first"
+    plain = replace(config, buckets=False, crop="center", flip=False, captions="first",
+                    caption_lines=lines)  # fmt: skip
     choices, log = choices_of(plain, height, width), SkipLog(warns=warns)
     samples: list[Sample] = []
-    for entry in (each for name, source in settings.items() for each in _list(name, source, log)):
+    sources = (_list(name, source, log, lines) for name, source in settings.items())
+    for entry in chain.from_iterable(sources):
         try:
             samples.append(choices.sample(entry, bucket=0, seed=0))
         except BrokenRowError as error:
@@ -112,8 +117,8 @@ def validation_samples(
     return samples
 
 
-def _list(name: str, source: ImageSourceConfig, log: SkipLog) -> list[Entry]:
-    columns = Columns(source.image_column, source.caption_column)
+def _list(name: str, source: ImageSourceConfig, log: SkipLog, lines: str) -> list[Entry]:
+    columns = Columns(source.image_column, source.caption_column, lines=lines)
     return list_source(str(source.path), source.base_path, columns, log, f"{name}.path")
 
 
@@ -129,15 +134,18 @@ def _guard(entries: Sequence[Entry]) -> Guard:
 def _usable(entries: Sequence[Entry], bounds: Bounds, log: SkipLog) -> Iterator[tuple[Entry, Size]]:
     """Yield the entries whose headers are good, with height and width; count the others."""
 
-    def measure(entry: Entry) -> Size | str:
+    def measure(entry: Entry) -> tuple[Size, str] | str:
         try:
-            return read_size(entry.blob, bounds)
+            return read_header(entry.blob, bounds)
         except RefusedImageError as error:
             return str(error)
 
-    sizes = ahead(measure, entries, _HEADER_THREADS, _HEADERS_AHEAD)
-    for entry, size in zip(entries, sizes, strict=True):
-        if isinstance(size, str):
-            log.refuse(entry.container, entry.position, size)
-        else:
-            yield entry, size
+    headers = ahead(measure, entries, _HEADER_THREADS, _HEADERS_AHEAD)
+    for entry, header in zip(entries, headers, strict=True):
+        if isinstance(header, str):
+            log.refuse(entry.container, entry.position, header)
+            continue
+        size, remark = header
+        if remark:
+            log.refuse(entry.container, entry.position, remark, remark=True)
+        yield entry, size

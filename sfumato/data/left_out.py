@@ -36,15 +36,25 @@ class Skip:
 
 @dataclass(frozen=True)
 class SkipReport:
-    """Everything left out so far, counted once however many epochs were read."""
+    """Everything left out so far, counted once however many epochs were read.
+
+    Attributes:
+        remarks: what was read, but not as it lies there, such as the first line of a caption.
+    """
 
     skips: tuple[Skip, ...] = ()
+    remarks: tuple[Skip, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Tell whether there is anything to say."""
+        return bool(self.skips or self.remarks)
 
     def summary(self) -> str:
-        """Say in one line what was left out, why and where."""
-        if not self.skips:
-            return "nothing was skipped"
-        return "skipped " + "; ".join(str(skip) for skip in self.skips)
+        """Say in one line what was left out or changed, why and where."""
+        skipped = "skipped " + "; ".join(map(str, self.skips))
+        read = "read, with a remark: " + "; ".join(map(str, self.remarks))
+        said = [skipped if self.skips else "nothing was skipped", *([read] if self.remarks else [])]
+        return "; ".join(said)
 
 
 @final
@@ -58,39 +68,42 @@ class SkipLog:
     def __init__(self, *, warns: bool = True) -> None:
         self._warns = warns
         self._skips: dict[tuple[Path, str], Skip] = {}
+        self._remarks: dict[tuple[Path, str], Skip] = {}
         self._refused: dict[tuple[Path, str], set[str]] = {}
 
     def begin(self, path: Path) -> "FileSkips":
         """Start one pass over a file."""
         return FileSkips(self, path)
 
-    def refuse(self, path: Path, position: str, reason: str) -> None:
-        """Count a picture that cannot be used; each is counted once, however often it is met."""
+    def refuse(self, path: Path, position: str, reason: str, *, remark: bool = False) -> None:
+        """Count a picture that cannot be used; each is counted once, however often it is met.
+
+        Args:
+            remark: count a picture that is read, but with changes.
+        """
         positions = self._refused.setdefault((path, reason), set())
         positions.add(position)
-        self.note(path, reason, len(positions), printable(f"{path} {position}"))
+        where = printable(f"{path} {position}")
+        self.note(path, reason, len(positions), where, remark=remark)
 
-    def note(self, path: Path, reason: str, count: int, position: str) -> None:
+    def note(
+        self, path: Path, reason: str, count: int, position: str, *, remark: bool = False
+    ) -> None:
         """Record that one pass over `path` met `reason` for the `count`-th time, at `position`."""
-        known = self._skips.get((path, reason))
+        entries = self._remarks if remark else self._skips
+        known = entries.get((path, reason))
         if known is None:
-            self._skips[path, reason] = Skip(reason, count, 1, (position,))
+            entries[path, reason] = Skip(reason, count, 1, (position,))
             if self._warns:
-                message = "%s: %s; left out, as are others like it in this file"
-                _LOGGER.warning(message, position, reason)
+                fate = "" if remark else "left out, "
+                message = "%s: %s; %sas are others like it in this file"
+                _LOGGER.warning(message, position, reason, fate)
         elif count > known.count:
-            self._skips[path, reason] = Skip(reason, count, 1, known.positions)
+            entries[path, reason] = Skip(reason, count, 1, known.positions)
 
     def report(self) -> SkipReport:
         """Sum over files, reason by reason, in the order in which the reasons were first met."""
-        by_reason: dict[str, list[Skip]] = {}
-        for skip in self._skips.values():
-            by_reason.setdefault(skip.reason, []).append(skip)
-        sums: list[Skip] = []
-        for reason, skips in by_reason.items():
-            positions = tuple(skip.positions[0] for skip in skips[:_NAMED])
-            sums.append(Skip(reason, sum(skip.count for skip in skips), len(skips), positions))
-        return SkipReport(tuple(sums))
+        return SkipReport(_sums(self._skips.values()), _sums(self._remarks.values()))
 
     def counts(self) -> Counter[str]:
         """Return how much was left out, by reason."""
@@ -105,18 +118,50 @@ class FileSkips:
         self._log = log
         self._path = path
         self._counts: Counter[str] = Counter()
+        self._remarks: Counter[str] = Counter()
 
     @property
     def any(self) -> bool:
         """Whether this pass has left out anything."""
         return bool(self._counts)
 
-    def add(self, reason: str, position: int | str = "") -> None:
-        """Count one skip; `position` is a line number, a member's name or a remark."""
-        self._counts[reason] += 1
+    def add(
+        self, reason: str, position: int | str = "", *, rows: int = 1, last: int | None = None
+    ) -> None:
+        """Count one skip; `position` is a line number, a member's name or a remark.
+
+        Args:
+            rows: how many rows it took.
+            last: number of the last line, if it took several.
+        """
+        self._counts[reason] += rows
         where = f"line {position}" if isinstance(position, int) else position
+        if last is not None and last != position:
+            where = f"lines {position} to {last}"
         name = printable(f"{self._path} {where}".strip())
         self._log.note(self._path, reason, self._counts[reason], name)
+
+    def remark(self, remark: str, position: int | str = "") -> None:
+        """Count a row that is read, but not as it lies there."""
+        self._remarks[remark] += 1
+        where = f"line {position}" if isinstance(position, int) else position
+        name = printable(f"{self._path} {where}".strip())
+        self._log.note(self._path, remark, self._remarks[remark], name, remark=True)
+
+
+def _sums(skips: Iterable[Skip]) -> tuple[Skip, ...]:
+    by_reason: dict[str, list[Skip]] = {}
+    for skip in skips:
+        by_reason.setdefault(skip.reason, []).append(skip)
+    return tuple(
+        Skip(
+            reason,
+            sum(skip.count for skip in each),
+            len(each),
+            tuple(skip.positions[0] for skip in each[:_NAMED]),
+        )
+        for reason, each in by_reason.items()
+    )
 
 
 def printable(name: str) -> str:

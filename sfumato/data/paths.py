@@ -30,7 +30,7 @@ def find_files(path: str, key: str, suffixes: Sequence[str]) -> tuple[Path, ...]
     if is_file(whole):
         files = (whole,)
     elif is_folder(whole):
-        files = _glob(f"{glob.escape(str(whole))}/*.tar")
+        files = tuple(path for path in _glob(f"{glob.escape(str(whole))}/*") if is_tar(path))
     else:
         files = tuple(dict.fromkeys(expand_pattern(str(whole), key)))
     if not files:
@@ -45,6 +45,11 @@ def find_files(path: str, key: str, suffixes: Sequence[str]) -> tuple[Path, ...]
                 f"a file of {', '.join(suffixes)}"
             )
     return files
+
+
+def is_tar(path: Path) -> bool:
+    """Tell a tar by its suffix."""
+    return path.suffix.lower() == ".tar"
 
 
 def expand_pattern(pattern: str, key: str) -> Iterator[Path]:

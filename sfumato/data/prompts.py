@@ -8,10 +8,10 @@ from pathlib import Path
 from sfumato.data.entries import text_or_fault
 from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.order import PromptOrder
-from sfumato.data.paths import find_files
+from sfumato.data.paths import find_files, is_tar
 from sfumato.data.stream import OrderedStream, Stream
 from sfumato.data.tables import TEXT, WITH_COLUMNS, UnreadableTableError, open_table
-from sfumato.data.webdataset import is_tar, members
+from sfumato.data.webdataset import members
 
 _COLUMNS = ("prompt", "caption", "text")
 _SUFFIXES = (".txt", *WITH_COLUMNS, ".tar")
@@ -94,16 +94,17 @@ def _read(path: Path, columns: Mapping[Path, str], log: SkipLog) -> Iterator[str
     skips, empty = log.begin(path), True
     try:
         for position, value in _texts(path, columns.get(path, TEXT), skips):
-            prompt, fault = text_or_fault(value, "prompt")
-            if fault:
-                skips.add(fault, position)
-            else:
-                empty = False
-                yield prompt
+            for each in value if isinstance(value, list) and value else [value]:
+                prompt, fault = text_or_fault(each, "prompt")
+                if fault:
+                    skips.add(fault, position)
+                else:
+                    empty = False
+                    yield prompt
     except OSError as error:
         skips.add("unreadable file", f"({error.strerror or error})")
     except UnreadableTableError as error:
-        skips.add("unreadable file", f"({error})")
+        skips.add("unreadable file", f"({error})", rows=error.rows)
     if empty and not skips.any:
         skips.add("file without a prompt")
 
@@ -116,7 +117,9 @@ def _texts(path: Path, column: str, skips: FileSkips) -> Iterator[tuple[int | st
         return
     with path.open("rb") as file:
         for member in members(file, path, skips):
-            if member.field == "txt":
+            if member.field == "txt" and not member.plain:
+                skips.add("link in a tar", member.name)
+            elif member.field == "txt":
                 yield member.name, member.read(file)
             elif member.field.endswith(".txt"):
                 skips.add("name with a second dot (WebDataset: not the field txt)", member.name)

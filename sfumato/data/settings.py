@@ -63,6 +63,11 @@ def choices_of(
         bucket_sizes(height, width, divisor) if config.buckets else ((height, width),),
         random_crop=config.crop == "random",
         flip=config.flip,
-        random_caption=config.captions == "random",
+        random_caption="random" in {config.captions, _lines(config)},
         bounds=Bounds(config.min_size or 1, config.max_pixels),
     )
+
+
+def _lines(config: ImageDataConfig | ShardDataConfig) -> str:
+    """Return which lines of a caption are read; those of prepared folders were chosen before."""
+    return config.caption_lines if isinstance(config, ImageDataConfig) else "all"

@@ -1,6 +1,7 @@
 """Sources of images with captions: folder, table, WebDataset tars or Hugging Face dataset."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,15 +16,28 @@ from sfumato.data.entries import (
     inside,
 )
 from sfumato.data.left_out import FileSkips, SkipLog
-from sfumato.data.paths import find_files, is_folder
+from sfumato.data.paths import find_files, is_folder, is_tar
 from sfumato.data.saved_dataset import SavedDataset, is_dataset
 from sfumato.data.tables import WITH_COLUMNS, Table, is_text, open_table
-from sfumato.data.webdataset import is_tar, list_tar
+from sfumato.data.webdataset import list_tar
 
-# What looks like an image but is not read; it is counted rather than passed over.
-_OTHER_SUFFIXES = frozenset({".tif", ".tiff", ".gif", ".avif", ".heic", ".jxl"})
 _LEAVES = "link that leaves the folder (copy the file instead)"
 _LONGEST = 2**20  # bytes of a caption's file
+# What lies beside pictures and is none; all other files are counted.
+_SIDECARS = frozenset(
+    {
+        *(".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml"),
+        *(".md", ".html", ".log", ".ini", ".cfg", ".db", ".py", ".sh", ".npz", ".npy"),
+        *(".safetensors", ".lock"),
+    }
+)
+_NOTICES = frozenset({"readme", "license", "licence", "notice", "makefile", "requirements"})
+_REPEATED = re.compile(r"\d+_.+")  # kohya's trainers take 10_cat ten times
+_IN_PARQUET = (
+    "pictures inside parquet cannot be read one by one: load the file with `datasets`, call "
+    "save_to_disk, and give that folder"
+)
+_NAMED = 5
 # Hugging Face's imagefolder, and what DiffSynth's examples have.
 _FOLDER_TABLES = tuple(
     f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".json", ".parquet", ".tsv")
@@ -42,8 +56,8 @@ def list_source(
     Args:
         path: one of
             - a folder of images with captions in `NAME.txt` beside them, subfolders included,
-              hidden names not; with a `metadata.csv` (jsonl, json, parquet, tsv) in it, only that
-              is read;
+              hidden names not; with a `metadata.csv` (jsonl, json, parquet, tsv) in it, or in a
+              subfolder if no image has a `NAME.txt`, only that is read;
             - a table (`WITH_COLUMNS`) with columns of paths and captions, or a pattern of them;
             - WebDataset `.tar` files: one, a folder of them, a glob or a brace pattern;
             - a folder written by `datasets.save_to_disk`.
@@ -62,6 +76,8 @@ def list_source(
     if base is not None and any(is_tar(file) for file in files):
         raise ValueError(f"base_path={base_path!r} was given, but {path!r} are tars; leave it out")
     if files:
+        if is_folder(folder) and is_tar(files[0]):
+            _count_beside_tars(folder, log.begin(folder))
         return _list_files(files, base, columns, log)
     if is_dataset(folder):
         dataset = SavedDataset(folder, base or folder)
@@ -76,7 +92,7 @@ def list_source(
                 f"{name}={value!r} was given, but {folder} holds images and no table; leave it "
                 "out, or give a table"
             )
-    return list(_walk(folder, _home(folder), log.begin(folder)))
+    return list(_walk(folder, columns, log.begin(folder)))
 
 
 def find_files_of(path: str, key: str) -> tuple[Path, ...]:
@@ -93,8 +109,48 @@ def find_files_of(path: str, key: str) -> tuple[Path, ...]:
     tables = (folder / name for name in _FOLDER_TABLES if (folder / name).is_file())
     if (table := next(tables, None)) is not None:
         return (table,)
-    has_tars = any(is_tar(file) for file in folder.iterdir())
-    return find_files(path, key, (".tar",)) if has_tars else ()
+    captioned, tables, parquet = _survey(folder)
+    if any(is_tar(file) and not file.name.startswith(".") for file in folder.iterdir()):
+        tars = find_files(path, key, (".tar",))
+        if captioned is not None:
+            raise ValueError(
+                f"{key} = {path!r} holds both tars ({tars[0].name}) and pictures with captions "
+                f"({captioned}); move one of them away, or give the tars as a pattern: {path}/*.tar"
+            )
+        return tars
+    if captioned is not None:
+        return ()
+    if len(tables) > 1:
+        named = ", ".join(str(table.relative_to(folder)) for table in tables[:_NAMED])
+        raise ValueError(
+            f"{key} = {path!r} holds a table of each split ({named}); give one of their folders"
+        )
+    if not tables and parquet is not None:
+        raise ValueError(
+            f"{key} = {path!r} holds parquet files such as {parquet}, and no pictures with "
+            f"captions; {_IN_PARQUET}; or give a parquet table of paths itself"
+        )
+    return tuple(tables)
+
+
+def _survey(folder: Path) -> tuple[Path | None, list[Path], Path | None]:
+    """Look for the first captioned picture of a folder.
+
+    Returns:
+        The picture; else the tables below the folder, one a folder, and the first parquet file.
+    """
+    tables: list[Path] = []
+    parquet: Path | None = None
+    for path, files in _folders(folder, SkipLog(warns=False).begin(folder)):
+        names = set(files)
+        if table := next((name for name in _FOLDER_TABLES if name in names), None):
+            tables.append(folder / path / table)
+        for name in files:
+            if _suffix(name) in SUFFIXES and f"{Path(name).stem}.txt" in names:
+                return path / name, [], None
+            if _suffix(name) == ".parquet" and parquet is None:
+                parquet = path / name
+    return None, tables, parquet
 
 
 def _list_files(
@@ -124,16 +180,17 @@ def _list_table(table: Table, base: Path, columns: Columns, log: SkipLog) -> Ite
         table.choose((name,), "further captions or columns")
     kind = table.kind(image)
     if kind is not None and not is_text(kind):
-        raise ValueError(
-            f"column {image!r} of {path} holds {kind}, not paths; pictures inside parquet cannot "
-            "be read one by one: load the file with `datasets`, call save_to_disk, and give that "
-            "folder"
-        )
+        raise ValueError(f"column {image!r} of {path} holds {kind}, not paths; {_IN_PARQUET}")
     names = list(dict.fromkeys([image, caption, *columns.further]))
     for position, row in table.rows(names, skips):
         blob = row[image]
         if isinstance(blob, str) and blob.strip():
             line = f"line {position}" if isinstance(position, int) else position
+            if "\0" in blob:
+                skips.add(f"{what} with zero bytes", position)
+                continue
+            if "\\" in blob and not os.path.lexists(base / blob):  # written on Windows
+                blob = blob.replace("\\", "/")
             blob = FileBlob(inside(base, blob, f"{path} {line}"))
             name = os.path.relpath(blob.path, base)
         else:
@@ -141,7 +198,7 @@ def _list_table(table: Table, base: Path, columns: Columns, log: SkipLog) -> Ite
         if not isinstance(blob, Blob):
             skips.add(f"no {what} in column {image!r}", position)
             continue
-        captions = captions_of(row[caption], position, skips)
+        captions = captions_of(row[caption], position, skips, columns.lines)
         if captions:
             yield Entry(path, name, captions, blob, columns.further_of(row))
 
@@ -154,8 +211,35 @@ def _home(folder: Path) -> Path:
     return snapshots.parent if snapshots is not None and is_hub else whole
 
 
-def _walk(folder: Path, home: Path, skips: FileSkips) -> Iterator[Entry]:
-    """Yield the images below a folder; every folder is entered once, whatever links lead to it."""
+def _walk(folder: Path, columns: Columns, skips: FileSkips) -> Iterator[Entry]:
+    """Yield the images below a folder; count its other files."""
+    home = _home(folder)
+    for path, names in _folders(folder, skips):
+        stems = {Path(name).stem for name in names if _suffix(name) not in _SIDECARS}
+        pictures = [name for name in names if _suffix(name) in SUFFIXES]
+        if pictures and _REPEATED.fullmatch((folder / path).name):
+            remark = "folder of NUMBER_NAME, as kohya repeats it, is read once (see repeats)"
+            skips.remark(remark, str(path))
+        for name in names:
+            suffix, where = _suffix(name), str(path / name)
+            if suffix in SUFFIXES and _leaves(home, folder / path / name):
+                skips.add(_LEAVES, where)
+            elif suffix in SUFFIXES:
+                yield from _with_caption(folder, home, path / name, columns, skips)
+            elif suffix not in _SIDECARS:
+                _count_other(name, where, skips)
+            elif suffix == ".txt" and Path(name).stem not in stems:
+                if Path(name).stem.lower() not in _NOTICES:
+                    skips.add("caption without an image", where)
+            elif suffix in {".csv", ".tsv", ".jsonl"}:
+                skips.remark("table that is not read (to read it, give its path)", where)
+
+
+def _folders(folder: Path, skips: FileSkips) -> Iterator[tuple[Path, Sequence[str]]]:
+    """Yield each folder below one, with its files but hidden ones, in order.
+
+    Every folder is entered once, whatever links lead to it.
+    """
     entered: set[tuple[int, int]] = set()
 
     def unreadable(error: OSError) -> None:
@@ -170,16 +254,30 @@ def _walk(folder: Path, home: Path, skips: FileSkips) -> Iterator[Entry]:
             continue
         entered.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            suffix = Path(name).suffix.lower()
-            if name.startswith("."):
-                continue
-            if suffix in SUFFIXES and _leaves(home, folder / path / name):
-                skips.add(_LEAVES, str(path / name))
-            elif suffix in SUFFIXES:
-                yield from _with_caption(folder, home, path / name, skips)
-            elif suffix in _OTHER_SUFFIXES:
-                skips.add(f"format {suffix} is not read", str(path / name))
+        yield path, sorted(name for name in files if not name.startswith("."))
+
+
+def _count_beside_tars(folder: Path, skips: FileSkips) -> None:
+    """Count the files of a folder of tars that are neither tars in it nor sidecars."""
+    for path, names in _folders(folder, skips):
+        for name in names:
+            if _suffix(name) in SUFFIXES:
+                skips.add("picture beside tars", str(path / name))
+            elif _suffix(name) == ".tar" and path != Path():
+                skips.add("tar in a subfolder", str(path / name))
+            elif _suffix(name) not in {*_SIDECARS, ".tar"}:
+                _count_other(name, str(path / name), skips)
+
+
+def _count_other(name: str, where: str, skips: FileSkips) -> None:
+    suffix = _suffix(name)
+    if suffix or name.lower() not in _NOTICES:
+        reason = f"format {suffix} is not read" if suffix else "file without a suffix is not read"
+        skips.add(reason, where)
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
 
 
 def _leaves(home: Path, file: Path) -> bool:
@@ -192,7 +290,9 @@ def _leaves(home: Path, file: Path) -> bool:
         return False
 
 
-def _with_caption(folder: Path, home: Path, path: Path, skips: FileSkips) -> Iterator[Entry]:
+def _with_caption(
+    folder: Path, home: Path, path: Path, columns: Columns, skips: FileSkips
+) -> Iterator[Entry]:
     file, text = (folder / path).with_suffix(".txt"), None
     if _leaves(home, file):
         skips.add(f"caption: {_LEAVES}", str(path))
@@ -208,6 +308,8 @@ def _with_caption(folder: Path, home: Path, path: Path, skips: FileSkips) -> Ite
     if text is not None and len(text) > _LONGEST:
         skips.add(f"caption above {_LONGEST:,} bytes", str(path))
         return
-    captions = captions_of(text, str(path), skips)
+    if text is None and (folder / path).with_suffix(".caption").exists():
+        skips.remark("captions in .caption are not read (rename them to .txt)", str(path))
+    captions = captions_of(text, str(path), skips, columns.lines)
     if captions:
         yield Entry(folder, path.as_posix(), captions, FileBlob(folder / path))

@@ -1,28 +1,39 @@
 """Reader of tables, row by row: .txt, .csv, .tsv, .json, .jsonl and .parquet.
 
-A row that is broken is counted and passed over. A text may hold lone surrogates, which stand for
-bytes that are not UTF-8: they spoil their own row only.
+A row that is broken is counted and passed over; so is each row that it took with it. A text may
+hold lone surrogates, which stand for bytes that are not UTF-8: they spoil their own row only. A
+text that begins with UTF-16's mark is read as UTF-16.
 """
 
 import abc
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO, final
 
-from sfumato.data.entries import choose_column, is_utf8
+from sfumato.data.entries import choose_column, encoding_of, is_utf8
 from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.files import parse_object
 
 TEXT = "text"  # the one column of a .txt file
 Row = tuple[int | str, Mapping[str, Any]]  # a line number or "row N", and the fields
+_PATH = re.compile(r"\S+\.\w{2,5}|\w+://\S+")  # in a column of paths or URLs
 
 
 class UnreadableTableError(ValueError):
-    """A table that cannot be read, or is damaged as a whole."""
+    """A table that cannot be read, or is damaged as a whole.
+
+    Attributes:
+        rows: how many rows are lost, as far as can be seen.
+    """
+
+    def __init__(self, message: str, rows: int = 1) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class Table(abc.ABC):
@@ -36,7 +47,8 @@ class Table(abc.ABC):
     def choose(self, columns: tuple[str, ...], holds: str) -> str:
         """Return the first of these columns that the table has; an empty table has any.
 
-        A column may be missing in some objects of a .json or .jsonl file.
+        Of several usual names, one is found in capitals too if none is there as it is. A column
+        may be missing in some objects of a .json or .jsonl file.
 
         Raises:
             MissingColumnError: the table has none; `holds` says what the column should hold.
@@ -56,6 +68,10 @@ class Table(abc.ABC):
             raise self._unreadable(error) from None
         if not self._known:
             return columns[0]
+        if len(columns) > 1 and not self._known.keys() & {*columns}:
+            lower = {name.lower(): name for name in reversed(self._known)}
+            if (name := next((name for name in columns if name in lower), None)) is not None:
+                return lower[name]
         return choose_column(columns, self._known, self.path, holds)
 
     def rows(self, columns: Sequence[str], skips: FileSkips) -> Iterator[Row]:
@@ -85,6 +101,10 @@ class Table(abc.ABC):
         return UnreadableTableError(f"{self.path} cannot be read: {error.strerror or error}")
 
     def _refuse_encoding(self, text: str) -> None:
+        if "\0" in text:
+            raise ValueError(
+                f"{self.path} line 1 holds zero bytes, as UTF-16 does; save the table as UTF-8"
+            )
         if not is_utf8(text):
             raise ValueError(f"{self.path} line 1 is not UTF-8; save the table as UTF-8")
 
@@ -108,18 +128,21 @@ class _Csv(Table):
     def _read_names(self) -> Iterator[str]:
         with _open_text(self.path, newline="") as file:
             rows = self._split(file, SkipLog(warns=False).begin(self.path))
-            _, header = next(rows, (0, list[str]()))
+            _, header, _ = next(rows, (0, list[str](), []))
         self._refuse_encoding("".join(header))
         yield from header
 
     def _read_rows(self, columns: Sequence[str], skips: FileSkips) -> Iterator[Row]:
         with _open_text(self.path, newline="") as file:
             rows = self._split(file, skips)
-            _, header = next(rows, (0, list[str]()))
+            _, header, _ = next(rows, (0, list[str](), []))
             positions = {name: position for position, name in enumerate(header)}
             pairs = [(name, positions.get(name, len(header))) for name in columns]
-            for line, row in rows:
-                if len(row) > len(header):
+            for line, row, lines in rows:
+                if len(lines) > 1 and self._swallowed(row, lines, len(header)):
+                    last, count = line + len(lines) - 1, _count(lines)
+                    skips.add("rows inside a quotation mark", line, rows=count, last=last)
+                elif len(row) > len(header):
                     # An unquoted comma inside a caption would cut the caption short.
                     what = "tabs" if self._tabs else "commas"
                     skips.add(f"more fields than columns (quote captions that hold {what})", line)
@@ -131,20 +154,49 @@ class _Csv(Table):
     def _tabs(self) -> bool:
         return self.path.suffix.lower() == ".tsv"
 
-    def _split(self, file: TextIO, skips: FileSkips) -> Iterator[tuple[int, list[str]]]:
-        """Yield each row that is not empty with the line it starts on; count broken rows."""
-        rows = csv.reader(file, strict=True, delimiter="\t" if self._tabs else ",")
+    def _split(
+        self, file: TextIO, skips: FileSkips
+    ) -> Iterator[tuple[int, list[str], Sequence[str]]]:
+        """Yield each row that is not empty, the line it starts on, and its lines.
+
+        Broken rows are counted, and with them every line that their quotation marks took.
+        """
+        lines: list[str] = []
+
+        def read() -> Iterator[str]:
+            for text in file:
+                lines.append(text)
+                yield text
+
+        rows = csv.reader(read(), strict=True, delimiter="\t" if self._tabs else ",")
         while True:
+            lines.clear()
             line = rows.line_num + 1
             try:
                 row = next(rows, None)
-            except csv.Error:
-                skips.add("not CSV", line)
+            except csv.Error as error:
+                reason = f"not CSV ({error})" if "field limit" in str(error) else "not CSV"
+                skips.add(reason, line, rows=_count(lines), last=rows.line_num)
                 continue
             if row is None:
                 return
             if row:
-                yield line, row
+                yield line, row, lines
+
+    def _swallowed(self, row: Sequence[str], lines: Sequence[str], columns: int) -> bool:
+        """Tell whether a row of several lines holds other rows, for want of a quotation mark.
+
+        A line that is another row has as many fields, and a path or URL where the row has one.
+        """
+        paths = [i for i, field in enumerate(row) if _PATH.fullmatch(field.strip())]
+        others = csv.reader(
+            lines[1:], delimiter="\t" if self._tabs else ",", quoting=csv.QUOTE_NONE
+        )
+        return any(
+            len(other) == columns and any(_PATH.fullmatch(other[i].strip()) for i in paths)
+            for other in others
+            if len(other) > max(paths, default=len(other))
+        )
 
 
 @final
@@ -154,29 +206,32 @@ class _Objects(Table):
     def _read_names(self) -> Iterator[str]:
         empty = True
         for _, record in self._read_objects():
-            yield from record or ()
-            empty = empty and record is None
+            if not isinstance(record, int):
+                yield from record
+                empty = False
         if empty:
             with _open_text(self.path) as file:
                 self._refuse_encoding(file.readline())
 
     def _read_rows(self, columns: Sequence[str], skips: FileSkips) -> Iterator[Row]:
         for position, record in self._read_objects():
-            if record is None:
-                skips.add("not a JSON object", position)
+            if isinstance(record, int):
+                skips.add("not a JSON object", position, rows=record)
             else:
                 yield position, {name: record.get(name) for name in columns}
 
-    def _read_objects(self) -> Iterator[tuple[int | str, dict[str, Any] | None]]:
-        """Yield the objects, which may lack columns, by position; None for another value."""
+    def _read_objects(self) -> Iterator[tuple[int | str, dict[str, Any] | int]]:
+        """Yield the objects, which may lack columns, by position; the rows of another value."""
         if self.path.suffix.lower() == ".json":
             for number, record in enumerate(self._list):
-                yield f"row {number}", record if isinstance(record, dict) else None
+                rows = len(record) if isinstance(record, list) else 1
+                yield f"row {number}", record if isinstance(record, dict) else max(1, rows)
             return
         with _open_text(self.path) as file:
             for line, text in enumerate(file, 1):
                 if text.strip():
-                    yield line, parse_object(text)
+                    record = parse_object(text)
+                    yield line, _count_objects(text) if record is None else record
 
     @cached_property
     def _list(self) -> list[Any]:
@@ -187,7 +242,7 @@ class _Objects(Table):
         except (ValueError, RecursionError) as error:
             self._refuse_encoding(text.partition("\n")[0])
             message = f"{self.path} is not JSON ({error}); write it again"
-            raise UnreadableTableError(message) from None
+            raise UnreadableTableError(message, _count_objects(text)) from None
         if isinstance(records, list):
             return records
         raise UnreadableTableError(
@@ -235,7 +290,7 @@ class _Parquet(Table):
                     number += 1
         except (pyarrow.ArrowException, OSError) as error:
             message = f"{self.path} is a damaged parquet file ({error}); write it again"
-            raise UnreadableTableError(message) from None
+            raise UnreadableTableError(message, file.metadata.num_rows - number) from None
 
 
 _KINDS: Mapping[str, Callable[[Path], Table]] = MappingProxyType(
@@ -285,6 +340,25 @@ def _arrow_value(scalar: Any) -> Any:
         return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape")
 
 
+def _count(lines: Sequence[str]) -> int:
+    """Count the lines that are not empty; a broken row has one at least."""
+    return max(1, sum(1 for text in lines if text.strip()))
+
+
+def _count_objects(text: str) -> int:
+    """Count the objects of a text that is not one, such as [{...}, {...}] or {...} {...."""
+    decoder, count, position = json.JSONDecoder(), 0, 0
+    while (start := text.find("{", position)) >= 0:
+        count += 1
+        try:
+            _, position = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            break
+    return max(1, count)
+
+
 def _open_text(path: Path, newline: str | None = None) -> TextIO:
     """Open a file; the mark that Windows writes at the beginning of a text is dropped."""
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+    with path.open("rb") as file:
+        encoding, errors = encoding_of(file.read(2))
+    return path.open(encoding=encoding, errors=errors, newline=newline)

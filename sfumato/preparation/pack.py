@@ -98,6 +98,8 @@ class _Packer:
         self._settings = [_MADE_BY, config.samples_per_shard, config.max_pixels,
                           config.image_column, config.caption_column, config.captions,
                           config.columns, *further]  # fmt: skip
+        if config.caption_lines != "first":
+            self._settings.append(["caption_lines", config.caption_lines])
         self._judged: Iterator[Judged] = iter(())
         self._next: Judged | None = None  # a good row, which begins the next tar
         self._end: Position = (len(source), 0)

@@ -8,18 +8,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any, final
 
 from sfumato.config import PackConfig
-from sfumato.data.entries import Columns, Entry, FileBlob, is_utf8
+from sfumato.data.entries import Columns, Entry, FileBlob, is_utf8, lines_of
 from sfumato.data.left_out import SkipLog
+from sfumato.data.paths import is_tar
 from sfumato.data.prepared.folder import SHARDS
 from sfumato.data.prepared.format import PreparedError
 from sfumato.data.sources import find_files_of, list_source
-from sfumato.data.webdataset import is_tar, list_tar
+from sfumato.data.webdataset import list_tar
 from sfumato.files import digest
 from sfumato.preparation.download import DOWNLOAD, read_download
 
 # Reasons that count a file or a member of a download, whose lost rows are counted otherwise.
 _EVENTS = (
     "truncated or damaged tar",
+    "member behind the end of a tar",
     "not a tar",
     "unreadable file",
     "second member of the same name",
@@ -145,7 +147,7 @@ def _list_one(tar: Path, config: PackConfig, expected: int | None) -> Listing:
 
 def _columns(config: PackConfig) -> Columns:
     further = tuple(dict.fromkeys([*config.captions, *config.columns]))
-    return Columns(config.image_column, config.caption_column, further)
+    return Columns(config.image_column, config.caption_column, further, config.caption_lines)
 
 
 def _row(entry: Entry, config: PackConfig) -> Entry:
@@ -155,7 +157,7 @@ def _row(entry: Entry, config: PackConfig) -> Entry:
         value = entry.columns.get(name)
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text.strip() and is_utf8(text):
-                captions[text.strip()] = None
+                captions |= dict.fromkeys(lines_of(text.strip(), config.caption_lines))
     fields = {name: _plain(entry.columns.get(name)) for name in config.columns}
     return replace(entry, captions=tuple(captions), columns=fields)
 

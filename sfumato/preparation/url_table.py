@@ -176,7 +176,9 @@ def _usable(file: Path, config: DownloadConfig, log: SkipLog) -> Iterator[dict[s
         table.choose((name,), "URLs, captions or download.columns")
     for position, row in table.rows(columns, skips):
         url = _url(row[config.url_column], position, skips)
-        captions = captions_of(row[config.caption_column], position, skips) if url else ()
+        # All lines: the stage pack chooses among them.
+        value = row[config.caption_column]
+        captions = captions_of(value, position, skips, "all") if url else ()
         if captions:
             yield {"url": url, "caption": captions[0]} | {
                 name: value.encode(errors="replace").decode() if isinstance(value, str) else value

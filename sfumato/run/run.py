@@ -121,7 +121,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
 
 def report_left_out(stream: Stream[Any], folder: RunFolder, distribution: Distribution) -> None:
     """Print and write what was left out; each process meets damaged rows of its own."""
-    summaries = distribution.gather([stream.skipped.summary() if stream.skipped.skips else ""])
+    summaries = distribution.gather([stream.skipped.summary() if stream.skipped else ""])
     lines = list(dict.fromkeys(summary for summary in summaries if summary))
     with distribution.together():
         if distribution.is_main and lines:
