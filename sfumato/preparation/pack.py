@@ -131,7 +131,6 @@ class _Packer:
             self._next = None
         tar = self._folder.tar(name)
         path, dropped = tar.with_suffix(".json"), Counter[str]()
-        claim(path)
         with new_file(tar, failure=PreparedError) as beside:
             members = write_tar(beside, first, self._take(dropped))
             if not members:
@@ -141,6 +140,7 @@ class _Packer:
                     f"{faults or 'there is no picture with a caption'}"
                 )
             size, sha256 = beside.stat().st_size, sha256_of(beside)
+            claim(path)
             (tar.parent / UNFINISHED).touch()
             path.unlink(missing_ok=True)  # it may be the record of another tar of this name
         ends = self._end if self._next is None else self._next[0]

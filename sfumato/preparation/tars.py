@@ -94,8 +94,9 @@ def claim(record: Path) -> None:
 def forget_others(folder: Path, names: Set[str]) -> None:
     """Remove our tars and records of other names, and the unfinished files of a killed process."""
     written = count_written(folder)
-    for path in [*folder.glob("*.tar"), *folder.glob("*.json")]:
-        if path.stem not in names and is_ours(path.with_suffix(".json"), written):
+    every = [*folder.glob("*.json"), *folder.glob("*.tar")]
+    for path in [path for path in every if is_ours(path.with_suffix(".json"), written)]:
+        if path.stem not in names:
             path.unlink()
     for path in folder.glob(".*.tmp"):
         if _UNFINISHED.fullmatch(path.name):
