@@ -1,4 +1,4 @@
-"""Files and folders: written whole, read or refused, hashed, locked, fetched from the hub.
+"""Files and folders: written whole, read or refused, hashed, locked.
 
 Nothing appears under its own name before it is complete: it is written beside its name, synced to
 the disk and renamed. A kill or a full disk leaves what was there before.
@@ -17,7 +17,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -297,47 +297,6 @@ def lock(
             file=sys.stderr,
         )
     return file
-
-
-def fetch(
-    name: str,
-    setting: str,
-    patterns: Sequence[str],
-    *,
-    unwanted: Sequence[str] = (),
-    kind: str = "model",
-    complete: Callable[[Path], bool] = Path.is_dir,
-) -> Path:
-    """Return the folder of a Hugging Face hub id: from the local cache, or downloaded.
-
-    Args:
-        name: the hub id.
-        setting: whose value it is, for messages.
-        patterns: of the files that are needed; `unwanted` of those not to download.
-        kind: model or dataset.
-        complete: whether a folder of the cache has all that is needed.
-
-    Raises:
-        ValueError: neither the cache nor the hub has it.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    request = {"repo_type": kind, "allow_patterns": list(patterns)}
-    try:
-        try:
-            cached = Path(snapshot_download(name, local_files_only=True, **request))
-            if complete(cached):
-                return cached
-        except LocalEntryNotFoundError:
-            pass
-        return Path(snapshot_download(name, ignore_patterns=list(unwanted), **request))
-    except (OSError, ValueError) as error:  # the hub's own errors are of both kinds
-        raise ValueError(
-            f"{setting} = {name!r} is no folder here and not in the hub's local cache, and it "
-            f"could not be downloaded ({type(error).__name__}); give a folder, or check the id "
-            "and the network"
-        ) from error
 
 
 @contextmanager

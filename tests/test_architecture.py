@@ -16,10 +16,11 @@ PACKAGE = Path(sfumato.__file__).parent
 MAX_FILE, MAX_FUNCTION = 400, 80
 
 # What each room may import of Sfumato, beside itself and the leaves.
-LEAVES = {"config", "files", "images", "records", "weights"}
+LEAVES = {"config", "files", "hub", "images", "records", "weights"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "files": set(),
+    "hub": set(),
     "images": set(),
     "records": set(),
     "weights": set(),
@@ -55,7 +56,7 @@ DOORS = ("models.lora", "models.origins")
 # The core is what one must know to train or align a model. It does without the wings.
 CORE = (
     *("diffusion", "objectives", "rewards", "models", "training", "run"),
-    *("config", "check", "files", "records", "images", "weights"),
+    *("config", "check", "files", "hub", "records", "images", "weights"),
 )
 WINGS = (
     *("data", "models.lora", "models.origins", "preparation"),
@@ -108,7 +109,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),
     "huggingface_hub": (
-        ("files", "models", "rewards"),
+        ("hub", "models", "rewards", "run.identity"),
         "downloads belong in the rims",
     ),
     "safetensors": (

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from sfumato.files import (
     clear_unfinished,
     digest,
-    fetch,
     lock,
     new_file,
     new_folder,
@@ -26,6 +25,7 @@ from sfumato.files import (
     sha256_of,
     write_text,
 )
+from sfumato.hub import fetch
 
 
 class OddError(ValueError):

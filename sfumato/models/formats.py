@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato import files
 from sfumato.config import ModelConfig
+from sfumato.hub import fetch
 from sfumato.weights import hide_progress_bars
 
 LIBRARIES = ("diffusers", "transformers")
@@ -58,7 +59,7 @@ def find_model(
         patterns += [f"{name}.safetensors", *([f"*{name}.bin"] if allow_pickle else [])]
     unwanted = ["safety_checker/*", "*non_ema*", "text_encoders/*", "vae_*"]
     unwanted += ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"] if variant is None else []
-    return files.fetch(pretrained, setting, patterns, unwanted=unwanted)
+    return fetch(pretrained, setting, patterns, unwanted=unwanted)
 
 
 def read_model_index(folder: Path) -> dict[str, object]:

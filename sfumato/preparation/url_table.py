@@ -18,7 +18,8 @@ from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.paths import find_files, is_file, is_folder
 from sfumato.data.prepared.format import FORMAT, PreparedError
 from sfumato.data.tables import WITH_COLUMNS, open_table
-from sfumato.files import digest, fetch, new_folder, sha256_of, write_text
+from sfumato.files import digest, new_folder, sha256_of, write_text
+from sfumato.hub import fetch
 from sfumato.records import read_record
 
 TABLE, RECORD = "table", "table.json"

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.files import fetch, read_object
+from sfumato.files import read_object
+from sfumato.hub import fetch
 from sfumato.weights import load_whole
 
 if TYPE_CHECKING:
