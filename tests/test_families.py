@@ -183,7 +183,7 @@ def test_a_supervised_run(
     further = {"lora"} if trainable == "lora" else set()
     if (name, trainable) == ("stable_diffusion", "full"):
         further = {"original"}
-    assert exported == {"pipeline"} | further
+    assert exported == {".sfumato.json", "pipeline"} | further
 
 
 @pytest.mark.parametrize(
