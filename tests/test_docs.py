@@ -324,7 +324,7 @@ def test_a_known_model_learns_by_the_examples_objective(
     model = [f"model.pretrained={sd_folder}", "model.trainable=lora", "verify=true"]
     train(own, monkeypatch, f"runs_dir={tmp_path}", *model, *side, *batch)
     names = {place.name for place in (tmp_path / "my_run" / "export").iterdir()}
-    assert names == {"lora", "pipeline"}
+    assert names == {".sfumato.json", "lora", "pipeline"}
 
 
 def test_the_examples_rows_are_functions_of_their_place(own: ModuleType) -> None:
