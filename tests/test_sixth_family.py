@@ -217,7 +217,11 @@ def test_it_trains_and_samples_and_diffusers_makes_the_same_images(
     rows = read_metrics(RunFolder(tmp_path / "run"))
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[2]["validation/loss"] != rows[0]["validation/loss"]
-    assert {path.name for path in (tmp_path / "run" / "export").iterdir()} == {"pipeline", "lora"}
+    assert {path.name for path in (tmp_path / "run" / "export").iterdir()} == {
+        ".sfumato.json",
+        "pipeline",
+        "lora",
+    }
     assert (tmp_path / "run" / "export.json").read_text().count("the same image") == 2
     assert len(list((tmp_path / "run" / "samples" / "step-000002").glob("*.png"))) >= 2
     assert sorted(compiled) == [
