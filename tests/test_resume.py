@@ -184,7 +184,7 @@ def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_new_settings(
     [
         ("SIGTERM", "take_step", 3, 3),
         ("SIGINT", "Validation._record", 2, 3),
-        ("SIGTERM", "sha256_of", 5, 4),
+        ("SIGTERM", "sha256_of", 6, 4),  # the first is of the prompts
     ],
 )
 def test_a_signal_stops_cleanly(
@@ -217,7 +217,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, whole: SimpleNamespace) -
             os.kill(os.getpid(), signal.SIGINT)
 
     def stopped() -> None:
-        on_call(5, interrupt, "sha256_of")
+        on_call(6, interrupt, "sha256_of")
         start_cli(again)
 
     assert in_child(stopped) == 130

@@ -46,8 +46,10 @@ def read_began(run: Path) -> dict[str, Any]:
 
 
 def write_began(run: Path, contents: Mapping[str, str]) -> None:
-    """Note what a run began with."""
-    _write(run, {**_read(run), "began": {**read_began(run), **contents}})
+    """Note what a run began with, unless it is noted."""
+    noted = read_began(run)
+    if noted != {**noted, **contents}:
+        _write(run, {**_read(run), "began": {**noted, **contents}})
 
 
 def _read(run: Path) -> dict[str, dict[str, Any]]:
