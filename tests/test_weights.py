@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import write_tiny_clip
 from torch import Tensor
 
-from sfumato.config import ModelConfig
+from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.models.loading import load_family, load_on_meta
 from sfumato.models.registry import FAMILIES, find_family
 from sfumato.rewards.clip_files import load_clip
@@ -266,6 +266,7 @@ def test_noise_is_not_predicted_from_noise(changed: Callable[..., Path]):
     file = folder / "scheduler" / "scheduler_config.json"
     edit(file, rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match=r"rescale_betas_zero_snr.+prediction_type = epsilon"):
-        find_family(ModelConfig(str(folder)))
+        find_family(ModelConfig(str(folder)), SamplerConfig())
+    find_family(ModelConfig(str(folder)))  # to encode with it
     edit(file, prediction_type="v_prediction")
-    find_family(ModelConfig(str(folder)))
+    find_family(ModelConfig(str(folder)), SamplerConfig())

@@ -55,8 +55,9 @@ def check_family(
     _check_agreement(family, folder, components)
     trained_parts(family, config)
     check_lora_files(config)
-    if sampler is None:
+    if sampler is None:  # nothing is predicted, or it was checked before
         return
+    check_noise(folder)
     limits = family.read_limits(folder)
     check_steps(sampler.num_inference_steps, limits)
     for name, pixels in (("height", sampler.height), ("width", sampler.width)):
@@ -77,7 +78,6 @@ def _check_agreement(
     settings = {n: read_json(folder / n / "config.json") if n in components else {} for n in names}
     check_inputs(folder, family.network_name, family.supported)
     check_fits(folder, family.fits(settings))
-    check_noise(folder)
     for encoder in family.encoders:
         tokenizer = encoder.replace("text_encoder", "tokenizer")
         if encoder in components and tokenizer in components:
