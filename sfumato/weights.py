@@ -62,8 +62,7 @@ class Differences:
             "of another shape": shapes,
         }
         complaints = [
-            f"{len(names)} weights are {fault} ({', '.join(names[:LISTED])}"
-            f"{', ...' if len(names) > LISTED else ''})"
+            f"{len(names)} weights are {fault} ({_listed(names)})"
             for fault, names in faults.items()
             if names
         ]
@@ -94,14 +93,13 @@ def differences(
     Args:
         names: of the network's weights in messages; a weight without one has its own name.
     """
-    both = [name for name in expected if name in found]
     return Differences(
         [names.get(name, name) for name in expected if name not in found],
         [name for name in found if name not in expected],
         {
             names.get(name, name): (found[name].shape, expected[name].shape)
-            for name in both
-            if found[name].shape != expected[name].shape
+            for name in expected
+            if name in found and found[name].shape != expected[name].shape
         },
     )
 
@@ -160,11 +158,14 @@ def refuse_non_finite(weights: Iterable[tuple[str, Tensor]], source: str) -> Non
     """
     names = [name for name, tensor in weights if not _is_finite(tensor)]
     if names:
-        listed = f"{', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
         raise ValueError(
-            f"{source} has {len(names)} weights with NaN or infinity ({listed}); "
+            f"{source} has {len(names)} weights with NaN or infinity ({_listed(names)}); "
             "give an earlier checkpoint, or get the files again"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*names[:LISTED], *(["..."] if len(names) > LISTED else [])])
 
 
 @torch.no_grad()

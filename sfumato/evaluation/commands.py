@@ -43,17 +43,14 @@ from sfumato.training.folder import RunFolder
 from sfumato.training.state import load_weights
 from sfumato.training.validation import PAIRS
 
+SAMPLED = "sample.json"
+
 
 @dataclass(frozen=True)
 class _Shown:
     """What is read of a row of pairs.jsonl."""
 
     prompt: str
-
-
-MEASURING = ("model", "reward", "features")  # whose files the numbers of an evaluation depend on
-
-SAMPLED = "sample.json"
 
 
 @dataclass(frozen=True)
@@ -223,11 +220,21 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     settings = trained.model
     model = load_model(replace(settings, reference=True) if 0 in steps else without_start(settings))
     model.to(device)
-    asked = (config.num_images, config.seed, config.batch_size, config.features)
-    contents = contents_of(trained, run.path, started=True)
+    # Of a run that may come from a stranger, only what the numbers depend on is looked at.
+    contents = contents_of(trained, run.path, started=True, sections=("model", "reward"))
     contents |= digests({"features": config.features}, run.path)
-    read = {key: each for key, each in contents.items() if key.split(".")[0] in MEASURING}
-    results = evaluate(run, Study(model, trained, reward, prompts, *asked, contents=read), steps)
+    study = Study(
+        model,
+        trained,
+        reward,
+        prompts,
+        num_images=config.num_images,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        features=config.features,
+        contents=contents,
+    )
+    results = evaluate(run, study, steps)
     for result in results:
         measured = [f"{result.diversity_label} {result.diversity:.4f}"]
         if result.reward is not None:

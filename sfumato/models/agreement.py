@@ -27,14 +27,17 @@ def check_fits(folder: Path, fits: Iterable[Fit]) -> None:
 
 
 def sum_fit(
-    settings: Mapping[str, Settings], name: str, number: int | None, **parts: Sequence[str]
+    settings: Mapping[str, Settings],
+    name: str,
+    number: int | None,
+    key: str,
+    components: Sequence[str],
 ) -> Fit:
     """Return a number of the network that must be the sum of a number of each of some parts.
 
     Args:
-        parts: one key of config.json, with the components whose numbers are added.
+        key: of that number in the config.json of each of the components.
     """
-    ((key, components),) = parts.items()
     numbers: list[Any] = [_text(settings[component]).get(key) for component in components]
     total = None if None in numbers else sum(numbers)
     return name, number, f"{key} in {' + '.join(components)}", total
@@ -45,17 +48,16 @@ def _text(settings: Settings) -> Settings:
     return {**settings, **settings.get("text_config", {})}
 
 
-def check_inputs(folder: Path, component: str, supported: Mapping[str, Collection[Any]]) -> None:
+def check_inputs(file: Path, settings: Settings, supported: Mapping[str, Collection[Any]]) -> None:
     """Refuse settings of a network that ask for inputs which the family does not give.
 
     Args:
+        file: that holds the settings, for messages.
         supported: the values of such keys that the family computes with, the default first.
 
     Raises:
         ValueError: naming the key.
     """
-    file = folder / component / "config.json"
-    settings = read_json(file)
     for key, values in supported.items():
         if key in settings and settings[key] not in values:
             raise ValueError(

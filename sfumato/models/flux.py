@@ -112,8 +112,8 @@ class Flux(PipelineModel):
         yield "in_channels in transformer", read, "4 latent_channels in vae", packed
         yield "out_channels in transformer", written, "in_channels there", read
         width, pooled = network.get("joint_attention_dim"), network.get("pooled_projection_dim")
-        yield sum_fit(settings, "joint_attention_dim", width, d_model=["text_encoder_2"])
-        yield sum_fit(settings, "pooled_projection_dim", pooled, hidden_size=["text_encoder"])
+        yield sum_fit(settings, "joint_attention_dim", width, "d_model", ["text_encoder_2"])
+        yield sum_fit(settings, "pooled_projection_dim", pooled, "hidden_size", ["text_encoder"])
 
     def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return flow_times(self.scheduler, num_inference_steps, tokens, even=True)

@@ -95,9 +95,8 @@ def check_components(
     folder: Path,
     components: dict[str, str],
     classes: Mapping[str, str],
+    config: ModelConfig,
     *,
-    allow_pickle: bool,
-    variant: str | None = None,
     blank: str | None = None,
 ) -> None:
     """Check that model_index.json and the folder have each component.
@@ -114,7 +113,7 @@ def check_components(
             weights without `allow_pickle`.
     """
     index = read_model_index(folder)
-    for name, config in components.items():
+    for name, file_name in components.items():
         part = folder / name
         if name in classes:
             check_class(folder, index.get(name), name, classes[name])
@@ -123,24 +122,24 @@ def check_components(
                 f"model.pretrained = {str(folder)!r}: its model_index.json leaves out {name}, "
                 "which this family needs"
             )
-        if not (part / config).exists():
+        if not (part / file_name).exists():
             raise ValueError(
-                f"model.pretrained = {str(folder)!r} lacks {name}/{config}; the folder is "
+                f"model.pretrained = {str(folder)!r} lacks {name}/{file_name}; the folder is "
                 "incomplete, download or export it again"
             )
         for file in sorted(part.glob("*.json")):
             content = read_json(file)
-            if file.name == config and not isinstance(content, dict):
+            if file.name == file_name and not isinstance(content, dict):
                 raise ValueError(f"{file} holds no settings; download the model again")
         # transformers 5 would go on with a vocabulary of three tokens.
         vocabularies = (all((part / file).exists() for file in names) for names in VOCABULARIES)
-        if config == "tokenizer_config.json" and not any(vocabularies):
+        if file_name == "tokenizer_config.json" and not any(vocabularies):
             raise ValueError(
                 f"{part} has no tokenizer.json or vocab.json with merges.txt; download or export "
                 "the model again"
             )
-        if config == "config.json" and name != blank:
-            _check_weights(part, allow_pickle=allow_pickle, variant=variant)
+        if file_name == "config.json" and name != blank:
+            _check_weights(part, allow_pickle=config.allow_pickle, variant=config.variant)
 
 
 def check_libraries(folder: Path, unused: Collection[str]) -> None:

@@ -43,14 +43,7 @@ def check_family(
     blank = family.network_name if config.network.config is not None else None
     components = family.components(folder)
     check_libraries(folder, family.unused)
-    check_components(
-        folder,
-        components,
-        family.classes,
-        allow_pickle=config.allow_pickle,
-        variant=config.variant,
-        blank=blank,
-    )
+    check_components(folder, components, family.classes, config, blank=blank)
     check_scheduler(folder, family.schedulers)
     _check_agreement(family, folder, components)
     trained_parts(family, config)
@@ -74,14 +67,20 @@ def _check_agreement(
     family: type[PipelineModel], folder: Path, components: Mapping[str, str]
 ) -> None:
     """Check that the parts of a folder fit together, and ask for no input that is not given."""
-    names = (family.network_name, "vae", *family.encoders)
-    settings = {n: read_json(folder / n / "config.json") if n in components else {} for n in names}
-    check_inputs(folder, family.network_name, family.supported)
+    files = {name: folder / name / "config.json" for name in _networks(family)}
+    settings = {n: read_json(file) if n in components else {} for n, file in files.items()}
+    network = family.network_name
+    check_inputs(files[network], settings[network], family.supported)
     check_fits(folder, family.fits(settings))
     for encoder in family.encoders:
         tokenizer = encoder.replace("text_encoder", "tokenizer")
         if encoder in components and tokenizer in components:
             check_tokenizer(folder, tokenizer, encoder)
+
+
+def _networks(family: type[PipelineModel]) -> tuple[str, ...]:
+    """Return the components that are networks, also those that a folder may lack."""
+    return (family.network_name, "vae", *family.encoders)
 
 
 def trained_parts(family: type[PipelineModel], config: ModelConfig) -> list[str]:
@@ -123,7 +122,7 @@ def load_family(
     elif config.network.config is not None:
         without |= blank_network(folder / family.network_name, family.network_name)
     dtypes = _dtypes(family, folder, config, trained)
-    for name in (family.network_name, "vae", *family.encoders):
+    for name in _networks(family):
         if name not in without:
             without[name] = _load_component(family, folder, name, config, dtypes)
     pipeline = read_pipeline(folder, config, dtypes, without)
@@ -159,8 +158,7 @@ def load_on_meta(family: type[PipelineModel], folder: Path, config: ModelConfig)
     """
     trained = trained_parts(family, config)
     dtypes = _dtypes(family, folder, config, trained)
-    names = (family.network_name, "vae", *family.encoders)
-    names = [name for name in names if name in family.components(folder)]
+    names = [name for name in _networks(family) if name in family.components(folder)]
     networks = {name: _on_meta(family, folder, name) for name in names}
     for name, network in networks.items():
         # diffusers' own `to` would warn that layers may be needed in float32.

@@ -119,7 +119,7 @@ class QwenImage(PipelineModel):
         yield "in_channels in transformer", read, "4 z_dim in vae", packed
         yield "out_channels in transformer", written, "z_dim in vae", channels
         width = network.get("joint_attention_dim")
-        yield sum_fit(settings, "joint_attention_dim", width, hidden_size=["text_encoder"])
+        yield sum_fit(settings, "joint_attention_dim", width, "hidden_size", ["text_encoder"])
 
     def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return flow_times(self.scheduler, num_inference_steps, tokens, even=True)

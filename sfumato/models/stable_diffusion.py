@@ -100,7 +100,7 @@ class StableDiffusion(PipelineModel):
     def fits(cls, settings: Mapping[str, Settings]) -> Iterable[Fit]:
         yield from unet_fits(settings)
         width = settings["unet"].get("cross_attention_dim")
-        yield sum_fit(settings, "cross_attention_dim in unet", width, hidden_size=["text_encoder"])
+        yield sum_fit(settings, "cross_attention_dim in unet", width, "hidden_size", cls.encoders)
 
     def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return table_times(self._table, self.scheduler, num_inference_steps)

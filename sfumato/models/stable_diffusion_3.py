@@ -108,9 +108,9 @@ class StableDiffusion3(PipelineModel):
         for key in ("in_channels", "out_channels"):
             yield f"{key} in transformer", network.get(key), "latent_channels in vae", latents
         width, pooled = network.get("joint_attention_dim"), network.get("pooled_projection_dim")
-        yield sum_fit(settings, "joint_attention_dim", width, d_model=["text_encoder_3"])
+        yield sum_fit(settings, "joint_attention_dim", width, "d_model", ["text_encoder_3"])
         clips = ["text_encoder", "text_encoder_2"]
-        yield sum_fit(settings, "pooled_projection_dim", pooled, projection_dim=clips)
+        yield sum_fit(settings, "pooled_projection_dim", pooled, "projection_dim", clips)
 
     def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return flow_times(self.scheduler, num_inference_steps, tokens)

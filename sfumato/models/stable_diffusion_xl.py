@@ -107,7 +107,7 @@ class StableDiffusionXL(PipelineModel):
         yield from unet_fits(settings)
         unet = settings["unet"]
         width = unet.get("cross_attention_dim")
-        yield sum_fit(settings, "cross_attention_dim in unet", width, hidden_size=cls.encoders)
+        yield sum_fit(settings, "cross_attention_dim in unet", width, "hidden_size", cls.encoders)
         pooled, side = (
             unet.get("projection_class_embeddings_input_dim"),
             unet.get("addition_time_embed_dim"),
@@ -115,7 +115,7 @@ class StableDiffusionXL(PipelineModel):
         name = "projection_class_embeddings_input_dim in unet, less 6 addition_time_embed_dim,"
         if pooled is not None and side is not None:
             pooled -= 6 * side  # six sides of framing
-        yield sum_fit(settings, name, pooled, projection_dim=["text_encoder_2"])
+        yield sum_fit(settings, name, pooled, "projection_dim", ["text_encoder_2"])
 
     def grid(self, num_inference_steps: int, tokens: int) -> list[float]:
         return table_times(self._table, self.scheduler, num_inference_steps)

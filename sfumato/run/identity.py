@@ -1,7 +1,7 @@
 """Identity by content: SHA-256 of the files that settings name, remembered by size and time."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,13 @@ READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are comp
 THREADS = 4
 
 
-def contents_of(config: TrainConfig, run: Path, *, started: bool = False) -> dict[str, str]:
+def contents_of(
+    config: TrainConfig,
+    run: Path,
+    *,
+    started: bool = False,
+    sections: Collection[str] = ("model", "reward", "data", "validation"),
+) -> dict[str, str]:
     """Return a digest of what lies at each path that the settings name.
 
     Equal content at another path has the same digest. A hub id stands for its local copy; what
@@ -32,8 +38,10 @@ def contents_of(config: TrainConfig, run: Path, *, started: bool = False) -> dic
     Args:
         run: the run folder, which remembers the SHA-256 of unchanged files.
         started: leave out the weights that a run needs only to begin.
+        sections: of the settings; the files of other sections are not looked at.
     """
     flat = {typed(key): value for key, value in flatten(asdict(config)).items() if value}
+    flat = {key: value for key, value in flat.items() if key.split(".")[0] in sections}
     named = {key: str(value) for key, value in flat.items() if _is_path(key, value)}
     if started:
         named = {key: value for key, value in named.items() if key not in STARTS}

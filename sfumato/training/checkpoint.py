@@ -108,7 +108,7 @@ def read_checkpoint(path: Path) -> Snapshot:
         weights, ema, optimizer = (load_file(path / f"{name}.safetensors") for name in TENSORS)
     except SafetensorError as error:
         raise CheckpointError(f"{path} holds no safetensors ({error}); remove it") from error
-    _read_state(path)
+    _read_state(path)  # refuses a wrong type of what every reader uses
     state = read_object(path / STATE, _advice(path), failure=CheckpointError)
     return Snapshot(state.pop("step"), weights, ema, optimizer, state)
 
