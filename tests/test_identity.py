@@ -72,18 +72,16 @@ def test_unchanged_files_are_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(read)[-3:] == ["1.txt", "1.txt", "2.txt"]
 
 
-def test_what_settings_name_is_found() -> None:
+def test_what_settings_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ["objective=draft", "reward=weighted", "reward.parts.a.kind=clip", "name=x"]
     overrides += ["reward.parts.a.weight=1.0", "reward.parts.a.pretrained=CLIP", "data.prompts=P"]
     overrides += ["model.pretrained=M", "model.merge.one.path=L", "validation.prompts=V"]
     config, _ = compose_train(overrides)
     seen: dict[str, str] = {}
-    original = identity.digests
-    try:
-        identity.digests = lambda named, run: seen.update(named) or {}  # type: ignore[assignment]
-        contents_of(config, Path())
-    finally:
-        identity.digests = original
+    monkeypatch.setattr(identity, "digests", lambda named, _: seen.update(named) or {})
+    contents_of(config, Path(), sections=["reward"])
+    assert seen == {"reward.parts.a.pretrained": "CLIP"}  # no file of another section is read
+    contents_of(config, Path())
     assert seen == {
         "model.pretrained": "M",
         "model.merge.one.path": "L",
