@@ -19,6 +19,7 @@ from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Denoiser, Visit, sample
 from sfumato.models.generate import Guided, encode_guided, image_size
 from sfumato.models.model import Role, TextToImageModel
+from sfumato.models.precision import full_precision, is_rounded
 from sfumato.objectives.objective import Loss, Objective
 from sfumato.rewards.reward import Reward
 
@@ -72,9 +73,7 @@ class Draft(Objective[Sequence[str]]):
         }
         loss = -reward
         if self.config.kl_coeff:
-            if model.trains_text:
-                prompts = encode_guided(model, batch, self.sampler.guidance_scale, "reference")
-            metrics["kl"] = kl = self._kl(self._denoiser(model, prompts, "reference"), visits)
+            metrics["kl"] = kl = self._kl(model, batch, prompts, visits)
             loss = loss + self.config.kl_coeff * kl
         metrics["loss"] = loss
         return Loss(loss, {name: value.detach() for name, value in metrics.items()})
@@ -113,9 +112,38 @@ class Draft(Objective[Sequence[str]]):
         images = model.decode(x0)
         return images.clamp(0, 1) if self.config.clamp_images else images
 
-    def _kl(self, reference: Denoiser, visits: Sequence[Visit]) -> Float[Tensor, ""]:
+    def _kl(
+        self,
+        model: TextToImageModel,
+        batch: Sequence[str],
+        prompts: Guided,
+        visits: Sequence[Visit],
+    ) -> Float[Tensor, ""]:
+        """Return the mean square of the difference of policy's and reference's noise.
+
+        In half precision two near noises differ by their rounding more than by the training. So
+        the difference is taken once more in float32. The gradient is 2 difference d(noise), with
+        the noise that the policy predicted in its own precision.
+        """
+
+        def denoiser(role: Role) -> Denoiser:
+            scale = self.sampler.guidance_scale
+            own = encode_guided(model, batch, scale, role) if model.trains_text else prompts
+            return self._denoiser(model, own, role)
+
+        if not is_rounded(model.networks()["policy"]):
+            reference = denoiser("reference")
+            distances = [
+                (visit.prediction.noise - reference(visit.x_t, visit.t).noise).square().mean()
+                for visit in visits
+            ]
+            return torch.stack(distances).mean()
+        with torch.no_grad(), full_precision(model.device):
+            policy, reference = denoiser("policy"), denoiser("reference")
+            differences = [policy(v.x_t, v.t).noise - reference(v.x_t, v.t).noise for v in visits]
+        noises = [visit.prediction.noise for visit in visits]
         distances = [
-            (visit.prediction.noise - reference(visit.x_t, visit.t).noise).square().mean()
-            for visit in visits
+            (difference.square() + 2 * difference * (noise - noise.detach())).mean()
+            for difference, noise in zip(differences, noises, strict=True)
         ]
         return torch.stack(distances).mean()

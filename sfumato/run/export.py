@@ -2,8 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from sfumato.files import new_folder, read_object, write_text
 from sfumato.models.generate import generate, image_size
 from sfumato.models.model import DTYPES, TextToImageModel
 from sfumato.models.origins import unlike_original, write_original
+from sfumato.models.precision import without_tf32
 from sfumato.models.registry import load_model
 from sfumato.training.checkpoint import (
     best_step,
@@ -144,7 +144,7 @@ def _verify(
     device: torch.device,
     prompt: str,
 ) -> list[str]:
-    with _full_precision():
+    with without_tf32():
         model.to(device)
         sampler = replace(config.sampler, num_inference_steps=VERIFY_STEPS, eta=0.0)
         expected = generate(model, [prompt], [0], sampler)
@@ -169,19 +169,6 @@ def _compare_original(folder: Path) -> str:
             "of diffusers, or train with verify=false"
         )
     return "diffusers reads it back as the same weights"
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Leave out TF32, in which a merged matrix and its parts round differently."""
-    matmul: Any = torch.backends.cuda.matmul
-    convolution: Any = torch.backends.cudnn
-    before = matmul.allow_tf32, convolution.allow_tf32
-    matmul.allow_tf32 = convolution.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, convolution.allow_tf32 = before
 
 
 def _compare(config: TrainConfig, name: str, expected: Tensor, image: Tensor) -> str:
