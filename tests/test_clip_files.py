@@ -119,7 +119,10 @@ def drop_a_tensor(folder: Path) -> None:
 PREPROCESSOR = "preprocessor_config.json"
 DAMAGES = [
     (shutil.rmtree, "is no folder here"),
-    (remove("config.json"), "has no config.json; choose the folder of a CLIPModel"),
+    (
+        remove("config.json"),
+        r"has no config.json or open_clip_config.json; choose the folder of a CLIPModel",
+    ),
     (write("config.json", "{"), r"config.json is damaged: it is not JSON"),
     (write("config.json", "[]"), "not an object"),
     (change("config.json", "model_type", "blip"), "model_type 'blip', not 'clip'"),
@@ -128,11 +131,12 @@ DAMAGES = [
     (write("vocab.json", '{"a": 0'), r"vocab.json is damaged: it is not JSON"),
     (change_text("vocab_size", 500), "has 514 tokens, but the text tower knows 500"),
     (change_text("eos_token_id", 49407), "the score would ignore the prompt"),
-    (change(PREPROCESSOR, "size", {"height": 32, "width": 32}), "state one whole number"),
+    (change(PREPROCESSOR, "size", {"shortest_edge": 32, "longest_edge": 64}), "state one whole"),
+    (change(PREPROCESSOR, "size", {"height": 24, "width": 40}), r"resizes to \(24, 40\) px and"),
     (change(PREPROCESSOR, "crop_size", {"height": 32, "width": 40}), "state one whole number"),
     (change(PREPROCESSOR, "crop_size", 224), "the image tower takes 32 px"),
     (change(PREPROCESSOR, "size", 24), "resizes to 24 px and crops 32 px"),
-    (change(PREPROCESSOR, "resample", 2), "states resample = 2"),
+    (change(PREPROCESSOR, "resample", 1), "states resample = 1"),
     (change(PREPROCESSOR, "do_center_crop", False), "states do_center_crop = False"),
     (remove("model.safetensors"), "pickled weights are not read"),
     (write("model.safetensors", "not safetensors"), "could not be read"),

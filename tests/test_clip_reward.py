@@ -14,9 +14,11 @@ from tiny_clip import IMAGE_SIZE, MAX_TOKENS, write_tiny_clip
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModel
 
-from sfumato.rewards.clip import ClipReward, preprocess
-from sfumato.rewards.clip_files import CLIP_MEAN, CLIP_STD
+from sfumato.clip import ImageSettings, preprocess
+from sfumato.clip.preprocessing import CLIP_STD
+from sfumato.rewards.clip import ClipReward
 
+CLIP_32 = ImageSettings(32, 32)
 PROMPTS = ["a red star", "a small blue ring on a yellow background", "It's 7 o'clock!"]
 
 
@@ -40,7 +42,7 @@ def image_gradient(reward: ClipReward, images: Tensor) -> Tensor:
 def test_clip_score_equals_transformers(clip_folder: Path):
     reward = ClipReward.from_pretrained(str(clip_folder))
     images = random_images(3, 3, 45, 60)
-    pixels = preprocess(images, IMAGE_SIZE, CLIP_MEAN, CLIP_STD)
+    pixels = preprocess(images, ImageSettings(IMAGE_SIZE, IMAGE_SIZE))
     tokens = CLIPTokenizer.from_pretrained(clip_folder)(PROMPTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = CLIPModel.from_pretrained(clip_folder)(**tokens, pixel_values=pixels)
@@ -124,7 +126,7 @@ def test_preprocess_equals_transformers_on_pil(height: int, width: int, size: in
     )
     expected = processor(Image.fromarray(array), return_tensors="pt")["pixel_values"]
     images = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
-    result = preprocess(images, size, CLIP_MEAN, CLIP_STD, crop=crop)
+    result = preprocess(images, ImageSettings(size, crop))
     assert result.shape == expected.shape
     difference = (result - expected) * torch.tensor(CLIP_STD).view(3, 1, 1)
     assert difference.abs().max() < 1.5 / 255
@@ -133,14 +135,12 @@ def test_preprocess_equals_transformers_on_pil(height: int, width: int, size: in
 
 def test_preprocess_ignores_autocast_and_widens_half_precision():
     images = random_images(2, 3, 50, 40)
-    expected = preprocess(images, 32, CLIP_MEAN, CLIP_STD)
+    expected = preprocess(images, CLIP_32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = preprocess(images, 32, CLIP_MEAN, CLIP_STD)
+        under_autocast = preprocess(images, CLIP_32)
     assert torch.equal(under_autocast, expected)
     half = images.bfloat16()
-    assert torch.equal(
-        preprocess(half, 32, CLIP_MEAN, CLIP_STD), preprocess(half.float(), 32, CLIP_MEAN, CLIP_STD)
-    )
+    assert torch.equal(preprocess(half, CLIP_32), preprocess(half.float(), CLIP_32))
 
 
 # --- Gradients
@@ -149,7 +149,7 @@ def test_preprocess_ignores_autocast_and_widens_half_precision():
 @pytest.mark.parametrize(("height", "width"), [(9, 13), (4, 3)])
 def test_preprocess_gradient_equals_finite_differences(height: int, width: int):
     images = random_images(1, 3, height, width, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: preprocess(x, 5, CLIP_MEAN, CLIP_STD), images)
+    assert torch.autograd.gradcheck(lambda x: preprocess(x, ImageSettings(5, 5)), images)
 
 
 def test_clip_gradient_equals_finite_differences(clip_folder: Path):
