@@ -18,6 +18,7 @@ from torch import Tensor
 from sfumato.clip.preprocessing import ImageSettings, open_clip_settings
 from sfumato.clip.tensors import weight_files
 from sfumato.files import read_object
+from sfumato.hub import fetch
 from sfumato.records import Count, convert
 from sfumato.weights import differences, hide_progress_bars, refuse_non_finite
 
@@ -180,6 +181,18 @@ def read_open_clip(folder: Path) -> OpenClip:
     )
     settings = open_clip_settings(path, content.preprocess_cfg, vision.image_size)
     return OpenClip(config, text.pad_id, settings)
+
+
+def fetch_open_clip(name: str, folder: Path, setting: str) -> Path:
+    """Return a folder, or the snapshot of a hub id with its files of weights too.
+
+    Raises:
+        ValueError: they cannot be downloaded.
+    """
+    if Path(name).expanduser().is_dir():
+        return folder
+    patterns = ("*.json", "*.txt", *(f"{file}*" for file in WEIGHTS))
+    return fetch(name, setting, patterns, complete=lambda path: bool(weight_files(path, WEIGHTS)))
 
 
 def _refuse_unknown(path: Path, raw: Mapping[str, Any]) -> None:

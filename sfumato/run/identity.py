@@ -147,7 +147,7 @@ def _local(value: str) -> Path:
         return path
     from huggingface_hub import try_to_load_from_cache
 
-    for name in ("model_index.json", "config.json"):
+    for name in ("model_index.json", "config.json", "open_clip_config.json"):
         file = try_to_load_from_cache(value, name)
         if isinstance(file, str):
             return Path(file).parent
