@@ -79,6 +79,13 @@ def test_settings_default_to_published_ones(clip_copy: Path):
     assert (found.mean, found.std) == (tuple(published.image_mean), tuple(published.image_std))
 
 
+def test_a_size_that_is_not_stated_is_transformers_own(clip_copy: Path):
+    (clip_copy / "preprocessor_config.json").write_text(json.dumps({"crop_size": IMAGE_SIZE}))
+    found = ClipReward.from_pretrained(str(clip_copy)).image_settings
+    assert (found.size, found.crop) == (224, IMAGE_SIZE)
+    assert CLIPImageProcessorPil.from_pretrained(clip_copy).size["shortest_edge"] == 224
+
+
 def test_settings_are_read_from_processor_config(clip_copy: Path):
     (clip_copy / "preprocessor_config.json").unlink()
     settings = {"image_processor": {"size": {"shortest_edge": 50}, "resample": 3}}
@@ -145,6 +152,8 @@ DAMAGES = [
     (change(PREPROCESSOR, "image_std", [1, 1, float("inf")]), "states image_std = "),
     (change(PREPROCESSOR, "rescale_factor", 0), "states rescale_factor = 0; give a number, not 0"),
     (change(PREPROCESSOR, "rescale_factor", "1/255"), "states rescale_factor = '1/255'"),
+    (change(PREPROCESSOR, "resample", 0), "states resample = 0, and only 2"),
+    (change(PREPROCESSOR, "size", None), "state one whole number"),
     (change(PREPROCESSOR, "resample", "bicubic"), "states resample = 'bicubic'"),
     (change(PREPROCESSOR, "size", "32"), "cannot be read by transformers"),
     (change(PREPROCESSOR, "size", 32.5), "cannot be read by transformers"),

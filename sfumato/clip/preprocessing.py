@@ -17,7 +17,7 @@ from torch import Tensor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Pillow's number of a filter -> torch's name.
-FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
+FILTERS = {2: "bilinear", 3: "bicubic"}
 OPEN_CLIP_FILTERS = {"bilinear": "bilinear", "bicubic": "bicubic", "random": "bicubic"}
 # Classes of transformers that preprocess alike.
 PROCESSORS = (
@@ -72,8 +72,7 @@ def preprocess(
             short = min(height, width)
             if isinstance(size, int):
                 size = int(size * height / short), int(size * width / short)
-            smooth = settings.mode != "nearest-exact"
-            images = F.interpolate(images, size, mode=settings.mode, antialias=smooth)
+            images = F.interpolate(images, size, mode=settings.mode, antialias=True)
         if settings.crop is not None:
             images = _crop(images, settings.crop, rounds=settings.rounds)
         if settings.factor != 1:
@@ -105,26 +104,24 @@ def processor_settings(path: Path, raw: Mapping[str, Any], image_size: int) -> I
     resample, mean, std, factor = stated.resample, (0.0,) * 3, (1.0,) * 3, 1.0
     if stated.do_resize and resample not in FILTERS:
         raise ValueError(
-            f"{path} states resample = {resample!r}, and only 0 (nearest), 2 (bilinear) and 3 "
-            f"(bicubic) are computed; {_OWN}"
+            f"{path} states resample = {resample!r}, and only 2 (bilinear) and 3 (bicubic) are "
+            f"computed; {_OWN}"
         )
     if stated.do_rescale:
         (factor,) = _numbers(path, "rescale_factor", stated.rescale_factor, 1, nonzero=True)
     if stated.do_normalize:
         mean = _numbers(path, "image_mean", stated.image_mean)
         std = _numbers(path, "image_std", stated.image_std, nonzero=True)
-    size = _sides(stated.size, f"size in {path} is {raw.get('size')}")
-    crop = _sides(stated.crop_size, f"crop_size in {path} is {raw.get('crop_size')}")
-    if stated.do_center_crop and (isinstance(crop, int) or crop[0] != crop[1]):
-        raise ValueError(f"crop_size in {path} is {raw.get('crop_size')}; {WHOLE}")
-    settings = ImageSettings(
-        size=size if stated.do_resize else None,
-        crop=crop[0] if stated.do_center_crop and isinstance(crop, tuple) else None,
-        mean=mean,
-        std=std,
-        factor=255 * factor,
-        mode=FILTERS.get(resample, "bicubic"),
-    )
+    size, crop = None, None
+    if stated.do_resize:
+        size = _sides(stated.size, f"size in {path} is {raw.get('size')}")
+    if stated.do_center_crop:
+        what = f"crop_size in {path} is {raw.get('crop_size')}"
+        sides = _sides(stated.crop_size, what)
+        if isinstance(sides, int) or sides[0] != sides[1]:
+            raise ValueError(f"{what}; {WHOLE}")
+        crop = sides[0]
+    settings = ImageSettings(size, crop, mean, std, 255 * factor, FILTERS.get(resample, "bicubic"))
     _check_sides(path, settings, image_size)
     return settings
 
@@ -173,9 +170,8 @@ def _with_defaults(path: Path, raw: Mapping[str, Any], image_size: int) -> Any:
         )
     keys = {*CLIPImageProcessorPil.valid_kwargs.__annotations__, "use_square_size"}
     stated = {key: value for key, value in raw.items() if key in keys}
-    if stated.get("crop_size") is None:
-        size = image_size if stated.get("size") is None else stated["size"]
-        stated |= {"size": size, "crop_size": image_size}
+    if "crop_size" not in stated:
+        stated = {"size": image_size, "crop_size": image_size, **stated}
     try:
         settings = CLIPImageProcessorPil(**stated)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
@@ -187,7 +183,7 @@ def _with_defaults(path: Path, raw: Mapping[str, Any], image_size: int) -> Any:
 
 def _sides(sizes: Any, what: str) -> int | tuple[int, int]:
     """Return the shorter side, or height and width."""
-    sides = {key: value for key, value in dict(sizes).items() if value is not None}
+    sides = {key: value for key, value in dict(sizes or {}).items() if value is not None}
     if all(type(value) is int and 0 < value <= _LARGEST for value in sides.values()):
         if set(sides) == {"shortest_edge"}:
             return sides["shortest_edge"]
@@ -204,14 +200,15 @@ def _numbers(
     Args:
         nonzero: refuse 0, which would leave nothing of an image.
     """
-    numbers = value if isinstance(value, list | tuple) else (value,) * count
+    value = list(value) if isinstance(value, tuple) else value
+    numbers = value if isinstance(value, list) else (value,) * count
     plain = all(type(each) in (int, float) and math.isfinite(each) for each in numbers)
     if len(numbers) != count or not plain or (nonzero and not all(numbers)):
         what = "a number" if count == 1 else f"{count} numbers, or one for all"
         raise ValueError(
             f"{path} states {key} = {value!r}; give {what}{', not 0' if nonzero else ''}, or {_OWN}"
         )
-    return tuple(numbers)
+    return tuple(map(float, numbers))
 
 
 def _check_sides(path: Path, settings: ImageSettings, image_size: int) -> None:
