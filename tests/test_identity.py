@@ -49,6 +49,20 @@ def test_equal_files_have_equal_digests(tmp_path: Path, sd_folder: Path) -> None
     assert digests(named, tmp_path)["n"] != found["n"]
 
 
+def test_what_nothing_reads_changes_no_digest(tmp_path: Path, sd_folder: Path) -> None:
+    pictures, model = write_pictures(tmp_path / "p"), shutil.copytree(sd_folder, tmp_path / "m")
+    named = {"data.images.path": str(pictures), "model.pretrained": str(model)}
+    before = digests(named, tmp_path)
+    for folder in (pictures, model, model / "unet"):
+        (folder / ".DS_Store").write_bytes(b"left by macOS")
+        (folder / "._0.png").write_bytes(b"left by macOS")
+        (folder / ".cache").mkdir()
+        (folder / ".cache" / "state.json").write_text("{}")
+    assert digests(named, tmp_path) == before
+    (pictures / "0.txt").write_text("another caption")
+    assert digests(named, tmp_path)["data.images.path"] != before["data.images.path"]
+
+
 def test_unchanged_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     true_sum = identity.sha256_of

@@ -117,7 +117,9 @@ class _Sums:
             files = [
                 path
                 for path in sorted(top.rglob("*"))
-                if path.is_file() and (is_data or path.suffix in MODEL_SUFFIXES)
+                if (is_data or path.suffix in MODEL_SUFFIXES)
+                and path.is_file()
+                and not any(part.startswith(".") for part in path.relative_to(top).parts)
             ]
             names: Sequence[str] = [path.relative_to(top).as_posix() for path in files]
         else:
