@@ -9,6 +9,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from tiny_clip import IMAGE_SIZE, write_tiny_clip
+from tiny_open_clip import shard
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
@@ -55,6 +56,13 @@ def test_hub_id_is_found_in_the_local_cache(
     assert torch.equal(reward(images, PROMPTS), expected)
     with pytest.raises(ValueError, match=r"reward\.pretrained = 'someone/other' is no folder here"):
         ClipReward.from_pretrained("someone/other")
+
+
+def test_shards_are_read_as_the_whole_file(clip_folder: Path, clip_copy: Path):
+    shard(clip_copy, "model.safetensors")
+    images = random_images(3, 3, 32, 32)
+    expected = ClipReward.from_pretrained(str(clip_folder))(images, PROMPTS)
+    assert torch.equal(ClipReward.from_pretrained(str(clip_copy))(images, PROMPTS), expected)
 
 
 def test_processor_folder_gives_tokenizer_and_settings(clip_copy: Path, tmp_path: Path):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,11 @@ from torch import Tensor
 
 from sfumato.clip import ImageSettings, load_clip, preprocess
 from sfumato.clip.preprocessing import open_clip_settings
+from sfumato.config import ModelConfig, NetworkConfig
+from sfumato.models.origins import unet_settings
+from sfumato.models.registry import find_family
 from sfumato.rewards.clip import ClipReward
+from sfumato.run.identity import digests
 
 PROMPTS = ["a red star", "a small blue ring"]
 IMAGES = torch.rand(2, 3, 32, 47, generator=torch.Generator().manual_seed(0))
@@ -87,6 +92,42 @@ def test_transformers_layout_is_read_where_it_is_whole(tmp_path: Path):
     assert theirs.image_settings.rounds is False
     (tmp_path / "clip" / "model.safetensors").unlink()
     assert load_clip(str(tmp_path / "clip")).model.config.projection_dim == 24
+
+
+def in_hub_cache(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a folder into the hub's local cache as someone/tiny, and take the network away."""
+    cached = cache / "models--someone--tiny"
+    shutil.copytree(folder, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_a_hub_id_of_open_clips_layout_is_read(
+    tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_tiny_open_clip(tmp_path / "open")
+    in_hub_cache(tmp_path / "open", tmp_path / "cache", monkeypatch)
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "parts"))
+    expected = ClipReward.from_pretrained(str(tmp_path / "open"))(IMAGES, PROMPTS)
+    assert torch.equal(ClipReward.from_pretrained("someone/tiny")(IMAGES, PROMPTS), expected)
+    named = {"reward.pretrained": "someone/tiny"}
+    local = {"reward.pretrained": str(tmp_path / "open")}
+    assert digests(named, tmp_path) == digests(local, tmp_path) != {}
+    wide = {**unet_settings("sd1"), "cross_attention_dim": TEXT["width"]}
+    (tmp_path / "unet.json").write_text(json.dumps(wide))
+    _, folder = find_family(
+        ModelConfig(
+            pretrained=None,
+            network=NetworkConfig(config=str(tmp_path / "unet.json")),
+            autoencoder=str(sd_folder),
+            text_encoder="someone/tiny",
+            trainable="full",
+        )
+    )
+    settings = json.loads((folder / "text_encoder" / "config.json").read_text())
+    assert settings["num_hidden_layers"] == TEXT["layers"]
 
 
 def test_a_processor_in_open_clips_layout_gives_its_preprocessing(tmp_path: Path):

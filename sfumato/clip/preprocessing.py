@@ -101,7 +101,7 @@ def processor_settings(path: Path, raw: Mapping[str, Any], image_size: int) -> I
         ValueError: naming the key that cannot be computed as stated.
     """
     stated = _with_defaults(path, raw, image_size)
-    resample, mean, std, factor = stated.resample, (0.0,) * 3, (1.0,) * 3, 1.0
+    resample, mean, std, factor = stated.resample, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 1.0
     if stated.do_resize and resample not in FILTERS:
         raise ValueError(
             f"{path} states resample = {resample!r}, and only 2 (bilinear) and 3 (bicubic) are "
@@ -110,8 +110,8 @@ def processor_settings(path: Path, raw: Mapping[str, Any], image_size: int) -> I
     if stated.do_rescale:
         (factor,) = _numbers(path, "rescale_factor", stated.rescale_factor, 1, nonzero=True)
     if stated.do_normalize:
-        mean = _numbers(path, "image_mean", stated.image_mean)
-        std = _numbers(path, "image_std", stated.image_std, nonzero=True)
+        mean = _triple(path, "image_mean", stated.image_mean)
+        std = _triple(path, "image_std", stated.image_std, nonzero=True)
     size, crop = None, None
     if stated.do_resize:
         size = _sides(stated.size, f"size in {path} is {raw.get('size')}")
@@ -151,8 +151,8 @@ def open_clip_settings(path: Path, raw: Mapping[str, Any], image_size: int) -> I
     return ImageSettings(
         size=(image_size, image_size) if squash else image_size,
         crop=image_size,
-        mean=_numbers(path, "preprocess_cfg.mean", raw.get("mean") or CLIP_MEAN),
-        std=_numbers(path, "preprocess_cfg.std", raw.get("std") or CLIP_STD, nonzero=True),
+        mean=_triple(path, "preprocess_cfg.mean", raw.get("mean") or CLIP_MEAN),
+        std=_triple(path, "preprocess_cfg.std", raw.get("std") or CLIP_STD, nonzero=True),
         mode=OPEN_CLIP_FILTERS[raw.get("interpolation", "bicubic")],
         rounds=True,
     )
@@ -173,7 +173,7 @@ def _with_defaults(path: Path, raw: Mapping[str, Any], image_size: int) -> Any:
     if "crop_size" not in stated:
         stated = {"size": image_size, "crop_size": image_size, **stated}
     try:
-        settings = CLIPImageProcessorPil(**stated)
+        settings: Any = CLIPImageProcessorPil(**stated)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read by transformers ({error}); {_OWN}") from error
     if settings.do_pad:
@@ -192,9 +192,14 @@ def _sides(sizes: Any, what: str) -> int | tuple[int, int]:
     raise ValueError(f"{what}; {WHOLE}")
 
 
-def _numbers(
-    path: Path, key: str, value: Any, count: int = 3, *, nonzero: bool = False
-) -> tuple[Any, ...]:
+def _triple(
+    path: Path, key: str, value: Any, *, nonzero: bool = False
+) -> tuple[float, float, float]:
+    red, green, blue = _numbers(path, key, value, 3, nonzero=nonzero)
+    return red, green, blue
+
+
+def _numbers(path: Path, key: str, value: Any, count: int, *, nonzero: bool = False) -> list[float]:
     """Return finite numbers, one of which stands for all.
 
     Args:
@@ -208,7 +213,7 @@ def _numbers(
         raise ValueError(
             f"{path} states {key} = {value!r}; give {what}{', not 0' if nonzero else ''}, or {_OWN}"
         )
-    return tuple(map(float, numbers))
+    return list(map(float, numbers))
 
 
 def _check_sides(path: Path, settings: ImageSettings, image_size: int) -> None:

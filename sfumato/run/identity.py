@@ -18,6 +18,7 @@ from sfumato.records import read_record
 MEMORY = "contents.json"
 MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 MODELS = ("pretrained", "processor", "autoencoder", "text_encoder", "tokenizer", "scheduler")
+BESIDE = ("adapter_config.json", "open_clip_config.json")  # state how a file's weights are meant
 STARTS = ("model.lora.start", "model.network.from_pretrained")  # read before the first step
 READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are compared
 THREADS = 4
@@ -124,6 +125,8 @@ class _Sums:
             names: Sequence[str] = [path.relative_to(top).as_posix() for path in files]
         else:
             files = list(_expanded(top))
+            beside = [] if is_data else [top.parent / name for name in BESIDE]
+            files += [path for path in beside if files and path.is_file()]
             names = [path.name for path in files] if len(files) > 1 else [""]
         if not files:
             return None

@@ -58,7 +58,7 @@ def read_settings(file: Path, setting: str) -> dict[str, Any] | None:
             f"{setting} is no plain LoRA: {path} states {key} = {value!r}, which is not read; "
             "merge the adapter with peft (merge_and_unload), and give the merged model"
         )
-    numbers = {"r": content.get("r"), "lora_alpha": content.get("lora_alpha")}
+    numbers: dict[str, Any] = {"r": content.get("r"), "lora_alpha": content.get("lora_alpha")}
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = content.get(name) or {}
         numbers |= patterns if isinstance(patterns, dict) else {name: patterns}

@@ -203,7 +203,9 @@ def _of_peft(
 
 def _check_ranks(file: LoraFile, settings: Mapping[str, Any] | None) -> None:
     """Refuse settings of peft's that lie beside another adapter."""
-    for name, change in file.layers.items() if settings is not None else ():
+    if settings is None:
+        return
+    for name, change in file.layers.items():
         layer = name.partition(".")[2]
         stated = [rank_of(settings, each) for each in (layer, f"text_model.{layer}")]
         if len(change.down) not in stated:

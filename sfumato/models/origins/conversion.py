@@ -98,6 +98,7 @@ def write_open_clip(
             "positional_embedding; give open_clip_pytorch_model.safetensors, or a transformers "
             "folder of a CLIP"
         )
+    config: Any
     if prefix or stated is None:  # a checkpoint of a whole Stable Diffusion 2 has no other tower
         config, pad, short = _vit_h(own, layers), 0, True
         if not prefix and not _has_sizes_of_vit_h(own, config):
