@@ -29,8 +29,9 @@ ROOMS: dict[str, set[str]] = {
     "overrides": {"catalog"},
     "help": {"catalog", "explain"},
     "diffusion": set(),
-    "models": {"diffusion"},
-    "rewards": {"diffusion"},
+    "clip": set(),
+    "models": {"diffusion", "clip"},
+    "rewards": {"diffusion", "clip"},
     "data": {"diffusion"},
     "objectives": {"diffusion", "models", "rewards", "data"},
 }
@@ -51,7 +52,7 @@ ROOMS["__main__"] = {"cli"}
 CONTRACTS = {"models": {"models.model", "models.generate"}, "rewards": {"rewards.reward"}}
 
 # Packages that the rest of the house imports as a whole, never a module of theirs.
-DOORS = ("models.lora", "models.origins")
+DOORS = ("clip", "models.lora", "models.origins")
 
 # The core is what one must know to train or align a model. It does without the wings.
 CORE = (
@@ -59,7 +60,7 @@ CORE = (
     *("config", "check", "files", "hub", "records", "images", "weights"),
 )
 WINGS = (
-    *("data", "models.lora", "models.origins", "preparation"),
+    *("data", "clip", "models.lora", "models.origins", "preparation"),
     *("evaluation", "report", "planning", "launch", "demo"),
 )
 OUTSIDE = ("config.commands",)  # settings of the wings, which stand beside those of training
@@ -72,6 +73,8 @@ SAMPLES = ("data.stream", "data.sample")
 CROSSINGS: dict[str, tuple[str, ...]] = {
     # Assembly: the place where the core meets data, caches and networks from elsewhere.
     "run": ("data", "models.origins", "preparation.encoder_hash"),
+    # A reward's model is read from the files of transformers or OpenCLIP.
+    "rewards": ("clip",),
     # A family names its layers as the LoRA files of other trainers do; loading reads such files.
     "models": ("models.lora",),
     # A folder may be put together from parts; its network may start from another file.
@@ -82,7 +85,7 @@ CROSSINGS: dict[str, tuple[str, ...]] = {
 }
 
 TENSOR_ROOMS = (
-    *("models", "rewards", "objectives", "training", "run", "evaluation", "demo", "images"),
+    *("models", "clip", "rewards", "objectives", "training", "run", "evaluation", "demo", "images"),
     "weights",
     *(
         "planning",
@@ -104,7 +107,10 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "diffusers": (("models", "demo", "weights"), "networks belong in models/"),
     "peft": (("models",), "adapters belong in models/adapters.py"),
     "transformers": (
-        ("models", "rewards", "demo", "weights", "planning.described", "training.distribution"),
+        (
+            *("models", "clip", "rewards", "demo", "weights", "planning.described"),
+            "training.distribution",
+        ),
         "text encoders and CLIP belong in the rims",
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),
@@ -114,7 +120,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "safetensors": (
         (
-            *("files", "models", "rewards", "training.checkpoint", "demo", "weights"),
+            *("files", "models", "clip", "training.checkpoint", "demo", "weights"),
             *("data.prepared.cache", "preparation.precache"),
             "preparation.encoder_hash",
         ),

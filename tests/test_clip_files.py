@@ -9,6 +9,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from tiny_clip import IMAGE_SIZE, write_tiny_clip
+from tiny_open_clip import shard
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
@@ -57,6 +58,13 @@ def test_hub_id_is_found_in_the_local_cache(
         ClipReward.from_pretrained("someone/other")
 
 
+def test_shards_are_read_as_the_whole_file(clip_folder: Path, clip_copy: Path):
+    shard(clip_copy, "model.safetensors")
+    images = random_images(3, 3, 32, 32)
+    expected = ClipReward.from_pretrained(str(clip_folder))(images, PROMPTS)
+    assert torch.equal(ClipReward.from_pretrained(str(clip_copy))(images, PROMPTS), expected)
+
+
 def test_processor_folder_gives_tokenizer_and_settings(clip_copy: Path, tmp_path: Path):
     processor = tmp_path / "processor"
     processor.mkdir()
@@ -77,6 +85,13 @@ def test_settings_default_to_published_ones(clip_copy: Path):
     published = CLIPImageProcessorPil()
     assert (found.size, found.crop) == (IMAGE_SIZE, IMAGE_SIZE)
     assert (found.mean, found.std) == (tuple(published.image_mean), tuple(published.image_std))
+
+
+def test_a_size_that_is_not_stated_is_transformers_own(clip_copy: Path):
+    (clip_copy / "preprocessor_config.json").write_text(json.dumps({"crop_size": IMAGE_SIZE}))
+    found = ClipReward.from_pretrained(str(clip_copy)).image_settings
+    assert (found.size, found.crop) == (224, IMAGE_SIZE)
+    assert CLIPImageProcessorPil.from_pretrained(clip_copy).size["shortest_edge"] == 224
 
 
 def test_settings_are_read_from_processor_config(clip_copy: Path):
@@ -119,7 +134,10 @@ def drop_a_tensor(folder: Path) -> None:
 PREPROCESSOR = "preprocessor_config.json"
 DAMAGES = [
     (shutil.rmtree, "is no folder here"),
-    (remove("config.json"), "has no config.json; choose the folder of a CLIPModel"),
+    (
+        remove("config.json"),
+        r"has no config.json or open_clip_config.json; choose the folder of a CLIPModel",
+    ),
     (write("config.json", "{"), r"config.json is damaged: it is not JSON"),
     (write("config.json", "[]"), "not an object"),
     (change("config.json", "model_type", "blip"), "model_type 'blip', not 'clip'"),
@@ -128,12 +146,31 @@ DAMAGES = [
     (write("vocab.json", '{"a": 0'), r"vocab.json is damaged: it is not JSON"),
     (change_text("vocab_size", 500), "has 514 tokens, but the text tower knows 500"),
     (change_text("eos_token_id", 49407), "the score would ignore the prompt"),
-    (change(PREPROCESSOR, "size", {"height": 32, "width": 32}), "state one whole number"),
+    (change(PREPROCESSOR, "size", {"shortest_edge": 32, "longest_edge": 64}), "state one whole"),
+    (change(PREPROCESSOR, "size", {"height": 24, "width": 40}), r"resizes to \(24, 40\) px and"),
     (change(PREPROCESSOR, "crop_size", {"height": 32, "width": 40}), "state one whole number"),
     (change(PREPROCESSOR, "crop_size", 224), "the image tower takes 32 px"),
     (change(PREPROCESSOR, "size", 24), "resizes to 24 px and crops 32 px"),
-    (change(PREPROCESSOR, "resample", 2), "states resample = 2"),
+    (change(PREPROCESSOR, "resample", 1), "states resample = 1"),
     (change(PREPROCESSOR, "do_center_crop", False), "states do_center_crop = False"),
+    (change(PREPROCESSOR, "image_mean", [0.5]), r"states image_mean = \[0.5\]; give 3 numbers"),
+    (change(PREPROCESSOR, "image_mean", "0.5"), "states image_mean = '0.5'; give 3 numbers"),
+    (change(PREPROCESSOR, "image_mean", [0.5, None, 1]), "states image_mean = "),
+    (change(PREPROCESSOR, "image_std", [0, 1, 1]), r"states image_std = \[0, 1, 1\].*not 0"),
+    (change(PREPROCESSOR, "image_std", [1, 1, float("inf")]), "states image_std = "),
+    (change(PREPROCESSOR, "rescale_factor", 0), "states rescale_factor = 0; give a number, not 0"),
+    (change(PREPROCESSOR, "rescale_factor", "1/255"), "states rescale_factor = '1/255'"),
+    (change(PREPROCESSOR, "resample", 0), "states resample = 0, and only 2"),
+    (change(PREPROCESSOR, "size", None), "state one whole number"),
+    (change(PREPROCESSOR, "resample", "bicubic"), "states resample = 'bicubic'"),
+    (change(PREPROCESSOR, "size", "32"), "cannot be read by transformers"),
+    (change(PREPROCESSOR, "size", 32.5), "cannot be read by transformers"),
+    (change(PREPROCESSOR, "size", {"shortest_edge": True}), "state one whole number"),
+    (change(PREPROCESSOR, "size", {"longest_edge": 32}), "state one whole number"),
+    (change(PREPROCESSOR, "crop_size", {"shortest_edge": 32}), "state one whole number"),
+    (change(PREPROCESSOR, "do_pad", True), "states do_pad = True"),
+    (change(PREPROCESSOR, "image_processor_type", "ViTImageProcessor"), "= 'ViTImageProcessor'"),
+    (write(PREPROCESSOR, "[1]"), "not an object"),
     (remove("model.safetensors"), "pickled weights are not read"),
     (write("model.safetensors", "not safetensors"), "could not be read"),
     (drop_a_tensor, r"1 weights are missing \(text_projection.weight\)"),

@@ -5,6 +5,7 @@ import math
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from tiny_clip import IMAGE_SIZE, MAX_TOKENS, write_tiny_clip
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModel
 
-from sfumato.rewards.clip import ClipReward, preprocess
-from sfumato.rewards.clip_files import CLIP_MEAN, CLIP_STD
+from sfumato.clip import ImageSettings, preprocess
+from sfumato.clip.preprocessing import CLIP_STD, processor_settings
+from sfumato.rewards.clip import ClipReward
 
+CLIP_32 = ImageSettings(32, 32)
 PROMPTS = ["a red star", "a small blue ring on a yellow background", "It's 7 o'clock!"]
 
 
@@ -40,7 +43,7 @@ def image_gradient(reward: ClipReward, images: Tensor) -> Tensor:
 def test_clip_score_equals_transformers(clip_folder: Path):
     reward = ClipReward.from_pretrained(str(clip_folder))
     images = random_images(3, 3, 45, 60)
-    pixels = preprocess(images, IMAGE_SIZE, CLIP_MEAN, CLIP_STD)
+    pixels = preprocess(images, ImageSettings(IMAGE_SIZE, IMAGE_SIZE))
     tokens = CLIPTokenizer.from_pretrained(clip_folder)(PROMPTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = CLIPModel.from_pretrained(clip_folder)(**tokens, pixel_values=pixels)
@@ -124,23 +127,98 @@ def test_preprocess_equals_transformers_on_pil(height: int, width: int, size: in
     )
     expected = processor(Image.fromarray(array), return_tensors="pt")["pixel_values"]
     images = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
-    result = preprocess(images, size, CLIP_MEAN, CLIP_STD, crop=crop)
+    result = preprocess(images, ImageSettings(size, crop))
     assert result.shape == expected.shape
     difference = (result - expected) * torch.tensor(CLIP_STD).view(3, 1, 1)
     assert difference.abs().max() < 1.5 / 255
     assert difference.abs().mean() < 0.5 / 255
 
 
+NONE = {"do_resize": False}  # nothing is rounded then
+TO_32 = {"do_center_crop": False, "size": {"height": 32, "width": 32}}
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {},
+        {"rescale_factor": 1 / 127.5},
+        {"do_rescale": False},
+        {"do_rescale": False, "rescale_factor": 0.5},
+        {"do_normalize": False},
+        {"do_normalize": False, "image_mean": "unread", "do_rescale": False},
+        {"image_mean": 0.5, "image_std": 0.25},
+        {"image_mean": [0, 0.5, 1], "image_std": [1, 2, 3.0]},
+        {"resample": 2},
+        {"size": 40},
+        {"size": {"shortest_edge": 40}, "crop_size": 32},
+        {"size": {"height": 40, "width": 36}, "crop_size": [32, 32]},
+        {"size": [40, 36]},
+        {"size": 40, "default_to_square": True},
+        TO_32,
+        {**TO_32, "crop_size": 7, "resample": 2},
+        NONE,
+        {**NONE, "resample": 1, "size": 3},
+        {**NONE, "size": None, "rescale_factor": 0.5},
+        {"do_normalize": None, "image_mean": None},
+        {**NONE, "do_rescale": False, "image_mean": [104, 117, 123], "image_std": 1},
+        {**NONE, "rescale_factor": 1 / 127.5, "image_mean": 1, "image_std": 1},
+        {"do_convert_rgb": False, "image_processor_type": "CLIPImageProcessorFast"},
+        {"do_convert_rgb": None, "feature_extractor_type": "CLIPFeatureExtractor", "else": [1]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("height", "width"), [(96, 71), (33, 64), (32, 32), (13, 50), (20, 21)])
+def test_settings_mean_what_transformers_makes_of_them(
+    stated: dict[str, Any], height: int, width: int
+):
+    generator = np.random.default_rng(0)
+    array = generator.integers(64, 192, (height, width, 3), dtype=np.uint8)
+    with_crop = {"crop_size": 32, **stated}
+    if "size" not in stated:
+        with_crop["size"] = 32
+    processor: Any = CLIPImageProcessorPil(**with_crop)
+    expected = processor(Image.fromarray(array), return_tensors="pt")["pixel_values"]
+    image_size = expected.shape[-1]
+    raw = stated if image_size == 32 else with_crop
+    settings = processor_settings(Path("preprocessor_config.json"), raw, image_size)
+    images = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
+    found = preprocess(images, settings)
+    assert found.shape == expected.shape
+    spread = torch.tensor(settings.std).view(3, 1, 1) / settings.factor
+    difference = ((found - expected) * spread).abs().max()  # of values in [0, 1]
+    assert difference < (1e-6 if stated.get("do_resize") is False else 1.5 / 255)
+    assert expected.float().std() > 0
+
+
+def test_a_score_follows_the_settings_as_transformers_does(clip_folder: Path, tmp_path: Path):
+    folder = shutil.copytree(clip_folder, tmp_path / "copy")
+    file = folder / "preprocessor_config.json"
+    pictures = [(image * 255).round().byte() for image in random_images(3, 3, 48, 40)]
+    images = torch.stack(pictures).float() / 255
+    published = ClipReward.from_pretrained(str(folder))(images, PROMPTS)
+    for change in ({"rescale_factor": 1 / 127.5}, {"do_rescale": False}, {"do_resize": False}):
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        model, tokens = CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+        pixels = CLIPImageProcessorPil.from_pretrained(folder)(pictures, return_tensors="pt")
+        with torch.no_grad():
+            inputs = tokens(PROMPTS, padding=True, return_tensors="pt")
+            expected = model(**pixels, **inputs).logits_per_image.diagonal()
+        found = ClipReward.from_pretrained(str(folder))(images, PROMPTS)
+        # Pillow rounds to 8 bits where it resizes.
+        near = 1e-3 if "do_resize" in change else 0.3
+        torch.testing.assert_close(found, expected, atol=near, rtol=0)
+        assert (found - published).abs().max() > 1
+
+
 def test_preprocess_ignores_autocast_and_widens_half_precision():
     images = random_images(2, 3, 50, 40)
-    expected = preprocess(images, 32, CLIP_MEAN, CLIP_STD)
+    expected = preprocess(images, CLIP_32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = preprocess(images, 32, CLIP_MEAN, CLIP_STD)
+        under_autocast = preprocess(images, CLIP_32)
     assert torch.equal(under_autocast, expected)
     half = images.bfloat16()
-    assert torch.equal(
-        preprocess(half, 32, CLIP_MEAN, CLIP_STD), preprocess(half.float(), 32, CLIP_MEAN, CLIP_STD)
-    )
+    assert torch.equal(preprocess(half, CLIP_32), preprocess(half.float(), CLIP_32))
 
 
 # --- Gradients
@@ -149,7 +227,7 @@ def test_preprocess_ignores_autocast_and_widens_half_precision():
 @pytest.mark.parametrize(("height", "width"), [(9, 13), (4, 3)])
 def test_preprocess_gradient_equals_finite_differences(height: int, width: int):
     images = random_images(1, 3, height, width, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: preprocess(x, 5, CLIP_MEAN, CLIP_STD), images)
+    assert torch.autograd.gradcheck(lambda x: preprocess(x, ImageSettings(5, 5)), images)
 
 
 def test_clip_gradient_equals_finite_differences(clip_folder: Path):

@@ -49,6 +49,31 @@ def test_equal_files_have_equal_digests(tmp_path: Path, sd_folder: Path) -> None
     assert digests(named, tmp_path)["n"] != found["n"]
 
 
+def test_what_nothing_reads_changes_no_digest(tmp_path: Path, sd_folder: Path) -> None:
+    pictures, model = write_pictures(tmp_path / "p"), shutil.copytree(sd_folder, tmp_path / "m")
+    named = {"data.images.path": str(pictures), "model.pretrained": str(model)}
+    before = digests(named, tmp_path)
+    for folder in (pictures, model, model / "unet"):
+        (folder / ".DS_Store").write_bytes(b"left by macOS")
+        (folder / "._0.png").write_bytes(b"left by macOS")
+        (folder / ".cache").mkdir()
+        (folder / ".cache" / "state.json").write_text("{}")
+    assert digests(named, tmp_path) == before
+    (pictures / "0.txt").write_text("another caption")
+    assert digests(named, tmp_path)["data.images.path"] != before["data.images.path"]
+
+
+def test_settings_beside_a_file_of_weights_count(tmp_path: Path) -> None:
+    (tmp_path / "lora.safetensors").write_text("weights")
+    named = {"model.merge.a.path": str(tmp_path / "lora.safetensors")}
+    plain = digests(named, tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 4}')
+    stated = digests(named, tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16}')
+    (tmp_path / "other.json").write_text("{}")
+    assert plain != stated != digests(named, tmp_path) != plain
+
+
 def test_unchanged_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     true_sum = identity.sha256_of

@@ -79,11 +79,30 @@ def test_folder_counts_what_it_leaves_out(tmp_path: Path) -> None:
     assert [sample.caption for sample in stream.next(2, 0, 2)] == ["picture 0"] * 2
 
 
-def test_folder_behind_a_link_is_read(tmp_path: Path) -> None:
+def test_folders_behind_links_are_read_unless_the_links_leave(tmp_path: Path) -> None:
     write_folder(tmp_path / "real", [(8, 8)])
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
-    assert listed(tmp_path / "data") == [("link/000.png", "picture 0")]
+    write_folder(tmp_path / "data" / "b", [(8, 8)])
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "data" / "b")  # stays inside
+    (tmp_path / "data" / "out").symlink_to(tmp_path / "real")
+    (tmp_path / "data" / "b" / "up").symlink_to("../../real")
+    (tmp_path / "data" / "whole").symlink_to("/")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    leaves = "link that leaves the folder (copy what it leads to instead)"
+    for folder in (tmp_path / "data", tmp_path / "link"):  # the folder itself may be a link
+        assert listed(folder) == [("a/000.png", "picture 0")]
+        assert counts(folder) == {leaves: 3, "folder met before (symbolic link)": 1}
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,text\nb/000.png,a\n")
+    assert listed(tmp_path / "data") == [("b/000.png", "a")]
+
+
+def test_tars_beside_a_link_that_leaves_are_read(tmp_path: Path) -> None:
+    write_folder(tmp_path / "real", [(8, 8)])
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "a.tar", [("a.png", png()), ("a.txt", b"a")])
+    (tmp_path / "tars" / "out").symlink_to(tmp_path / "real")
+    assert listed(tmp_path / "tars") == [("a.png", "a")]
+    leaves = "link that leaves the folder (copy what it leads to instead)"
+    assert counts(tmp_path / "tars") == {leaves: 1}
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.tsv"])
@@ -556,7 +575,7 @@ def test_links_and_pipes_of_a_folder_are_counted(tmp_path: Path) -> None:
     (folder / "006.png").symlink_to(folder / "005.png")  # stays inside
     (folder / "006.txt").write_text("a link inside")
     assert listed(folder) == [("005.png", "picture 5"), ("006.png", "a link inside")]
-    leaves = "link that leaves the folder (copy the file instead)"
+    leaves = "link that leaves the folder (copy what it leads to instead)"
     assert counts(folder) == {
         f"caption: {leaves}": 2,
         "unreadable caption": 1,

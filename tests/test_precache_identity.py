@@ -273,7 +273,17 @@ def test_a_merged_file_that_changes_the_text_encoder_is_refused(
             cache_identity(merged, **sizes)
 
 
-@pytest.mark.parametrize("layer", ["clip_l.encoder.layers.0.fc1", "lora.clip_g.x", "t5xxl.block.0"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "clip_l.encoder.layers.0.fc1",
+        "lora.clip_g.x",
+        "t5xxl.block.0",
+        "base_model.model.encoder.layers.0.fc1",  # peft's names
+        "base_model.model.text_model.encoder.layers.0.fc1",
+        "base_model.model.model.layers.0.q_proj",
+    ],
+)
 def test_a_merged_file_of_other_names_of_text_encoders_is_refused(
     tmp_path: Path, sd_folder: Path, layer: str
 ) -> None:

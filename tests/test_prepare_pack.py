@@ -10,7 +10,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -521,4 +521,59 @@ def test_hostile_rows_do_not_stop_a_pack(tmp_path: Path) -> None:
     (source / "002.txt").symlink_to("/etc/hostname")
     bins = packed(source, tmp_path / "other")
     assert bins["kept"] == 1 and bins["unreadable caption"] == 1
-    assert bins["caption: link that leaves the folder (copy the file instead)"] == 1
+    assert bins["caption: link that leaves the folder (copy what it leads to instead)"] == 1
+
+
+def add_member(
+    file: IO[bytes], name: str, data: bytes, size: int | None = None, **pax: str
+) -> None:
+    """Append a member; what `data` lacks of `size` is a hole, which takes no room on the disk."""
+    info = tarfile.TarInfo(name)
+    info.size, info.pax_headers = len(data) if size is None else size, pax
+    file.write(info.tobuf(tarfile.PAX_FORMAT) + data)
+    file.seek(-(-(file.tell() - len(data) + info.size) // 512) * 512)
+
+
+def test_hostile_members_do_not_stop_a_pack(tmp_path: Path) -> None:
+    with (tmp_path / "a.tar").open("wb") as file:
+        for key, size in (("000", None), ("001", 2**28), ("002", 2**40), ("003", None)):
+            add_member(file, f"{key}.png", png(), size)
+            add_member(file, f"{key}.txt", b"a star", 2**40 if key == "003" else None)
+        add_member(file, "plain", png(), path="nul\0in.png")
+        add_member(file, "plain", b"a star", path="nul\0in.txt")
+        add_member(file, "plain", png(), path="../leaves.png")
+        add_member(file, "plain", b"a star", path="../leaves.txt")
+        add_member(file, "004.png", png())
+        add_member(file, "004.json", b"[" * 10**5)
+        add_member(file, "005.png", png())
+        add_member(file, "005.txt", b"a star")
+        file.write(bytes(1024))
+    bins = packed(tmp_path / "a.tar", tmp_path / "out")
+    assert bins == {
+        "kept": 3,  # 000, 005, and the one whose name has a zero byte
+        "file far larger than its picture": 1,
+        "file above 2 GiB": 1,
+        "member .txt above 16,777,216 bytes": 1,
+        "no caption": 1,
+        "member that leaves its folder": 1,
+        "not a JSON object": 1,
+    }
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_larger_than_memory_do_not_stop_a_pack(tmp_path: Path, kind: bytes) -> None:
+    """What lies before them is kept; the tars behind are packed."""
+    (tmp_path / "tars").mkdir()
+    for name in ("a", "b"):
+        with (tmp_path / "tars" / f"{name}.tar").open("wb") as file:
+            add_member(file, "000.png", png())
+            add_member(file, "000.txt", b"a star")
+            if name == "a":
+                header = tarfile.TarInfo("huge")
+                header.size, header.type = 2**40, kind
+                file.write(header.tobuf(tarfile.GNU_FORMAT))
+                file.truncate(file.tell() + 2**40)
+            else:
+                file.write(bytes(1024))
+    bins = packed(tmp_path / "tars", tmp_path / "out")
+    assert bins == {"kept": 2, "truncated or damaged tar": 1}

@@ -5,23 +5,32 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from runs import fork, in_child
 from safetensors.torch import load_file, save_file
 from tiny_clip import write_tiny_clip
-from torch import Tensor, nn
+from tiny_open_clip import (
+    CONFIG,
+    WEIGHTS,
+    OpenClipText,
+    OpenClipVision,
+    shard,
+    write_tiny_open_clip,
+)
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sfumato.config import ModelConfig, NetworkConfig, SamplerConfig, TrainConfig
 from sfumato.models.generate import generate
-from sfumato.models.origins import assembly
+from sfumato.models.origins import conversion
 from sfumato.models.origins.network_weights import check_start, find_source, without_start
 from sfumato.models.origins.unets import build_network, unet_settings
 from sfumato.models.registry import find_family, load_encoders, load_model
@@ -323,117 +332,167 @@ def original_vae(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     return named
 
 
-@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
-def test_an_original_autoencoder_gives_the_same_images(
-    unet: Path, clip: Path, tmp_path: Path, prefix: str
-):
-    torch.manual_seed(0)
-    vae: Any = AutoencoderKL(
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=2,
-    ).eval()
-    state = {f"{prefix}{k}": t for k, t in original_vae(vae.state_dict(), 2).items()}
-    rest = {"loss.logvar": torch.zeros(1), "model_ema.encoderconv_inbias": torch.zeros(1)}
-    torch.save({"state_dict": {**state, **rest}}, tmp_path / "vae.ckpt")
-    config = of_parts(unet, tmp_path / "vae.ckpt", clip, allow_pickle=True)
-    model = load_encoders(config)
-    images = torch.rand(2, 3, 16, 16) * 2 - 1
-    latents = model.encode_images(images)
-    expected = vae.encode(images).latent_dist.mean * 0.18215
-    torch.testing.assert_close(latents, expected, atol=1e-6, rtol=0)
-    shown = (vae.decode(latents / 0.18215).sample + 1) / 2
-    torch.testing.assert_close(model.decode(latents), shown, atol=1e-6, rtol=0)
-    config.allow_pickle = False
-    with pytest.raises(ValueError, match=r"model.autoencoder = .*vae.ckpt is a pickle"):
-        find_family(config)
-
-
-def test_a_file_that_is_no_autoencoder_is_named(unet: Path, clip: Path, tmp_path: Path):
-    save_file({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "vae.safetensors")
-    with pytest.raises(
-        ValueError, match=r"model.autoencoder = .* is no autoencoder in LDM's names"
-    ):
-        find_family(of_parts(unet, tmp_path / "vae.safetensors", clip))
-
-
-class OpenClipText(nn.Module):
-    """OpenCLIP's text tower as its own code has it, of torch's modules alone."""
-
-    def __init__(self, vocabulary: int, width: int, layers: int) -> None:
-        super().__init__()
-        self.token_embedding = nn.Embedding(vocabulary, width)
-        self.positional_embedding = nn.Parameter(0.1 * torch.randn(77, width))
-        block = {
-            "ln_1": nn.LayerNorm,
-            "ln_2": nn.LayerNorm,
-        }
-        blocks = []
-        for _ in range(layers):
-            each = nn.Module()
-            for name, kind in block.items():
-                each.add_module(name, kind(width))
-            each.add_module("attn", nn.MultiheadAttention(width, width // 64, batch_first=True))
-            mlp = nn.Module()
-            mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-            mlp.add_module("c_proj", nn.Linear(4 * width, width))
-            each.add_module("mlp", mlp)
-            blocks.append(each)
-        self.transformer = nn.Module()
-        self.transformer.add_module("resblocks", nn.ModuleList(blocks))
-        self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.randn(width, 24))
-
-    def penultimate(self, tokens: Tensor) -> Tensor:
-        """Return the states of the layer before the last, after the final norm."""
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)
-        each: Any
-        for each in list(self.transformer.get_submodule("resblocks").children())[:-1]:
-            y = each.ln_1(x)
-            x = x + each.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
-            x = x + each.mlp.c_proj(nn.functional.gelu(each.mlp.c_fc(each.ln_2(x))))
-        return self.ln_final(x)
-
-
-@pytest.mark.parametrize("prefix", ["", "cond_stage_model.model."])
-def test_an_open_clip_gives_the_states_that_stable_diffusion_2_reads(
-    sd_folder: Path, clip: Path, tmp_path: Path, prefix: str
-):
-    torch.manual_seed(0)
-    vocabulary = json.loads((clip / "vocab.json").read_text())
-    theirs = OpenClipText(len(vocabulary), 128, 3).eval()
-    state = {f"{prefix}{key}": tensor for key, tensor in theirs.state_dict().items()}
-    rest = {"visual.conv1.weight": torch.zeros(2), "logit_scale": torch.zeros(1)}
-    save_file({**state, **rest}, clip / "open_clip_pytorch_model.safetensors")
-    unet = write_unet(tmp_path / "wide.json", 128)
-    model = load_encoders(of_parts(unet, sd_folder, clip / "open_clip_pytorch_model.safetensors"))
-    found = model.encode_prompts([PROMPT]).tensors["states"]
-    # OpenCLIP's tokenizer begins, ends, and fills up with zeros.
+def padded(folder: Path, length: int, pad: int = 0) -> Tensor:
+    """Return the prompt's tokens, filled up as OpenCLIP's tokenizer fills up."""
+    vocabulary = json.loads((folder / "vocab.json").read_text())
     words = [
         vocabulary[symbol] for word in PROMPT.split() for symbol in (*word[:-1], f"{word[-1]}</w>")
     ]
     tokens = [vocabulary["<|startoftext|>"], *words, vocabulary["<|endoftext|>"]]
-    padded = torch.tensor([[*tokens, *[0] * (77 - len(tokens))]])
-    torch.testing.assert_close(found, theirs.penultimate(padded), atol=1e-5, rtol=0)
+    return torch.tensor([[*tokens, *[pad] * (length - len(tokens))]])
 
 
-def test_a_folder_of_open_clip_is_read_as_stable_diffusion_2_reads_it(
-    unet: Path, sd_folder: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+def check_states(config: ModelConfig, expected: Tensor) -> None:
+    found = load_encoders(config).encode_prompts([PROMPT]).tensors["states"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def as_vit_h(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let ViT-H have other sizes: those of a small model."""
+
+    def patch(text: dict[str, int], vision: dict[str, int]) -> None:
+        monkeypatch.setattr(conversion, "VIT_H", {"text": text, "vision": vision})
+
+    return patch
+
+
+def test_an_open_clip_in_a_checkpoint_of_stable_diffusion_2_is_read_as_that_reads_it(
+    sd_folder: Path, clip: Path, tmp_path: Path
+):
+    torch.manual_seed(0)
+    theirs = OpenClipText(514, 128, 3).eval()
+    state = {f"cond_stage_model.model.{key}": t for key, t in theirs.state_dict().items()}
+    rest = {"visual.conv1.weight": torch.zeros(2), "logit_scale": torch.zeros(1)}
+    save_file({**state, **rest}, clip / "sd2.safetensors")
+    unet = write_unet(tmp_path / "wide.json", 128)
+    check_states(
+        of_parts(unet, sd_folder, clip / "sd2.safetensors"), theirs.states(padded(clip, 77), 1)
+    )
+
+
+@pytest.mark.parametrize("has_images", [True, False])
+def test_a_file_of_the_sizes_of_vit_h_is_read_without_its_last_layer(
+    sd_folder: Path, clip: Path, tmp_path: Path, as_vit_h: Callable[..., None], has_images: bool
+):
+    torch.manual_seed(0)
+    theirs = OpenClipText(514, 128, 3).eval()
+    images = OpenClipVision(48, 2, heads=3, size=32, patch=8, dim=24, quick=False)
+    both = {f"visual.{key}": t for key, t in images.state_dict().items()} if has_images else {}
+    save_file({**theirs.state_dict(), **both}, clip / "h.safetensors")
+    config = of_parts(write_unet(tmp_path / "u.json", 128), sd_folder, clip / "h.safetensors")
+    text = {"hidden_size": 128, "num_hidden_layers": 3}
+    vision = {"hidden_size": 48, "num_hidden_layers": 2, "patch_size": 8}
+    # ViT-g's text tower is as large as ViT-H's.
+    others = [({**text, "num_hidden_layers": 9}, vision)]
+    others += [(text, {**vision, "num_hidden_layers": 9})] if has_images else []
+    for other in others:
+        as_vit_h(*other)
+        with pytest.raises(ValueError, match=r"does not say which OpenCLIP model it is"):
+            find_family(config)
+    as_vit_h(text, vision)
+    check_states(config, theirs.states(padded(clip, 77), 1))
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "file", "sharded", "pickled"])
+def test_an_open_clip_is_read_as_its_config_says(
+    sd_folder: Path, tmp_path: Path, kind: str, quick: bool
+):
+    """All layers, its activation, its length, its padding: nothing of ViT-H's."""
+    folder, pad = tmp_path / "open", 5
+    theirs, _ = write_tiny_open_clip(folder, quick=quick)
+    settings = json.loads((folder / CONFIG).read_text())
+    settings["model_cfg"]["text_cfg"]["pad_id"] = pad
+    (folder / CONFIG).write_text(json.dumps(settings))
+    (folder / "config.json").write_text('{"architecture": "vit_tiny"}')  # as timm's folders have it
+    if kind == "sharded":
+        shard(folder, WEIGHTS)
+    if kind == "pickled":
+        torch.save(load_file(folder / WEIGHTS), folder / "open_clip_pytorch_model.bin")
+        (folder / WEIGHTS).unlink()
+    path = folder / WEIGHTS if kind == "file" else folder
+    config = of_parts(write_unet(tmp_path / "u.json", 64), sd_folder, path)
+    if kind == "pickled":
+        with pytest.raises(ValueError, match=r"open_clip_pytorch_model.bin is a pickle"):
+            find_family(config)
+        config = replace(config, allow_pickle=True)
+    check_states(config, theirs.states(padded(folder, 40, pad)))
+
+
+def test_an_open_clip_that_says_it_is_vit_h_is_read_without_its_last_layer(
+    sd_folder: Path, tmp_path: Path, as_vit_h: Callable[..., None]
+):
+    theirs, _ = write_tiny_open_clip(tmp_path / "open")
+    as_vit_h(
+        {"hidden_size": 64, "num_hidden_layers": 3},
+        {"hidden_size": 48, "num_hidden_layers": 2, "patch_size": 8},
+    )
+    config = of_parts(write_unet(tmp_path / "u.json", 64), sd_folder, tmp_path / "open")
+    check_states(config, theirs.states(padded(tmp_path / "open", 40), 1))
+
+
+def lose(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: t for key, t in state.items() if key != "ln_final.bias"}
+
+
+def widen(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**state, "positional_embedding": torch.zeros(41, 64)}
+
+
+def add(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**state, "transformer.resblocks.0.ls_1.gamma": torch.zeros(64)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lose, r"1 weights are missing \(ln_final.bias\)"),
+        (widen, r"positional_embedding: \(41, 64\) in the file, \(40, 64\) in the network"),
+        (add, r"unexpected \(transformer.resblocks.0.ls_1.gamma\)"),
+    ],
+)
+def test_an_open_clip_that_does_not_fit_its_config_is_named(
+    sd_folder: Path, tmp_path: Path, change: Any, message: str
+):
+    folder = tmp_path / "open"
+    write_tiny_open_clip(folder)
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        find_family(of_parts(write_unet(tmp_path / "u.json", 64), sd_folder, folder))
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_folder_of_vit_h_is_read_as_stable_diffusion_2_reads_it(
+    unet: Path, sd_folder: Path, clip: Path, as_vit_h: Callable[..., None], is_sharded: bool
 ):
     """transformers' own folder of ViT-H: the layer before the last, and zeros to fill up."""
     from transformers import CLIPModel
 
-    theirs: Any = CLIPModel.from_pretrained(clip).text_model.eval()
-    size = {name: vars(theirs.config)[name] for name in assembly.VIT_H}
-    monkeypatch.setattr(assembly, "VIT_H", size)
-    found = load_encoders(of_parts(unet, sd_folder, clip)).encode_prompts([PROMPT])
-    tokens = CLIPTokenizer.from_pretrained(clip)(PROMPT).input_ids
-    padded = torch.tensor([[*tokens, *[0] * (77 - len(tokens))]])
-    states = theirs(padded, output_hidden_states=True).hidden_states
-    expected = theirs.final_layer_norm(states[-2])
-    torch.testing.assert_close(found.tensors["states"], expected, atol=1e-5, rtol=0)
+    theirs: Any = CLIPModel.from_pretrained(clip).eval()
+    towers = theirs.config.text_config, theirs.config.vision_config
+    sizes = [
+        {key: vars(tower)[key] for key in ("hidden_size", "num_hidden_layers")} for tower in towers
+    ]
+    if is_sharded:
+        shard(clip, "model.safetensors")
+    as_vit_h(*sizes)
+    tokens = padded(clip, 77)
+    states = theirs.text_model(tokens, output_hidden_states=True).hidden_states
+    check_states(of_parts(unet, sd_folder, clip), theirs.text_model.final_layer_norm(states[-2]))
+
+
+def test_a_folder_with_the_text_tower_of_vit_h_and_other_images_is_no_vit_h(
+    unet: Path, sd_folder: Path, clip: Path, as_vit_h: Callable[..., None]
+):
+    """ViT-g has the same text tower; all its layers are read, and its own padding."""
+    from transformers import CLIPModel
+
+    text: Any = CLIPModel.from_pretrained(clip).text_model.eval()
+    sizes = {key: vars(text.config)[key] for key in ("hidden_size", "num_hidden_layers")}
+    as_vit_h(sizes, {"hidden_size": 1280})
+    tokens = padded(clip, 77, text.config.pad_token_id)
+    check_states(of_parts(unet, sd_folder, clip), text(tokens).last_hidden_state)
 
 
 def test_a_file_that_is_no_open_clip_is_named(unet: Path, sd_folder: Path, clip: Path):

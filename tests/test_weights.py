@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import write_tiny_clip
 from torch import Tensor
 
+from sfumato.clip import load_clip
 from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.models.loading import load_family, load_on_meta
 from sfumato.models.registry import FAMILIES, find_family
-from sfumato.rewards.clip_files import load_clip
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 NETWORKS = [

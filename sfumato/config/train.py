@@ -70,7 +70,7 @@ class ModelConfig:
     allow_pickle: bool = False  # pickled weights can run code; safetensors cannot
     network: NetworkConfig = field(default_factory=NetworkConfig)
     autoencoder: str | None = None  # with network.config: a diffusers folder or an original file
-    text_encoder: str | None = None  # with network.config: a transformers folder or OpenCLIP file
+    text_encoder: str | None = None  # with network.config: a CLIP of transformers or OpenCLIP
     tokenizer: str | None = None  # with network.config; null is text_encoder's own
     scheduler: str | None = None  # with network.config: a diffusers folder; null is SD's DDIM
     prediction_type: str = choice("epsilon", "v_prediction")  # with network.config

@@ -21,7 +21,7 @@ from sfumato.data.saved_dataset import SavedDataset, is_dataset
 from sfumato.data.tables import WITH_COLUMNS, Table, is_text, open_table
 from sfumato.data.webdataset import list_tar
 
-_LEAVES = "link that leaves the folder (copy the file instead)"
+_LEAVES = "link that leaves the folder (copy what it leads to instead)"
 _LONGEST = 2**20  # bytes of a caption's file
 # What lies beside pictures and is none; all other files are counted.
 _SIDECARS = frozenset(
@@ -238,9 +238,9 @@ def _walk(folder: Path, columns: Columns, skips: FileSkips) -> Iterator[Entry]:
 def _folders(folder: Path, skips: FileSkips) -> Iterator[tuple[Path, Sequence[str]]]:
     """Yield each folder below one, with its files but hidden ones, in order.
 
-    Every folder is entered once, whatever links lead to it.
+    Every folder is entered once, whatever links lead to it; links that leave are counted.
     """
-    entered: set[tuple[int, int]] = set()
+    home, entered = _home(folder), set[tuple[int, int]]()
 
     def unreadable(error: OSError) -> None:
         skips.add("unreadable folder", str(error.filename))
@@ -254,6 +254,9 @@ def _folders(folder: Path, skips: FileSkips) -> Iterator[tuple[Path, Sequence[st
             continue
         entered.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in [name for name in folders if _leaves(home, Path(root) / name)]:
+            skips.add(_LEAVES, str(path / name))
+            folders.remove(name)
         yield path, sorted(name for name in files if not name.startswith("."))
 
 

@@ -37,7 +37,9 @@ _UNREAD = _NOTES | {
 _DEFAULTS = {"use_quant_conv": True, "mid_block_add_attention": True}
 _DECODES = ("decoder.", "post_quant_conv.")
 _PUBLISHED = "text_model."  # before the names of CLIP's text encoders in some files
-_TEXT_LORA = re.compile(r"text_encoder|text_model|(^|_)te\d?_|(^|\.)clip_[lg]\b|t5xxl")
+_TEXT_LORA = re.compile(
+    r"text_encoder|text_model|(^|_)te\d?_|(^|\.)clip_[lg]\b|t5xxl|base_model\.model\.(encoder|model)\."
+)
 
 
 def cache_identity(

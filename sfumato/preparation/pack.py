@@ -38,6 +38,8 @@ from sfumato.preparation.url_table import further_columns
 _MADE_BY = 1  # raised when the same rows are to become other tars
 _OURS = re.compile(r"\d{6,}\.(tar|json)")
 _AHEAD = 4  # pictures in memory for each thread
+# Bytes of a file in memory: those of a pixel at most, and of what stands beside the pixels.
+_LARGEST_PIXEL, _BESIDE = 8, 2**27
 _MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"BM", "bmp"))
 
 # A container and a row of it, from 1; row 0 stands for what listing the container left out.
@@ -201,9 +203,12 @@ def _judged(row: tuple[Position, Entry | Mapping[str, int]], bounds: Bounds) -> 
 
 def _look_at(entry: Entry, bounds: Bounds) -> Sample:
     """Decode a picture, for its size and to know that it is whole; keep its bytes."""
-    read_size(entry.blob, bounds)
+    height, width = read_size(entry.blob, bounds)
+    most = _LARGEST_PIXEL * height * width + _BESIDE
     with entry.blob.open() as file:
-        data = file.read()
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise RefusedImageError("file far larger than its picture")
     picture = read_rgb(_BytesBlob(data), bounds)
     suffix = next(suffix for magic, suffix in _MAGIC if data.startswith(magic))
     sha256, columns = hashlib.sha256(data).hexdigest(), dict(entry.columns)

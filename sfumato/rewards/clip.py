@@ -12,41 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sfumato.rewards.clip_files import ClipParts, load_clip
+from sfumato.clip import ClipParts, load_clip, preprocess
 from sfumato.rewards.reward import Reward, Score
-
-
-def preprocess(
-    images: Float[Tensor, "b 3 h w"],
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    crop: int | None = None,
-) -> Float[Tensor, "b 3 s s"]:
-    """Resize the short side to `size` (bicubic, antialiased), crop the centre, normalise.
-
-    The differentiable form of transformers' CLIPImageProcessor, with its rounding of sizes; values
-    are neither clamped nor quantised. Runs in float32 (float64 stays) under any autocast.
-
-    Args:
-        images: values in [0, 1], or beyond.
-        size: length of the short side after resizing, in pixels.
-        mean: per channel, subtracted.
-        std: per channel, divided by.
-        crop: side of the square cut from the centre, at most `size`, which is its default.
-    """
-    crop = size if crop is None else crop
-    with torch.autocast(images.device.type, enabled=False):
-        images = images.to(torch.promote_types(images.dtype, torch.float32))
-        height, width = images.shape[-2:]
-        short = min(height, width)
-        rows, columns = int(size * height / short), int(size * width / short)
-        images = F.interpolate(images, (rows, columns), mode="bicubic", antialias=True)
-        top, left = (rows - crop) // 2, (columns - crop) // 2
-        images = images[..., top : top + crop, left : left + crop]
-        centre, spread = images.new_tensor(mean), images.new_tensor(std)
-        return (images - centre.view(3, 1, 1)) / spread.view(3, 1, 1)
 
 
 @final
@@ -89,7 +56,7 @@ class ClipReward(Reward):
         dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
     ) -> "ClipReward":
-        """Load from a transformers folder, or from a hub id (its local cache first).
+        """Load from a folder of transformers or OpenCLIP, or from a hub id (its local cache first).
 
         Args:
             processor: folder or hub id of the tokenizer and preprocessor_config.json, by default
@@ -131,8 +98,7 @@ class ClipReward(Reward):
 
     def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Embed images in [0, 1] as unit vectors, differentiably."""
-        settings = self.image_settings
-        pixels = preprocess(images, settings.size, settings.mean, settings.std, crop=settings.crop)
+        pixels = preprocess(images, self.image_settings)
         with self._own_precision():
             pooled = self.model.vision_model(pixel_values=pixels, return_dict=True).pooler_output
             return _unit(self.model.visual_projection(pooled))

@@ -18,6 +18,7 @@ from sfumato.records import read_record
 MEMORY = "contents.json"
 MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 MODELS = ("pretrained", "processor", "autoencoder", "text_encoder", "tokenizer", "scheduler")
+BESIDE = ("adapter_config.json", "open_clip_config.json")  # state how a file's weights are meant
 STARTS = ("model.lora.start", "model.network.from_pretrained")  # read before the first step
 READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are compared
 THREADS = 4
@@ -117,11 +118,15 @@ class _Sums:
             files = [
                 path
                 for path in sorted(top.rglob("*"))
-                if path.is_file() and (is_data or path.suffix in MODEL_SUFFIXES)
+                if (is_data or path.suffix in MODEL_SUFFIXES)
+                and path.is_file()
+                and not any(part.startswith(".") for part in path.relative_to(top).parts)
             ]
             names: Sequence[str] = [path.relative_to(top).as_posix() for path in files]
         else:
             files = list(_expanded(top))
+            beside = [] if is_data else [top.parent / name for name in BESIDE]
+            files += [path for path in beside if files and path.is_file()]
             names = [path.name for path in files] if len(files) > 1 else [""]
         if not files:
             return None
@@ -147,7 +152,7 @@ def _local(value: str) -> Path:
         return path
     from huggingface_hub import try_to_load_from_cache
 
-    for name in ("model_index.json", "config.json"):
+    for name in ("model_index.json", "config.json", "open_clip_config.json"):
         file = try_to_load_from_cache(value, name)
         if isinstance(file, str):
             return Path(file).parent

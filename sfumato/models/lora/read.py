@@ -20,6 +20,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sfumato.files import parse_object
+from sfumato.models.lora.peft_folder import (
+    PEFT_FILE,
+    PREFIX,
+    SETTINGS,
+    bare_name,
+    by_pattern,
+    component_of,
+    rank_of,
+    read_settings,
+)
+from sfumato.weights import refuse_non_finite
 
 FOLDER_FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # the key of peft's settings, as JSON
@@ -77,36 +88,42 @@ class LoraFile:
 
 
 def lora_path(value: str) -> Path:
-    """Return the path of a LoRA file: a folder has it under diffusers' name."""
+    """Return the path of a LoRA file: a folder has it under diffusers' name, or under peft's."""
     path = Path(value).expanduser()
-    return path / FOLDER_FILE if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    names = (FOLDER_FILE, PEFT_FILE)
+    return next((path / name for name in names if (path / name).exists()), path / FOLDER_FILE)
 
 
 def find_lora(path: str, setting: str) -> Path:
-    """Return the LoRA file of a path, which may be a folder that diffusers wrote.
+    """Return the LoRA file of a path, which may be a folder that diffusers or peft wrote.
 
     Args:
         setting: whose value the path is, for messages.
 
     Raises:
-        ValueError: if the file does not exist, or is a pickle.
+        ValueError: if the file does not exist, is a pickle, or lies beside peft's settings of
+            something else than a plain LoRA.
     """
     file = lora_path(path)
     if not file.is_file():
         raise ValueError(
             f"{setting} = {path!r}: there is no file {file}; give a .safetensors file, or a folder "
-            f"with {FOLDER_FILE}"
+            f"with {FOLDER_FILE}, or with peft's {PEFT_FILE} and {SETTINGS} (a pickled "
+            "adapter_model.bin can run code, so convert it first)"
         )
     if file.suffix != ".safetensors":
         raise ValueError(
             f"{setting} = {path!r} is no .safetensors file; loading pickled files (.bin, .ckpt, "
             ".pt) can run code, so convert it first"
         )
+    read_settings(file, f"{setting} = {path!r}")
     return file
 
 
 def read_lora(pipeline: Any, network_name: str, path: str, setting: str) -> LoraFile:
-    """Read a LoRA file of any layout that diffusers converts for this pipeline.
+    """Read a LoRA file of any layout that diffusers converts for this pipeline, or of peft's.
 
     Args:
         pipeline: whose networks' names are compared; no adapters are needed.
@@ -119,31 +136,84 @@ def read_lora(pipeline: Any, network_name: str, path: str, setting: str) -> Lora
     setting = f"{setting} = {path!r}"
     try:
         with safe_open(file, "pt") as tensors:
-            peft = parse_object((tensors.metadata() or {}).get(METADATA, "{}"))
+            noted = parse_object((tensors.metadata() or {}).get(METADATA, "{}"))
             state = {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{setting} is damaged ({error}); get it again") from error
-    if peft is None:
+    if noted is None:
         raise ValueError(f"{setting} is damaged: its {METADATA} is no JSON object; get it again")
     odd = [key for key, tensor in state.items() if not PAIR.search(key) and tensor.any()]
-    if odd or any(value for key, value in peft.items() if key.endswith(".use_dora")):
+    if odd or any(value for key, value in noted.items() if key.endswith(".use_dora")):
         raise ValueError(
             f"{setting} is no plain LoRA: {len(odd)} of its tensors are not of pairs of matrices"
             f"{such_as(odd)}; DoRA, LoHa, LoKr and changes of norms or biases are not read"
         )
+    refuse_non_finite(state.items(), setting)
+    folder = None if noted else read_settings(file, setting)
+    if any(key.startswith(PREFIX) for key in state):
+        state, noted, folder = _of_peft(pipeline, network_name, state, file, setting)
+    elif folder is not None and not any(key.endswith(".alpha") for key in state):
+        components = pipeline._lora_loadable_modules
+        noted = {f"{name}.{key}": value for name in components for key, value in folder.items()}
+    else:
+        folder = None
     state = _fold_alphas({key: state[key] for key in state if PAIR.search(key)})
 
     def convert(state: dict[str, Tensor]) -> LoraLayers:
-        return _convert(pipeline, network_name, state, peft)
+        return _convert(pipeline, network_name, state, noted)
 
     try:
-        return LoraFile(setting, convert(state), _lost(convert, state))
+        found = LoraFile(setting, convert(state), _lost(convert, state))
     except CONVERSION_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{setting} could not be read as a LoRA file of a {type(pipeline).__name__} "
             f"({reason}); is it for another model?"
         ) from error
+    _check_ranks(found, folder)
+    return found
+
+
+def _of_peft(
+    pipeline: Any, network_name: str, state: Mapping[str, Tensor], file: Path, setting: str
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Return tensors and settings of a file of peft's by the component, and the bare settings."""
+    settings = read_settings(file, setting)
+    if settings is None:
+        raise ValueError(
+            f"{setting} has peft's names, and no {SETTINGS} beside it, which states alpha; copy it "
+            "there from the folder that peft saved"
+        )
+    names = sorted(pipeline._lora_loadable_modules, key=lambda name: name != network_name)
+    networks = {name: pipeline.components[name] for name in names}
+    layers = {
+        n: {layer for layer, _ in each.named_modules()} for n, each in networks.items() if each
+    }
+    kinds = {name: type(networks[name]).__name__ for name in layers}
+    component = component_of(
+        state,
+        kinds,
+        settings,
+        file,
+        lambda name, layer: _own_name(layer, layers[name]) in layers[name],
+    )
+    state = {f"{component}.{bare_name(key)}": tensor for key, tensor in state.items()}
+    return state, {f"{component}.{key}": value for key, value in settings.items()}, settings
+
+
+def _check_ranks(file: LoraFile, settings: Mapping[str, Any] | None) -> None:
+    """Refuse settings of peft's that lie beside another adapter."""
+    if settings is None:
+        return
+    for name, change in file.layers.items():
+        layer = name.partition(".")[2]
+        stated = [rank_of(settings, each) for each in (layer, f"text_model.{layer}")]
+        if len(change.down) not in stated:
+            raise ValueError(
+                f"{file.setting} has rank {len(change.down)} at {name}, and the {SETTINGS} beside "
+                f"it states {stated[0]}; these settings are of another adapter, remove them or "
+                "put the right ones there"
+            )
 
 
 def such_as(names: Sequence[str]) -> str:
@@ -220,11 +290,7 @@ def _own_name(layer: str, names: Collection[str]) -> str:
 
 def _peft_scale(settings: Mapping[str, Any], layer: str, rank: int) -> float:
     """Return alpha / rank by a component's peft settings; 1 without settings."""
-    alpha = settings.get("lora_alpha", rank)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):  # as peft reads patterns
-            alpha = value
-            break
+    alpha = by_pattern(settings.get("alpha_pattern"), layer, settings.get("lora_alpha", rank))
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

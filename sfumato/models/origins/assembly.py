@@ -12,20 +12,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sfumato.clip import (
+    OPEN_CLIP,
+    OPEN_CLIP_CONFIG,
+    fetch_open_clip,
+    is_open_clip,
+    read_open_clip,
+    weight_files,
+)
 from sfumato.config import ModelConfig
 from sfumato.files import new_folder, read_object
 from sfumato.models.autoencoder_kl import downsampling
 from sfumato.models.formats import find_model
 from sfumato.models.origins.conversion import (
+    is_vit_h,
     write_autoencoder,
     write_json,
     write_open_clip,
     write_text_encoder,
 )
-from sfumato.models.origins.tensor_files import check_suffix, read_tensors
+from sfumato.models.origins.tensor_files import check_suffix, read_files, read_tensors
 from sfumato.models.origins.unets import unet_settings
 
-FORMAT = 2  # of the folders; a new number builds all of them again
+FORMAT = 3  # of the folders; a new number builds all of them again
 # What Stable Diffusion 1 and 2 are sampled with; both have these betas.
 SCHEDULER: Mapping[str, Any] = {
     "_class_name": "DDIMScheduler",
@@ -50,12 +59,15 @@ INDEX: Mapping[str, Any] = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+TEXT = "text_encoder"
+CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_END = ".index.json"
 CLIP_VOCABULARY = ("vocab.json", "merges.txt")
 TOKENIZER_FILES = {
     *(*CLIP_VOCABULARY, "tokenizer.json"),
     *("special_tokens_map.json", "tokenizer_config.json"),
 }
-VIT_H = {"hidden_size": 1024, "num_hidden_layers": 24}  # OpenCLIP's text tower in transformers
+PICKLED_OPEN_CLIP = ("open_clip_pytorch_model.bin", "open_clip_model.bin")
 DAMAGED = "download the model again"
 
 
@@ -83,13 +95,16 @@ class Component:
     def files(self) -> list[Path]:
         """Return the component's files, sorted."""
         if self.path.is_file():
-            return [self.path]
+            beside = self.path.parent / OPEN_CLIP_CONFIG
+            return [self.path, *([beside] if self.kind == TEXT and beside.is_file() else [])]
         return sorted(file for file in self.path.iterdir() if file.is_file() and self._owns(file))
 
     def _owns(self, file: Path) -> bool:
         if self.kind == "tokenizer":
             return file.name in TOKENIZER_FILES
-        return file.name == "config.json" or ".safetensors" in file.name or ".bin" in file.name
+        if file.name in ("config.json", OPEN_CLIP_CONFIG):
+            return True
+        return ".safetensors" in file.name or ".bin" in file.name
 
     def settings(self) -> dict[str, Any]:
         """Return the content of the folder's config.json."""
@@ -181,6 +196,8 @@ def _component(key: str, value: str, kind: str, config: ModelConfig) -> Componen
     folder = find_model(
         value, allow_pickle=config.allow_pickle, variant=config.variant, setting=key
     )
+    if kind == TEXT and _is_open_clip(folder):
+        folder = fetch_open_clip(value, folder, key)
     is_pipeline = (folder / "model_index.json").is_file()
     return Component(setting, folder / kind if is_pipeline else folder, kind)
 
@@ -207,8 +224,9 @@ def _key(components: Components, config: ModelConfig) -> str:
 
 def _write(components: Components, config: ModelConfig, folder: Path) -> None:
     vae = _write_vae(components.autoencoder, folder / "vae", config)
-    text, is_open_clip = _write_encoder(components.text_encoder, folder / "text_encoder", config)
-    _write_tokenizer(components.tokenizer, folder / "tokenizer", zero_padded=is_open_clip)
+    text, pad = _write_encoder(components.text_encoder, folder / "text_encoder", config)
+    length = int(text.get("max_position_embeddings", 77))
+    _write_tokenizer(components.tokenizer, folder / "tokenizer", pad, length)
     _check_fit(components, vae, text)
     write_settings(config, folder, components.network, components.scheduler)
 
@@ -258,34 +276,45 @@ def _write_vae(part: Component, folder: Path, config: ModelConfig) -> dict[str, 
 
 def _write_encoder(
     part: Component, folder: Path, config: ModelConfig
-) -> tuple[dict[str, Any], bool]:
-    """Write a text encoder; return its settings, and whether it is Stable Diffusion 2's."""
+) -> tuple[dict[str, Any], int | None]:
+    """Write a text encoder; return its settings, and the token that OpenCLIP fills up with."""
     from transformers import CLIPConfig
 
-    allow = config.allow_pickle
-    if part.path.is_file():
-        state = read_tensors(part.path, part.setting, allow_pickle=allow)
-        return write_open_clip(state, folder, part.setting), True
+    allow, is_file = config.allow_pickle, part.path.is_file()
+    home = part.path.parent if is_file else part.path
+    if is_file or _is_open_clip(home):
+        stated = read_open_clip(home) if is_open_clip(home) else None
+        files = (part.path,) if is_file else weight_files(home, (*OPEN_CLIP, *PICKLED_OPEN_CLIP))
+        state = read_files(files or (home / OPEN_CLIP[0],), part.setting, allow_pickle=allow)
+        return write_open_clip(state, stated, folder, part.setting)
     settings = part.settings()
     kind = settings.get("model_type")
     if kind == "clip_text_model":
         _link(part.files(), folder)
-        return settings, False
+        return settings, None
     if kind != "clip":
         raise ValueError(
             f"{part.setting}: {part.path / 'config.json'} is of {kind or 'no model'}; give a CLIP"
         )
-    files = [part.path / name for name in ("model.safetensors", "pytorch_model.bin")]
-    file = next((file for file in files if file.is_file()), files[0])
-    state = read_tensors(file, part.setting, allow_pickle=allow)
-    text: Any = CLIPConfig.from_pretrained(part.path).text_config
+    files = weight_files(part.path, CLIP_FILES) or (part.path / CLIP_FILES[0],)
+    state = read_files(files, part.setting, allow_pickle=allow)
+    whole: Any = CLIPConfig.from_pretrained(part.path)
+    text, pad = whole.text_config, None
     tower = {key: t for key, t in state.items() if key.startswith("text_model.")}
-    is_open_clip = all(vars(text)[name] == value for name, value in VIT_H.items())
-    if is_open_clip:
+    if is_vit_h(whole):
         text.num_hidden_layers -= 1  # Stable Diffusion 2 reads the layer before the last
-        last = f"text_model.encoder.layers.{text.num_hidden_layers}."
+        last, pad = f"text_model.encoder.layers.{text.num_hidden_layers}.", 0
         tower = {key: t for key, t in tower.items() if not key.startswith(last)}
-    return write_text_encoder(text, tower, folder), is_open_clip
+    return write_text_encoder(text, tower, folder), pad
+
+
+def _is_open_clip(folder: Path) -> bool:
+    """Say whether a folder holds OpenCLIP's layout, and not transformers' too."""
+    config = folder / "config.json"
+    kind = read_object(config, DAMAGED).get("model_type") if config.is_file() else None
+    has_weights = any((folder / f"{n}{e}").is_file() for n in CLIP_FILES for e in ("", INDEX_END))
+    is_whole = kind == "clip_text_model" or (kind == "clip" and has_weights)
+    return is_open_clip(folder) and not is_whole
 
 
 def _check_fit(components: Components, vae: Mapping[str, Any], text: Mapping[str, Any]) -> None:
@@ -305,14 +334,15 @@ def _check_fit(components: Components, vae: Mapping[str, Any], text: Mapping[str
         )
 
 
-def _write_tokenizer(part: Component, folder: Path, *, zero_padded: bool) -> None:
+def _write_tokenizer(part: Component, folder: Path, pad: int | None, length: int) -> None:
     """Write a CLIP tokenizer.
 
     Args:
-        zero_padded: pad with token 0, as OpenCLIP and Stable Diffusion 2 do. OpenAI's CLIP pads
-            with its end token.
+        pad: the token that fills up prompts, as OpenCLIP has one; None is the tokenizer's own, or
+            the end token, as in OpenAI's CLIP.
+        length: tokens that the text encoder reads.
     """
-    if not zero_padded and (part.path / "tokenizer_config.json").is_file():
+    if pad is None and (part.path / "tokenizer_config.json").is_file():
         _link(part.files(), folder)
         return
     files = [part.path / name for name in CLIP_VOCABULARY]
@@ -322,15 +352,20 @@ def _write_tokenizer(part: Component, folder: Path, *, zero_padded: bool) -> Non
             "tokenizer needs; give a folder with both as model.tokenizer"
         )
     _link(files, folder)
-    tokens = read_object(files[0], DAMAGED)
     end = "<|endoftext|>"
+    tokens = {number: token for token, number in read_object(files[0], DAMAGED).items()}
+    if pad is not None and pad not in tokens:
+        raise ValueError(
+            f"{files[0]} has no token {pad}, with which the text encoder's prompts are filled up; "
+            "give the model's own tokenizer as model.tokenizer"
+        )
     settings = {
         "tokenizer_class": "CLIPTokenizer",
         "bos_token": "<|startoftext|>",
         "eos_token": end,
         "unk_token": end,
-        "pad_token": next(t for t, i in tokens.items() if i == 0) if zero_padded else end,
-        "model_max_length": 77,
+        "pad_token": end if pad is None else tokens[pad],
+        "model_max_length": length,
         "errors": "replace",
         "add_prefix_space": False,
     }

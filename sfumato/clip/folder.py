@@ -1,9 +1,13 @@
-"""Reader of CLIP models: a transformers folder or a hub id, checked before weights are read."""
+"""Reader of CLIP models: a folder or a hub id, checked before weights are read."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfumato.clip.open_clip import CONFIG as OPEN_CLIP_CONFIG
+from sfumato.clip.open_clip import WEIGHTS as OPEN_CLIP_WEIGHTS
+from sfumato.clip.open_clip import is_open_clip, load_open_clip, read_open_clip
+from sfumato.clip.preprocessing import WHOLE, ImageSettings, processor_settings
 from sfumato.files import read_object
 from sfumato.hub import fetch
 from sfumato.weights import load_whole
@@ -11,26 +15,8 @@ from sfumato.weights import load_whole
 if TYPE_CHECKING:
     import transformers
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-PUBLISHED_STEPS = {
-    "do_resize": True,
-    "do_center_crop": True,
-    "do_normalize": True,
-    "resample": 3,  # bicubic
-}
 _AGAIN = "copy or download it again"
 LEGACY_EOS = 2  # transformers takes it as a sign to pool at the highest token
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """What an image tower expects: short side and crop in pixels, mean and std per channel."""
-
-    size: int
-    crop: int
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
 
 
 @dataclass(frozen=True)
@@ -47,8 +33,8 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     """Load a CLIPModel with its tokenizer and image settings, weights last and as stored.
 
     Args:
-        path_or_hub_id: a folder as transformers saves it, or a hub id, which is looked up in the
-            local cache, then on the hub. Weights are read from safetensors only.
+        path_or_hub_id: a folder as transformers or OpenCLIP saves it, or a hub id, which is looked
+            up in the local cache, then on the hub. Weights are read from safetensors only.
         processor: folder or hub id of the tokenizer and preprocessor_config.json; by default
             `path_or_hub_id`.
 
@@ -57,7 +43,10 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     """
     from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-    config = _read_config(_fetch(path_or_hub_id, _CONFIG))
+    folder = _fetch(path_or_hub_id, _CONFIG)
+    whole = _is_transformers(folder, is_local=Path(path_or_hub_id).expanduser().is_dir())
+    stated = None if whole else read_open_clip(folder)
+    config = _read_config(folder) if stated is None else stated.config
     text, vision = config.text_config, config.vision_config
     assert isinstance(text, CLIPTextConfig)
     assert isinstance(vision, CLIPVisionConfig)
@@ -66,12 +55,32 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     else:
         folder = _fetch(processor, _PROCESSOR, "reward.processor")
     tokenizer = _read_tokenizer(folder, text)
-    image_size = _pixels(vision.image_size, (), f"image_size of {path_or_hub_id}")
-    image_settings = _read_image_settings(folder, image_size)
-    model = load_whole(
-        CLIPModel, _fetch(path_or_hub_id, _WEIGHTS), "CLIPModel", use_safetensors=True
-    )
+    side = vision.image_size
+    if not isinstance(side, int):
+        raise ValueError(f"image_size of {path_or_hub_id} is {side}; {WHOLE}")
+    if stated is None or processor is not None:
+        image_settings = _read_image_settings(folder, side)
+    else:
+        image_settings = stated.image_settings
+    if stated is not None:
+        model = load_open_clip(_fetch(path_or_hub_id, _OPEN_CLIP), config)
+    else:
+        place = _fetch(path_or_hub_id, _WEIGHTS)
+        model = load_whole(CLIPModel, place, "CLIPModel", use_safetensors=True)
     return ClipParts(model, tokenizer, image_settings, text.max_position_embeddings)
+
+
+def _is_transformers(folder: Path, *, is_local: bool) -> bool:
+    """Say in which of two layouts a model is read: transformers', if the folder has it whole.
+
+    Args:
+        is_local: False for a hub's snapshot, whose weights may not be downloaded yet.
+    """
+    if not is_open_clip(folder):
+        return True
+    config = folder / "config.json"
+    is_clip = config.is_file() and read_object(config, _AGAIN).get("model_type") == "clip"
+    return is_clip and (_WEIGHTS.are_in(folder) or not is_local)
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,8 @@ class _Files:
 
 
 _CONFIG = _Files(
-    ("config.json",),
-    (("config.json",),),
+    ("config.json", OPEN_CLIP_CONFIG),
+    (("config.json",), (OPEN_CLIP_CONFIG,)),
     "choose the folder of a CLIPModel as transformers saves it",
 )
 _PROCESSOR = _Files(
@@ -100,6 +109,7 @@ _PROCESSOR = _Files(
         "merges.txt",
         "preprocessor_config.json",
         "processor_config.json",
+        OPEN_CLIP_CONFIG,
     ),
     (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "save the tokenizer there, or name a folder or hub id that has one as `processor` "
@@ -110,6 +120,12 @@ _WEIGHTS = _Files(
     (("model.safetensors",), ("model.safetensors.index.json",)),
     "pickled weights are not read; convert them once by loading them with transformers and "
     "calling save_pretrained",
+)
+_OPEN_CLIP = _Files(
+    (OPEN_CLIP_CONFIG, "open_clip*.safetensors", "open_clip*.safetensors.index.json"),
+    tuple((f"{name}{end}",) for name in OPEN_CLIP_WEIGHTS for end in ("", ".index.json")),
+    "pickled weights are not read; load them once with torch.load(FILE, weights_only=True), and "
+    "save them with safetensors.torch.save_file",
 )
 
 
@@ -139,12 +155,20 @@ def _read_config(folder: Path) -> "transformers.CLIPConfig":
 def _read_tokenizer(
     folder: Path, text: "transformers.CLIPTextConfig"
 ) -> "transformers.PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, CLIPTokenizer
 
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
         if (folder / name).is_file():
             read_object(folder / name, _AGAIN)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    kind = AutoTokenizer if (folder / "tokenizer_config.json").is_file() else CLIPTokenizer
+    try:
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the tokenizer in {folder} could not be read ({reason}); save it with transformers "
+            "again, or name another folder as `processor`"
+        ) from error
     if len(tokenizer) > text.vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the text tower knows "
@@ -167,32 +191,9 @@ def _read_image_settings(folder: Path, image_size: int) -> ImageSettings:
     raw = read_object(path, _AGAIN) if path.is_file() else {}
     if not raw and (folder / "processor_config.json").is_file():
         path = folder / "processor_config.json"
-        raw = read_object(path, _AGAIN).get("image_processor", {})
-    for key, value in PUBLISHED_STEPS.items():
-        if raw.get(key, value) != value:
-            raise ValueError(
-                f"{path} states {key} = {raw[key]}, but CLIP's preprocessing has {value}; choose a "
-                "model trained with CLIP's preprocessing, or name its `processor`"
-            )
-    settings = ImageSettings(
-        size=_pixels(raw.get("size", image_size), ("shortest_edge",), f"size in {path}"),
-        crop=_pixels(raw.get("crop_size", image_size), ("height", "width"), f"crop_size in {path}"),
-        mean=tuple(raw.get("image_mean", CLIP_MEAN)),
-        std=tuple(raw.get("image_std", CLIP_STD)),
-    )
-    if settings.crop != image_size or settings.size < settings.crop:
-        raise ValueError(
-            f"{path} resizes to {settings.size} px and crops {settings.crop} px, but the image "
-            f"tower takes {image_size} px; name the model's own `processor`"
-        )
-    return settings
-
-
-def _pixels(value: object, keys: tuple[str, ...], what: str) -> int:
-    if isinstance(value, int):
-        return value
-    if isinstance(value, dict) and set(value) == set(keys) and len(set(value.values())) == 1:
-        return int(value[keys[0]])
-    raise ValueError(
-        f"{what} is {value}; state one whole number of pixels, as published CLIP models do"
-    )
+        raw = read_object(path, _AGAIN).get("image_processor") or {}
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path} states image_processor = {raw!r}, no settings; {_AGAIN}")
+    if not raw and is_open_clip(folder):
+        return read_open_clip(folder).image_settings
+    return processor_settings(path, raw, image_size)
