@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,14 @@ def hide_progress_bars() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def full_precision(weights: Any) -> AbstractContextManager[object]:
+    """Return a context without autocast for weights in float32: a network's, or one tensor."""
+    if weights.dtype != torch.float32:
+        return nullcontext()
+    kind = weights.device.type  # a plan runs on the meta device under the CPU's autocast
+    return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
 
 
 def refuse_non_finite(weights: Iterable[tuple[str, Tensor]], source: str) -> None:

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sfumato.rewards.clip_files import ClipParts, load_clip
 from sfumato.rewards.reward import Reward, Score
+from sfumato.weights import full_precision
 
 
 def preprocess(
@@ -37,8 +37,8 @@ def preprocess(
         crop: side of the square cut from the centre, at most `size`, which is its default.
     """
     crop = size if crop is None else crop
-    with torch.autocast(images.device.type, enabled=False):
-        images = images.to(torch.promote_types(images.dtype, torch.float32))
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    with full_precision(images):
         height, width = images.shape[-2:]
         short = min(height, width)
         rows, columns = int(size * height / short), int(size * width / short)
@@ -73,7 +73,8 @@ class ClipReward(Reward):
         self.tokenizer = parts.tokenizer
         self.image_settings = parts.image_settings
         self.max_tokens = parts.max_tokens
-        self.scale = math.exp(parts.model.logit_scale.item())
+        scale = parts.model.logit_scale
+        self.scale = 1.0 if scale.is_meta else math.exp(scale.item())
         self._warned_of_truncation = False
         if gradient_checkpointing:
             encoder = self.model.vision_model.encoder
@@ -122,18 +123,11 @@ class ClipReward(Reward):
         cosine = (self.image_features(images) * self.text_features(prompts)).sum(1)
         return Score(self.scale * cosine)
 
-    def _own_precision(self) -> AbstractContextManager[object]:
-        """Keep float32 towers in float32 under a training's autocast."""
-        weight = self.model.logit_scale
-        if weight.dtype != torch.float32:
-            return nullcontext()
-        return torch.autocast(weight.device.type, enabled=False)
-
     def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Embed images in [0, 1] as unit vectors, differentiably."""
         settings = self.image_settings
         pixels = preprocess(images, settings.size, settings.mean, settings.std, crop=settings.crop)
-        with self._own_precision():
+        with full_precision(self.model.logit_scale):
             pooled = self.model.vision_model(pixel_values=pixels, return_dict=True).pooler_output
             return _unit(self.model.visual_projection(pooled))
 
@@ -149,7 +143,7 @@ class ClipReward(Reward):
         ).to(self.model.logit_scale.device)
         if tokens["input_ids"].shape[1] == self.max_tokens and not self._warned_of_truncation:
             self._warn_of_truncation(prompts)
-        with self._own_precision():
+        with full_precision(self.model.logit_scale):
             pooled = self.model.text_model(
                 input_ids=tokens["input_ids"],
                 attention_mask=tokens["attention_mask"],

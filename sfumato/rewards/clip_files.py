@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from sfumato.files import read_object
 from sfumato.hub import fetch
 from sfumato.weights import load_whole
@@ -46,6 +48,8 @@ class ClipParts:
 def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     """Load a CLIPModel with its tokenizer and image settings, weights last and as stored.
 
+    Inside `torch.device("meta")` no weight is read, and the model has no memory.
+
     Args:
         path_or_hub_id: a folder as transformers saves it, or a hub id, which is looked up in the
             local cache, then on the hub. Weights are read from safetensors only.
@@ -68,9 +72,11 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     tokenizer = _read_tokenizer(folder, text)
     image_size = _pixels(vision.image_size, (), f"image_size of {path_or_hub_id}")
     image_settings = _read_image_settings(folder, image_size)
-    model = load_whole(
-        CLIPModel, _fetch(path_or_hub_id, _WEIGHTS), "CLIPModel", use_safetensors=True
-    )
+    if torch.get_default_device().type == "meta":
+        model = CLIPModel(config)
+    else:
+        weights = _fetch(path_or_hub_id, _WEIGHTS)
+        model = load_whole(CLIPModel, weights, "CLIPModel", use_safetensors=True)
     return ClipParts(model, tokenizer, image_settings, text.max_position_embeddings)
 
 
