@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.config import TrainingConfig
 from sfumato.planning.blueprint import Blueprint
@@ -24,7 +24,8 @@ class Held:
     Attributes:
         weights: of the trained networks; under fsdp and hsdp this GPU's share.
         reference: weights of the frozen copy, if the loss needs one; shared as well.
-        frozen: weights of all other networks.
+        frozen: weights of the autoencoder and the text encoders, as far as they are not trained.
+        reward: weights of the reward.
         gathered: under fsdp and hsdp, blocks that are whole while they run.
         gradients: None if they are allocated while activations are freed (no accumulation).
     """
@@ -32,6 +33,7 @@ class Held:
     weights: int
     reference: int
     frozen: int
+    reward: int
     gathered: int
     gradients: int | None
     optimizer: int
@@ -39,8 +41,8 @@ class Held:
 
     @property
     def total(self) -> int:
-        parts = (self.weights, self.reference, self.frozen, self.gathered, self.optimizer)
-        return sum(parts) + self.ema + (self.gradients or 0)
+        shared = self.weights + self.reference + self.gathered + self.optimizer + self.ema
+        return shared + self.frozen + self.reward + (self.gradients or 0)
 
     def peak(self, cost: StepCost) -> int:
         """Return the bytes at the peak of a step."""
@@ -60,12 +62,14 @@ def held(blueprint: Blueprint, training: TrainingConfig, gpus: int, accumulation
     model = blueprint.model
     trained, weights = count_parameters(model.trained, trained=True), bytes_of(model.trained)
     sharded = bytes_of(nn.ModuleList(model.shards()))
+    reward = 0 if blueprint.reward is None else bytes_of(blueprint.reward)
     copies = shards(training, gpus)
     off_device = training.ema_decay is None or training.ema_on_cpu
     return Held(
         weights=_share(weights, copies),
         reference=_share(sharded - weights, copies),
-        frozen=sum(map(bytes_of, blueprint.frozen.values())),
+        frozen=sum(map(bytes_of, blueprint.frozen.values())) - reward,
+        reward=reward,
         gathered=_gathered(blueprint) if copies > 1 else 0,
         gradients=_gradients(4 * trained, gpus, copies, accumulation),
         optimizer=_share(4 * MOMENTS * trained, copies),
@@ -97,11 +101,12 @@ def _gathered(blueprint: Blueprint) -> int:
 
     The layers of a network outside of all blocks count as one more block.
     """
-    sizes, seen = [], 0
-    for i, _ in enumerate(shards := blueprint.model.shards()):
-        size = bytes_of(nn.ModuleList(shards[: i + 1]))
-        sizes.append(size - seen)
-        seen = size
+    sizes: list[int] = []
+    seen: set[Tensor] = set()
+    for shard in blueprint.model.shards():
+        own = {*shard.parameters(), *shard.buffers()} - seen
+        sizes.append(sum(tensor.nbytes for tensor in own))
+        seen |= own
     return sum(sorted(sizes)[-2:])
 
 

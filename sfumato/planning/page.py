@@ -58,7 +58,7 @@ def compute(plan: Plan) -> Iterator[str]:
     yield row("network, forward", f"{plan.forward_flops / 1e9:,.1f}")
     yield row("network, forward and backward", f"{plan.step_flops / 1e9:,.1f}")
     where = "beforehand" if plan.config.data.shards.cached else "in each step"
-    others = "others" if _samples(plan) else "encoders"
+    others = "other networks" if _samples(plan) else "encoders"
     yield row(f"{others}, forward, {where}", f"{plan.encoding / 1e9:,.1f}")
     yield row("executed in training", f"{plan.executed / 1e9:,.1f}")
 
@@ -83,6 +83,7 @@ def _held(first: Memory, second: Memory) -> dict[str, tuple[int, int]]:
         "weights": "weights",
         "reference, frozen": "reference",
         "encoders, frozen": "frozen",
+        "reward, frozen": "reward",
         "gathered blocks": "gathered",
         "gradients": "gradients",
         "AdamW's moments": "optimizer",
