@@ -6,7 +6,7 @@ weights, moments and average. Estimated is the peak beside them: against the all
 torch's profiler saw, and against the resident memory of a process of its own.
 
     python benchmarks/plan.py --batch 4 --out plan.json
-    python benchmarks/plan.py --objective draft --batch 2 --out plan_draft.json
+    python benchmarks/plan.py --objective draft --batch 1 --out plan_draft.json
 """
 
 import argparse
@@ -40,6 +40,7 @@ from sfumato.training.ema import Ema
 from sfumato.training.optimizer import build_optimizer
 
 DECAY = 0.9999
+STEPS = ("flops", "allocations", "resident")
 CASES = {
     "supervised": {
         f"checkpointing {switch}": [
@@ -50,7 +51,7 @@ CASES = {
     },
     "draft": {
         f"K = {window}, checkpointing {switch}": [
-            *("objective=draft", "reward=clip", "sampler.num_inference_steps=4"),
+            *("objective=draft", "reward=clip", "sampler.num_inference_steps=3"),
             f"objective.truncation_steps={window}",
             f"model.gradient_checkpointing={switch == 'on'}",
         ]
@@ -112,12 +113,14 @@ def main() -> None:
         folder = Path(name)
         write_pipeline(folder / "pipeline", SIZES["60m"])
         write_reward(folder / "reward", SIZES["60m"])
-        found = {case: compare(options, folder, case) for case in CASES[options.objective]}
-    for case, rows in found.items():
-        print(f"\n{options.objective}, {case}, batch {options.batch}")
-        print(f"  {'':34}{'plan':>16}{'measured':>16}{'plan / measured':>18}")
-        for what, (planned, measured) in rows.items():
-            print(f"  {what:34}{planned:>16,.0f}{measured:>16,.0f}{planned / measured:>18.4f}")
+        found = {}
+        for case in CASES[options.objective]:
+            found[case] = compare(options, folder, case)
+            print(f"\n{options.objective}, {case}, batch {options.batch}")
+            print(f"  {'':34}{'plan':>16}{'measured':>16}{'plan / measured':>18}")
+            for what, (planned, measured) in found[case].items():
+                ratio = f"{planned / measured:>18.4f}"
+                print(f"  {what:34}{planned:>16,.0f}{measured:>16,.0f}{ratio}", flush=True)
     if options.out:
         content = {"machine": machine("cpu"), "batch": options.batch, "found": found}
         options.out.write_text(json.dumps(content, indent=2) + "\n")
@@ -126,6 +129,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--objective", choices=tuple(CASES), default="supervised")
+    parser.add_argument("--steps", nargs="*", default=STEPS, choices=STEPS, help="what to measure")
     parser.add_argument("--batch", type=int, default=4, help="images of the step")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -138,18 +142,25 @@ def compare(options: argparse.Namespace, folder: Path, case: str) -> dict[str, t
     config = composed(options, folder, case)
     plan, loop = make_plan(config), Loop(config)
     cost, held, rows = plan.memory[0].cost, plan.memory[0].held, options.batch
-    forward, executed = counted_flops(loop)
-    allocated = peak_of_allocations(loop)
-    loop.step()
-    child = [sys.executable, __file__, "--peak-of", case, "--objective", options.objective]
-    resident = peak_of_child([*child, "--batch", str(rows), "--folder", str(folder)])
+    found: dict[str, tuple[float, float]] = {}
+    if "flops" in options.steps:
+        forward, executed = counted_flops(loop)
+        found["FLOPs, forward"] = plan.forward_flops * rows + cost.others, forward
+        found["FLOPs, executed"] = plan.executed * rows, executed
+    if "allocations" in options.steps:
+        found["peak beside them, allocations"] = cost.with_gradients, peak_of_allocations(loop)
+    if "resident" in options.steps:
+        child = [sys.executable, __file__, "--peak-of", case, "--objective", options.objective]
+        resident = peak_of_child([*child, "--batch", str(rows), "--folder", str(folder)])
+        found["peak beside them, resident"] = cost.with_gradients, resident
+    for parameter in loop.model.trainable().values():
+        parameter.grad = torch.zeros_like(parameter)
+    loop.optimizer.step()
     moments = [t for state in loop.optimizer.state.values() for t in state.values() if t.ndim]
     trained, networks = loop.model.trained, loop.model.networks()
     frozen = [networks["vae"], networks["text_encoder"], *([loop.reward] if loop.reward else [])]
-    return {
+    return found | {
         "parameters": (plan.parameters["trained"], count(loop.model.trainable().values())),
-        "FLOPs, forward": (plan.forward_flops * rows + cost.others, forward),
-        "FLOPs, executed": (plan.executed * rows, executed),
         "bytes of weights": (held.weights, size_of(held_by(trained))),
         "bytes of frozen weights": (
             held.frozen + held.reward,
@@ -157,8 +168,6 @@ def compare(options: argparse.Namespace, folder: Path, case: str) -> dict[str, t
         ),
         "bytes of moments": (held.optimizer, size_of(moments)),
         "bytes of the average": (held.ema, size_of(loop.ema.shadow.values())),
-        "peak beside them, allocations": (cost.with_gradients, allocated),
-        "peak beside them, resident": (cost.with_gradients, resident),
     }
 
 

@@ -184,7 +184,7 @@ def parameters_of(blueprint: Blueprint) -> dict[str, int]:
     trained = blueprint.model.trained
     parts = {"trained": count_parameters(trained, trained=True)}
     if frozen := count_parameters(trained, trained=False):
-        where = "the network" if len(trained) == 1 else "trained networks"
+        where = "the network" if len([*trained.children()]) == 1 else "trained networks"
         parts[f"frozen, of {where}"] = frozen
     others = {name: count_parameters(each) for name, each in blueprint.frozen.items()}
     return parts | {name: count for name, count in others.items() if count}
