@@ -198,7 +198,7 @@ def test_the_page_speaks_of_sampling_and_not_of_stored_pictures(sd_folder: Path,
         "objective=draft: 4 sampling steps at guidance 7.5, a gradient through the last 1" in text
     )
     assert "reward, frozen" in text
-    assert "other networks, forward, in each step" in text
+    assert "frozen networks, forward" in text
     assert "~ seconds per step" in text
     assert "KB a sample" not in text
     assert "Tars" not in text

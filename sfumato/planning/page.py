@@ -58,8 +58,8 @@ def compute(plan: Plan) -> Iterator[str]:
     yield row("network, forward", f"{plan.forward_flops / 1e9:,.1f}")
     yield row("network, forward and backward", f"{plan.step_flops / 1e9:,.1f}")
     where = "beforehand" if plan.config.data.shards.cached else "in each step"
-    others = "other networks" if _samples(plan) else "encoders"
-    yield row(f"{others}, forward, {where}", f"{plan.encoding / 1e9:,.1f}")
+    others = "frozen networks, forward" if _samples(plan) else f"encoders, forward, {where}"
+    yield row(others, f"{plan.encoding / 1e9:,.1f}")
     yield row("executed in training", f"{plan.executed / 1e9:,.1f}")
 
 
