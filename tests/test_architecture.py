@@ -16,12 +16,13 @@ PACKAGE = Path(sfumato.__file__).parent
 MAX_FILE, MAX_FUNCTION = 400, 80
 
 # What each room may import of Sfumato, beside itself and the leaves.
-LEAVES = {"config", "files", "hub", "images", "records", "weights"}
+LEAVES = {"config", "files", "hub", "images", "precision", "records", "weights"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "files": set(),
     "hub": set(),
     "images": set(),
+    "precision": set(),
     "records": set(),
     "weights": set(),
     "catalog": set(),
@@ -57,7 +58,7 @@ DOORS = ("clip", "models.lora", "models.origins")
 # The core is what one must know to train or align a model. It does without the wings.
 CORE = (
     *("diffusion", "objectives", "rewards", "models", "training", "run"),
-    *("config", "check", "files", "hub", "records", "images", "weights"),
+    *("config", "check", "files", "hub", "records", "images", "weights", "precision"),
 )
 WINGS = (
     *("data", "clip", "models.lora", "models.origins", "preparation"),
@@ -86,7 +87,7 @@ CROSSINGS: dict[str, tuple[str, ...]] = {
 
 TENSOR_ROOMS = (
     *("models", "clip", "rewards", "objectives", "training", "run", "evaluation", "demo", "images"),
-    "weights",
+    *("weights", "precision"),
     *(
         "planning",
         "preparation.encoder_hash",

@@ -129,7 +129,8 @@ def test_memory_is_that_of_weights_optimizer_and_average(sd_folder: Path):
     assert found.optimizer == size(moments)
     assert found.ema == size(list(ema.shadow.values()))
     encoders = [model.pipeline.vae, model.pipeline.text_encoder]
-    assert found.frozen == size([p for module in encoders for p in module.parameters()])
+    own = [t for module in encoders for t in (*module.parameters(), *module.buffers())]
+    assert found.frozen == size(own)
 
 
 def held(folder: Path, *settings: str) -> dict[str, Any]:
@@ -261,8 +262,8 @@ def test_the_command_prints_a_page(sd_folder: Path):
         (["samples=0"], "samples=0 is too small; give 1 or more"),
         (["image_bytes=-1"], "image_bytes=-1 is too small; give 1 or more"),
         (["utilisation=40"], "utilisation=40.0 is too large; give 1 or less"),
-        (["objective=draft"], "objective = draft: sfumato plan counts only supervised"),
-        (["model.parts=[text_encoder]"], "model.parts = "),
+        (["objective=own"], "objective = own: a script brings this objective"),
+        (["model.parts=[vae]"], "model.parts has 'vae'"),
         (["gpus=3"], "training.global_batch_size=4 does not divide into 3 process"),
         (
             ["gpus=4", "training.strategy=hsdp", "training.shard_size=3"],
@@ -291,10 +292,10 @@ def test_the_two_largest_blocks_are_whole_and_what_lies_outside_is_one(
     sizes = sorted(bytes_of(block) for block in whole.model.blocks_of(network))
     outside = bytes_of(network) - sum(sizes)
     assert outside < sizes[-2]
-    gathered = memory.held(whole, config.training, 16, 1, "float32").gathered
+    gathered = memory.held(whole, config.training, 16, 1).gathered
     assert gathered == sizes[-1] + sizes[-2]
     monkeypatch.setattr(type(whole.model), "blocks", ("mid_block",))
-    assert memory.held(whole, config.training, 16, 1, "float32").gathered == bytes_of(network)
+    assert memory.held(whole, config.training, 16, 1).gathered == bytes_of(network)
 
 
 @pytest.mark.parametrize(("gpus", "copies"), [(4, 4), (8, 8), (64, 8)])

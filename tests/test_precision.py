@@ -12,9 +12,9 @@ from torch import Tensor
 from sfumato.config import DraftConfig, ModelConfig, SamplerConfig
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.model import TextToImageModel
-from sfumato.models.precision import full_precision, is_rounded
 from sfumato.models.registry import load_model
 from sfumato.objectives.draft import Draft
+from sfumato.precision import in_float32, is_rounded
 from sfumato.rewards.reward import Reward, Score
 
 PROMPTS = ["a red ring", "a blue star on a yellow background"]
@@ -143,7 +143,7 @@ def test_weights_and_switches_are_as_before(folder: Callable[[str], Path]):
     network: Any = model.networks()["policy"]
     dtypes = [parameter.dtype for parameter in network.parameters()]
     before = torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu")
-    with torch.autocast("cpu", BF16), full_precision(model.device):
+    with torch.autocast("cpu", BF16), in_float32(model.device):
         assert not torch.is_autocast_enabled("cpu")
         assert not torch.backends.cudnn.allow_tf32
         layer = torch.nn.Linear(2, 2, dtype=BF16)

@@ -19,7 +19,7 @@ def write_tiny_clip(folder: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = _byte_vocabulary()
+    vocab = byte_vocabulary()
     tower = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -46,7 +46,7 @@ def write_tiny_clip(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         CLIPModel(config).save_pretrained(folder)
-    _write_tokenizer(folder, vocab)
+    write_tokenizer(folder, vocab)
     _write_json(
         folder / "preprocessor_config.json",
         {
@@ -62,7 +62,8 @@ def write_tiny_clip(folder: Path) -> None:
     )
 
 
-def _byte_vocabulary() -> dict[str, int]:
+def byte_vocabulary() -> dict[str, int]:
+    """Return a token for each byte, alone and at the end of a word, and those of start and end."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     symbols = sorted(ByteLevel.alphabet())
@@ -70,7 +71,9 @@ def _byte_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def _write_tokenizer(folder: Path, vocab: dict[str, int]) -> None:
+def write_tokenizer(folder: Path, vocab: dict[str, int]) -> None:
+    """Write the files of a CLIPTokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "vocab.json", vocab)
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     _write_json(

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from sfumato.clip.open_clip import CONFIG as OPEN_CLIP_CONFIG
 from sfumato.clip.open_clip import WEIGHTS as OPEN_CLIP_WEIGHTS
 from sfumato.clip.open_clip import is_open_clip, load_open_clip, read_open_clip
@@ -31,6 +33,8 @@ class ClipParts:
 
 def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     """Load a CLIPModel with its tokenizer and image settings, weights last and as stored.
+
+    Inside `torch.device("meta")` no weight is read, and the model has no memory.
 
     Args:
         path_or_hub_id: a folder as transformers or OpenCLIP saves it, or a hub id, which is looked
@@ -62,7 +66,9 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
         image_settings = _read_image_settings(folder, side)
     else:
         image_settings = stated.image_settings
-    if stated is not None:
+    if torch.get_default_device().type == "meta":
+        model = CLIPModel(config)
+    elif stated is not None:
         model = load_open_clip(_fetch(path_or_hub_id, _OPEN_CLIP), config)
     else:
         place = _fetch(path_or_hub_id, _WEIGHTS)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from sfumato.precision import without_autocast
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Pillow's number of a filter -> torch's name.
@@ -65,8 +67,8 @@ def preprocess(
     Args:
         images: values in [0, 1], or beyond.
     """
-    with torch.autocast(images.device.type, enabled=False):
-        images = images.to(torch.promote_types(images.dtype, torch.float32))
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    with without_autocast(images):
         height, width = images.shape[-2:]
         if (size := settings.size) is not None:
             short = min(height, width)

@@ -1,19 +1,11 @@
 """AutoencoderKL: images to latents and back, and the sizes in its settings."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-
-def full_precision(vae: Any) -> AbstractContextManager[object]:
-    """Return a context without autocast, if the autoencoder's weights are in float32."""
-    if vae.dtype != torch.float32 or vae.device.type == "meta":  # autocast knows no meta device
-        return nullcontext()
-    return torch.autocast(vae.device.type, enabled=False)
 
 
 def moments_kl(vae: Any, images: Float[Tensor, "b 3 *d"]) -> Float[Tensor, "b m *s"]:

@@ -139,19 +139,11 @@ def load_family(
 def load_on_meta(family: type[PipelineModel], folder: Path, config: ModelConfig) -> PipelineModel:
     """Build the model that `load_family` loads, from JSON files: its networks have no memory.
 
-    `sfumato plan` counts its parts, and runs it on tensors of the meta device:
-
-        cond = model.blank_prompts(rows)
-        raw = model.predict(model.network, x_t, t, cond, 1.0)  # x_t (rows, c, h, w), t (rows,)
-        moments = model.encode_moments(images)                 # (rows, 3, H, W)
-
-    `model.tokens` has the tokens that each text encoder reads, `model.blocks_of(model.network)`
-    the blocks that FSDP gathers one by one, `model.networks()` the networks by name.
+    `sfumato plan` counts its parts, and runs an objective with it. Prompts are encoded to zeros.
 
     Args:
         folder: holds model_index.json, the settings of scheduler and networks, and the
-            tokenizers' tokenizer_config.json; neither weights nor vocabularies are read. Prompts
-            cannot be encoded.
+            tokenizers' tokenizer_config.json; neither weights nor vocabularies are read.
 
     Raises:
         ValueError: if a component cannot be built, or a LoRA pattern matches no layer.

@@ -18,7 +18,7 @@ from sfumato.diffusion.process import Prediction, Time
 from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.adapters import Roles
 from sfumato.models.agreement import Fit, Settings
-from sfumato.models.autoencoder_kl import decode_kl, full_precision, latents_kl, moments_kl
+from sfumato.models.autoencoder_kl import decode_kl, latents_kl, moments_kl
 from sfumato.models.formats import (
     copy_frozen,
     read_json,
@@ -37,6 +37,7 @@ from sfumato.models.model import (
     Role,
     TextToImageModel,
 )
+from sfumato.precision import without_autocast
 
 CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 CLIP_TOKENS = 77  # of a prompt, if a text encoder's config.json states no other number
@@ -86,7 +87,7 @@ class PipelineModel(TextToImageModel):
         self.trained = nn.ModuleDict({name: parts[name].policy for name in self.trained_names})
         self.has_reference = all(part.has_reference for part in parts.values())
         self.trains_text = any(name != self.network_name for name in self.trained_names)
-        self._has_warned = False
+        self._has_warned = self.device.type == "meta"  # where tokenizers are not read
         # The pipeline warns of every prompt that it cuts; `encode_prompts` warns once.
         logging.getLogger(type(pipeline).__module__).setLevel(logging.ERROR)
 
@@ -228,7 +229,8 @@ class PipelineModel(TextToImageModel):
         self._warn_of_cut(prompts)
         learns = self.trains_text and role == "policy" and torch.is_grad_enabled()
         with torch.set_grad_enabled(learns), self._encoding(role):
-            cond = self.encode(list(prompts))
+            blank = self.device.type == "meta"
+            cond = self.blank_prompts(len(prompts)) if blank else self.encode(list(prompts))
         return cond if framing is None else cond.framed(framing)
 
     def _warn_of_cut(self, prompts: Sequence[str]) -> None:
@@ -247,12 +249,17 @@ class PipelineModel(TextToImageModel):
             )
 
     def blank_prompts(self, rows: int) -> Conditioning:
-        """Return zeros in the place of encoded prompts of the most tokens, to plan with."""
+        """Return zeros for prompts of the most tokens; each text encoder runs, to plan with.
+
+        The zeros carry the gradient of encoders that are trained.
+        """
         network: Any = self.network
-        shapes = self.prompt_shapes(network.config)
-        return Conditioning(
-            {name: torch.zeros(rows, *shape, device=self.device) for name, shape in shapes.items()}
-        )
+        shapes, start = self.prompt_shapes(network.config), torch.zeros((), device=self.device)
+        for name, tokens in self.tokens.items():
+            ids = torch.zeros(rows, tokens, dtype=torch.long, device=self.device)
+            states = self.pipeline.components[name](input_ids=ids)[0]
+            start = start + states.mean()
+        return Conditioning({n: start.expand(rows, *shape) + 0 for n, shape in shapes.items()})
 
     @contextmanager
     def _encoding(self, role: Role) -> Iterator[None]:
@@ -278,7 +285,7 @@ class PipelineModel(TextToImageModel):
 
     def _autoencoding(self) -> AbstractContextManager[object]:
         """Keep an autoencoder that overflows in half precision out of a training's autocast."""
-        return full_precision(self.pipeline.vae) if "vae" in self.upcast else nullcontext()
+        return without_autocast(self.pipeline.vae) if "vae" in self.upcast else nullcontext()
 
     def denoiser(
         self,

@@ -19,8 +19,8 @@ from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Denoiser, Visit, sample
 from sfumato.models.generate import Guided, encode_guided, image_size
 from sfumato.models.model import Role, TextToImageModel
-from sfumato.models.precision import full_precision, is_rounded
 from sfumato.objectives.objective import Loss, Objective
+from sfumato.precision import in_float32, is_rounded
 from sfumato.rewards.reward import Reward
 
 
@@ -138,7 +138,7 @@ class Draft(Objective[Sequence[str]]):
                 for visit in visits
             ]
             return torch.stack(distances).mean()
-        with torch.no_grad(), full_precision(model.device):
+        with torch.no_grad(), in_float32(model.device):
             policy, reference = denoiser("policy"), denoiser("reference")
             differences = [policy(v.x_t, v.t).noise - reference(v.x_t, v.t).noise for v in visits]
         noises = [visit.prediction.noise for visit in visits]

@@ -4,10 +4,9 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.config import TrainingConfig
-from sfumato.models.model import DTYPES
 from sfumato.planning.blueprint import Blueprint
 from sfumato.planning.step import StepCost
 from sfumato.training.sharding import copy_size
@@ -23,14 +22,18 @@ class Held:
     """Bytes in one GPU's memory between steps, and during the backward.
 
     Attributes:
-        weights: of the network; under fsdp and hsdp this GPU's share.
-        frozen: weights of the encoders.
+        weights: of the trained networks; under fsdp and hsdp this GPU's share.
+        reference: weights of the frozen copy, if the loss needs one; shared as well.
+        frozen: weights of the autoencoder and the text encoders, as far as they are not trained.
+        reward: weights of the reward.
         gathered: under fsdp and hsdp, blocks that are whole while they run.
         gradients: None if they are allocated while activations are freed (no accumulation).
     """
 
     weights: int
+    reference: int
     frozen: int
+    reward: int
     gathered: int
     gradients: int | None
     optimizer: int
@@ -38,8 +41,8 @@ class Held:
 
     @property
     def total(self) -> int:
-        parts = (self.weights, self.frozen, self.gathered, self.optimizer, self.ema)
-        return sum(parts) + (self.gradients or 0)
+        shared = self.weights + self.reference + self.gathered + self.optimizer + self.ema
+        return shared + self.frozen + self.reward + (self.gradients or 0)
 
     def peak(self, cost: StepCost) -> int:
         """Return the bytes at the peak of a step."""
@@ -50,22 +53,23 @@ class Held:
         return cost.activations if self.gradients is not None else cost.with_gradients
 
 
-def held(
-    blueprint: Blueprint, training: TrainingConfig, gpus: int, accumulation: int, dtype: str
-) -> Held:
+def held(blueprint: Blueprint, training: TrainingConfig, gpus: int, accumulation: int) -> Held:
     """Return the bytes that one of several GPUs holds.
 
     Args:
         accumulation: micro-batches per step on a GPU.
-        dtype: of frozen encoders.
     """
-    network = blueprint.model.network
-    trained = count_parameters(network, trained=True)
+    model = blueprint.model
+    trained, weights = count_parameters(model.trained, trained=True), bytes_of(model.trained)
+    sharded = bytes_of(nn.ModuleList(model.shards()))
+    reward = 0 if blueprint.reward is None else bytes_of(blueprint.reward)
     copies = shards(training, gpus)
     off_device = training.ema_decay is None or training.ema_on_cpu
     return Held(
-        weights=_share(bytes_of(network), copies),
-        frozen=DTYPES[dtype].itemsize * sum(map(count_parameters, blueprint.encoders.values())),
+        weights=_share(weights, copies),
+        reference=_share(sharded - weights, copies),
+        frozen=sum(map(bytes_of, blueprint.frozen.values())) - reward,
+        reward=reward,
         gathered=_gathered(blueprint) if copies > 1 else 0,
         gradients=_gradients(4 * trained, gpus, copies, accumulation),
         optimizer=_share(4 * MOMENTS * trained, copies),
@@ -95,11 +99,14 @@ def _share(size: int, copies: int) -> int:
 def _gathered(blueprint: Blueprint) -> int:
     """Return the bytes of the two largest blocks, the one that runs and the one fetched ahead.
 
-    The layers outside of all blocks count as one more block.
+    The layers of a network outside of all blocks count as one more block.
     """
-    network = blueprint.model.network
-    sizes = [bytes_of(block) for block in blueprint.model.blocks_of(network)]
-    sizes.append(bytes_of(network) - sum(sizes))
+    sizes: list[int] = []
+    seen: set[Tensor] = set()
+    for shard in blueprint.model.shards():
+        own = {*shard.parameters(), *shard.buffers()} - seen
+        sizes.append(sum(tensor.nbytes for tensor in own))
+        seen |= own
     return sum(sorted(sizes)[-2:])
 
 

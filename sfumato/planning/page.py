@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sfumato.config import PlanConfig
+from sfumato.config import DraftConfig, PlanConfig
 from sfumato.planning.memory import LARGEST, USABLE
 from sfumato.planning.plan import Memory, Plan, make_plan
 
@@ -22,7 +22,8 @@ def plan(config: PlanConfig) -> None:
 def page(plan: Plan) -> str:
     """Return the page; lines with ~ are estimates."""
     parts = (heading, parameters, compute, memory, schedule, storage, remarks)
-    return "\n\n".join("\n".join(part(plan)) for part in parts)
+    lines = ("\n".join(part(plan)) for part in parts)
+    return "\n\n".join(filter(None, lines))
 
 
 def row(name: str, *cells: str) -> str:
@@ -37,6 +38,13 @@ def heading(plan: Plan) -> Iterator[str]:
         f"on {config.gpus} x {plan.gpu.name}, training.strategy={config.training.strategy}, "
         f"training.precision={config.training.precision}"
     )
+    if isinstance(config.objective, DraftConfig):
+        steps, scale = config.sampler.num_inference_steps, config.sampler.guidance_scale
+        window = config.objective.truncation_range or config.objective.truncation_steps
+        yield (
+            f"objective=draft: {steps} sampling steps at guidance {scale:g}, a gradient through "
+            f"the last {window}"
+        )
 
 
 def parameters(plan: Plan) -> Iterator[str]:
@@ -50,7 +58,8 @@ def compute(plan: Plan) -> Iterator[str]:
     yield row("network, forward", f"{plan.forward_flops / 1e9:,.1f}")
     yield row("network, forward and backward", f"{plan.step_flops / 1e9:,.1f}")
     where = "beforehand" if plan.config.data.shards.cached else "in each step"
-    yield row(f"encoders, forward, {where}", f"{plan.encoding / 1e9:,.1f}")
+    others = "frozen networks, forward" if _samples(plan) else f"encoders, forward, {where}"
+    yield row(others, f"{plan.encoding / 1e9:,.1f}")
     yield row("executed in training", f"{plan.executed / 1e9:,.1f}")
 
 
@@ -72,7 +81,9 @@ def _held(first: Memory, second: Memory) -> dict[str, tuple[int, int]]:
     """Return the rows of the memory table, as bytes of both columns."""
     parts = {
         "weights": "weights",
+        "reference, frozen": "reference",
         "encoders, frozen": "frozen",
+        "reward, frozen": "reward",
         "gathered blocks": "gathered",
         "gradients": "gradients",
         "AdamW's moments": "optimizer",
@@ -109,6 +120,8 @@ def schedule(plan: Plan) -> Iterator[str]:
 
 
 def storage(plan: Plan) -> Iterator[str]:
+    if _samples(plan):
+        return  # prompts take no room
     yield f"data, {plan.samples / 1e6:,.1f} M samples"
     yield row("", "KB a sample", "TB in all", "MB/s and GPU")
     kinds = {
@@ -141,11 +154,19 @@ def remarks(plan: Plan) -> Iterator[str]:
         "NCCL and the allocator."
     )
     yield "* training.compile and validation are not planned."
-    yield f"* Tars: pictures of {config.image_bytes:,} bytes (image_bytes=...)."
+    if isinstance(config.objective, DraftConfig) and config.objective.truncation_range:
+        yield "* Each step has the longest window of objective.truncation_range."
+    if not _samples(plan):
+        yield f"* Tars: pictures of {config.image_bytes:,} bytes (image_bytes=...)."
     if config.samples is None:
         yield "* The data is seen once; samples=N says how much there is."
     for each in plan.assumed:
         yield f"* Assumed: {each}."
+
+
+def _samples(plan: Plan) -> bool:
+    """Say whether training makes its images itself."""
+    return isinstance(plan.config.objective, DraftConfig)
 
 
 def _rows(memory: Memory) -> str:

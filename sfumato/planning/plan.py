@@ -1,12 +1,11 @@
 """Plan of a training recipe's costs, for `sfumato plan`."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
-from typing import Any
 
 from sfumato.check import check_train
-from sfumato.config import PlanConfig, SupervisedConfig
-from sfumato.planning.blueprint import Blueprint, read_blueprint
+from sfumato.config import OwnConfig, PlanConfig, TrainConfig
+from sfumato.planning.blueprint import Blueprint, read_blueprint, steps_alike, with_steps
 from sfumato.planning.gpus import GPUS, Gpu, peak_flops
 from sfumato.planning.memory import USABLE, Held, count_parameters, held, largest_rows
 from sfumato.planning.step import StepCost, measure_step
@@ -40,10 +39,12 @@ class Plan:
 
     Attributes:
         parameters: by part; `trained` first.
-        step_flops: of one sample, forward and backward of the network.
+        forward_flops: of one sample, all forwards of the trained networks.
+        step_flops: of one sample, `forward_flops` with the whole backward.
         executed: of one sample, `step_flops` with recomputation by checkpointing, and with the
-            encoders if they run in the step.
-        encoding: of one sample, forward of autoencoder and text encoders.
+            other networks' forwards in the step.
+        encoding: of one sample, forward of the networks that are not trained, in the step or
+            beforehand.
         memory: with gradient checkpointing as in the recipe, then the opposite.
         accumulation: micro-batches per step on a GPU.
         seconds: of all steps at the stated utilisation; None if the peak is unknown.
@@ -93,13 +94,15 @@ def make_plan(config: PlanConfig) -> Plan:
     check_plan(config)
     training, gpu = config.training, GPUS[config.gpu]
     accumulation = training.global_batch_size // (training.micro_batch_size * config.gpus)
-    blueprint = read_blueprint(config)
-    chosen = config.model.gradient_checkpointing
-    memory = memory_of(config, blueprint, chosen), memory_of(config, blueprint, not chosen)
+    short, left_out = steps_alike(config)
+    blueprint, other = read_blueprint(short), read_blueprint(with_other_checkpointing(short))
+    memory = memory_of(config, blueprint), memory_of(config, other)
     cost, rows = memory[0].cost, training.micro_batch_size
-    encoding = blueprint.encoding_flops()
-    in_step = 0 if config.data.shards.cached else encoding
-    executed = cost.executed // rows + in_step
+    if left_out:
+        longer = with_steps(short, short.sampler.num_inference_steps + 1)
+        cost = extended(cost, cost_of(longer, read_blueprint(longer), rows), left_out)
+    encoding = cost.others // rows or blueprint.encoding_flops()
+    executed = cost.executed // rows
     peak = peak_flops(gpu, training.precision, training.peak_tflops)
     seen = training.max_steps * training.global_batch_size
     seconds = seen * executed / (config.gpus * peak * config.utilisation) if peak else None
@@ -129,51 +132,62 @@ def check_plan(config: PlanConfig) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    if not isinstance(config.objective, SupervisedConfig):
+    if isinstance(config.objective, OwnConfig):
         raise ValueError(
-            f"objective = {config.objective.kind}: sfumato plan counts only supervised steps; set "
-            "objective=supervised, or give a recipe of supervised training"
-        )
-    if config.model.parts not in (["network"], ["unet"], ["transformer"]):
-        raise ValueError(
-            f"model.parts = {config.model.parts}: sfumato plan counts only the network as "
-            "trained; use model.parts=[network]"
+            "objective = own: a script brings this objective, and sfumato plan runs no script; set "
+            "objective=draft or objective=supervised"
         )
     check_train(config, config.gpus)
 
 
-def memory_of(config: PlanConfig, blueprint: Blueprint, checkpointing: bool) -> Memory:
+def with_other_checkpointing(config: TrainConfig) -> TrainConfig:
+    """Return a recipe with gradient checkpointing switched."""
+    checkpointing = not config.model.gradient_checkpointing
+    return replace(config, model=replace(config.model, gradient_checkpointing=checkpointing))
+
+
+def cost_of(config: TrainConfig, blueprint: Blueprint, rows: int) -> StepCost:
+    """Measure a step of a micro-batch of `rows`."""
+    dtype, frozen = AUTOCAST.get(config.training.precision), blueprint.frozen.values()
+    return measure_step(blueprint.model.trained, blueprint.loss(rows), dtype, frozen)
+
+
+def extended(short: StepCost, longer: StepCost, times: int) -> StepCost:
+    """Add what a longer step takes more, so many times; activations are the shorter step's."""
+    counts = zip(astuple(short), astuple(longer), strict=True)
+    more = StepCost(*(a + times * (b - a) for a, b in counts))
+    return replace(more, activations=short.activations, with_gradients=short.with_gradients)
+
+
+def memory_of(config: PlanConfig, blueprint: Blueprint) -> Memory:
     """Measure a step of the recipe's micro-batch, and find the largest that fits."""
     training = config.training
-    network: Any = blueprint.model.network
-    if checkpointing:
-        network.enable_gradient_checkpointing()
-    else:
-        network.disable_gradient_checkpointing()
 
     @cache
     def cost(rows: int) -> StepCost:
-        dtype = AUTOCAST.get(training.precision)
-        return measure_step(network, blueprint.predictor(rows), dtype)
+        return cost_of(config, blueprint, rows)
 
     def holding(rows: int) -> Held:
         accumulation = -(-training.global_batch_size // (rows * config.gpus))
-        return held(blueprint, training, config.gpus, accumulation, config.model.dtype)
+        return held(blueprint, training, config.gpus, accumulation)
 
     rows, memory = training.micro_batch_size, GPUS[config.gpu].memory
     largest = None
     if memory is not None:
         largest = largest_rows(lambda n: holding(n).peak(cost(n)), int(USABLE * memory), rows)
+    checkpointing = blueprint.model.config.gradient_checkpointing
     return Memory(checkpointing, rows, holding(rows), cost(rows), largest)
 
 
 def parameters_of(blueprint: Blueprint) -> dict[str, int]:
     """Return the number of parameters by part."""
-    network = blueprint.model.network
-    parts = {"trained": count_parameters(network, trained=True)}
-    if frozen := count_parameters(network, trained=False):
-        parts["frozen, of the network"] = frozen
-    return parts | {name: count_parameters(each) for name, each in blueprint.encoders.items()}
+    trained = blueprint.model.trained
+    parts = {"trained": count_parameters(trained, trained=True)}
+    if frozen := count_parameters(trained, trained=False):
+        where = "the network" if len([*trained.children()]) == 1 else "trained networks"
+        parts[f"frozen, of {where}"] = frozen
+    others = {name: count_parameters(each) for name, each in blueprint.frozen.items()}
+    return parts | {name: count for name, count in others.items() if count}
 
 
 def raw_bytes(image_bytes: int) -> int:

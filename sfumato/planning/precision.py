@@ -1,11 +1,11 @@
 """Mixed precision and fused attention for tensors on the meta device.
 
-torch.autocast ignores the meta device. This module casts by CUDA's rules, so that each saved
-activation has the size that it has on a GPU.
+torch.autocast ignores the meta device. This module casts where the CPU's autocast is on, by CUDA's
+rules, so that each saved activation has the size that it has on a GPU.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
 
 import torch
@@ -29,28 +29,31 @@ RAISED = {
 
 @final
 class MetaPrecision(TorchFunctionMode):
-    """Runs networks by the rules of CUDA's autocast, with attention in one fused kernel.
+    """Runs networks by the rules of CUDA's autocast, with attention in one fused kernel."""
 
-    Args:
-        dtype: of products and convolutions; None casts nothing.
-    """
-
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._dtype = dtype
-        self._casts: dict[int, Tensor] = {}  # of weights, each cast once per forward
+        self._casts: dict[int, Tensor] = {}  # of weights, each cast once while autocast is on
         self._depth = 0
 
-    def inside(self, network: nn.Module) -> AbstractContextManager[None]:
-        """Apply to each forward of a network, also to parts that a backward computes again."""
-        return around_forwards(network.modules(), self._enter_module, self._leave_module)
+    def inside(self, networks: nn.Module) -> AbstractContextManager[None]:
+        """Apply to each forward of networks, also to parts that a backward computes again."""
+        return around_forwards(networks.modules(), self._enter_forward, self._leave_forward)
 
-    def _enter_module(self, *_: object) -> None:
+    @contextmanager
+    def autocast(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Apply, with autocast for products and convolutions in `dtype`; None casts nothing."""
+        self._enter_forward()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            yield
+        self._leave_forward()
+
+    def _enter_forward(self, *_: object) -> None:
         if not self._depth:
             self.__enter__()
         self._depth += 1
 
-    def _leave_module(self, *_: object) -> None:
+    def _leave_forward(self, *_: object) -> None:
         self._depth -= 1
         if not self._depth:
             self._casts.clear()
@@ -64,9 +67,10 @@ class MetaPrecision(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name, kwargs = func.__name__, dict(kwargs or {})
-        if self._dtype is not None and name in LOWERED:
-            args, kwargs = self._cast_all(args, kwargs, self._dtype)
-        elif self._dtype is not None and name in RAISED:
+        casts = torch.is_autocast_enabled("cpu")
+        if casts and name in LOWERED:
+            args, kwargs = self._cast_all(args, kwargs, torch.get_autocast_dtype("cpu"))
+        elif casts and name in RAISED:
             args, kwargs = self._cast_all(args, kwargs, torch.float32)
         if name == "scaled_dot_product_attention":
             return fused_attention(*args, **kwargs)
@@ -88,7 +92,8 @@ class MetaPrecision(TorchFunctionMode):
         if not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64):
             return tensor
         lowered = dtype != torch.float32 and tensor.dtype == torch.float32
-        if not (self._depth and lowered and tensor.is_leaf and tensor.requires_grad):
+        is_weight = lowered and tensor.is_leaf and tensor.requires_grad
+        if not (self._depth and is_weight and torch.is_grad_enabled()):
             return tensor.to(dtype)
         if id(tensor) not in self._casts:
             self._casts[id(tensor)] = tensor.to(dtype)

@@ -1,4 +1,4 @@
-"""Cost of one training step of a network on the meta device: FLOPs, and bytes of memory.
+"""Cost of one training step of networks on the meta device: FLOPs, and bytes of memory.
 
 Tensors on the meta device have shapes and storages, but no bytes. The step runs operator by
 operator on such tensors, and the sizes of the storages that live at the same time are summed.
@@ -11,6 +11,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,9 +24,10 @@ class StepCost:
     """Cost of one micro-batch's forward and backward.
 
     Attributes:
-        forward: FLOPs of the forward.
-        flops: FLOPs of forward and backward, without recomputation.
-        executed: FLOPs with what gradient checkpointing computes again.
+        forward: FLOPs of the forwards of what is trained.
+        flops: FLOPs of `forward` and of the whole backward, without recomputation.
+        others: FLOPs of the other networks' forwards.
+        executed: all FLOPs, with what gradient checkpointing computes again.
         activations: peak bytes beside weights, inputs and gradients.
         with_gradients: peak bytes including gradients, when gradients are allocated while
             activations are freed (no accumulation).
@@ -33,6 +35,7 @@ class StepCost:
 
     forward: int
     flops: int
+    others: int
     executed: int
     activations: int
     with_gradients: int
@@ -61,7 +64,7 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.is_meta:  # others are not on the GPU
                 self._see(tensor)
         return out
 
@@ -88,33 +91,63 @@ class Ledger(TorchDispatchMode):
         self._gradients += size
 
 
+@final
+class MetaValues(TorchFunctionMode):
+    """Answers where code asks for values: noise has none, and every mask is true throughout."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.randn:
+            return torch.empty(*args, device="meta")
+        if func is Tensor.to and args[0].is_meta and "cpu" in map(str, args[1:]):
+            return args[0]
+        if func in (Tensor.item, Tensor.__bool__) and args[0].is_meta:
+            assert args[0].dtype == torch.bool, "only masks have a value"
+            return True
+        return func(*args, **(kwargs or {}))
+
+
 def measure_step(
-    network: nn.Module, predict: Callable[[], Tensor], dtype: torch.dtype | None
+    trained: nn.Module,
+    loss: Callable[[], Tensor],
+    dtype: torch.dtype | None,
+    frozen: Iterable[nn.Module] = (),
 ) -> StepCost:
-    """Follow the forward of a network on the meta device, and the backward of its mean square.
+    """Follow a loss on the meta device, and its backward.
 
     Args:
-        predict: calls the network with a micro-batch, and returns its prediction.
+        trained: a network, or a ModuleDict of networks.
+        loss: runs networks on a micro-batch, and returns a scalar.
         dtype: of autocast; None for no autocast.
+        frozen: the other networks that the loss runs.
     """
-    parameters = list(network.parameters())
-    counter, ledger = FlopCounter(), Ledger([*parameters, *network.buffers()])
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    hooks = [each.register_post_accumulate_grad_hook(ledger.gained) for each in trained]
+    networks = nn.ModuleList([trained, *frozen])
+    parameters = list(networks.parameters())
+    own, everything = FlopCounter([trained, *trained.children()]), FlopCounter()
+    ledger, precision = Ledger([*parameters, *networks.buffers()]), MetaPrecision()
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    hooks = [each.register_post_accumulate_grad_hook(ledger.gained) for each in learning]
     try:
-        with ledger, counter, MetaPrecision(dtype).inside(network):
-            loss = predict().float().square().mean()
-            forward = counter.flops
-            loss.backward()
+        with ledger, everything, own.counting(), precision.inside(networks):
+            with precision.autocast(dtype), MetaValues():
+                value = loss()
+            forward, others = own.flops, everything.flops - own.flops
+            value.backward()
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter in trained:
+        for parameter in learning:
             parameter.grad = None
     return StepCost(
         forward=forward,
-        flops=counter.flops,
-        executed=counter.executed,
+        flops=own.flops,
+        others=others,
+        executed=everything.executed,
         activations=ledger.activations,
         with_gradients=ledger.with_gradients,
     )
@@ -123,6 +156,6 @@ def measure_step(
 @torch.no_grad()
 def forward_flops(run: Callable[[], object]) -> int:
     """Return the FLOPs of a forward on the meta device."""
-    with FlopCounter() as counter, MetaPrecision(None):
+    with FlopCounter() as counter, MetaPrecision():
         run()
     return counter.flops

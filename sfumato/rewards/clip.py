@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sfumato.clip import ClipParts, load_clip, preprocess
+from sfumato.precision import without_autocast
 from sfumato.rewards.reward import Reward, Score
 
 
@@ -40,7 +40,8 @@ class ClipReward(Reward):
         self.tokenizer = parts.tokenizer
         self.image_settings = parts.image_settings
         self.max_tokens = parts.max_tokens
-        self.scale = math.exp(parts.model.logit_scale.item())
+        scale = parts.model.logit_scale
+        self.scale = 1.0 if scale.is_meta else math.exp(scale.item())
         self._warned_of_truncation = False
         if gradient_checkpointing:
             encoder = self.model.vision_model.encoder
@@ -89,17 +90,10 @@ class ClipReward(Reward):
         cosine = (self.image_features(images) * self.text_features(prompts)).sum(1)
         return Score(self.scale * cosine)
 
-    def _own_precision(self) -> AbstractContextManager[object]:
-        """Keep float32 towers in float32 under a training's autocast."""
-        weight = self.model.logit_scale
-        if weight.dtype != torch.float32:
-            return nullcontext()
-        return torch.autocast(weight.device.type, enabled=False)
-
     def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Embed images in [0, 1] as unit vectors, differentiably."""
         pixels = preprocess(images, self.image_settings)
-        with self._own_precision():
+        with without_autocast(self.model.logit_scale):
             pooled = self.model.vision_model(pixel_values=pixels, return_dict=True).pooler_output
             return _unit(self.model.visual_projection(pooled))
 
@@ -115,7 +109,7 @@ class ClipReward(Reward):
         ).to(self.model.logit_scale.device)
         if tokens["input_ids"].shape[1] == self.max_tokens and not self._warned_of_truncation:
             self._warn_of_truncation(prompts)
-        with self._own_precision():
+        with without_autocast(self.model.logit_scale):
             pooled = self.model.text_model(
                 input_ids=tokens["input_ids"],
                 attention_mask=tokens["attention_mask"],

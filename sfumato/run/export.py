@@ -16,8 +16,8 @@ from sfumato.files import new_folder, read_object, write_text
 from sfumato.models.generate import generate, image_size
 from sfumato.models.model import DTYPES, TextToImageModel
 from sfumato.models.origins import unlike_original, write_original
-from sfumato.models.precision import without_tf32
 from sfumato.models.registry import load_model
+from sfumato.precision import without_tf32
 from sfumato.training.checkpoint import (
     best_step,
     find_fault,

@@ -1,7 +1,7 @@
-"""Runs networks in float32, whatever precision their training and their weights have."""
+"""Contexts that choose the precision of arithmetic, beside autocast's own."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, final
 
 import torch
@@ -16,12 +16,11 @@ COMPUTES = {  # the operators that want one type of all their tensors
 }
 
 
-def is_rounded(network: nn.Module) -> bool:
-    """Say whether a network predicts in half precision here: by its weights, or by autocast."""
-    first = next(network.parameters())
-    if first.device.type != "meta" and torch.is_autocast_enabled(first.device.type):
-        return True
-    return any(parameter.dtype in HALVES for parameter in network.parameters())
+def without_autocast(weights: Any) -> AbstractContextManager[object]:
+    """Return a context without autocast for weights in float32: a network's, or one tensor."""
+    if weights.dtype != torch.float32:
+        return nullcontext()
+    return torch.autocast(_kind(weights.device), enabled=False)
 
 
 @contextmanager
@@ -38,17 +37,23 @@ def without_tf32() -> Iterator[None]:
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in float32; weights in half precision are cast layer by layer, and stay as they are.
-
-    Compiled blocks run uncompiled.
-    """
-    with ExitStack() as stack:
-        if device.type != "meta":  # which autocast does not know
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(without_tf32())
-        stack.enter_context(_Raised())
+def in_float32(device: torch.device) -> Iterator[None]:
+    """Compute in float32; weights in half precision stay, and are cast where a layer needs them."""
+    with torch.autocast(_kind(device), enabled=False), without_tf32(), _Raised():
         yield
+
+
+def is_rounded(network: nn.Module) -> bool:
+    """Say whether a network predicts in half precision here: by its weights, or by autocast."""
+    parameters = list(network.parameters())
+    if torch.is_autocast_enabled(_kind(parameters[0].device)):
+        return True
+    return any(parameter.dtype in HALVES for parameter in parameters)
+
+
+def _kind(device: torch.device) -> str:
+    """Return the device whose autocast counts: a plan on the meta device follows the CPU's."""
+    return "cpu" if device.type == "meta" else device.type
 
 
 @final

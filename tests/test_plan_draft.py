@@ -1,0 +1,252 @@
+"""`sfumato plan` of DRaFT: the objective's own step, against real runs of it; every recipe."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import WRITERS
+from tiny_clip import write_tiny_clip
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from sfumato.compose import compose_command
+from sfumato.config import CONF, PlanConfig
+from sfumato.diffusion.randomness import Rng
+from sfumato.models.registry import load_model
+from sfumato.planning.blueprint import PROMPT, read_blueprint
+from sfumato.planning.page import page
+from sfumato.planning.plan import Memory, Plan, cost_of, make_plan
+from sfumato.run.build import build_objective, build_scorer
+
+BASE = CONF.parent / "demo" / "model" / "base"
+PIXELS, ROWS = 32, 2
+PEAK = 0.10  # how far a plan may be from a measured peak
+SMALL = [
+    *("objective=draft", "gpu=cpu", f"sampler.height={PIXELS}", f"sampler.width={PIXELS}"),
+    *("sampler.num_inference_steps=4", f"training.micro_batch_size={ROWS}"),
+]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    write_tiny_clip(folder)
+    return folder
+
+
+def composed(*settings: str) -> PlanConfig:
+    config = compose_command("plan", settings)[0]
+    assert isinstance(config, PlanConfig)
+    return config
+
+
+def aligned(folder: Path, clip: Path, *settings: str) -> PlanConfig:
+    given = [f"model.pretrained={folder}", "reward=clip", f"reward.pretrained={clip}"]
+    return composed(*SMALL, *given, *settings)
+
+
+def real_loss(config: PlanConfig) -> Callable[[], Tensor]:
+    """Return a call of the recipe's loss with a model and a reward that have weights."""
+    objective = build_objective(config, build_scorer(config))
+    model = load_model(replace(config.model, reference=objective.needs_reference))
+    model.trained.train()
+    rows = config.training.micro_batch_size
+    return lambda: objective.loss(model, [PROMPT] * rows, Rng.of_step(0, 0, range(rows))).value
+
+
+def peak_of_allocations(run: Callable[[], object]) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    results: Any = found.profiler
+    events = [each for each in results.kineto_results.events() if each.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+# --- Against real steps
+
+
+CASES = [
+    ("stable_diffusion", ["objective.truncation_steps=2", "objective.kl_coeff=0"]),
+    ("stable_diffusion", ["objective.lv_samples=2"]),
+    ("stable_diffusion", ["model.trainable=full", "model.gradient_checkpointing=true"]),
+    ("stable_diffusion_xl", ["sampler.eta=0.5", "reward.gradient_checkpointing=true"]),
+    ("flux", ["objective.truncation_steps=4"]),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_flops_are_those_that_torch_counts_in_a_real_step(
+    name: str, settings: Sequence[str], clip: Path, tmp_path: Path
+):
+    WRITERS[name](tmp_path / name)
+    config = aligned(tmp_path / name, clip, *settings)
+    loss = real_loss(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss().backward()
+    assert make_plan(config).executed * ROWS == pytest.approx(counter.get_total_flops(), abs=ROWS)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("parts", ["[network]", "[network,text_encoder]"])
+def test_the_peak_is_that_of_torchs_allocations_in_a_real_step(
+    sd_folder: Path, clip: Path, window: int, checkpointing: bool, parts: str
+):
+    settings = [f"objective.truncation_steps={window}", "training.micro_batch_size=4"]
+    settings += [f"model.gradient_checkpointing={checkpointing}", f"model.parts={parts}"]
+    config = aligned(sd_folder, clip, *settings)
+    loss = real_loss(config)
+    loss().backward()  # gradients, and what is allocated once, are there
+    peak = peak_of_allocations(lambda: loss().backward())
+    assert peak > 2**20
+    cost = cost_of(config, read_blueprint(config), 4)
+    assert cost.activations == pytest.approx(peak, rel=PEAK)
+
+
+def test_sampling_steps_cost_time_and_no_memory(sd_folder: Path, clip: Path):
+    config = aligned(sd_folder, clip, "sampler.num_inference_steps=7")
+    plan, whole = make_plan(config), cost_of(config, read_blueprint(config), ROWS)
+    assert plan.executed == whole.executed // ROWS
+    assert plan.memory[0].cost.activations == pytest.approx(whole.activations, rel=0.001)
+
+
+# --- What memory is for
+
+
+def first(folder: Path, clip: Path, *settings: str) -> Memory:
+    return make_plan(aligned(folder, clip, *settings)).memory[0]
+
+
+def test_activations_grow_with_window_batch_and_size(sd_folder: Path, clip: Path):
+    base, *more = (
+        first(sd_folder, clip, *settings).cost.activations
+        for settings in (
+            ["sampler.num_inference_steps=6", "objective.truncation_steps=2"],
+            ["sampler.num_inference_steps=6", "objective.truncation_steps=4"],
+            ["sampler.num_inference_steps=6", "objective.truncation_steps=6"],
+            ["objective.truncation_steps=2", "training.micro_batch_size=4"],
+            ["objective.truncation_steps=2", "sampler.height=64"],
+        )
+    )
+    longer, longest, batch, size = more
+    assert longest - longer == pytest.approx(longer - base, rel=0.01)
+    assert batch == pytest.approx(2 * base, rel=0.02)
+    assert size > 1.9 * base
+
+
+def test_a_window_of_random_length_is_planned_at_its_longest(sd_folder: Path, clip: Path):
+    drawn, fixed = (
+        make_plan(aligned(sd_folder, clip, setting))
+        for setting in ("objective.truncation_range=[1,3]", "objective.truncation_steps=3")
+    )
+    assert drawn.memory == fixed.memory
+    assert drawn.executed == fixed.executed
+    assert "longest window of objective.truncation_range" in page(drawn)
+
+
+def bytes_held(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [
+        (["model.trainable=lora"], 0),  # the policy with its adapter off
+        (["model.trainable=full"], 1),
+        (["model.trainable=full", "model.parts=[network,text_encoder]"], 2),
+        (["model.trainable=full", "objective.kl_coeff=0"], 0),
+    ],
+)
+def test_the_reference_is_what_the_loaded_model_holds(
+    sd_folder: Path, clip: Path, settings: list[str], copies: int
+):
+    config = aligned(sd_folder, clip, *settings)
+    held = first(sd_folder, clip, *settings).held
+    needed = config.model.reference and bool(copies or config.model.trainable == "lora")
+    model: Any = load_model(replace(config.model, reference=needed))
+    own = [network for part in model.parts.values() for network in part.networks()]
+    tensors = [t for network in own for t in (*network.parameters(), *network.buffers())]
+    vae = bytes_held([*model.pipeline.vae.parameters()])
+    assert held.weights + held.reference + held.frozen == bytes_held(tensors) + vae
+    assert (held.reference > 0) == (copies > 0)
+    trained = sum(p.numel() for p in model.trainable().values())
+    assert held.optimizer == 8 * trained
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_the_reward_is_held_and_its_weights_are_not_read(
+    sd_folder: Path, tmp_path: Path, dtype: str, size: int
+):
+    write_tiny_clip(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    plan = make_plan(aligned(sd_folder, tmp_path, f"reward.dtype={dtype}"))
+    positions = 8 * (77 + 17)  # buffers
+    assert plan.memory[0].held.reward == size * plan.parameters["reward"] + positions
+
+
+def test_the_page_speaks_of_sampling_and_not_of_stored_pictures(sd_folder: Path, clip: Path):
+    text = page(make_plan(aligned(sd_folder, clip, "training.peak_tflops=1")))
+    assert (
+        "objective=draft: 4 sampling steps at guidance 7.5, a gradient through the last 1" in text
+    )
+    assert "reward, frozen" in text
+    assert "frozen networks, forward" in text
+    assert "~ seconds per step" in text
+    assert "KB a sample" not in text
+    assert "Tars" not in text
+
+
+# --- Every recipe
+
+
+RECIPES = sorted(
+    path.relative_to(CONF / "recipe").with_suffix("").as_posix()
+    for folder in (CONF / "recipe", CONF / "recipe" / "stable_diffusion")
+    for path in folder.glob("*.yaml")
+)
+GIVEN = {
+    "demo_base": [
+        *(f"model.autoencoder={BASE}", f"model.text_encoder={BASE / 'text_encoder'}"),
+        *("model.image_size=64", f"model.tokenizer={BASE / 'tokenizer'}"),
+    ],
+}
+FAMILY = {"sd15": "stable_diffusion", "sd21": "stable_diffusion", "sdxl": "stable_diffusion_xl"}
+FAMILY |= {"sd35": "stable_diffusion_3", "flux": "flux", "qwen": "qwen_image"}
+
+
+def stand_ins(recipe: str, folder: Path, clip: Path) -> list[str]:
+    """Return the settings that a recipe asks for."""
+    family = FAMILY.get(recipe.split("_")[0])
+    if family is None:
+        return GIVEN.get(recipe, [])
+    WRITERS[family](folder / family)
+    size = ["sampler.height=64", "sampler.width=64", f"model.pretrained={folder / family}"]
+    return [*size, *([f"reward.pretrained={clip}"] if "draft" in recipe else [])]
+
+
+# One of each family and objective; the others are planned by make nightly.
+QUICK = {"demo_finetune", "sd15_draft_paper", "sdxl_draft_plus", "flux_sft_lora", "sd35_sft_full"}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly) for name in RECIPES],
+)
+def test_every_recipe_is_planned(recipe: str, tmp_path: Path, clip: Path):
+    plan: Plan = make_plan(
+        composed(f"recipe={recipe}", "gpu=cpu", *stand_ins(recipe, tmp_path, clip))
+    )
+    text = page(plan)
+    assert plan.parameters["trained"] > 0
+    assert plan.executed >= plan.step_flops > plan.forward_flops > 0
+    costs = sorted(plan.memory, key=lambda each: each.checkpointing)
+    assert 0 < costs[1].cost.activations <= costs[0].cost.activations
+    assert ("objective=draft" in text) == ("draft" in recipe)
