@@ -131,7 +131,6 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
     """Compose the settings of a command and run it; `--cfg` and `-m` are Hydra's."""
     import hydra
 
-    from sfumato.catalog import known_keys
     from sfumato.compose import COMPOSITION_ERRORS, is_sweep, register
     from sfumato.config import CONF
     from sfumato.explain import explain
@@ -155,7 +154,7 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
         try:
             run()
         except COMPOSITION_ERRORS as error:
-            fail(explain(error, known_keys(command)))
+            fail(explain(error, command, settings))
 
 
 @contextmanager
@@ -193,17 +192,19 @@ def dispatch(command: str, config: Any) -> None:
     """Check composed settings and hand them to the room that does the work."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
 
     from sfumato.check import check_train
-    from sfumato.compose import swept_name, to_settings
+    from sfumato.compose import read_settings, swept_name
+    from sfumato.conditions import shown, unread
 
-    settings = to_settings(config)
+    overrides = list(HydraConfig.get().overrides.task)
+    settings, plain = read_settings(config, overrides)
     if command == "train":
-        plain: Any = OmegaConf.to_container(config, resolve=True)
-        overrides = HydraConfig.get().overrides.task
         plain["name"] = settings.name = swept_name(settings.name, sys.argv[1:], overrides)
         check_train(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        if os.environ.get("RANK", "0") == "0":
+            for key, (value, why, _) in unread(settings).items():
+                print(f"the recipe's {key}={shown(value)} has no effect {why}", flush=True)
         from sfumato.run.run import train
         from sfumato.training.distribution import Distribution
 

@@ -15,7 +15,7 @@ _LARGEST = 2**22  # bytes
 _SHOWN = 40  # characters of a key in messages
 _DEEPEST, _MOST = 32, 50_000  # levels, and values with those that aliases repeat
 
-# Settings that may differ in a resumed run: they change how it runs and ends, not its results.
+# Settings that may differ in a resumed run: its weights and measures do not depend on them.
 MAY_CHANGE = (
     "training.max_steps",
     "training.max_time",
@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "training.peak_tflops",
     "training.tensorboard",
     "training.wandb_project",
+    "validation.every_steps",
     "model.gradient_checkpointing",
     "model.channels_last",
     "reward.gradient_checkpointing",

@@ -11,6 +11,7 @@ import torch
 
 import sfumato
 from sfumato.compose import load_settings
+from sfumato.conditions import check_sample
 from sfumato.config import (
     EvaluateConfig,
     ModelConfig,
@@ -20,7 +21,6 @@ from sfumato.config import (
     check_values,
 )
 from sfumato.data.prompts import read_prompts
-from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint
 from sfumato.evaluation.results import Evaluation
@@ -80,14 +80,8 @@ def sample_images(config: SampleConfig) -> None:
     Raises:
         ValueError: if the settings name no model or no prompt, or a picture cannot be written.
     """
-    if (config.run is None) == (config.pretrained is None):
-        raise ValueError("give either run=FOLDER or pretrained=MODEL")
-    if config.run is None and config.step is not None:
-        raise ValueError(f"step={config.step} needs run=FOLDER; leave it out with pretrained")
-    if (config.prompt is None) == (config.prompts is None):
-        raise ValueError('give prompt="..." or prompts=FILE, one of the two')
     check_values(config)
-    annealed_weights(config.schedule, 1)
+    check_sample(config)
     texts = (
         [config.prompt]
         if config.prompt is not None

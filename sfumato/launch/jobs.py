@@ -10,12 +10,14 @@ from typing import Any
 
 from sfumato.check import check_train
 from sfumato.compose import compose_command
+from sfumato.conditions import check_sample
 from sfumato.config import (
     FOLDER,
     JobConfig,
     LaunchConfig,
     LocalClusterConfig,
     PrepareConfig,
+    SampleConfig,
     SlurmClusterConfig,
     TrainConfig,
 )
@@ -187,6 +189,8 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
         check_train(settings, job.processes * job.nodes)
     elif isinstance(settings, PrepareConfig):
         check_prepare(settings)
+    elif isinstance(settings, SampleConfig):
+        check_sample(settings)
 
 
 def _refuse_shared_runs(job: Job, earlier: Sequence[Job]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from sfumato.config import TrainConfig
+from sfumato.config import ModelConfig, TrainConfig
 from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
 from sfumato.files import lock, refuse_link, write_text
@@ -106,7 +106,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
             listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
             raise ValueError(
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
-                "(name=...), or remove the folder"
+                f"(name=...), or remove the folder. {_way_on(config.model, folder)}"
             )
         others = [key for key in contents if key in before and key not in same]
         if others := [key for key in others if key not in config.allow_changed]:
@@ -117,6 +117,15 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
             )
     write_saved(folder.path, settings)
     write_began(folder.path, contents)
+
+
+def _way_on(model: ModelConfig, folder: RunFolder) -> str:
+    start = f"model.pretrained={folder.export}/pipeline"
+    if model.trainable == "lora":
+        start = f"model.lora.start={folder.export}/lora"
+    elif model.network.config is not None:
+        start = f"model.network.from_pretrained={folder.path}"
+    return f"A new run can start from its weights once it is complete: name=... {start}"
 
 
 def report_left_out(stream: Stream[Any], folder: RunFolder, distribution: Distribution) -> None:
