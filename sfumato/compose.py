@@ -47,7 +47,7 @@ def register() -> None:
     """Make the dataclasses known to Hydra: one root per command, one node per group choice.
 
     `${demo:base}` in a recipe is the folder of a shipped model, `${demo_images:moons}` one of
-    shipped images.
+    shipped images; `${demo_images:prompts.txt}` has the prompts of `sfumato demo`.
     """
     for resolver, folder in (("demo", DEMO_MODELS), ("demo_images", DEMO_IMAGES)):
         OmegaConf.register_new_resolver(

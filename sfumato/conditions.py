@@ -109,7 +109,7 @@ def refuse_unread(settings: Any, overrides: Sequence[str]) -> None:
 
 def _untyped_names(settings: Any, section: str, typed: Sequence[str]) -> list[str]:
     """Return the keys of a dictionary's entries that only a recipe names."""
-    leaves = [key for key, _, _ in _leaves(settings) if key.startswith(f"{section}.")]
+    leaves = [key for key, _, _ in leaves_of(settings) if key.startswith(f"{section}.")]
     parts = section.count(".") + 2
     names = dict.fromkeys(".".join(key.split(".")[:parts]) for key in leaves)
     return [name for name in names if not any(f"{key}.".startswith(f"{name}.") for key in typed)]
@@ -126,7 +126,7 @@ def unread(settings: Any) -> dict[str, tuple[Any, str, str]]:
     if isinstance(settings, TrainConfig) and isinstance(settings.objective, OwnConfig):
         return {}
     command, found = _command(settings), {}
-    for key, value, default in _leaves(settings):
+    for key, value, default in leaves_of(settings):
         for condition in conditions_of(command, key) if value != default else ():
             if (broken := _broken(settings, condition)) is not None:
                 found[key] = (value, *broken)
@@ -176,19 +176,21 @@ def check_sample(config: SampleConfig) -> None:
     annealed_weights(config.schedule, 1)
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def leaves_of(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yield key, value and default of all settings in a dataclass."""
     for item in fields(node):
         key, value = f"{prefix}{item.name}", vars(node)[item.name]
         default = item.default if item.default_factory is MISSING else item.default_factory()
         if isinstance(node, WeightedPartConfig) and is_dataclass(value):
-            yield from _leaves(value, prefix)
+            yield from leaves_of(value, prefix)
         elif is_dataclass(value):
-            yield from _leaves(value, f"{key}.")
+            yield from leaves_of(value, f"{key}.")
         elif isinstance(value, dict):
             for name, each in value.items():
                 inner = f"{key}.{name}"
-                yield from _leaves(each, f"{inner}.") if is_dataclass(each) else ((inner, each, 0),)
+                yield from (
+                    leaves_of(each, f"{inner}.") if is_dataclass(each) else ((inner, each, 0),)
+                )
         else:
             yield key, value, default
 

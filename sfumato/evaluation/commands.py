@@ -204,7 +204,8 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
         prompts = read_prompts(config.prompts, column=config.column)
     else:
         prompts = shown_prompts(run)
-    prompts = list(dict.fromkeys(prompts))
+    if repeated := len(prompts) - len(prompts := list(dict.fromkeys(prompts))):
+        print(f"prompts: {repeated} of them repeat an earlier one, and are left out", flush=True)
     check_request(prompts, config.num_images, config.batch_size)
     find_family(trained.model, trained.sampler)
     device = default_device()

@@ -14,7 +14,7 @@ from sfumato.models.origins import check_start
 from sfumato.models.registry import find_family
 from sfumato.run.build import Own, build_job, check_own
 from sfumato.run.export import export_run
-from sfumato.run.identity import contents_of, read_began, write_began
+from sfumato.run.identity import contents_of, read_began, repeated_pictures, write_began
 from sfumato.run.open_data import open_data
 from sfumato.training.checkpoint import list_checkpoints, tidy
 from sfumato.training.distribution import Distribution
@@ -117,6 +117,9 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
             )
     write_saved(folder.path, settings)
     write_began(folder.path, contents)
+    repeated, total = repeated_pictures(config, folder.path)
+    if repeated:
+        print(f"validation: training reads {repeated} of its {total} pictures too", flush=True)
 
 
 def _way_on(model: ModelConfig, folder: RunFolder) -> str:
