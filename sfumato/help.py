@@ -80,7 +80,8 @@ def command_page(command: str, key: str | None = None) -> str:
     if key is None:
         head = [f"usage: sfumato {command} [KEY=VALUE ...]", "", _summary(COMMANDS[command])]
         recipes = ["", "`sfumato recipes` lists recipes."] if command in RECIPES else []
-        return "\n".join([*head, *recipes, "", NOTES, "", *map(str, settings)])
+        notes = NOTES if recipes else NOTES.rpartition("\n")[0]  # the last is of recipes
+        return "\n".join([*head, *recipes, "", notes, "", *map(str, settings)])
     chosen = [each for each in settings if re.fullmatch(rf"{re.escape(key)}(\..*)?", each.key)]
     if not chosen:
         raise ValueError(unknown_key(key, known_keys(command)))
