@@ -16,8 +16,11 @@ from sfumato.compose import compose_command, compose_train
 from sfumato.conditions import READ, conditions_of, refuse_unread, unread
 from sfumato.config import ColorRewardConfig, TrainConfig, WeightedPartConfig, WeightedRewardConfig
 from sfumato.demo.experiment import write_prompts
+from sfumato.evaluation.commands import distinct
 from sfumato.help import command_page, settings_of
 from sfumato.run.identity import contents_of, repeated_pictures
+from sfumato.run.run import way_on
+from sfumato.training.folder import RunFolder
 
 # What each command always reads: where a new setting belongs, if it has no condition in READ.
 MODEL = "model.{pretrained,variant,allow_pickle,family}"
@@ -273,6 +276,38 @@ def test_pictures_of_training_are_known_in_validation(tmp_path: Path) -> None:
         assert repeated_pictures(config, run) == (repeated, total)
         config, _ = compose_train(given)
         assert repeated_pictures(config, run) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        (["a", "b"], ""),
+        (["a", "b", "a", "a"], "left out: 2 of 4 prompts, which repeat an earlier one\n"),
+        (["a ", "a"], ""),
+    ],
+)
+def test_repeated_prompts_of_an_evaluation_are_said(
+    prompts: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distinct(prompts) == sorted(set(prompts), key=prompts.index)
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    ("model", "way"),
+    [
+        ("pretrained=M", "model.lora.start=F/export/lora"),
+        ("trainable=full pretrained=M", "model.pretrained=F/export/pipeline"),
+        (
+            "pretrained=null network.config=sd1 autoencoder=A text_encoder=T trainable=full",
+            "model.network.from_pretrained=F",
+        ),
+    ],
+)
+def test_another_setting_has_a_way_on(model: str, way: str) -> None:
+    typed = [f"model.{text}" for text in model.split()]
+    config, _ = compose_train([*typed, "data.prompts=P", "reward=color"])
+    assert way_on(config.model, RunFolder(Path("F"))).endswith(f": name=... {way}")
 
 
 def test_the_demos_prompts_are_shipped() -> None:

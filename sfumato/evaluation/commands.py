@@ -185,6 +185,15 @@ def shown_prompts(run: RunFolder) -> list[str]:
     return [row.prompt for row in read_rows(path, _Shown, f"remove {folders[-1]}")]
 
 
+def distinct(prompts: Sequence[str]) -> list[str]:
+    """Return each prompt once, in order; say how many repeat an earlier one."""
+    once = list(dict.fromkeys(prompts))
+    if len(once) < len(prompts):
+        print(f"left out: {len(prompts) - len(once)} of {len(prompts)} prompts, which repeat an "
+              "earlier one", flush=True)  # fmt: skip
+    return once
+
+
 def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     """Evaluate a run's checkpoints, and the base model as step 0, and write to the run folder.
 
@@ -204,8 +213,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
         prompts = read_prompts(config.prompts, column=config.column)
     else:
         prompts = shown_prompts(run)
-    if repeated := len(prompts) - len(prompts := list(dict.fromkeys(prompts))):
-        print(f"prompts: {repeated} of them repeat an earlier one, and are left out", flush=True)
+    prompts = distinct(prompts)
     check_request(prompts, config.num_images, config.batch_size)
     find_family(trained.model, trained.sampler)
     device = default_device()

@@ -23,6 +23,7 @@ from sfumato.config import (
     TrainConfig,
 )
 from sfumato.explain import nearest
+from sfumato.models.registry import find_family
 from sfumato.preparation.settings import check_prepare
 
 DISTRIBUTED = ("prepare", "train")  # commands that can run in several processes
@@ -178,9 +179,10 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
     Args:
         promised: the folders that earlier jobs fill.
     """
-    settings = copy.deepcopy(job.settings)
+    settings, waits = copy.deepcopy(job.settings), False
     for key, value in _files(job):
         if any(_absolute(Path(value)).is_relative_to(_absolute(out)) for out in promised):
+            waits = True
             if key in WEIGHTS:  # the checks would open it, and it does not exist yet
                 section, name = _section_of(settings, key)
                 section[name] = None
@@ -188,6 +190,9 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
             raise ValueError(f"{key} = {value} does not exist, and no earlier job makes it")
     if isinstance(settings, TrainConfig):
         check_train(settings, job.processes * job.nodes)
+        model = settings.model.pretrained
+        if model is not None and Path(model).expanduser().is_dir() and not waits:
+            find_family(settings.model, settings.sampler)
     elif isinstance(settings, PrepareConfig):
         check_prepare(settings)
     elif isinstance(settings, SampleConfig):

@@ -106,7 +106,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
             listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
             raise ValueError(
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
-                f"(name=...), or remove the folder. {_way_on(config.model, folder)}"
+                f"(name=...), or remove the folder. {way_on(config.model, folder)}"
             )
         others = [key for key in contents if key in before and key not in same]
         if others := [key for key in others if key not in config.allow_changed]:
@@ -122,7 +122,8 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
         print(f"validation: training reads {repeated} of its {total} pictures too", flush=True)
 
 
-def _way_on(model: ModelConfig, folder: RunFolder) -> str:
+def way_on(model: ModelConfig, folder: RunFolder) -> str:
+    """Say how a run of other settings starts from the weights of the run in a folder."""
     start = f"model.pretrained={folder.export}/pipeline"
     if model.trainable == "lora":
         start = f"model.lora.start={folder.export}/lora"
