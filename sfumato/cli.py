@@ -192,13 +192,15 @@ def dispatch(command: str, config: Any) -> None:
     """Check composed settings and hand them to the room that does the work."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     from sfumato.check import check_train
     from sfumato.compose import read_settings, swept_name
     from sfumato.conditions import shown, unread
 
-    overrides = list(HydraConfig.get().overrides.task)
-    settings, plain = read_settings(config, overrides)
+    overrides = HydraConfig.get().overrides.task
+    typed: Any = OmegaConf.to_container(overrides, resolve=False)  # a text may hold ${
+    settings, plain = read_settings(config, typed)
     if command == "train":
         plain["name"] = settings.name = swept_name(settings.name, sys.argv[1:], overrides)
         check_train(settings, int(os.environ.get("WORLD_SIZE", "1")))

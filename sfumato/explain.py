@@ -95,12 +95,12 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
 
 
 def _near(key: str, names: Sequence[str]) -> list[str]:
-    """Return the name of the nearest spelling; of a name in the same section, its end counts."""
+    """Return the name of the nearest spelling; in a known section, the ends are compared."""
     section, _, leaf = key.rpartition(".")
-    inside = {n.rpartition(".")[2]: n for n in names if section and n.rpartition(".")[0] == section}
-    found = difflib.get_close_matches(leaf, inside, n=1, cutoff=0.65)
-    outside = [name for name in names if name not in inside.values()]
-    return [inside[end] for end in found] or difflib.get_close_matches(key, outside, 1, 0.65)
+    inside = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == section}
+    if inside:
+        return [inside[end] for end in difflib.get_close_matches(leaf, inside, 1, 0.65)]
+    return difflib.get_close_matches(key, names, 1, 0.8)
 
 
 def _sections(key: str) -> list[str]:
