@@ -101,9 +101,11 @@ def _check_data(config: TrainConfig) -> None:
 
         for key, each in given.items():
             checked_sources(key, each)
-    if not prepared:
-        return
-    if shards.cached and config.model.parts not in (["network"], ["unet"], ["transformer"]):
+    if (
+        prepared
+        and shards.cached
+        and config.model.parts not in (["network"], ["unet"], ["transformer"])
+    ):
         raise ValueError(
             f"model.parts={config.model.parts} trains a text encoder, but a cache holds the "
             "states of the frozen one; use data.shards.cached=false, or model.parts=[network]"

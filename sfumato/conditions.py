@@ -118,20 +118,26 @@ def _untyped_names(settings: Any, section: str, typed: Sequence[str]) -> list[st
 def unread(settings: Any) -> dict[str, tuple[Any, str, str]]:
     """Return the settings that are not as by default and are not read.
 
-    A script that brings objective=own may read any setting.
-
     Returns:
         Value, reason and further advice by key.
     """
-    if isinstance(settings, TrainConfig) and isinstance(settings.objective, OwnConfig):
-        return {}
-    command, found = _command(settings), {}
+    found = {}
     for key, value, default in leaves_of(settings):
-        for condition in conditions_of(command, key) if value != default else ():
-            if (broken := _broken(settings, condition)) is not None:
-                found[key] = (value, *broken)
-                break
+        if value != default and (reason := why_unread(settings, key)) is not None:
+            found[key] = (value, *reason)
     return found
+
+
+def why_unread(settings: Any, key: str) -> tuple[str, str] | None:
+    """Return why a setting is not read, and further advice; None if it is read.
+
+    A script that brings objective=own may read any setting.
+    """
+    if isinstance(settings, TrainConfig) and isinstance(settings.objective, OwnConfig):
+        return None
+    conditions = conditions_of(_command(settings), key)
+    broken = (_broken(settings, condition) for condition in conditions)
+    return next((reason for reason in broken if reason is not None), None)
 
 
 def conditions_of(command: str, key: str) -> list[str]:
@@ -228,5 +234,5 @@ def _listed(value: Any) -> list[Any]:
 
 def _value(settings: Any, key: str) -> Any:
     for name in key.split("."):
-        settings = vars(settings)[name]
+        settings = vars(settings).get(name) if is_dataclass(settings) else None
     return settings.kind if is_dataclass(settings) else settings

@@ -15,11 +15,12 @@ from sfumato.check import check_train
 from sfumato.compose import compose_command, compose_train
 from sfumato.conditions import READ, conditions_of, refuse_unread, unread
 from sfumato.config import ColorRewardConfig, TrainConfig, WeightedPartConfig, WeightedRewardConfig
+from sfumato.config.saved import write_saved
 from sfumato.demo.experiment import write_prompts
 from sfumato.evaluation.commands import distinct
 from sfumato.help import command_page, settings_of
 from sfumato.run.identity import contents_of, repeated_pictures
-from sfumato.run.run import way_on
+from sfumato.run.run import prepare_folder, way_on
 from sfumato.training.folder import RunFolder
 
 # What each command always reads: where a new setting belongs, if it has no condition in READ.
@@ -202,6 +203,23 @@ def test_what_a_recipe_sets_in_vain_is_known() -> None:
     assert set(unread(settings)) == {"model.lora.rank", "model.lora.targets", "data.images.flip"}
     with pytest.raises(ValueError, match=r"model\.lora\.rank=4 has no effect with model\.train"):
         refuse_unread(settings, ["model.lora.rank=4"])
+
+
+def test_what_is_not_read_may_be_another_when_a_run_goes_on(tmp_path: Path) -> None:
+    given = [*DRAFT, "model.trainable=full", f"runs_dir={tmp_path}", "model.lora.rank=32"]
+    config, plain = compose_train(given)
+    folder = RunFolder.of(config)
+    (folder.checkpoints / "step-000001").mkdir(parents=True)
+    saved = {**plain, "model": {**plain["model"], "lora": {**plain["model"]["lora"], "rank": 8}}}
+    write_saved(folder.path, saved)
+    prepare_folder(folder, config, plain)
+    write_saved(folder.path, {**saved, "optimizer": {**plain["optimizer"], "eps": 1.0}})
+    with pytest.raises(ValueError, match=r"other settings \(optimizer\.eps: 1\.0 -> 1e-08\);"):
+        prepare_folder(folder, config, plain)
+    other = {"kind": "supervised", "timesteps": "uniform"}
+    write_saved(folder.path, {**plain, "objective": other})
+    with pytest.raises(ValueError, match=r"objective\.kind: supervised -> draft"):
+        prepare_folder(folder, config, plain)
 
 
 def test_a_script_may_read_any_setting() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from sfumato.conditions import why_unread
 from sfumato.config import ModelConfig, TrainConfig
 from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
@@ -102,6 +103,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
         same = {key for key, content in contents.items() if before.get(key) == content}
         saved = read_saved(folder.path, "restore the file, or choose another name (name=...)")
         changed = differences(flatten(saved), flatten(settings))
+        same |= {key for key in changed if why_unread(config, key) is not None}
         if changed := {key: change for key, change in changed.items() if key not in same}:
             listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
             raise ValueError(
