@@ -43,11 +43,8 @@ def check_train(config: TrainConfig, processes: int) -> None:
     if isinstance(config.objective, DraftConfig):
         _check_differentiable(config.reward)
         _check_draft(config.objective, config.sampler.num_inference_steps)
-        if (
-            config.objective.kl_coeff
-            and config.model.trainable == "full"
-            and not config.model.reference
-        ):
+        lacks_copy = config.model.trainable == "full" and not config.model.reference
+        if lacks_copy and config.objective.kl_coeff:
             raise ValueError(
                 f"objective.kl_coeff={config.objective.kl_coeff} compares with a frozen copy; set "
                 "model.reference=true, or objective.kl_coeff=0"
@@ -101,11 +98,8 @@ def _check_data(config: TrainConfig) -> None:
 
         for key, each in given.items():
             checked_sources(key, each)
-    if (
-        prepared
-        and shards.cached
-        and config.model.parts not in (["network"], ["unet"], ["transformer"])
-    ):
+    network_alone = config.model.parts in (["network"], ["unet"], ["transformer"])
+    if prepared and shards.cached and not network_alone:
         raise ValueError(
             f"model.parts={config.model.parts} trains a text encoder, but a cache holds the "
             "states of the frozen one; use data.shards.cached=false, or model.parts=[network]"
