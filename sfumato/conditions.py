@@ -235,4 +235,4 @@ def _listed(value: Any) -> list[Any]:
 def _value(settings: Any, key: str) -> Any:
     for name in key.split("."):
         settings = vars(settings).get(name) if is_dataclass(settings) else None
-    return settings.kind if is_dataclass(settings) else settings
+    return vars(settings)["kind"] if is_dataclass(settings) else settings

@@ -13,7 +13,7 @@ from refusals import assert_explained
 from sfumato.catalog import known_keys
 from sfumato.check import check_train
 from sfumato.compose import compose_command, compose_train
-from sfumato.conditions import READ, conditions_of, refuse_unread, unread
+from sfumato.conditions import READ, conditions_of, refuse_unread, typed_keys, unread
 from sfumato.config import ColorRewardConfig, TrainConfig, WeightedPartConfig, WeightedRewardConfig
 from sfumato.config.saved import write_saved
 from sfumato.demo.experiment import write_prompts
@@ -195,7 +195,8 @@ def test_each_command_refuses_what_it_does_not_read(command: str, given: str, ty
     ],
 )
 def test_defaults_and_what_a_recipe_sets_are_no_mistake(typed: Sequence[str]) -> None:
-    assert compose_train(typed)
+    settings, _ = compose_train(typed)
+    assert not set(typed_keys(typed)) & set(unread(settings))
 
 
 def test_what_a_recipe_sets_in_vain_is_known() -> None:
@@ -224,7 +225,8 @@ def test_what_is_not_read_may_be_another_when_a_run_goes_on(tmp_path: Path) -> N
 
 def test_a_script_may_read_any_setting() -> None:
     typed = ["objective=own", "model.pretrained=M", "model.image_size=64", "data.images.path=P"]
-    assert compose_train([*typed, "data.prompts=P", "model.lora.encoder_targets=[q]"])
+    settings, _ = compose_train([*typed, "data.prompts=P", "model.lora.encoder_targets=[q]"])
+    assert unread(settings) == {}
 
 
 def test_an_empty_dictionary_takes_nothing_out() -> None:
@@ -233,7 +235,8 @@ def test_an_empty_dictionary_takes_nothing_out() -> None:
     with pytest.raises(ValueError, match=re.escape(f"leave out by name: {' '.join(out)}")):
         compose_train([*recipe, "data.images.sources={}"])
     assert not compose_train([*recipe, *out])[0].data.images.sources
-    assert compose_train([*IMAGES, "data.images.sources={}", "model.merge={}"])
+    config, _ = compose_train([*IMAGES, "data.images.sources={}", "model.merge={}"])
+    assert not config.model.merge
     with pytest.raises(ValueError, match=r"reward\.parts\.preference=null reward\.parts\.redness="):
         compose_train(["recipe=demo_draft_plus", "reward.parts={}"])
 
@@ -273,7 +276,7 @@ def test_a_penalty_needs_the_frozen_copy() -> None:
     given = [*DRAFT, "model.trainable=full", "model.reference=false"]
     with pytest.raises(ValueError, match=r"objective\.kl_coeff=1\.0 compares .*reference=true"):
         compose_train(given)
-    assert compose_train([*given, "objective.kl_coeff=0"])
+    assert not compose_train([*given, "objective.kl_coeff=0"])[0].model.reference
 
 
 def test_pictures_of_training_are_known_in_validation(tmp_path: Path) -> None:
