@@ -334,6 +334,9 @@ def test_another_setting_has_a_way_on(model: str, way: str) -> None:
 def test_the_demos_prompts_are_shipped() -> None:
     settings, _ = compose_train(["recipe=demo_draft_plus"])
     assert Path(str(settings.data.prompts)).read_text(encoding="utf-8") == write_prompts(0)
+    light = ["reward.parts.redness=null", "reward.parts.light={kind: brightness, weight: 0.3}"]
+    reward: Any = compose_train(["recipe=demo_draft_plus", *light])[0].reward
+    assert set(reward.parts) == {"preference", "light"}  # as the recipe's head says
 
 
 def test_help_says_when_a_setting_is_read_and_whether_it_may_change() -> None:
