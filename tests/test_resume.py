@@ -38,6 +38,7 @@ from sfumato.training.stop import parse_duration
 KILLED = -9
 # Everything that draws random numbers; six prompts and batches of four cross an epoch border.
 RANDOM = (
+    "model.variant=0.2",  # the toy's dropout
     "objective.truncation_range=[1,2]",
     "sampler.eta=0.5",
 )

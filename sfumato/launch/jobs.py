@@ -190,8 +190,8 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
             raise ValueError(f"{key} = {value} does not exist, and no earlier job makes it")
     if isinstance(settings, TrainConfig):
         check_train(settings, job.processes * job.nodes)
-        model = settings.model.pretrained
-        if model is not None and Path(model).expanduser().is_dir() and not waits:
+        model = Path(settings.model.pretrained or "").expanduser()
+        if not waits and (model / "model_index.json").is_file():
             find_family(settings.model, settings.sampler)
     elif isinstance(settings, PrepareConfig):
         check_prepare(settings)
