@@ -30,7 +30,8 @@ STEPS, KILLED_AFTER = 8, 4
 TIMES = ("second", "mfu", "tflops", "wait", "memory", "time")  # in names of metrics that may differ
 COLORS, SHAPES = ("red", "green", "blue", "yellow", "purple"), ("ring", "star", "square", "cross")
 
-MODEL = ("model.pretrained=data/model", "model.lora.rank=4", "sampler.num_inference_steps=4")
+MODEL = ("model.pretrained=data/model", "sampler.num_inference_steps=4")
+LORA = ("model.lora.rank=4",)  # of all runs but those of whole weights
 COMMON = (
     *MODEL,
     "sampler.guidance_scale=2.5",
@@ -100,7 +101,8 @@ def main() -> None:
         sfumato(folder, 1, prepare_command())
     for name in options.only:
         processes, settings = RUNS[name]
-        command = ["train", f"name={name}", *COMMON, *settings]
+        lora = () if "model.trainable=full" in settings else LORA
+        command = ["train", f"name={name}", *COMMON, *lora, *settings]
         if options.action == "start":
             start_and_kill(folder, name, processes, command)
         else:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sfumato.config import (
+    BrightnessRewardConfig,
+    ColorRewardConfig,
     DraftConfig,
     JpegRewardConfig,
     NoRewardConfig,
@@ -41,6 +43,12 @@ def check_train(config: TrainConfig, processes: int) -> None:
     if isinstance(config.objective, DraftConfig):
         _check_differentiable(config.reward)
         _check_draft(config.objective, config.sampler.num_inference_steps)
+        lacks_copy = config.model.trainable == "full" and not config.model.reference
+        if lacks_copy and config.objective.kl_coeff:
+            raise ValueError(
+                f"objective.kl_coeff={config.objective.kl_coeff} compares with a frozen copy; set "
+                "model.reference=true, or objective.kl_coeff=0"
+            )
 
 
 def _check_batch(training: TrainingConfig, processes: int) -> None:
@@ -77,14 +85,7 @@ def _check_data(config: TrainConfig) -> None:
         key: f"{key}.path={each.path!r}" if each.path else f"{key}.sources={list(each.sources)}"
         for key, each in given.items()
     }
-    if named and isinstance(config.objective, DraftConfig):
-        raise ValueError(
-            f"{next(iter(named.values()))} is for objective=supervised, and objective=draft reads "
-            "only data.prompts and validation.prompts; leave it out"
-        )
     prepared, images = named.get("data.shards"), named.get("data.images")
-    if prepared and not isinstance(config.objective, SupervisedConfig):
-        raise ValueError(f"{prepared} is for objective=supervised; bring Own(stream=...) instead")
     if prepared and images:
         raise ValueError(f"{prepared} and {images} are both given; leave one of them out")
     if shards.cached and images:
@@ -97,9 +98,8 @@ def _check_data(config: TrainConfig) -> None:
 
         for key, each in given.items():
             checked_sources(key, each)
-    if not prepared:
-        return
-    if shards.cached and config.model.parts not in (["network"], ["unet"], ["transformer"]):
+    network_alone = config.model.parts in (["network"], ["unet"], ["transformer"])
+    if prepared and shards.cached and not network_alone:
         raise ValueError(
             f"model.parts={config.model.parts} trains a text encoder, but a cache holds the "
             "states of the frozen one; use data.shards.cached=false, or model.parts=[network]"
@@ -113,12 +113,6 @@ def _check_lora_files(config: TrainConfig) -> None:
     from sfumato.training.folder import RunFolder
 
     start, folder = config.model.lora.start, RunFolder(Path(config.runs_dir) / config.name)
-    if start is not None and config.model.trainable != "lora":
-        raise ValueError(
-            f"model.lora.start={start!r} is an adapter to continue training, but "
-            f"model.trainable={config.model.trainable} trains none; merge it into the base with "
-            "model.merge.NAME.path=FILE"
-        )
     if start is not None and not list_checkpoints(folder.checkpoints):
         find_lora(start, "model.lora.start")
     for name, merge in config.model.merge.items():
@@ -132,6 +126,8 @@ def _check_lora_files(config: TrainConfig) -> None:
 def _check_differentiable(reward: RewardConfig) -> None:
     rewards: Mapping[str, RewardConfig] = {"reward": reward}
     if isinstance(reward, WeightedRewardConfig):
+        if not any(part.weight for part in reward.parts.values()):
+            raise ValueError("each reward.parts.NAME.weight is 0: nothing is learned; give others")
         rewards = {f"reward.parts.{name}": part.reward for name, part in reward.parts.items()}
     for key, each in rewards.items():
         if isinstance(each, NoRewardConfig):
@@ -139,6 +135,8 @@ def _check_differentiable(reward: RewardConfig) -> None:
                 "objective=draft maximises a reward: choose one, such as reward=clip "
                 "reward.pretrained=MODEL, or reward=color"
             )
+        if isinstance(each, ColorRewardConfig | BrightnessRewardConfig) and not each.scale:
+            raise ValueError(f"{key}.scale=0 makes all rewards equal; give another number")
         if isinstance(each, JpegRewardConfig):
             raise ValueError(
                 f"{key}={each.kind} is not differentiable, and DRaFT learns from the reward's "

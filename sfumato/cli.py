@@ -131,7 +131,6 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
     """Compose the settings of a command and run it; `--cfg` and `-m` are Hydra's."""
     import hydra
 
-    from sfumato.catalog import known_keys
     from sfumato.compose import COMPOSITION_ERRORS, is_sweep, register
     from sfumato.config import CONF
     from sfumato.explain import explain
@@ -155,7 +154,7 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
         try:
             run()
         except COMPOSITION_ERRORS as error:
-            fail(explain(error, known_keys(command)))
+            fail(explain(error, command, settings))
 
 
 @contextmanager
@@ -196,14 +195,18 @@ def dispatch(command: str, config: Any) -> None:
     from omegaconf import OmegaConf
 
     from sfumato.check import check_train
-    from sfumato.compose import swept_name, to_settings
+    from sfumato.compose import read_settings, swept_name
+    from sfumato.conditions import shown, unread
 
-    settings = to_settings(config)
+    overrides = HydraConfig.get().overrides.task
+    typed: Any = OmegaConf.to_container(overrides, resolve=False)  # a text may hold ${
+    settings, plain = read_settings(config, typed)
     if command == "train":
-        plain: Any = OmegaConf.to_container(config, resolve=True)
-        overrides = HydraConfig.get().overrides.task
         plain["name"] = settings.name = swept_name(settings.name, sys.argv[1:], overrides)
         check_train(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        if os.environ.get("RANK", "0") == "0":
+            for key, (value, why, _) in unread(settings).items():
+                print(f"the recipe's {key}={shown(value)} has no effect {why}", flush=True)
         from sfumato.run.run import train
         from sfumato.training.distribution import Distribution
 
@@ -280,7 +283,7 @@ def demo(arguments: Sequence[str]) -> None:
 
     parser = options_parser("demo", demo)
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/demo)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the demo (default: 0)")
     parser.add_argument(
         "--rebuild",
         type=Path,
@@ -290,19 +293,28 @@ def demo(arguments: Sequence[str]) -> None:
         help="train the shipped models again, into this folder, instead of running the demo",
     )
     parser.add_argument("--stage", metavar="NAME", help="of the rebuild: only this stage")
-    parser.add_argument("--count", type=int, default=1, help="its training steps, or pictures")
+    parser.add_argument("--count", type=int, help="its training steps, or pictures (default: 1)")
     options = parser.parse_args(arguments)
     if options.stage and not options.rebuild:
         parser.error(f"--stage {options.stage} is of the rebuild; say --rebuild DIR too")
+    if options.count is not None and not (options.rebuild and options.stage):
+        parser.error(
+            f"--count {options.count} is of one stage of the rebuild; say --rebuild DIR --stage "
+            "NAME too, or leave it out"
+        )
+    if options.count is not None and options.count < 1:
+        parser.error(f"--count {options.count} must be 1 or more")
     if options.rebuild and options.out:
         parser.error(f"--rebuild does not write to --out; say --rebuild {options.out}")
+    if options.rebuild and options.seed:
+        parser.error(f"--seed {options.seed} is of the demo, and --rebuild has none; leave it out")
     if not 0 <= options.seed < 2**63:
         parser.error(f"--seed {options.seed} must be 0 or more, and less than 2^63")
     with mistakes_explained():
         if options.rebuild and options.stage:
             from sfumato.demo.rebuild import run_stage
 
-            run_stage(options.rebuild, options.stage, options.count)
+            run_stage(options.rebuild, options.stage, options.count or 1)
         elif options.rebuild:
             from sfumato.demo.rebuild import rebuild
 

@@ -16,8 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sfumato.catalog import CHOICES, keys_of, known_keys
+from sfumato.catalog import CHOICES, keys_of
 from sfumato.check import check_train
+from sfumato.conditions import refuse_unread
 from sfumato.config import (
     COMMANDS,
     CONF,
@@ -46,7 +47,7 @@ def register() -> None:
     """Make the dataclasses known to Hydra: one root per command, one node per group choice.
 
     `${demo:base}` in a recipe is the folder of a shipped model, `${demo_images:moons}` one of
-    shipped images.
+    shipped images; `${demo_images:prompts.txt}` has the prompts of `sfumato demo`.
     """
     for resolver, folder in (("demo", DEMO_MODELS), ("demo_images", DEMO_IMAGES)):
         OmegaConf.register_new_resolver(
@@ -206,10 +207,23 @@ def compose_command(command: str, overrides: Sequence[str]) -> tuple[Any, dict[s
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose(command, rewritten(command, overrides))
-        settings = to_settings(config)
-        plain: Any = OmegaConf.to_container(config, resolve=True)
+        return read_settings(config, overrides)
     except COMPOSITION_ERRORS as error:
-        raise ValueError(explain(error, known_keys(command))) from error
+        raise ValueError(explain(error, command, overrides)) from error
+
+
+def read_settings(config: Any, overrides: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Return the dataclasses of a composed configuration, and the same as data.
+
+    Args:
+        overrides: as typed, KEY=VALUE.
+
+    Raises:
+        ValueError: as `to_settings`, or what was typed has no effect.
+    """
+    settings = to_settings(config)
+    refuse_unread(settings, overrides)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     return settings, plain
 
 

@@ -4,8 +4,8 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 
-from sfumato.catalog import CHOICES, keys_of
-from sfumato.config import CONF
+from sfumato.catalog import CHOICES, keys_of, known_keys
+from sfumato.config import COMMANDS, CONF
 
 FOLDERS = (
     "those in ladder/ are for launch, those in prepare/ for prepare, the others for train and plan"
@@ -18,23 +18,23 @@ KINDS = {
 }
 
 
-def explain(error: BaseException, known: Sequence[str]) -> str:
+def explain(error: BaseException, command: str, typed: Sequence[str]) -> str:
     """Return the message of an error of Hydra or OmegaConf in one line.
 
     Args:
-        known: the names of all settings of the command; see `known_keys`.
+        typed: the overrides KEY=VALUE.
     """
-    message = str(error)
+    message, known = str(error), known_keys(command)
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unreadable"]
     if match := re.search(r"Could not override '([^']+)'", message):
-        if match[1] in CHOICES and match[1] not in known:
+        given = any(text.lstrip("+").startswith(f"{match[1]}=") for text in typed)
+        if match[1] in CHOICES and match[1] not in known and not given:
             return f"the recipe chooses {match[1]}, and this command has none; choose: {FOLDERS}"
         return unknown_key(match[1], known)
     if match := re.search(r"Could not find '([^'/]+)/([^']*)'", message):
         return _unknown_choice(match[1], match[2], message)
-    if match := re.search(r"Key '([^']+)' not in '(\w+)Config'", message):
-        name = match[2].lower()
-        return f"the recipe sets {match[1]}, which sfumato {name} does not have; choose: {FOLDERS}"
+    if match := re.search(r"Key '([^']+)' not in '(\w+)'", message):
+        return _not_in(match[1], match[2])
     if "Config group override must be a string" in message:
         groups = " and ".join(f"{group} ({', '.join(CHOICES[group])})" for group in CHOICES)
         return f"a group of settings is chosen by one name: {groups}"
@@ -52,8 +52,24 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
     return " ".join(lines[:4])
 
 
+def _not_in(key: str, owner: str) -> str:
+    """Say that a recipe sets a key that a command, or the chosen one of a group, lacks."""
+    for group, choices in CHOICES.items():
+        for name, node in choices.items():
+            if node.__name__ == owner:
+                others = [other for other in choices if key in keys_of(choices[other])]
+                whose = " or ".join(f"{group}={other}" for other in others)
+                about = (node.__doc__ or "").splitlines()[0]
+                return (
+                    f"{group}={name} ({about}) does not go with this recipe, which sets "
+                    f"{group}.{key} of {whose}; leave {group}={name} out, or choose another recipe"
+                )
+    name = owner.removesuffix("Config").lower()
+    return f"the recipe sets {key}, which sfumato {name} does not have; choose: {FOLDERS}"
+
+
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """Say that a key is unknown, and which known one is near."""
+    """Say that a key is unknown, and which known one is near in spelling."""
     group, _, rest = key.partition(".")
     owners = [name for name, node in CHOICES.get(group, {}).items() if rest in keys_of(node)]
     if key in known and owners:
@@ -64,11 +80,33 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     leaf = key.rpartition(".")[2]
     near = (
         [name for name in names if name.startswith(key)]
-        or [name for name in names if name.rpartition(".")[2] == leaf]
-        or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+        or [n for n in names if n.rpartition(".")[2] == leaf != "kind" and ("." in n or not rest)]
+        or _near(key, names)
     )
-    hint = f"did you mean {near[0]}?" if near else "run with --help to see every key"
-    return f"unknown key {key}: {hint}"
+    if near:
+        return f"unknown key {key}: did you mean {near[0]}?"
+    section = next((name for name in _sections(key) if name in groups), "")
+    elsewhere = [name for name in COMMANDS if key in known_keys(name)]
+    whose = f"it is a setting of sfumato {' and '.join(elsewhere)}, not of this command; "
+    return (
+        f"unknown key {key}: {whose if elsewhere else ''}run with --help {section}".rstrip()
+        + " to see every key, or look into docs/settings.md"
+    )
+
+
+def _near(key: str, names: Sequence[str]) -> list[str]:
+    """Return the name of the nearest spelling; in a known section, the ends are compared."""
+    section, _, leaf = key.rpartition(".")
+    inside = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == section}
+    if inside:
+        return [inside[end] for end in difflib.get_close_matches(leaf, inside, 1, 0.65)]
+    return difflib.get_close_matches(key, names, 1, 0.8)
+
+
+def _sections(key: str) -> list[str]:
+    """Return the sections that a key lies in, the innermost first."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
 def _unknown_choice(group: str, choice: str, message: str) -> str:

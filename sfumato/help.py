@@ -14,16 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.catalog import CHOICES, RECIPES, find_slot, known_keys, walk
+from sfumato.conditions import conditions_of, shown
 from sfumato.config import COMMANDS, CONF, Rule, rule_of
+from sfumato.config.saved import MAY_CHANGE
 from sfumato.explain import unknown_key
 
 NOTES = """\
   KEY=VALUE        a text is taken as typed; null is none (a text null: KEY="'null'"); lists are
                    [a,b] and dictionaries {a: 1}, where a text may stand in quotes
-  --help KEY       one setting, or all below a key
+  --help KEY       one setting, or all below a key; docs/settings.md has those of all commands.
+                   "only with" says beside which others a setting is read; typed elsewhere, it is
+                   refused
   --cfg job        print the settings as composed, and do nothing
   -m KEY=A,B       run once per value; for a text write KEY=choice(A,B)
   --config-dir DIR also take recipes from DIR/recipe/NAME.yaml"""
+RESUME = """\
+## What may change when a run goes on
+
+The same command goes on with a run that was stopped. A setting may then be another one if neither
+the weights nor what they are measured by depend on it; other changes are refused. Paths may be
+others where the same files lie, and `allow_changed` names settings whose files may have changed.
+
+A new run (another `name`) can start from the weights of a complete one, with any settings:
+`model.lora.start=RUN/export/lora` for adapters, `model.pretrained=RUN/export/pipeline` for whole
+weights, or `model.network.from_pretrained=RUN` beside `model.network.config`.
+
+These may change (`training.max_steps` only under `optimizer.schedule=constant`; the other schedules
+fall towards it):
+"""
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 FOLDERS = {"prepare": "prepare/", "launch": "ladder/"}  # of recipes
 
@@ -62,14 +80,17 @@ def command_page(command: str, key: str | None = None) -> str:
     if key is None:
         head = [f"usage: sfumato {command} [KEY=VALUE ...]", "", _summary(COMMANDS[command])]
         recipes = ["", "`sfumato recipes` lists recipes."] if command in RECIPES else []
-        return "\n".join([*head, *recipes, "", NOTES, "", *map(str, settings)])
+        notes = NOTES if recipes else NOTES.rpartition("\n")[0]  # the last is of recipes
+        return "\n".join([*head, *recipes, "", notes, "", *map(str, settings)])
     chosen = [each for each in settings if re.fullmatch(rf"{re.escape(key)}(\..*)?", each.key)]
     if not chosen:
         raise ValueError(unknown_key(key, known_keys(command)))
     if len(chosen) > 1:
         return "\n".join(map(str, chosen))
     (one,) = chosen
+    resume = "may change when a run goes on" if one.key in MAY_CHANGE and command == "train" else ""
     lines = {"type": one.kind, "default": one.default, "give": one.rule, "": one.comment}
+    lines |= {"resume": resume}
     return "\n".join([one.key, *(f"  {name:8} {text}" for name, text in lines.items() if text)])
 
 
@@ -111,7 +132,7 @@ def markdown() -> str:
             settings = [each for each in settings if each.key not in inherited]
         lines += ["| setting | type | default | give | |", "| --- | --- | --- | --- | --- |"]
         lines += [*_rows(command, settings, seen), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, RESUME, *(f"* `{key}`" for key in MAY_CHANGE), ""])
 
 
 def _rows(command: str, settings: Sequence[Setting], seen: dict[type, str]) -> Iterator[str]:
@@ -141,10 +162,18 @@ def _settings(command: str, node: Any, prefix: str = "") -> Iterator[Setting]:
             )
             comment = comments()[next(bases).__name__].get(item.name, "")
             comment = ": ".join(text for text in (entry.where, comment) if text)
+            comment = "; ".join(text for text in (comment, _only(command, key)) if text)
             kind = _type_words(command, key, rule)
-            yield Setting(key, entry.owner, kind, _value(entry.default), str(rule), comment)
+            yield Setting(key, entry.owner, kind, shown(entry.default), str(rule), comment)
         if is_dataclass(rule.entries) and not key.startswith("reward."):
             yield from _settings(command, rule.entries, f"{key}.NAME.")
+
+
+def _only(command: str, key: str) -> str:
+    """Say in words under which conditions a command reads a setting."""
+    words = [condition.replace("|", " or ") for condition in conditions_of(command, key)]
+    never = [text.partition(": ")[2] for text in words if text.startswith("never: ")]
+    return f"not read: {never[0]}" if never else f"only with {' and '.join(words)}" if words else ""
 
 
 def _group(command: str, key: str, owner: type, base: Any) -> Setting:
@@ -166,18 +195,6 @@ def _type_words(command: str, key: str, rule: Rule) -> str:
         lists = {list[int]: "list of whole numbers", list[float]: "list of numbers"}
         words = TYPES[origin] if origin is not None else lists.get(slot.kind, "dictionary")
     return f"{words} or null" if slot.optional else words
-
-
-def _value(default: Any) -> str:
-    match default:
-        case None:
-            return "null"
-        case bool():
-            return str(default).lower()
-        case list():
-            return f"[{', '.join(map(_value, default))}]"
-        case _:
-            return str(default)
 
 
 def _summary(owner: Any) -> str:

@@ -56,7 +56,9 @@ def command(folder: Path, name: str, *overrides: str, model: Path | None = None)
     model_overrides = [f"model.pretrained={model or 'toy'}"]
     if model is None:
         model_overrides.append("model.trainable=full")
-    places = [f"runs_dir={folder}", f"name={name}", f"data.prompts={prompts}"]
+    places = [f"runs_dir={folder}", f"name={name}"]
+    if "objective=supervised" not in overrides:  # it reads no prompts
+        places.append(f"data.prompts={prompts}")
     chosen = {text.split("=")[0]: text for text in [*BASE, *model_overrides, *places, *overrides]}
     return list(chosen.values())
 

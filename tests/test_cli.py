@@ -390,6 +390,33 @@ def test_closed_streams_and_ascii_terminals_end_without_a_traceback(tmp_path: Pa
         (["sample", "run=a", "pretrained=b"], ["run=FOLDER or pretrained=MODEL"]),
         (["sample", "run=a"], ['prompt="..." or prompts=FILE']),
         (["sample", "rum=a"], ["unknown key rum", "did you mean run?"]),
+        (["sample", "run=a", "negative_prompt=b"], ["negative_prompt", "run with --help to see"]),
+        (["sample", "run=a", "sampler.kind=b"], ["sampler.kind", "run with --help sampler to see"]),
+        (
+            ["evaluate", "run=a", "reward=jpeg"],
+            ["reward", "of sfumato train", "not of this command"],
+        ),
+        (["evaluate", "run=a", "reward.scale=2"], ["reward.scale", "of sfumato train and plan"]),
+        (["sample", "recipe=sd15_draft"], ["recipe", "of sfumato train", "not of this command"]),
+        (["evaluate", "run=a", "num_images=1"], ["num_images=1", "give 2 or more"]),
+        (
+            ["train", "recipe=demo_draft_plus", "reward=jpeg"],
+            [
+                "reward=jpeg",
+                "not differentiable",
+                "reward.parts of reward=weighted",
+                "leave reward",
+            ],
+        ),
+        (
+            ["train", "recipe=demo_draft_plus", "reward=color"],
+            ["reward=color", "reward.parts of reward=weighted"],
+        ),
+        (["train", "recipe=ladder/demo"], ["the recipe sets", "those in ladder/ are for launch"]),
+        (
+            ["prepare", "out=a", "recipe=sd15_draft"],
+            ["the recipe", "those in prepare/ for prepare"],
+        ),
         (["sample", "run=a", "prompt=b", "num_images=many"], ["num_images = many", "whole num"]),
         (["evaluate"], ["missing settings: run"]),
         (["evaluate", "run=a", "steps=3"], ["steps = 3", "is not a list"]),
@@ -662,3 +689,37 @@ def test_ctrl_c_stops_without_a_traceback(refuse: Call, monkeypatch: pytest.Monk
     answer = refuse()
     assert answer.code == 130
     assert answer.err.strip().endswith("stopped") and "Traceback" not in answer.err
+
+
+# Settings and options without effect
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--count", "3"], "--count 3 is of one stage of the rebuild"),
+        (["--count", "3", "--rebuild", "x"], "--count 3 is of one stage of the rebuild"),
+        (["--count", "0", "--rebuild", "x", "--stage", "text"], "--count 0 must be 1 or more"),
+        (["--stage", "text"], "--stage text is of the rebuild"),
+        (["--seed", "3", "--rebuild", "x"], "--seed 3 is of the demo"),
+        (["--out", "y", "--rebuild", "x"], "--rebuild does not write to --out"),
+    ],
+)
+def test_an_option_of_the_demo_that_does_nothing_is_refused(
+    call: Call, options: list[str], said: str
+):
+    answer = call("demo", *options)
+    assert answer.code == 2 and said in answer.err
+
+
+def test_what_a_recipe_sets_in_vain_is_said(call: Call):
+    given = ["model.pretrained=/nowhere", "data.shards.path=/nowhere", "model.trainable=full"]
+    answer = call("train", "recipe=sd15_sft_lora", *given)
+    said = [line for line in answer.out.splitlines() if line.startswith("the recipe's ")]
+    assert said == [
+        "the recipe's model.lora.rank=4 has no effect with model.trainable=full",
+        r"the recipe's model.lora.targets=[.*attn\d?\.to_[qkv], .*attn\d?\.to_out\.0] has no "
+        "effect with model.trainable=full",
+        "the recipe's data.images.flip=true has no effect without data.images.path or "
+        "data.images.sources",
+    ]

@@ -426,7 +426,21 @@ def test_a_wrong_part_is_named(part: str, expected: str):
         ("training.lr", "did you mean optimizer.lr?"),
         ("model.lora.ranks", "did you mean model.lora.rank?"),
         ("recip", "did you mean recipe?"),
-        ("qqq.zzz", "run with --help to see every key"),
+        ("qqq.zzz", "run with --help to see every key, or look into docs/settings.md"),
+        *(
+            (key, f"run with --help {section} to see every key, or look into docs/settings.md")
+            for key, section in (
+                ("sampler.kind", "sampler"),
+                ("sampler.negative_prompt", "sampler"),
+                ("optimizer.name", "optimizer"),
+                ("optimizer.kind", "optimizer"),
+                ("model.lora.bias", "model.lora"),
+            )
+        ),
+        *(
+            (key, "run with --help to see every key, or look into docs/settings.md")
+            for key in ("negative_prompt", "fid", "clip_score", "push_to_hub", "xformers")
+        ),
     ],
 )
 def test_an_unknown_key_has_its_nearest(key: str, hint: str):
@@ -527,6 +541,7 @@ def test_a_text_is_taken_as_typed(text: str, tmp_path: Path):
         [
             *("objective=supervised", "model.pretrained=M", f"data.images.sources.a.path={text}"),
             *(f"validation.column={text}", f"model.merge.a.path={text}", f"runs_dir={text}"),
+            "validation.prompts=P",
             *(inner if listed else []),
         ]
     )

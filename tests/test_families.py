@@ -142,8 +142,9 @@ def run(
     tmp_path: Path, folder: Path, pictures: Path, objective: str, *more: str
 ) -> list[dict[str, int | float]]:
     """Train two steps; the export is loaded by diffusers alone and its image compared."""
+    supervised = ["objective.caption_dropout=0.3", "validation.loss_images=4"]
     data = {
-        "supervised": [f"data.images.path={pictures}", "objective.caption_dropout=0.3"],
+        "supervised": [f"data.images.path={pictures}", *supervised],
         "draft": ["reward=color", f"data.prompts={tmp_path / 'prompts.txt'}"],
     }
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -164,7 +165,6 @@ def run(
             "training.tensorboard=false",
             "training.micro_batch_size=2",
             "validation.num_images=2",
-            "validation.loss_images=4",
             *more,
         ]
     )
@@ -201,8 +201,8 @@ def test_a_frozen_copy_is_kept_where_the_loss_asks_for_it(
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     given = [f"runs_dir={tmp_path}", f"model.pretrained={folders['flux']}", *objective]
     is_supervised = objective == ["objective=supervised"]
-    given += [f"data.images.path={pictures}"] if is_supervised else []
-    given += [f"data.prompts={tmp_path / 'prompts.txt'}"]
+    prompts = f"data.prompts={tmp_path / 'prompts.txt'}"
+    given.append(f"data.images.path={pictures}" if is_supervised else prompts)
     given += ["model.trainable=full", f"sampler.height={PIXELS}", f"sampler.width={PIXELS}"]
     given += ["sampler.num_inference_steps=2", "training.tensorboard=false", "verify=false"]
     given += ["validation.num_images=2", "validation.every_steps=1"]

@@ -153,6 +153,8 @@ def test_changed_settings_are_refused_by_name(tmp_path: Path, changed: str, said
     with pytest.raises(ValueError, match="other settings") as error:
         start(command(tmp_path, "run", "training.max_steps=1", changed))
     assert said in str(error.value)
+    start_anew = f"name=... model.pretrained={tmp_path / 'run' / 'export' / 'pipeline'}"
+    assert str(error.value).endswith(start_anew)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
@@ -166,6 +168,7 @@ def test_settings_that_do_not_touch_the_result_may_change(tmp_path: Path) -> Non
         "training.micro_batch_size": "1",
         "training.strategy": "fsdp",
         "training.tensorboard": "true",
+        "validation.every_steps": "1",
         "model.gradient_checkpointing": "true",
     }
     start(command(tmp_path, "run", *[f"{key}={value}" for key, value in changed.items()]))

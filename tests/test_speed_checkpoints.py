@@ -32,7 +32,7 @@ from sfumato.training.checkpoint import (
 
 KILLED = -9
 BESIDE = "training.async_checkpoints=true"
-RANDOM = (BESIDE, "model.lora.dropout=0.2", "objective.truncation_range=[1,2]", "sampler.eta=0.5")
+RANDOM = (BESIDE, "model.variant=0.2", "objective.truncation_range=[1,2]", "sampler.eta=0.5")
 MOMENTS = [
     ("CheckpointWriter._write_beside", 1),
     ("write_checkpoint", 2),

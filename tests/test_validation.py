@@ -41,7 +41,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         use_toy(patch)
         patch.setattr(build, "build_reward", lambda config: PromptReward())
-        more = ["training.ema_decay=0.5", "training.tensorboard=true", "model.lora.dropout=0.5"]
+        more = ["training.ema_decay=0.5", "training.tensorboard=true", "model.variant=0.5"]
         start(command(folder, "run", *more))
     yield folder / "run"
 
@@ -79,7 +79,7 @@ def test_training_is_with_dropout(done: Path, tmp_path: Path) -> None:
     torch.seed()
     rewards = []
     for dropout in (0.0, 0.5):
-        one = ["training.max_steps=1", f"model.lora.dropout={dropout}"]
+        one = ["training.max_steps=1", f"model.variant={dropout}"]
         start(command(tmp_path, str(dropout), *one))
         rewards.append(metrics(tmp_path / str(dropout))[1]["reward"])
     assert rewards[0] != rewards[1]

@@ -44,7 +44,7 @@ class ToyModel(TextToImageModel):
     def __init__(self, config: ModelConfig) -> None:
         self.process = RectifiedFlow()
         self.prediction_type = "flow"
-        self.network = ToyNetwork(config.lora.dropout)
+        self.network = ToyNetwork(float(config.variant or 0))  # the share that is dropped
         self.trained = self.network
         self.has_cfg, self.trains_text = True, False
         self.reference = copy.deepcopy(self.network).eval().requires_grad_(False)

@@ -70,7 +70,7 @@ class EvaluateConfig:
     )  # null is every checkpoint, and 0, the base model
     prompts: str | None = None  # null is the run's validation prompts
     column: str | None = None  # of prompts in a table
-    num_images: int = setting(16, FEW)  # per prompt
+    num_images: int = setting(16, Rule(least=2, most=1_000_000))  # per prompt; 2 have a diversity
     seed: int = 4321
     batch_size: int = setting(8, FEW)
     features: str = "pixels"  # for diversity: pixels, lpips, a CLIP folder or hub id

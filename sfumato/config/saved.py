@@ -15,32 +15,17 @@ _LARGEST = 2**22  # bytes
 _SHOWN = 40  # characters of a key in messages
 _DEEPEST, _MOST = 32, 50_000  # levels, and values with those that aliases repeat
 
-# Settings that may differ in a resumed run: they change how it runs and ends, not its results.
+# Settings that may differ in a resumed run: its weights and measures do not depend on them.
 MAY_CHANGE = (
-    "training.max_steps",
-    "training.max_time",
-    "training.checkpoint_every_steps",
-    "training.keep_checkpoints",
-    "training.micro_batch_size",
-    "training.strategy",
-    "training.shard_size",
-    "training.compile",
-    "training.async_checkpoints",
-    "training.ema_on_cpu",
-    "training.peak_tflops",
-    "training.tensorboard",
-    "training.wandb_project",
-    "model.gradient_checkpointing",
-    "model.channels_last",
-    "reward.gradient_checkpointing",
-    "verify",
-    "export",
-    "allow_changed",
-    "runs_dir",
-    "data.images.workers",
-    "data.images.prefetch",
-    "data.shards.workers",
-    "data.shards.prefetch",
+    *("runs_dir", "export", "verify", "allow_changed", "validation.every_steps"),
+    *("training.max_steps", "training.max_time", "training.micro_batch_size"),
+    *("training.checkpoint_every_steps", "training.keep_checkpoints"),
+    *("training.async_checkpoints", "training.ema_on_cpu", "training.peak_tflops"),
+    *("training.strategy", "training.shard_size", "training.compile"),
+    *("training.tensorboard", "training.wandb_project"),
+    *("model.gradient_checkpointing", "reward.gradient_checkpointing", "model.channels_last"),
+    *("data.images.workers", "data.images.prefetch"),
+    *("data.shards.workers", "data.shards.prefetch"),
 )
 
 

@@ -37,9 +37,7 @@ class LoraConfig:
     alpha: float | None = setting(None, POSITIVE)  # null means alpha = rank
     dropout: float = setting(0.0, FRACTION)
     targets: list[str] | None = setting(None, LAYERS)  # of the network; null: the family's
-    encoder_targets: list[str] | None = setting(
-        None, LAYERS
-    )  # of text encoders; null: the family's
+    encoder_targets: list[str] | None = setting(None, LAYERS)  # of text encoders; null: as above
     start: str | None = None  # a LoRA file, or its folder, to continue training from
 
 
@@ -69,17 +67,17 @@ class ModelConfig:
     variant: str | None = None  # file variant such as fp16
     allow_pickle: bool = False  # pickled weights can run code; safetensors cannot
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    autoencoder: str | None = None  # with network.config: a diffusers folder or an original file
-    text_encoder: str | None = None  # with network.config: a CLIP of transformers or OpenCLIP
-    tokenizer: str | None = None  # with network.config; null is text_encoder's own
-    scheduler: str | None = None  # with network.config: a diffusers folder; null is SD's DDIM
-    prediction_type: str = choice("epsilon", "v_prediction")  # with network.config
-    image_size: int | None = setting(None, SIDE)  # with network.config: pixels of a side
+    autoencoder: str | None = None  # a diffusers folder or an original file
+    text_encoder: str | None = None  # a CLIP of transformers or OpenCLIP
+    tokenizer: str | None = None  # null is text_encoder's own
+    scheduler: str | None = None  # a diffusers folder; null is SD's DDIM
+    prediction_type: str = choice("epsilon", "v_prediction")
+    image_size: int | None = setting(None, SIDE)  # pixels of a side
     family: str | None = None  # refuse a folder of another family; null accepts any
     trainable: str = choice("lora", "full")  # adapters, or all weights
     parts: list[str] = setting(["network"], Rule(filled=True))  # and text encoders, by name
     lora: LoraConfig = field(default_factory=LoraConfig)
-    reference: bool = True  # with full: keep a frozen copy, if the objective needs one
+    reference: bool = True  # keep a frozen copy, if the objective needs one
     dtype: str = choice(*DTYPES)  # of frozen weights
     gradient_checkpointing: bool = False  # of network and decoder
     channels_last: bool = False  # memory layout of convolutions that tensor cores read fastest
@@ -244,9 +242,7 @@ class ImageDataConfig(ImageSourceConfig):
     captions: str = choice("first", "random")  # of a picture that has several
     caption_lines: str = choice("first", "all", "random")  # of a caption that has several
     buckets: bool = False  # keep aspect ratios: each image is cropped to the nearest of several
-    min_size: int | None = setting(
-        None, COUNT
-    )  # pixels; leave out smaller images; null enlarges them
+    min_size: int | None = setting(None, COUNT)  # pixels; smaller ones are left out; null: enlarged
     max_pixels: int = setting(MAX_PIXELS, PIXELS)  # leave out larger images; Pillow's limit
     shuffle: bool = True
     workers: int = setting(4, NOT_NEGATIVE)  # threads that decode; 0 decodes when asked
@@ -273,9 +269,7 @@ class ShardDataConfig(ShardSourceConfig):
     flip: bool = False  # mirror every second image, at random; a cache must hold mirrored ones
     captions: str = choice("first", "random")  # of a picture that has several
     buckets: bool = False  # keep aspect ratios; a cache must hold moments of each size
-    min_size: int | None = setting(
-        None, COUNT
-    )  # pixels; leave out smaller images; null enlarges them
+    min_size: int | None = setting(None, COUNT)  # pixels; smaller ones are left out; null: enlarged
     max_pixels: int = setting(MAX_PIXELS, PIXELS)  # leave out larger images
     shuffle: bool = True
     buffer: int = setting(10_000, COUNT)  # samples of the window in which samples are shuffled
@@ -312,15 +306,13 @@ class OptimizerConfig:
 class ValidationConfig:
     """Pairs (tuned, base) of fixed prompts and fixed noise, and the loss of held-out images."""
 
-    prompts: str | None = None  # null is the first of data.prompts, or else captions of the data
+    prompts: str | None = None  # null: the first of data.prompts, or captions of the data
     column: str | None = None  # of validation.prompts in a table
     num_images: int = setting(8, FEW)
     every_steps: int = setting(100, NOT_NEGATIVE)  # 0 is off
     seed: int = 1234
-    images: ImageDataConfig = field(default_factory=ImageDataConfig)  # held out; supervised only
-    loss_images: int = setting(
-        64, Rule(least=0, most=1_000_000)
-    )  # held-out images for the validation loss; 0 is off
+    images: ImageDataConfig = field(default_factory=ImageDataConfig)  # held out
+    loss_images: int = setting(64, Rule(least=0, most=10**6))  # for the validation loss; 0 is off
 
 
 @dataclass
@@ -332,13 +324,9 @@ class TrainingConfig:
     global_batch_size: int = setting(4, FEW)  # images per optimiser step, over all processes
     precision: str = choice("no", "bf16", "fp16")  # of autocast
     strategy: str = choice("ddp", "fsdp", "hsdp")  # with more than one process
-    shard_size: int | None = setting(
-        None, COUNT
-    )  # processes per copy under hsdp; null is one machine's
+    shard_size: int | None = setting(None, COUNT)  # processes per copy; null is one machine's
     compile: str = choice("none", "regional", "full")  # regional: the repeated blocks only
-    ema_decay: float | None = setting(
-        0.9999, FRACTION
-    )  # null is off; warms up as (1 + n) / (10 + n)
+    ema_decay: float | None = setting(0.9999, FRACTION)  # null: off; warm-up (1 + n) / (10 + n)
     ema_every_steps: int = setting(1, FEW)  # update the average every N steps, with decay^N
     ema_on_cpu: bool = False  # keep the average off the device
     async_checkpoints: bool = True  # write while training goes on

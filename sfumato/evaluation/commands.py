@@ -11,6 +11,7 @@ import torch
 
 import sfumato
 from sfumato.compose import load_settings
+from sfumato.conditions import check_sample
 from sfumato.config import (
     EvaluateConfig,
     ModelConfig,
@@ -20,7 +21,6 @@ from sfumato.config import (
     check_values,
 )
 from sfumato.data.prompts import read_prompts
-from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint
 from sfumato.evaluation.results import Evaluation
@@ -80,14 +80,8 @@ def sample_images(config: SampleConfig) -> None:
     Raises:
         ValueError: if the settings name no model or no prompt, or a picture cannot be written.
     """
-    if (config.run is None) == (config.pretrained is None):
-        raise ValueError("give either run=FOLDER or pretrained=MODEL")
-    if config.run is None and config.step is not None:
-        raise ValueError(f"step={config.step} needs run=FOLDER; leave it out with pretrained")
-    if (config.prompt is None) == (config.prompts is None):
-        raise ValueError('give prompt="..." or prompts=FILE, one of the two')
     check_values(config)
-    annealed_weights(config.schedule, 1)
+    check_sample(config)
     texts = (
         [config.prompt]
         if config.prompt is not None
@@ -191,6 +185,15 @@ def shown_prompts(run: RunFolder) -> list[str]:
     return [row.prompt for row in read_rows(path, _Shown, f"remove {folders[-1]}")]
 
 
+def distinct(prompts: Sequence[str]) -> list[str]:
+    """Return each prompt once, in order; say how many repeat an earlier one."""
+    once = list(dict.fromkeys(prompts))
+    if len(once) < len(prompts):
+        print(f"left out: {len(prompts) - len(once)} of {len(prompts)} prompts, which repeat an "
+              "earlier one", flush=True)  # fmt: skip
+    return once
+
+
 def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     """Evaluate a run's checkpoints, and the base model as step 0, and write to the run folder.
 
@@ -210,7 +213,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
         prompts = read_prompts(config.prompts, column=config.column)
     else:
         prompts = shown_prompts(run)
-    prompts = list(dict.fromkeys(prompts))
+    prompts = distinct(prompts)
     check_request(prompts, config.num_images, config.batch_size)
     find_family(trained.model, trained.sampler)
     device = default_device()

@@ -3,48 +3,55 @@
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sfumato.check import check_train
 from sfumato.compose import compose_command
+from sfumato.conditions import check_sample, leaves_of
 from sfumato.config import (
     FOLDER,
     JobConfig,
     LaunchConfig,
     LocalClusterConfig,
     PrepareConfig,
+    SampleConfig,
     SlurmClusterConfig,
     TrainConfig,
 )
 from sfumato.explain import nearest
+from sfumato.models.registry import find_family
 from sfumato.preparation.settings import check_prepare
 
 DISTRIBUTED = ("prepare", "train")  # commands that can run in several processes
 WEIGHTS = ("model.lora.start", "model.network.from_pretrained")
 MODEL_FILES = ("model.pretrained", "model.autoencoder", "model.text_encoder", "model.tokenizer")
-# Settings that name files to read; those in OR_HUB may hold an id of the hub instead.
+# Settings that name files to read; those of OR_HUB may hold an id of the hub instead.
 FILES = {
     "train": (
-        "data.prompts",
-        "data.images.path",
-        "data.shards.path",
-        "validation.prompts",
-        "validation.images.path",
-        *WEIGHTS,
-        *MODEL_FILES,
+        r"(data|validation)\.prompts|(data|validation)\.images\.(sources\..+\.)?(path|base_path)",
+        r"data\.shards\.(sources\..+\.)?path|model\.(lora\.start|scheduler|merge\..+\.path)",
+        r"model\.(pretrained|autoencoder|text_encoder|tokenizer|network\.(config|from_pretrained))",
+        r"reward\.(parts\..+\.)?(pretrained|processor)",
     ),
-    "prepare": ("pack.path", "download.table", *MODEL_FILES),
-    "evaluate": ("run", "prompts"),
-    "sample": ("run", "prompts"),
+    "prepare": (
+        r"pack\.(path|base_path)|download\.table|model\.(scheduler|network\.config)",
+        r"model\.(pretrained|autoencoder|text_encoder|tokenizer)",
+    ),
+    "evaluate": ("run|prompts|features",),
+    "sample": ("run|prompts|pretrained",),
 }
-OR_HUB = ("download.table", "model.network.from_pretrained", *MODEL_FILES)
+OR_HUB = (
+    r"(model|reward)\..*(pretrained|processor|autoencoder|text_encoder|tokenizer|network\.config)"
+    r"|download\.table|pretrained|features"
+)
 # Settings whose files a job starts from, often another job's result. A changed file is noticed.
 STARTS = {
     "train": (*WEIGHTS, *MODEL_FILES),
-    "prepare": FILES["prepare"],
+    "prepare": ("pack.path", "download.table", *MODEL_FILES),
     "evaluate": ("run",),
     "sample": ("run",),
 }
@@ -172,21 +179,32 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
     Args:
         promised: the folders that earlier jobs fill.
     """
-    settings = copy.deepcopy(job.settings)
-    for key in FILES.get(job.command, ()):
-        value = value_of(settings, key)
-        if value is None:
-            continue
+    settings, waits = copy.deepcopy(job.settings), False
+    for key, value in _files(job):
         if any(_absolute(Path(value)).is_relative_to(_absolute(out)) for out in promised):
+            waits = True
             if key in WEIGHTS:  # the checks would open it, and it does not exist yet
                 section, name = _section_of(settings, key)
                 section[name] = None
-        elif not _exists(value, key in OR_HUB):
+        elif not _exists(value, re.fullmatch(OR_HUB, key) is not None):
             raise ValueError(f"{key} = {value} does not exist, and no earlier job makes it")
     if isinstance(settings, TrainConfig):
         check_train(settings, job.processes * job.nodes)
+        model = Path(settings.model.pretrained or "").expanduser()
+        if not waits and (model / "model_index.json").is_file():
+            find_family(settings.model, settings.sampler)
     elif isinstance(settings, PrepareConfig):
         check_prepare(settings)
+    elif isinstance(settings, SampleConfig):
+        check_sample(settings)
+
+
+def _files(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield the settings of a job that name files, with their values."""
+    pattern = "|".join(FILES.get(job.command, ()))
+    for key, value, _ in leaves_of(job.settings) if pattern else ():
+        if isinstance(value, str) and re.fullmatch(pattern, key):
+            yield key, value
 
 
 def _refuse_shared_runs(job: Job, earlier: Sequence[Job]) -> None:

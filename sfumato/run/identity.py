@@ -1,7 +1,7 @@
 """Identity by content: SHA-256 of the files that settings name, remembered by size and time."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".
 MODELS = ("pretrained", "processor", "autoencoder", "text_encoder", "tokenizer", "scheduler")
 BESIDE = ("adapter_config.json", "open_clip_config.json")  # state how a file's weights are meant
 STARTS = ("model.lora.start", "model.network.from_pretrained")  # read before the first step
+DATA = ("data.", "validation.")  # settings of pictures and prompts
 READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are compared
 THREADS = 4
 
@@ -104,6 +105,16 @@ def digests(named: Mapping[str, str], run: Path) -> dict[str, str]:
     return {key: value for key, value in contents.items() if value is not None}
 
 
+def repeated_pictures(config: TrainConfig, run: Path) -> tuple[int, int]:
+    """Return how many validation pictures are of the same bytes as training's, and of how many."""
+    known, flat, rooms = _read(run).get("files", {}), flatten(asdict(config)), []
+    for room in ("validation.images", "data.images"):
+        named = ((k, str(v)) for k, v in flat.items() if k.startswith(room) and _is_path(k, v))
+        paths = [str(f.absolute()) for k, v in named for f in files_of(v, k) if f.suffix != ".txt"]
+        rooms.append({known[path][-1] for path in paths if path in known})
+    return len(rooms[0] & rooms[1]), len(rooms[0])
+
+
 class _Sums:
     """SHA-256 sums of files; a file of the same size, time and inode is not read again."""
 
@@ -112,25 +123,13 @@ class _Sums:
         self.seen: dict[str, Any] = {}
 
     def digest_of(self, value: str, key: str) -> str | None:
-        top = _local(value)
-        is_data = key.startswith(("data.", "validation."))
-        if top.is_dir():
-            files = [
-                path
-                for path in sorted(top.rglob("*"))
-                if (is_data or path.suffix in MODEL_SUFFIXES)
-                and path.is_file()
-                and not any(part.startswith(".") for part in path.relative_to(top).parts)
-            ]
-            names: Sequence[str] = [path.relative_to(top).as_posix() for path in files]
-        else:
-            files = list(_expanded(top))
-            beside = [] if is_data else [top.parent / name for name in BESIDE]
-            files += [path for path in beside if files and path.is_file()]
-            names = [path.name for path in files] if len(files) > 1 else [""]
+        top, files = _local(value), files_of(value, key)
+        names = [path.relative_to(top).as_posix() if top.is_dir() else path.name for path in files]
+        if len(files) == 1 and not top.is_dir():
+            names = [""]
         if not files:
             return None
-        if is_data and sum(path.stat().st_size for path in files) > READ_WHOLE:
+        if key.startswith(DATA) and sum(path.stat().st_size for path in files) > READ_WHOLE:
             sizes = [path.stat().st_size for path in files]
             return digest(list(zip(names, sizes, strict=True)))
         with ThreadPoolExecutor(THREADS) as pool:
@@ -143,6 +142,15 @@ class _Sums:
         content = known[-1] if known and known[:-1] == state else sha256_of(path)
         self.seen[name] = (*state, content)
         return content
+
+
+def files_of(value: str, key: str) -> list[Path]:
+    """Return the files that lie at the path of a setting."""
+    top = _local(value)
+    if not top.is_dir():
+        return list(_expanded(top))
+    files = sorted(path for path in top.rglob("*") if path.is_file())
+    return [path for path in files if key.startswith(DATA) or path.suffix in MODEL_SUFFIXES]
 
 
 def _local(value: str) -> Path:

@@ -142,7 +142,7 @@ def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None
     own, data, (key, images) = config.validation, config.data, validation_images(config)
     if brought:
         prompts = list(brought)
-    elif own.prompts or data.prompts:
+    elif own.prompts or (data.prompts and not isinstance(config.objective, SupervisedConfig)):
         chosen, room = (own, "validation") if own.prompts else (data, "data")
         path, column = str(chosen.prompts), chosen.column
         prompts = read_prompts(path, key=f"{room}.prompts", column=column, limit=count)

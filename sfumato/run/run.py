@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from sfumato.config import TrainConfig
+from sfumato.conditions import why_unread
+from sfumato.config import ModelConfig, TrainConfig
 from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
 from sfumato.files import lock, refuse_link, write_text
@@ -14,7 +15,7 @@ from sfumato.models.origins import check_start
 from sfumato.models.registry import find_family
 from sfumato.run.build import Own, build_job, check_own
 from sfumato.run.export import export_run
-from sfumato.run.identity import contents_of, read_began, write_began
+from sfumato.run.identity import contents_of, read_began, repeated_pictures, write_began
 from sfumato.run.open_data import open_data
 from sfumato.training.checkpoint import list_checkpoints, tidy
 from sfumato.training.distribution import Distribution
@@ -102,11 +103,12 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
         same = {key for key, content in contents.items() if before.get(key) == content}
         saved = read_saved(folder.path, "restore the file, or choose another name (name=...)")
         changed = differences(flatten(saved), flatten(settings))
+        same |= {key for key in changed if why_unread(config, key) is not None}
         if changed := {key: change for key, change in changed.items() if key not in same}:
             listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
             raise ValueError(
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
-                "(name=...), or remove the folder"
+                f"(name=...), or remove the folder. {way_on(config.model, folder)}"
             )
         others = [key for key in contents if key in before and key not in same]
         if others := [key for key in others if key not in config.allow_changed]:
@@ -117,6 +119,19 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
             )
     write_saved(folder.path, settings)
     write_began(folder.path, contents)
+    repeated, total = repeated_pictures(config, folder.path)
+    if repeated:
+        print(f"validation: training reads {repeated} of its {total} pictures too", flush=True)
+
+
+def way_on(model: ModelConfig, folder: RunFolder) -> str:
+    """Say how a run of other settings starts from the weights of the run in a folder."""
+    start = f"model.pretrained={folder.export}/pipeline"
+    if model.trainable == "lora":
+        start = f"model.lora.start={folder.export}/lora"
+    elif model.network.config is not None:
+        start = f"model.network.from_pretrained={folder.path}"
+    return f"A new run can start from its weights once it is complete: name=... {start}"
 
 
 def report_left_out(stream: Stream[Any], folder: RunFolder, distribution: Distribution) -> None:

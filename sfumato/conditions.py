@@ -1,0 +1,238 @@
+"""Conditions between settings: when each is read, and refusals of those that were typed in vain."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+from sfumato.catalog import CHOICES, find_slot
+from sfumato.config import COMMANDS, OwnConfig, SampleConfig, TrainConfig, WeightedPartConfig
+
+Row = tuple[str, str]
+_IMAGES = "data.images.path|data.images.sources"
+_SHARDS = "data.shards.path|data.shards.sources"
+_SHARED = "crop|flip|captions|buckets|min_size|max_pixels|shuffle|workers|prefetch"
+_TRAINED = "network|unet|transformer"
+_IN_ORDER = "never: held-out pictures are read once, in order, from their centres"
+_ENCODERS = "never: sfumato prepare runs encoders alone, in float32"
+
+# What a command reads only under a condition, as rows of a pattern of keys and the condition. All
+# rows of a key have to hold; a key without a row is always read.
+#   KEY|KEY      one of them is given: not null, empty, false or 0
+#   KEY=A|B      it is one of these, or its list has one of them; KEY!=A: others
+#   KEY>N        it is above N
+#   never: WHY
+_MODEL: Sequence[Row] = (
+    (r"model\.network\.(from_NeMo|ema)", "model.network.from_pretrained"),
+    (r"model\.(autoencoder|text_encoder|tokenizer|scheduler)", "model.network.config"),
+    (r"model\.(prediction_type|image_size)", "model.network.config"),
+)
+_PLANNED: Sequence[Row] = (
+    *_MODEL,
+    (r"model\.lora\..+", "model.trainable=lora"),
+    (r"model\.lora\.targets", f"model.parts={_TRAINED}"),
+    (r"model\.lora\.encoder_targets", f"model.parts!={_TRAINED}"),
+    (r"model\.reference", "model.trainable=full"),
+    (r"objective\.truncation_steps", "objective.truncation_range=null"),
+    (r"objective\.cfg_gradient", "sampler.guidance_scale>1"),
+    (r"objective\.logit_(mean|std)", "objective.timesteps=logit_normal"),
+    (r"objective\.snr_gamma", "objective.weighting=min_snr"),
+    (r"reward\.(parts\..+\.)?gradient_checkpointing", "objective=draft"),
+    (r"training\.ema_(every_steps|on_cpu)", "training.ema_decay!=null"),
+    (r"training\.shard_size", "training.strategy=hsdp"),
+)
+_DATA: Sequence[Row] = (
+    (r"data\.(prompts|column|shuffle|buffer)", "objective=draft"),
+    (r"data\.(column|shuffle|buffer)", "data.prompts"),
+    (r"data\.buffer", "data.shuffle"),
+    (r"data\.(images|shards)\..+", "objective=supervised"),
+    (rf"data\.images\.({_SHARED}|caption_lines)", _IMAGES),
+    (rf"data\.shards\.({_SHARED}|buffer)", _SHARDS),
+    (r"data\.images\.(base_path|image_column|caption_column|repeats|weight)", "data.images.path"),
+    (r"data\.shards\.(selection|repeats|weight)", "data.shards.path"),
+    (r"data\.images\.prefetch", "data.images.workers"),
+    (r"data\.shards\.prefetch", "data.shards.workers"),
+    (r"data\.shards\.buffer", "data.shards.shuffle"),
+    (r"validation\.column", "validation.prompts"),
+    (r"validation\.(loss_images|images\..+)", "objective=supervised"),
+    (r"validation\.images\.(crop|flip|captions|buckets|shuffle|workers|prefetch)", _IN_ORDER),
+    (r"validation\.images\.(sources\..+\.)?(repeats|weight)", _IN_ORDER),
+    (
+        r"validation\.images\.(base_path|image_column|caption_column)",
+        "validation.images.path",
+    ),
+    (
+        r"validation\.images\.(caption_lines|min_size|max_pixels)",
+        "validation.images.path|validation.images.sources",
+    ),
+)
+_PREPARED: Sequence[Row] = (
+    *_MODEL,
+    (r"download\.(?!table|columns).+", "download.table"),
+    (r"pack\.(base_path|image_column)", "pack.path"),
+    (r"pack\.(repeats|weight)", "never: each picture is packed once"),
+    (r"model\.(trainable|parts|reference|dtype|merge\..+|lora\..+)", _ENCODERS),
+    (r"model\.(gradient_checkpointing|channels_last)", _ENCODERS),
+    (r"model\.network\.(from_pretrained|from_NeMo|ema)", _ENCODERS),
+)
+READ: Mapping[str, Sequence[Row]] = {
+    "train": (*_PLANNED, *_DATA),
+    "plan": _PLANNED,
+    "sample": (("step", "run"), ("column", "prompts")),
+    "evaluate": (("column", "prompts"),),
+    "prepare": _PREPARED,
+    "launch": (),
+}
+
+
+def refuse_unread(settings: Any, overrides: Sequence[str]) -> None:
+    """Refuse what was typed and has no effect beside the other settings.
+
+    Args:
+        overrides: as typed, KEY=VALUE. What a recipe sets in vain is not refused: see `unread`.
+
+    Raises:
+        ValueError: naming the setting, its value and the reason.
+    """
+    found, typed = unread(settings), typed_keys(overrides)
+    for key in (key for key in typed if key not in CHOICES):
+        for name, (value, why, advice) in found.items():
+            if f"{name}.".startswith(f"{key}."):
+                raise ValueError(f"{name}={shown(value)} has no effect {why}; leave it out{advice}")
+    for key in (key for key, text in zip(typed, overrides, strict=True) if text.endswith("={}")):
+        if find_slot(_command(settings), key).rule.entries and (
+            names := _untyped_names(settings, key, typed)
+        ):
+            out = " ".join(f"{name}=null" for name in names)
+            raise ValueError(f"{key}={{}} takes nothing out of {key}; leave out by name: {out}")
+
+
+def _untyped_names(settings: Any, section: str, typed: Sequence[str]) -> list[str]:
+    """Return the keys of a dictionary's entries that only a recipe names."""
+    leaves = [key for key, _, _ in leaves_of(settings) if key.startswith(f"{section}.")]
+    parts = section.count(".") + 2
+    names = dict.fromkeys(".".join(key.split(".")[:parts]) for key in leaves)
+    return [name for name in names if not any(f"{key}.".startswith(f"{name}.") for key in typed)]
+
+
+def unread(settings: Any) -> dict[str, tuple[Any, str, str]]:
+    """Return the settings that are not as by default and are not read.
+
+    Returns:
+        Value, reason and further advice by key.
+    """
+    found = {}
+    for key, value, default in leaves_of(settings):
+        if value != default and (reason := why_unread(settings, key)) is not None:
+            found[key] = (value, *reason)
+    return found
+
+
+def why_unread(settings: Any, key: str) -> tuple[str, str] | None:
+    """Return why a setting is not read, and further advice; None if it is read.
+
+    A script that brings objective=own may read any setting.
+    """
+    if isinstance(settings, TrainConfig) and isinstance(settings.objective, OwnConfig):
+        return None
+    conditions = conditions_of(_command(settings), key)
+    broken = (_broken(settings, condition) for condition in conditions)
+    return next((reason for reason in broken if reason is not None), None)
+
+
+def conditions_of(command: str, key: str) -> list[str]:
+    """Return the conditions under which a command reads a setting; none for always."""
+    return [condition for pattern, condition in READ[command] if re.fullmatch(pattern, key)]
+
+
+def typed_keys(overrides: Sequence[str]) -> list[str]:
+    """Return the keys of overrides KEY=VALUE."""
+    return [text.partition("=")[0].lstrip("+~") for text in overrides]
+
+
+def shown(value: Any) -> str:
+    """Return a value as it is typed."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list():
+            return f"[{', '.join(map(shown, value))}]"
+        case _:
+            return str(value)
+
+
+def check_sample(config: SampleConfig) -> None:
+    """Refuse settings that name no model, no prompt or no schedule, before anything is read.
+
+    Raises:
+        ValueError: saying what to give.
+    """
+    from sfumato.diffusion.guidance import annealed_weights
+
+    if (config.run is None) == (config.pretrained is None):
+        raise ValueError("give either run=FOLDER or pretrained=MODEL")
+    if config.run is None and config.step is not None:
+        raise ValueError(f"step={config.step} needs run=FOLDER; leave it out with pretrained")
+    if config.step is not None and not re.fullmatch(r"best|\d+", config.step):
+        raise ValueError(f"step={config.step} is no checkpoint; give its number, or step=best")
+    if (config.prompt is None) == (config.prompts is None):
+        raise ValueError('give prompt="..." or prompts=FILE, one of the two')
+    annealed_weights(config.schedule, 1)
+
+
+def leaves_of(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield key, value and default of all settings in a dataclass."""
+    for item in fields(node):
+        key, value = f"{prefix}{item.name}", vars(node)[item.name]
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if isinstance(node, WeightedPartConfig) and is_dataclass(value):
+            yield from leaves_of(value, prefix)
+        elif is_dataclass(value):
+            yield from leaves_of(value, f"{key}.")
+        elif isinstance(value, dict):
+            for name, each in value.items():
+                inner = f"{key}.{name}"
+                yield from (
+                    leaves_of(each, f"{inner}.") if is_dataclass(each) else ((inner, each, 0),)
+                )
+        else:
+            yield key, value, default
+
+
+def _broken(settings: Any, condition: str) -> tuple[str, str] | None:
+    """Return why a condition does not hold, and what would mend it; None if it holds."""
+    if condition.startswith("never: "):
+        return f"({condition.removeprefix('never: ')})", ""
+    match = re.fullmatch(r"([^=!>]+)(?:(!=|=|>)(.+))?", condition)
+    assert match is not None, condition
+    keys, how, wanted = match[1].split("|"), match[2], str(match[3]).split("|")
+    value = _value(settings, keys[0])
+    now, texts = f"with {keys[0]}={shown(value)}", [shown(each) for each in _listed(value)]
+    if how is None:
+        if any(_value(settings, key) for key in keys):
+            return None
+        given = " or ".join(keys)
+        if isinstance(value, bool | int):
+            return now, f", or set {keys[0]}"
+        return f"without {given}", f", or give {given}"
+    if how == ">":
+        return None if value > float(match[3]) else (now, f", or set {keys[0]} above {match[3]}")
+    if how == "=":
+        return None if {*texts} & {*wanted} else (now, f", or set {keys[0]}={wanted[0]}")
+    return None if {*texts} - {*wanted} else (now, f", or give another {keys[0]}")
+
+
+def _command(settings: Any) -> str:
+    return next(name for name, kind in COMMANDS.items() if type(settings) is kind)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _value(settings: Any, key: str) -> Any:
+    for name in key.split("."):
+        settings = vars(settings).get(name) if is_dataclass(settings) else None
+    return vars(settings)["kind"] if is_dataclass(settings) else settings
