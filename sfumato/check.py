@@ -92,6 +92,11 @@ def _check_data(config: TrainConfig) -> None:
             f"data.shards.cached=true reads a prepared folder, and {images} is none; give "
             "data.shards.path instead, or data.shards.cached=false"
         )
+    if data.verify and not prepared:
+        raise ValueError(
+            "data.verify=true compares prepared tars with their SHA-256, and none are read; give "
+            "data.shards.path, or leave it out"
+        )
     if given:
         from sfumato.data.settings import checked_sources
 

@@ -72,6 +72,7 @@ def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
         divisor=step if data.shards.buckets else 1,
         seed=seed,
         identity=_identity(config, height, width, flip=data.shards.flip),
+        verify=data.verify,
     )
 
 
@@ -118,7 +119,10 @@ def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Sam
         own = images is not config.data.images
         return validation_samples(images, count, height=height, width=width, key=key, warns=own)
     identity = _identity(config, height, width, flip=False)
-    return first_samples(config.data.shards, count, height=height, width=width, identity=identity)
+    shards, verify = config.data.shards, config.data.verify
+    return first_samples(
+        shards, count, height=height, width=width, identity=identity, verify=verify
+    )
 
 
 def validation_images(config: TrainConfig) -> tuple[str, ImageDataConfig]:
