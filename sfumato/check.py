@@ -87,16 +87,10 @@ def _check_data(config: TrainConfig) -> None:
         raise ValueError(f"{prepared} is for objective=supervised; bring Own(stream=...) instead")
     if prepared and images:
         raise ValueError(f"{prepared} and {images} are both given; leave one of them out")
-    if shards.cached and images:
-        raise ValueError(
-            f"data.shards.cached=true reads a prepared folder, and {images} is none; give "
-            "data.shards.path instead, or data.shards.cached=false"
-        )
-    if data.verify and not prepared:
-        raise ValueError(
-            "data.verify=true compares prepared tars with their SHA-256, and none are read; give "
-            "data.shards.path, or leave it out"
-        )
+    for key, on in (("data.shards.cached", shards.cached), ("data.verify", data.verify)):
+        if on and images:
+            advice = f"give data.shards.path instead, or {key}=false"
+            raise ValueError(f"{key}=true is for a prepared folder, and {images} is none; {advice}")
     if given:
         from sfumato.data.settings import checked_sources
 

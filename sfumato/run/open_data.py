@@ -118,10 +118,9 @@ def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Sam
     if images.path or images.sources:
         own = images is not config.data.images
         return validation_samples(images, count, height=height, width=width, key=key, warns=own)
-    identity = _identity(config, height, width, flip=False)
-    shards, verify = config.data.shards, config.data.verify
+    identity, data = _identity(config, height, width, flip=False), config.data
     return first_samples(
-        shards, count, height=height, width=width, identity=identity, verify=verify
+        data.shards, count, height=height, width=width, identity=identity, verify=data.verify
     )
 
 

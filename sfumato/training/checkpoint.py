@@ -159,14 +159,9 @@ def best_step(root: Path) -> int | None:
     """Return the step of the lowest validation loss that the newest checkpoint records.
 
     None if no loss was measured, or the best checkpoint was removed.
-
-    Raises:
-        CheckpointError: the record of it is damaged.
     """
-    checkpoints, best = list_checkpoints(root), None
-    if checkpoints:
-        _refuse_damage(checkpoints[-1], STATE)
-        best = _read_state(checkpoints[-1]).best
+    checkpoints = list_checkpoints(root)
+    best = _read_state(checkpoints[-1]).best if checkpoints else None
     return best[0] if best and best[0] in map(step_of, checkpoints) else None
 
 
@@ -201,6 +196,7 @@ def tidy(root: Path, keep: int | None = None, *, spare: int | None = None) -> No
 
 
 def _read_state(path: Path) -> _State:
+    _refuse_damage(path, STATE)
     return read_record(path / STATE, _State, _advice(path), failure=CheckpointError)
 
 

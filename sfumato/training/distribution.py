@@ -7,10 +7,7 @@ from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as dist
-
-# DDP imports it. If that came after the process group is made, defaults of its functions would keep
-# the group, and gloo's threads would run on while Python ends: that aborts now and then.
-import torch.distributed.nn.functional
+import torch.distributed.nn.functional  # else DDP does, and its defaults keep the group's threads
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor

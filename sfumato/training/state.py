@@ -17,10 +17,7 @@ from sfumato.training.flops import Meter
 from sfumato.training.optimizer import build_optimizer
 from sfumato.weights import differences
 
-ADVICE = (
-    "the run's checkpoints need the model settings that it was trained with: restore config.yaml "
-    "and model.pretrained, or choose another name for a new run (name=...)"
-)
+ADVICE = "restore the model's settings in config.yaml, or choose another name for a run (name=...)"
 
 
 @final
@@ -134,10 +131,7 @@ class TrainState:
 
 @torch.no_grad()
 def load_weights(model: TextToImageModel, weights: Mapping[str, Tensor], source: str) -> None:
-    """Put whole weights into the trainable parameters of a model on one process.
-
-    Args:
-        source: what the weights are and where they lie.
+    """Put whole weights, from `source`, into the trainable parameters of a model on one process.
 
     Raises:
         CheckpointError: if names or shapes differ.
