@@ -31,11 +31,13 @@ from sfumato.config import (
     SupervisedConfig,
     TrainConfig,
 )
+from sfumato.data.epochs import RowPick
 from sfumato.data.prepared import tars
 from sfumato.data.prepared.folder import CACHE, EMPTY, INDEX, SHARDS
 from sfumato.data.prepared.format import PreparedError
 from sfumato.data.prepared.open import first_samples, open_shards
-from sfumato.data.stream import Stream
+from sfumato.data.sample import Sample
+from sfumato.data.stream import OrderedStream
 from sfumato.models.model import TextToImageModel
 from sfumato.run.open_data import open_stream
 from sfumato.training.checkpoint import (
@@ -85,9 +87,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opened(folder: Path, *, workers: int = 0, **others: bool) -> Stream[object]:
-    verify = others.pop("verify", False)
-    config = ShardDataConfig(path=str(folder), workers=workers, shuffle=False, **others)
+def opened(
+    folder: Path, *, workers: int = 0, cached: bool = False, verify: bool = False
+) -> OrderedStream[RowPick, Sample]:
+    config = ShardDataConfig(path=str(folder), workers=workers, shuffle=False, cached=cached)
     return open_shards(config, height=16, width=16, seed=0, identity=toy_identity(), verify=verify)
 
 
