@@ -53,6 +53,7 @@ _DATA: Sequence[Row] = (
     (r"data\.images\.prefetch", "data.images.workers"),
     (r"data\.shards\.prefetch", "data.shards.workers"),
     (r"data\.shards\.buffer", "data.shards.shuffle"),
+    (r"data\.verify", _SHARDS),
     (r"validation\.column", "validation.prompts"),
     (r"validation\.(loss_images|images\..+)", "objective=supervised"),
     (r"validation\.images\.(crop|flip|captions|buckets|shuffle|workers|prefetch)", _IN_ORDER),

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 import sys
@@ -22,8 +21,6 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
-
-from safetensors import SafetensorError
 
 RECORD = ".sfumato.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -81,7 +78,7 @@ def new_folder(
         failure: something cannot be written, `path` is a link, or a file of others has a name that
             is needed; `path` is as it was.
     """
-    unique = f"-{secrets.token_hex(4)}" if shared else ""
+    unique = f"-{os.urandom(4).hex()}" if shared else ""
     beside = path.with_name(f".{path.name}.tmp-{os.getpid()}{unique}")
     with _writing(path, failure):
         try:
@@ -303,8 +300,10 @@ def lock(
 def _writing(path: Path, failure: type[ValueError]) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        # safetensors' own error has no errno.
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        # safetensors' own error has no errno, and settings are composed without its package.
         code = error.errno if isinstance(error, OSError) else None
         full = code in _FULL or os.strerror(errno.ENOSPC) in str(error)
         reason = "no space is left on the disk" if full else str(error)

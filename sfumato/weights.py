@@ -45,8 +45,8 @@ class Differences:
     unexpected: Sequence[str]
     shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]
 
-    def refuse(self, source: str, advice: str) -> None:
-        """Raise a ValueError that names the differences, if there are any.
+    def refuse(self, source: str, advice: str, failure: type[ValueError] = ValueError) -> None:
+        """Raise an error that names the differences, if there are any.
 
         Args:
             source: what the weights are and where they lie.
@@ -68,7 +68,7 @@ class Differences:
         ]
         if complaints:
             reason = self._reason()
-            raise ValueError(
+            raise failure(
                 f"{source} does not fit the network: {'; '.join(complaints)}. "
                 f"{reason}{advice[0].upper()}{advice[1:]}"
             )
@@ -79,7 +79,7 @@ class Differences:
             if self.unexpected and all(name.startswith(prefix) for name in self.unexpected):
                 return f"Its names begin with {prefix!r}, as {wrapper} writes them. "
         if self.shapes and not self.missing and not self.unexpected:
-            return "Its settings are of a network of another width. "
+            return "Its settings are of a network of another width or a LoRA of another rank. "
         if self.missing and not self.unexpected:
             return "The file is incomplete. "
         return ""

@@ -25,6 +25,7 @@ from sfumato.config import (
 )
 from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import CachedRecord, PreparedError, made_of, record_text
+from sfumato.files import sha256_of
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index
 from sfumato.preparation.pack import pack
@@ -349,6 +350,15 @@ def test_every_fault_is_told_and_not_the_first_alone(
         "the index cannot be made anew",
     ):
         assert expected in found, expected
+
+
+def test_another_empty_prompt_is_found(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = toy_identity().text_folder
+    empty = cached / "cache" / text / "empty.safetensors"
+    assert PreparedFolder(cached).index().empty == {text: sha256_of(empty)}
+    flip(empty, -1)
+    (found,) = faults(cached, capsys)
+    assert found.startswith(f"cache/{text}/empty.safetensors differs from its SHA-256 in index")
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_the_average_is_what_is_validated(done: Path) -> None:
     rewards = {}
     for name in ("ema", "weights"):
         model = ToyModel(config.model)
-        load_weights(model, vars(last_state(done))[name])
+        load_weights(model, vars(last_state(done))[name], name)
         model.network.eval()
         for record in pairs(done, 6):
             image = generate(model, [record["prompt"]], [record["seed"]], config.sampler)

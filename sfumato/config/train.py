@@ -287,6 +287,7 @@ class DataConfig:
     buffer: int = setting(10_000, COUNT)  # prompts held for shuffling
     images: ImageDataConfig = field(default_factory=ImageDataConfig)
     shards: ShardDataConfig = field(default_factory=ShardDataConfig)  # instead of images
+    verify: bool = False  # tars of data.shards by SHA-256 before they are read; caches always are
 
 
 @dataclass

@@ -162,7 +162,7 @@ def open_model(config: SampleConfig) -> Opened:
         settings = without_start(settings)
     model = load_model(settings)
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, weights, str(checkpoint))
     origin |= {"schedule": config.schedule, "sampler": asdict(sampler)}
     return Opened(model, sampler, {**origin, "sfumato": sfumato.__version__})
 

@@ -131,7 +131,8 @@ def evaluate(run: RunFolder, study: Study, steps: Sequence[int]) -> list[Evaluat
                 facts = {"checkpoint": None, "settings": settings}
                 if step:
                     facts["checkpoint"] = fingerprint(checkpoints[step])
-                    load_weights(study.model, read_shown_weights(checkpoints[step]))
+                    weights = read_shown_weights(checkpoints[step])
+                    load_weights(study.model, weights, str(checkpoints[step]))
                 with new_folder(run.evaluation(step), older=OLDER) as folder:
                     _write_step(study, step, folder, distance, facts, bar)
     return [one for one in read_evaluations(run) if one.step in asked]

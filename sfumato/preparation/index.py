@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, final
 
 from sfumato.data.left_out import tally
-from sfumato.data.prepared.folder import INDEX, PreparedFolder
+from sfumato.data.prepared.folder import EMPTY, INDEX, PreparedFolder
 from sfumato.data.prepared.format import (
     Index,
     IndexedShard,
@@ -22,6 +22,7 @@ from sfumato.data.prepared.format import (
     is_of,
     write_record,
 )
+from sfumato.files import sha256_of
 from sfumato.preparation import faults
 from sfumato.preparation.download import DOWNLOAD, read_download
 
@@ -98,6 +99,11 @@ class Walk:
             {name: tuple(part.shards) for name, part in whole.items()},
             bins if downloaded is None else {"download": downloaded, **bins},
             {name: part.state.hexdigest() for name, part in self.selections.items()},
+            {
+                name: sha256_of(path)
+                for name in whole
+                if (path := self._folder.cache(name) / EMPTY).is_file()
+            },
         )
 
     def _read(self, stage: str, read: Callable[[], T]) -> T | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import final
 
 from sfumato.data.left_out import line
-from sfumato.data.prepared.folder import INDEX, SHARDS, PreparedFolder
+from sfumato.data.prepared.folder import CACHE, EMPTY, INDEX, SHARDS, PreparedFolder
 from sfumato.data.prepared.format import Index, PreparedError
 from sfumato.preparation.download import DOWNLOAD, read_download
 from sfumato.preparation.faults import DAMAGE
@@ -126,4 +126,11 @@ def _index_faults(path: Path, index: Index, now: Index | None) -> Iterator[str]:
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
             yield (
                 f"{path} lists other {kind} than there are ({names[0]}{more}); run the stage index"
+            )
+    for name in index.empty.keys() & now.empty.keys():
+        if index.empty[name] != now.empty[name]:
+            empty = path.parent / CACHE / name / EMPTY
+            yield (
+                f"{empty} differs from its SHA-256 in {path.name}; remove it, and run the stages "
+                "precache and index again"
             )

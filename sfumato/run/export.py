@@ -106,7 +106,7 @@ def export(
     # The checkpoint holds the weights that the network started from, whose file may be gone.
     network = replace(config.model.network, from_pretrained=None)
     model = load(replace(config.model, dtype="float32", network=network))
-    load_weights(model, read_shown_weights(checkpoint))
+    load_weights(model, read_shown_weights(checkpoint), str(checkpoint))
     older = _OLDER if (folder.parent / NOTE).exists() else ()
     with new_folder(folder, older=older, failure=ExportError) as beside:
         names = _write(config, model, beside)

@@ -1,8 +1,11 @@
 """Identity by content: SHA-256 of the files that settings name, remembered by size and time."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+import os
+import stat
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,10 +101,10 @@ def _is_path(key: str, value: object) -> bool:
 def digests(named: Mapping[str, str], run: Path) -> dict[str, str]:
     """Return the digest of each path that exists, by its key; a run folder remembers the sums."""
     memory = _read(run)
-    sums = _Sums(memory.get("files", {}))
-    contents = {key: sums.digest_of(value, key) for key, value in named.items()}
-    if sums.seen.items() - sums.known.items():
-        _write(run, {**memory, "files": sums.known | sums.seen})
+    sums = dict(memory.get("files", {}))
+    contents = {key: _digest_of(value, key, sums) for key, value in named.items()}
+    if sums != memory.get("files", {}):
+        _write(run, {**memory, "files": sums})
     return {key: value for key, value in contents.items() if value is not None}
 
 
@@ -110,47 +113,52 @@ def repeated_pictures(config: TrainConfig, run: Path) -> tuple[int, int]:
     known, flat, rooms = _read(run).get("files", {}), flatten(asdict(config)), []
     for room in ("validation.images", "data.images"):
         named = ((k, str(v)) for k, v in flat.items() if k.startswith(room) and _is_path(k, v))
-        paths = [str(f.absolute()) for k, v in named for f in files_of(v, k) if f.suffix != ".txt"]
+        paths = [path for k, v in named for path in _paths_of(v, k) if not path.endswith(".txt")]
         rooms.append({known[path][-1] for path in paths if path in known})
     return len(rooms[0] & rooms[1]), len(rooms[0])
 
 
-class _Sums:
-    """SHA-256 sums of files; a file of the same size, time and inode is not read again."""
-
-    def __init__(self, known: Mapping[str, Any]) -> None:
-        self.known = dict(known)
-        self.seen: dict[str, Any] = {}
-
-    def digest_of(self, value: str, key: str) -> str | None:
-        top, files = _local(value), files_of(value, key)
-        names = [path.relative_to(top).as_posix() if top.is_dir() else path.name for path in files]
-        if len(files) == 1 and not top.is_dir():
-            names = [""]
-        if not files:
-            return None
-        if key.startswith(DATA) and sum(path.stat().st_size for path in files) > READ_WHOLE:
-            sizes = [path.stat().st_size for path in files]
-            return digest(list(zip(names, sizes, strict=True)))
-        with ThreadPoolExecutor(THREADS) as pool:
-            return digest(list(zip(names, pool.map(self._sum, files), strict=True)))
-
-    def _sum(self, path: Path) -> str:
-        about = path.stat()
-        state, name = (about.st_size, about.st_mtime_ns, about.st_ino), str(path.absolute())
-        known = self.known.get(name)
-        content = known[-1] if known and known[:-1] == state else sha256_of(path)
-        self.seen[name] = (*state, content)
-        return content
+def _digest_of(value: str, key: str, sums: dict[str, Any]) -> str | None:
+    """Return the digest of a path; a file as `sums` has it (size, time, inode) is not read."""
+    files = {path: state for path in _paths_of(value, key) if (state := _state(path))}
+    if not files:
+        return None
+    top = _local(value).absolute()
+    names = [path[len(str(top)) + 1 :] if top.is_dir() else Path(path).name for path in files]
+    names = names if top.is_dir() or len(names) > 1 else [""]
+    if key.startswith(DATA) and sum(size for size, *_ in files.values()) > READ_WHOLE:
+        return digest([(name, state[0]) for name, state in zip(names, files.values(), strict=True)])
+    others = [path for path, state in files.items() if sums.get(path, ())[:-1] != state]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for path, found in zip(others, pool.map(sha256_of, map(Path, others)), strict=True):
+            sums[path] = (*files[path], found)
+    return digest([(name, sums[path][-1]) for name, path in zip(names, files, strict=True)])
 
 
-def files_of(value: str, key: str) -> list[Path]:
-    """Return the files that lie at the path of a setting."""
-    top = _local(value)
-    if not top.is_dir():
-        return list(_expanded(top))
-    files = sorted(path for path in top.rglob("*") if path.is_file())
-    return [path for path in files if key.startswith(DATA) or path.suffix in MODEL_SUFFIXES]
+def _paths_of(value: str, key: str) -> list[str]:
+    """Return what lies at the path of a setting, hidden files left out, as nothing reads them."""
+    top, is_data = _local(value).absolute(), key.startswith(DATA)
+    if top.is_dir():
+        paths: list[str] = []
+        for folder, inner, names in os.walk(top):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            shown = (name for name in names if not name.startswith("."))
+            paths += [f"{folder}/{n}" for n in shown if is_data or n.endswith(MODEL_SUFFIXES)]
+        return sorted(paths, key=lambda path: path.split("/"))
+    with suppress(ValueError, OSError):  # whoever reads them refuses what is missing
+        found = [top] if top.is_file() else list(expand_pattern(str(top), "the path"))
+        beside = [] if is_data else [top.parent / name for name in BESIDE]
+        return [str(path.absolute()) for path in [*found, *(b for b in beside if b.is_file())]]
+    return []
+
+
+def _state(path: str) -> tuple[int, int, int] | None:
+    """Return size, time and inode of a file; None if it is none, such as a link to nothing."""
+    with suppress(OSError):
+        about = os.stat(path)  # noqa: PTH116, quicker by the million
+        if stat.S_ISREG(about.st_mode):
+            return about.st_size, about.st_mtime_ns, about.st_ino
+    return None
 
 
 def _local(value: str) -> Path:
@@ -165,11 +173,3 @@ def _local(value: str) -> Path:
         if isinstance(file, str):
             return Path(file).parent
     return path
-
-
-def _expanded(path: Path) -> Iterator[Path]:
-    """Yield a file, or the files of a pattern; whoever reads them refuses what is missing."""
-    try:
-        yield from [path] if path.is_file() else list(expand_pattern(str(path), "the path"))
-    except (ValueError, OSError):
-        return

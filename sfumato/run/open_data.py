@@ -72,6 +72,7 @@ def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
         divisor=step if data.shards.buckets else 1,
         seed=seed,
         identity=_identity(config, height, width, flip=data.shards.flip),
+        verify=data.verify,
     )
 
 
@@ -117,8 +118,10 @@ def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Sam
     if images.path or images.sources:
         own = images is not config.data.images
         return validation_samples(images, count, height=height, width=width, key=key, warns=own)
-    identity = _identity(config, height, width, flip=False)
-    return first_samples(config.data.shards, count, height=height, width=width, identity=identity)
+    identity, data = _identity(config, height, width, flip=False), config.data
+    return first_samples(
+        data.shards, count, height=height, width=width, identity=identity, verify=data.verify
+    )
 
 
 def validation_images(config: TrainConfig) -> tuple[str, ImageDataConfig]:

@@ -98,12 +98,7 @@ def read_checkpoint(path: Path) -> Snapshot:
     Raises:
         CheckpointError: naming the file that differs, and the last checkpoint that is good.
     """
-    fault = find_fault(path)
-    if fault:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: {fault}. {_last_good(path.parent)} To go on from "
-            f"there, remove {path} and run the same command again"
-        )
+    _refuse_damage(path)
     try:
         weights, ema, optimizer = (load_file(path / f"{name}.safetensors") for name in TENSORS)
     except SafetensorError as error:
@@ -123,8 +118,16 @@ def read_shown_weights(path: Path) -> Mapping[str, Tensor]:
     return snapshot.ema or snapshot.weights
 
 
-def find_fault(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint, or None."""
+def _refuse_damage(path: Path, *read: str) -> None:
+    if fault := find_fault(path, *read):
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {fault}. {_last_good(path.parent)} To go on from "
+            f"there, remove {path} and run the same command again"
+        )
+
+
+def find_fault(path: Path, *read: str) -> str | None:
+    """Say what is wrong with a checkpoint, or None; only the named files are read, or else all."""
     try:
         files = read_record(path / MANIFEST, _Manifest, "remove the checkpoint").files
     except ValueError as error:
@@ -140,8 +143,9 @@ def find_fault(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != entry.bytes:
             return f"{name} has {file.stat().st_size} bytes instead of {entry.bytes}"
-        if sha256_of(file) != entry.sha256:
-            return f"{name} differs from its SHA-256 in {MANIFEST}"
+        found = sha256_of(file) if not read or name in read else entry.sha256
+        if found != entry.sha256:
+            return f"{name} differs from its SHA-256 in {MANIFEST}: {found}, not {entry.sha256}"
     return None
 
 
@@ -192,6 +196,7 @@ def tidy(root: Path, keep: int | None = None, *, spare: int | None = None) -> No
 
 
 def _read_state(path: Path) -> _State:
+    _refuse_damage(path, STATE)
     return read_record(path / STATE, _State, _advice(path), failure=CheckpointError)
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # else DDP does, and its defaults keep the group's threads
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor

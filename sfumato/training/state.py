@@ -15,6 +15,9 @@ from sfumato.training.distribution import Distribution, like, whole
 from sfumato.training.ema import Ema
 from sfumato.training.flops import Meter
 from sfumato.training.optimizer import build_optimizer
+from sfumato.weights import differences
+
+ADVICE = "restore the model's settings in config.yaml, or choose another name for a run (name=...)"
 
 
 @final
@@ -104,14 +107,11 @@ class TrainState:
         """Put a snapshot back.
 
         Raises:
-            CheckpointError: if the trainable parameters differ.
+            CheckpointError: if names or shapes of the trainable parameters differ.
         """
-        if snapshot.weights.keys() != self.parameters.keys():
-            odd = sorted(snapshot.weights.keys() ^ self.parameters.keys())
-            raise CheckpointError(
-                f"the checkpoint at step {snapshot.step} has other trainable parameters than this "
-                f"model ({len(odd)} differ, among them {odd[0]}); choose another name for the run"
-            )
+        for weights in [snapshot.weights, *([snapshot.ema] if self.ema.shadow else [])]:
+            source = f"the checkpoint at step {snapshot.step}"
+            differences(weights, self.parameters, {}).refuse(source, ADVICE, CheckpointError)
         self.step = snapshot.step
         if snapshot.state["best"]:
             self.best_step, self.best_loss = snapshot.state["best"]
@@ -130,17 +130,13 @@ class TrainState:
 
 
 @torch.no_grad()
-def load_weights(model: TextToImageModel, weights: Mapping[str, Tensor]) -> None:
-    """Put whole weights into the trainable parameters of a model on one process.
+def load_weights(model: TextToImageModel, weights: Mapping[str, Tensor], source: str) -> None:
+    """Put whole weights, from `source`, into the trainable parameters of a model on one process.
 
     Raises:
-        CheckpointError: if names differ.
+        CheckpointError: if names or shapes differ.
     """
     parameters = model.trainable()
-    if weights.keys() != parameters.keys():
-        odd = sorted(weights.keys() ^ parameters.keys())
-        raise CheckpointError(
-            f"these weights do not fit the model: {len(odd)} names differ, among them {odd[0]}"
-        )
+    differences(weights, parameters, {}).refuse(source, ADVICE, CheckpointError)
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])

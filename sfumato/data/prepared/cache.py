@@ -1,6 +1,7 @@
 """Reader of caches: moments and states of single samples, out of mapped files.
 
-Few shards are open at a time. A run can read the caches of its own encoders and sizes.
+Few shards are open at a time, each compared with its SHA-256 when it is first opened. A run can
+read the caches of its own encoders and sizes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from sfumato.data.entries import Entry, SpanBlob
 from sfumato.data.epochs import RowPick
 from sfumato.data.prepared.folder import EMPTY, MANIFEST, PreparedFolder
 from sfumato.data.prepared.format import CacheIdentity, Member, PreparedError, cache_key
-from sfumato.data.prepared.tars import LruCache, Selected
+from sfumato.data.prepared.tars import LruCache, Selected, check_sum
 from sfumato.data.sample import Encoded, Sample, central_crop
 from sfumato.data.stream import BrokenRowError
 
@@ -140,7 +141,11 @@ class CacheReader:
         self._selected = selected
         self._caches = caches
         self._counts = counts
-        self._empty = _read_empty(selected.folder.cache(caches.text) / EMPTY)
+        index, folder = selected.index, selected.folder
+        self._sums = {
+            name: {s.name: s.sha256 for s in index.caches[name]} for name in caches.folders
+        }
+        self._empty = _read_empty(folder, caches.text, index.empty.get(caches.text))
         self._choices = selected.choices
         self._shards = LruCache(self._load, lambda all_: sum(len(b.members) for b in all_), keep)
         self._files = LruCache(self._open, lambda _: 1, OPEN_SHARDS)
@@ -149,8 +154,9 @@ class CacheReader:
         """Read a row.
 
         Raises:
-            BrokenRowError: the shard of the cache is missing or damaged.
-            PreparedError: the shard's records are missing, damaged, or not those of the index.
+            BrokenRowError: the shard of the cache is missing, or does not fit its record.
+            PreparedError: the shard's records are missing, damaged, or not those of the index; or
+                the shard is another file than its SHA-256 says.
         """
         bucket = self._shards.get(pick.shard)[pick.bucket]
         member = bucket.members[pick.row]
@@ -197,9 +203,12 @@ class CacheReader:
 
     def _open(self, shard: int, bucket: int) -> _Files:
         stored = self._shards.get(shard)[bucket].rows.stored
-        paths = (self._caches.moments[bucket], self._caches.text)
+        caches = (self._caches.moments[bucket], self._caches.text)
         try:
-            moments, text = (safe_open(self._path(p, shard), framework="pt") for p in paths)
+            for cache in caches:
+                sha256 = self._sums[cache][self._selected.tars[shard].name]
+                check_sum(self._path(cache, shard), sha256, self._selected.folder)
+            moments, text = (safe_open(self._path(c, shard), framework="pt") for c in caches)
             planes = ["mirrored", "moments"] if self._choices.flip else ["moments"]
             lengths = {_rows_of(moments, name) for name in planes}
             offsets = text.get_tensor("offsets").tolist()
@@ -223,8 +232,12 @@ def _rows_of(file: safe_open, name: str) -> int:
     return int(file.get_slice(name).get_shape()[0])
 
 
-def _read_empty(path: Path) -> dict[str, Tensor]:
+def _read_empty(folder: PreparedFolder, cache: str, sha256: str | None) -> dict[str, Tensor]:
+    """Read the states of the empty prompt; an older index has no SHA-256 of them."""
+    path = folder.cache(cache) / EMPTY
     try:
+        if sha256 is not None:
+            check_sum(path, sha256, folder)
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise PreparedError(

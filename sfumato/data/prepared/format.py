@@ -140,6 +140,7 @@ class Index:
         caches: FOLDER of a cache (moments-KEY, text-KEY) to its shards.
         bins: stage to bin to count; in each stage they sum up to what went in.
         kept: NAME of a selection to the SHA-256 of which samples it keeps.
+        empty: FOLDER of a cache (text-KEY) to the SHA-256 of the states of the empty prompt.
     """
 
     tars: tuple[IndexedShard, ...]
@@ -147,6 +148,7 @@ class Index:
     caches: Mapping[str, tuple[IndexedShard, ...]]
     bins: Mapping[str, Mapping[str, int]]
     kept: Mapping[str, str] = field(default_factory=dict)
+    empty: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

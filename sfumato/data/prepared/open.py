@@ -71,6 +71,7 @@ def open_shards(
     seed: int,
     divisor: int = 1,
     identity: CacheIdentity | None = None,
+    verify: bool = False,
 ) -> OrderedStream[RowPick, Sample]:
     """Open prepared folders for training: endless, shuffled, resumable at the exact sample.
 
@@ -84,6 +85,7 @@ def open_shards(
         seed: decides order, crops, mirrors and captions.
         divisor: with buckets, sides are multiples of it.
         identity: with a cache, of the model that is trained and of the size.
+        verify: compare each tar with its SHA-256 before it is read; shards of caches always are.
 
     Raises:
         ValueError: a setting is impossible, a folder is incomplete, a shard vanished or changed
@@ -92,7 +94,8 @@ def open_shards(
     named = checked_sources("data.shards", config)
     choices, log = choices_of(config, height, width, divisor), SkipLog()
     sources = [
-        _open_source(name, source, config, choices, identity, log) for name, source in named.items()
+        _open_source(name, source, config, choices, identity, log, verify=verify)
+        for name, source in named.items()
     ]
     order = _order(config, sources, choices, seed)
     read = _reader([sources[index] for index in _repeated(sources)])
@@ -106,6 +109,7 @@ def first_samples(
     height: int,
     width: int,
     identity: CacheIdentity | None = None,
+    verify: bool = False,
 ) -> list[Sample]:
     """Return the first samples in file order, at most all: one size, central crops, no mirrors.
 
@@ -115,7 +119,9 @@ def first_samples(
     sources = {n: replace(s, repeats=1, weight=None) for n, s in config.sources.items()}
     once = replace(config, sources=sources, repeats=1, weight=None, buckets=False, workers=0)
     plain = replace(once, shuffle=False, crop="center", flip=False, captions="first")
-    stream = open_shards(plain, height=height, width=width, seed=0, identity=identity)
+    stream = open_shards(
+        plain, height=height, width=width, seed=0, identity=identity, verify=verify
+    )
     assert isinstance(stream.order, PoolOrder)
     count = min(count, stream.order.samples)
     return stream.next(count, 0, count)
@@ -145,6 +151,8 @@ def _open_source(
     choices: Choices,
     identity: CacheIdentity | None,
     log: SkipLog,
+    *,
+    verify: bool,
 ) -> _Source:
     selected = select(source, choices)
     counts = count_sorted(selected, log)
@@ -158,7 +166,7 @@ def _open_source(
         read = CacheReader(selected, caches, counts, keep=keep).read
     else:
         check_tars(selected)
-        read = TarReader(selected, counts, keep=keep).read
+        read = TarReader(selected, counts, keep=keep, verify=verify).read
     share = SourceShare(name, [sum(bucket) for bucket in counts], source.repeats, source.weight)
     return _Source(share, counts, read, _fingerprint(selected, counts))
 

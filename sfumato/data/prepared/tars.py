@@ -1,4 +1,4 @@
-"""Reader of pictures out of prepared tars.
+"""Reader of pictures out of prepared tars, and the sums of what is read.
 
 The records of a shard are read when it is first met, and stay in memory for its window.
 """
@@ -24,9 +24,11 @@ from sfumato.data.prepared.format import (
     TarRecord,
 )
 from sfumato.data.sample import Choices, Sample
+from sfumato.files import sha256_of
 
 Value = TypeVar("Value")
 _LOCKS = 16  # threads that load different keys rarely wait for each other
+_REMEMBERED = 1_000_000  # sums of files
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,22 @@ class Selected:
 class TarReader:
     """Decode pictures of a prepared folder."""
 
-    def __init__(self, selected: Selected, counts: Sequence[Sequence[int]], *, keep: int) -> None:
-        """Keep the records of shards with `keep` samples; `counts` are by bucket and shard."""
+    def __init__(
+        self,
+        selected: Selected,
+        counts: Sequence[Sequence[int]],
+        *,
+        keep: int,
+        verify: bool = False,
+    ) -> None:
+        """Keep the records of shards with `keep` samples; `counts` are by bucket and shard.
+
+        Args:
+            verify: compare each tar with its SHA-256 before the first picture is read of it.
+        """
         self._selected = selected
         self._counts = counts
+        self._verify = verify
         self._members = LruCache(self._load, lambda buckets: sum(map(len, buckets)), keep)
 
     def read(self, pick: RowPick) -> Sample:
@@ -128,7 +142,8 @@ class TarReader:
 
         Raises:
             BrokenRowError: the picture cannot be used.
-            PreparedError: the shard's records are missing, damaged, or not those of the index.
+            PreparedError: the shard's records are missing, damaged, or not those of the index; or
+                the tar is another file than its SHA-256 says.
         """
         member = self._members.get(pick.shard)[pick.bucket][pick.row]
         tar = self._selected.tar(pick.shard)
@@ -140,6 +155,9 @@ class TarReader:
         record = self._selected.folder.tar_record(self._selected.tars[shard].name)
         rows = self._selected.rows(shard, record)
         self._selected.check(shard, rows, self._counts, "index")
+        if self._verify:
+            tar = self._selected.tar(shard)
+            check_sum(tar, self._selected.tars[shard].sha256, self._selected.folder)
         return [[record.samples[index] for index in bucket] for bucket in rows]
 
 
@@ -163,7 +181,7 @@ class LruCache(Generic[Value]):
         self._lock = threading.Lock()
         self._loading = tuple(threading.Lock() for _ in range(_LOCKS))
 
-    def get(self, *key: int) -> Value:
+    def get(self, *key: Hashable) -> Value:
         """Return the value of a key; an error of loading is raised, and nothing is stored."""
         held = self._look(key)
         if held is not None:
@@ -189,3 +207,29 @@ class LruCache(Generic[Value]):
             self._weight += self._weigh(value)
             while self._weight > self._limit and len(self._values) > 1:
                 self._weight -= self._weigh(self._values.popitem(last=False)[1])
+
+
+# By path, size, time and inode: a process reads a file once for its sum, whoever asks.
+_sums = LruCache(lambda path, *_: sha256_of(Path(path)), lambda _: 1, _REMEMBERED)
+
+
+def check_sum(path: Path, expected: str, folder: PreparedFolder) -> None:
+    """Compare a file with its SHA-256 in the index, once in this process.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        PreparedError: it is another file, naming both sums; or it cannot be read.
+    """
+    try:
+        about = path.stat()
+        found = _sums.get(str(path), about.st_size, about.st_mtime_ns, about.st_ino)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise PreparedError(f"{path} cannot be read ({error.strerror})") from error
+    if found != expected:
+        raise PreparedError(
+            f"{path} is damaged or was changed: its SHA-256 is {found}, and {expected} when it was "
+            f"indexed. Put back a copy; or run: sfumato prepare verify {folder}, which lists all "
+            "that is damaged, remove those files and run the same sfumato prepare again"
+        )

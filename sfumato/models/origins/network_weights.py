@@ -218,9 +218,10 @@ def _verified(path: Path, setting: str) -> Path:
     advice = "give another checkpoint of the run"
     manifest = read_object(path.parent / "manifest.json", advice)
     try:
-        if sha256_of(path) == manifest["files"][path.name]["sha256"]:
+        found, expected = sha256_of(path), manifest["files"][path.name]["sha256"]
+        if found == expected:
             return path
-        fault = "differs from its SHA-256 in manifest.json"
+        fault = f"differs from its SHA-256 in manifest.json: {found}, not {expected}"
     except (OSError, KeyError, TypeError) as error:
         fault = f"cannot be read ({error})"
     raise ValueError(f"{setting}: {path} {fault}; {advice}")
