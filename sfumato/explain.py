@@ -27,6 +27,8 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
     message = str(error)
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unreadable"]
     if match := re.search(r"Could not override '([^']+)'", message):
+        if inner := [name for name in known if name.startswith(f"{match[1]}.")]:
+            return f"{match[1]} is a group of settings; give one of them, such as {inner[0]}=..."
         if match[1] in CHOICES and match[1] not in known:
             return f"the recipe chooses {match[1]}, and this command has none; choose: {FOLDERS}"
         return unknown_key(match[1], known)

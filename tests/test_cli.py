@@ -312,13 +312,14 @@ def test_sample_writes_pictures_of_a_run(call: Call, run_folder: Path, tmp_path:
     assert {p.name: p.read_bytes() for p in (tmp_path / "samples").glob("*.*")} == written
 
 
+@pytest.mark.parametrize("schedules", ["schedule=choice(draft,base)", "schedule=draft,base"])
 def test_a_sweep_of_samples_keeps_the_pictures_of_all_its_jobs(
-    call: Call, run_folder: Path, tmp_path: Path
+    call: Call, run_folder: Path, tmp_path: Path, schedules: str
 ):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "000-00.png").write_text("mine")
     given = ["num_images=1", "sampler.num_inference_steps=1", "out=out", "prompt=ein rotes Ä"]
-    answer = call("sample", f"run={run_folder}", "schedule=choice(draft,base)", "-m", *given)
+    answer = call("sample", f"run={run_folder}", schedules, "-m", *given)
     assert answer.code == 0
     notes = [
         json.loads((tmp_path / "out" / n / "sample.json").read_text())["000-00.png"]
@@ -341,7 +342,7 @@ def test_a_sample_that_cannot_be_written_is_named_and_leaves_nothing_half(
     answer = call("sample", f"run={run_folder}", *given)
     assert answer.code == 2
     assert "samples/000-00.png could not be written: no space is left" in answer.err
-    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["sample.json"]
+    assert list((tmp_path / "samples").iterdir()) == []
 
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "| cat"])

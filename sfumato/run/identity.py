@@ -1,9 +1,10 @@
 """Identity by content: SHA-256 of the files that settings name, remembered by size and time."""
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,11 @@ from sfumato.data.paths import expand_pattern
 from sfumato.files import digest, sha256_of, write_text
 from sfumato.records import read_record
 
-# In a run folder: `files` has the size, time, inode and SHA-256 of each file by its path, `began`
-# the digests of what the run began with by their settings.
-MEMORY = "contents.json"
+MEMORY = "contents.json"  # in a run folder
 MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 MODELS = ("pretrained", "processor", "autoencoder", "text_encoder", "tokenizer", "scheduler")
 STARTS = ("model.lora.start", "model.network.from_pretrained")  # read before the first step
 READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are compared
-THREADS = 4
 
 
 def contents_of(
@@ -40,41 +38,44 @@ def contents_of(
         started: leave out the weights that a run needs only to begin.
         sections: of the settings; the files of other sections are not looked at.
     """
-    flat = {typed(key): value for key, value in flatten(asdict(config)).items() if value}
-    flat = {key: value for key, value in flat.items() if key.split(".")[0] in sections}
-    named = {key: str(value) for key, value in flat.items() if _is_path(key, value)}
-    if started:
-        named = {key: value for key, value in named.items() if key not in STARTS}
-    return digests(named, run)
+    rooms = {name: value for name, value in asdict(config).items() if name in sections}
+    named = {typed(key): value for key, value in flatten(rooms).items() if is_path(key, value)}
+    return digests({k: v for k, v in named.items() if not (started and k in STARTS)}, run)
 
 
-def read_began(run: Path) -> dict[str, Any]:
-    """Return the digests that `write_began` noted; empty for runs of earlier versions."""
-    return _read(run).get("began", {})
+def read_notes(run: Path) -> "Notes":
+    """Return what is noted of a run's files; nothing for runs of earlier versions."""
+    advice = "remove it; the files that the run reads are then taken as they are"
+    file = run / MEMORY
+    return read_record(file, Notes, advice) if file.is_file() else Notes()
 
 
 def write_began(run: Path, contents: Mapping[str, str]) -> None:
-    """Note what a run began with, unless it is noted."""
-    noted = read_began(run)
-    if noted != {**noted, **contents}:
-        _write(run, {**_read(run), "began": {**noted, **contents}})
+    """Note what a run began with, and the folder from which its relative paths lead."""
+    notes = read_notes(run)
+    new = replace(notes, began={**notes.began, **contents}, started=str(Path.cwd()))
+    if notes != new:
+        _write(run, new)
 
 
-def _read(run: Path) -> dict[str, dict[str, Any]]:
-    advice = "remove it; the files that the run reads are then taken as they are"
-    file = run / MEMORY
-    return vars(read_record(file, _Memory, advice)) if file.is_file() else {}
+def changed(run: Path, contents: Mapping[str, str]) -> list[str]:
+    """Return the settings at whose paths other files lie than those that the run began with."""
+    began = read_notes(run).began
+    return [key for key, content in contents.items() if began.get(key, content) != content]
 
 
-def _write(run: Path, memory: Mapping[str, Any]) -> None:
-    if run.is_dir():
-        write_text(run / MEMORY, json.dumps(memory) + "\n")
+def _write(run: Path, notes: "Notes") -> None:
+    if os.access(run, os.W_OK):  # a run of somebody else may be read alone
+        write_text(run / MEMORY, json.dumps(asdict(notes)) + "\n")
 
 
 @dataclass(frozen=True)
-class _Memory:
-    files: dict[str, tuple[int, int, int, str]] = field(default_factory=dict)
-    began: dict[str, str] = field(default_factory=dict)
+class Notes:
+    """contents.json of a run folder."""
+
+    files: dict[str, tuple[int, int, int, str]] = field(default_factory=dict)  # see _Sums, by path
+    began: dict[str, str] = field(default_factory=dict)  # digests by their settings
+    started: str | None = None  # the folder from which relative paths lead
 
 
 def typed(key: str) -> str:
@@ -82,9 +83,10 @@ def typed(key: str) -> str:
     return key.replace(".reward.", ".") if key.startswith("reward.parts.") else key
 
 
-def _is_path(key: str, value: object) -> bool:
+def is_path(key: str, value: object) -> bool:
+    """Say whether a setting names files whose content counts."""
     room, _, name = key.rpartition(".")
-    if not isinstance(value, str) or key.startswith("data.shards"):
+    if not (isinstance(value, str) and value) or key.startswith("data.shards"):
         return False
     if key in STARTS or key in ("data.prompts", "validation.prompts"):
         return True
@@ -95,11 +97,11 @@ def _is_path(key: str, value: object) -> bool:
 
 def digests(named: Mapping[str, str], run: Path) -> dict[str, str]:
     """Return the digest of each path that exists, by its key; a run folder remembers the sums."""
-    memory = _read(run)
-    sums = _Sums(memory.get("files", {}))
+    notes = read_notes(run)
+    sums = _Sums(notes.files)
     contents = {key: sums.digest_of(value, key) for key, value in named.items()}
     if sums.seen.items() - sums.known.items():
-        _write(run, {**memory, "files": sums.known | sums.seen})
+        _write(run, replace(notes, files=sums.known | sums.seen))
     return {key: value for key, value in contents.items() if value is not None}
 
 
@@ -128,7 +130,7 @@ class _Sums:
         if is_data and sum(path.stat().st_size for path in files) > READ_WHOLE:
             sizes = [path.stat().st_size for path in files]
             return digest(list(zip(names, sizes, strict=True)))
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(4) as pool:
             return digest(list(zip(names, pool.map(self._sum, files), strict=True)))
 
     def _sum(self, path: Path) -> str:
