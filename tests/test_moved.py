@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import command, start
+from runs import command, fork, start
 from safetensors.torch import load_file, save_file
 from tiny_clip import write_tiny_clip
 
 from sfumato.compose import compose_command
-from sfumato.config import EvaluateConfig, ModelFiles, RewardFiles, SampleConfig
+from sfumato.config import EvaluateConfig, ModelConfig, ModelFiles, RewardFiles, SampleConfig
+from sfumato.evaluation import commands
 from sfumato.evaluation.commands import evaluate_run, sample_images
 from sfumato.evaluation.results import Evaluation
+from sfumato.models.model import TextToImageModel
 from sfumato.run.identity import read_notes
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -132,7 +134,7 @@ def test_files_that_moved_are_named_anew(place: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("key", "file", "commands"),
+    ("key", "file", "acts"),
     [
         ("model.pretrained", UNET, (sample, evaluate)),
         ("model.pretrained", "scheduler/scheduler_config.json", (sample, evaluate)),
@@ -141,7 +143,7 @@ def test_files_that_moved_are_named_anew(place: Path, capsys: pytest.CaptureFixt
     ],
 )
 def test_other_content_is_refused_unless_it_is_allowed(
-    place: Path, key: str, file: str, commands: tuple[Callable[..., Any], ...]
+    place: Path, key: str, file: str, acts: tuple[Callable[..., Any], ...]
 ) -> None:
     room = key.partition(".")[0]
     other = place / "other"
@@ -151,7 +153,7 @@ def test_other_content_is_refused_unless_it_is_allowed(
     else:
         change_weights(other / file)
     files = ModelFiles(str(other)) if room == "model" else RewardFiles(str(other))
-    for act in commands:
+    for act in acts:
         with pytest.raises(ValueError, match=rf"{key} = '.*other': .*allow_changed=\[{key}\]"):
             act(place, **{room: files})
         assert act(place, **{room: files}, allow_changed=[key])
@@ -246,6 +248,41 @@ def test_a_run_goes_on_from_another_folder(place: Path) -> None:
     )
     assert read_notes(place / "runs" / "run").started == str(place / "sub")
     assert sample(place)["step"] == 2
+
+
+# Two at once
+
+
+def test_a_second_evaluation_is_refused_before_it_loads_weights(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    (loading, loads), (released, release) = os.pipe(), os.pipe()
+    load_model = commands.load_model
+
+    def load_later(settings: ModelConfig) -> TextToImageModel:
+        os.write(loads, b"x")
+        os.read(released, 1)
+        return load_model(settings)
+
+    def load_never(*_: object) -> TextToImageModel:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(commands, "load_model", load_later)
+    first = fork(lambda: evaluate(place))
+    os.read(loading, 1)
+    for name in ("load_model", "build_scorer"):
+        monkeypatch.setattr(commands, name, load_never)
+    with pytest.raises(ValueError, match=r"another sfumato evaluate works on .*run; wait for it"):
+        evaluate(place)
+    os.write(release, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    steps = place / "runs" / "run" / "evaluation"
+    written = [file.stat().st_mtime_ns for file in steps.rglob("summary.json")]
+    assert [one.step for one in evaluate(place)] == [0, 1]
+    assert [file.stat().st_mtime_ns for file in steps.rglob("summary.json")] == written
 
 
 # Folders of the user
