@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, final
+from typing import Any, NoReturn, TextIO, final
 
 HYDRA_COMMANDS = ("train", "sample", "evaluate", "plan")
 HELP = {"-h", "--help"}
@@ -56,23 +56,25 @@ def _mend_streams() -> None:
     A stream that the caller closed leads nowhere, and so does one whose reader goes, such as
     `| head -1`. Letters that a terminal has not are written as numbers.
     """
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        stream = vars(sys)[name]
-        if stream is None:
-            vars(sys)[name] = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-        elif not isinstance(stream, io.TextIOWrapper):
-            continue
-        elif stream is vars(sys)[f"__{name}__"]:
-            raw = _Lasting(number, "w", closefd=False)
-            vars(sys)[name] = io.TextIOWrapper(
-                raw if stream.write_through else io.BufferedWriter(raw),
-                stream.encoding,
-                "backslashreplace",
-                line_buffering=stream.line_buffering,
-                write_through=stream.write_through,
-            )
-        else:
-            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = _mended(sys.stdout, 1), _mended(sys.stderr, 2)
+
+
+def _mended(stream: TextIO | None, number: int) -> TextIO:
+    if stream is None:
+        return Path(os.devnull).open("w", encoding="utf-8")
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    if stream not in (sys.__stdout__, sys.__stderr__):
+        stream.reconfigure(errors="backslashreplace")
+        return stream
+    raw = _Lasting(number, "w", closefd=False)
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),  # pyright: ignore[reportArgumentType]
+        stream.encoding,
+        "backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 @final

@@ -1,6 +1,5 @@
 """Commands `sample` and `evaluate`: they read settings and write files."""
 
-import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from sfumato.config import (
 from sfumato.data.prompts import read_prompts
 from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
-from sfumato.evaluation.evaluate import Study, check_request, find_checkpoint, hold, measure
+from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint, hold
 from sfumato.evaluation.opened import OpenedRun, named_paths, open_run
 from sfumato.evaluation.results import Evaluation
 from sfumato.files import write_text
@@ -166,13 +165,20 @@ def _new_folder(out: Path) -> Path:
         return out
     except FileExistsError:
         pass
-    for number in itertools.count(1):
-        folder = out / f"{number:03d}"
-        with suppress(FileExistsError):
-            folder.mkdir()
-            break
+    number = 1
+    while (folder := out / f"{number:03d}").exists() or not _made(folder):
+        number += 1
     print(f"{out} is not empty: the pictures go to {folder}", flush=True)
     return folder
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder, unless another process has just made it."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def open_model(config: SampleConfig) -> Opened:
@@ -185,7 +191,8 @@ def open_model(config: SampleConfig) -> Opened:
     if config.run is None:
         settings = ModelConfig(str(config.pretrained), allow_pickle=config.allow_pickle)
         settings.variant = config.model.variant
-        sampler, checkpoint, origin = SamplerConfig(), None, {"model": config.pretrained}
+        sampler, checkpoint = SamplerConfig(), None
+        origin: dict[str, Any] = {"model": config.pretrained}
     else:
         run = open_run(config)
         settings, sampler = run.settings.model, run.settings.sampler
@@ -275,7 +282,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
             features=config.features,
             contents=contents,
         )
-        results = measure(run, study, steps)
+        results = evaluate(run, study, steps, held=writable)
     for result in results:
         measured = [f"{result.diversity_label} {result.diversity:.4f}"]
         if result.reward is not None:
