@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, final
+from typing import Any, NoReturn, final
 
 HYDRA_COMMANDS = ("train", "sample", "evaluate", "plan")
 HELP = {"-h", "--help"}
@@ -59,7 +59,7 @@ def _mend_streams() -> None:
     sys.stdout, sys.stderr = _mended(sys.stdout, 1), _mended(sys.stderr, 2)
 
 
-def _mended(stream: TextIO | None, number: int) -> TextIO:
+def _mended(stream: Any, number: int) -> Any:
     if stream is None:
         return Path(os.devnull).open("w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):
@@ -69,7 +69,7 @@ def _mended(stream: TextIO | None, number: int) -> TextIO:
         return stream
     raw = _Lasting(number, "w", closefd=False)
     return io.TextIOWrapper(
-        raw if stream.write_through else io.BufferedWriter(raw),  # pyright: ignore[reportArgumentType]
+        raw if stream.write_through else io.BufferedWriter(raw),
         stream.encoding,
         "backslashreplace",
         line_buffering=stream.line_buffering,
