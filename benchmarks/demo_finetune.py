@@ -85,7 +85,7 @@ def compare(run: Path, count: int, *, all_steps: bool) -> Tensor:
     sheet = []
     for place in [None, *(checkpoints if all_steps else checkpoints[-1:])]:
         if place is not None:
-            load_weights(model, read_shown_weights(place))
+            load_weights(model, read_shown_weights(place), str(place))
         side = "base" if place is None else f"step {step_of(place)}"
         for name, scenes in sets.items():
             images = generate_in_batches(

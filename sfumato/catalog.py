@@ -121,10 +121,15 @@ def walk(node: Any, prefix: str = "", where: str = "") -> Iterator[Entry]:
         default = item.default if item.default_factory is MISSING else item.default_factory()
         default = default if node is owner else vars(node)[item.name]
         yield Entry(key, owner, item, default, where)
-        for name, choice in CHOICES.get(item.name, {}).items():
+        for name, choice in choices_of(owner, item).items():
             yield from walk(choice(), f"{key}.", f"{key}={name}")
         if is_dataclass(default):
             yield from walk(default, f"{key}.")
+
+
+def choices_of(owner: type, item: Any) -> Mapping[str, type]:
+    """Return the classes by name that a field can be, if it is a group of choices."""
+    return _BASES.get(_without_none(_hints(owner)[item.name])[0], {})
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:

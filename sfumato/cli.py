@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, final
 
 HYDRA_COMMANDS = ("train", "sample", "evaluate", "plan")
 HELP = {"-h", "--help"}
@@ -47,21 +48,46 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python's exit would complain again
-        sys.exit(1)
 
 
 def _mend_streams() -> None:
-    """Give closed streams a place to write to, and show what a terminal has no letters for."""
-    from pathlib import Path
+    """Let nothing that becomes of the terminal end the work.
 
-    # A stream that the caller closed is None.
-    sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    A stream that the caller closed leads nowhere, and so does one whose reader goes, such as
+    `| head -1`. Letters that a terminal has not are written as numbers.
+    """
+    sys.stdout, sys.stderr = _mended(sys.stdout, 1), _mended(sys.stderr, 2)
+
+
+def _mended(stream: Any, number: int) -> Any:
+    if stream is None:
+        return Path(os.devnull).open("w", encoding="utf-8")
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    if stream not in (sys.__stdout__, sys.__stderr__):
+        stream.reconfigure(errors="backslashreplace")
+        return stream
+    raw = _Lasting(number, "w", closefd=False)
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),
+        stream.encoding,
+        "backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+@final
+class _Lasting(io.FileIO):
+    """A stream that leads nowhere once its reader has gone."""
+
+    def write(self, data: Any, /) -> int:
+        """Write bytes, or drop them."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
 
 
 def run_command(arguments: Sequence[str]) -> None:
@@ -165,8 +191,6 @@ def mistakes_explained() -> Iterator[None]:
     """
     try:
         yield
-    except BrokenPipeError:
-        raise
     except (ValueError, OSError) as error:
         if os.environ.get("SFUMATO_TRACEBACK"):
             raise
@@ -244,8 +268,6 @@ def prepare(arguments: Sequence[str]) -> None:
     if arguments[:1] != ["verify"]:
         hydra_command("prepare", arguments)
         return
-    from pathlib import Path
-
     parser = options_parser("prepare verify", prepare)
     parser.add_argument("folder", type=Path, help="the folder that was prepared")
     options = parser.parse_args(arguments[1:])
@@ -262,8 +284,6 @@ def launch(arguments: Sequence[str]) -> None:
 
 def report(arguments: Sequence[str]) -> None:
     """Write a report of run folders."""
-    from pathlib import Path
-
     parser = options_parser("report", report)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
@@ -279,8 +299,6 @@ def report(arguments: Sequence[str]) -> None:
 
 def demo(arguments: Sequence[str]) -> None:
     """Run DRaFT and DRaFT+ in the tiny world and write a report of reward against diversity."""
-    from pathlib import Path
-
     parser = options_parser("demo", demo)
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/demo)")
     parser.add_argument("--seed", type=int, default=0, help="of the demo (default: 0)")

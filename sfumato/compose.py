@@ -5,8 +5,9 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -53,12 +54,19 @@ def register() -> None:
         OmegaConf.register_new_resolver(
             resolver, lambda name, folder=folder: str(folder / name), replace=True
         )
+    OmegaConf.register_new_resolver("scratch", lambda: _scratch().name, replace=True)
     store = ConfigStore.instance()
     for name, node in COMMANDS.items():
         store.store(name=f"{name}_schema", node=node)
     for group, choices in CHOICES.items():
         for name, node in choices.items():
             store.store(group=group, name=name, node=node)
+
+
+@cache
+def _scratch() -> TemporaryDirectory[str]:
+    """Return the folder for Hydra's own notes of a sweep, which ends with this process."""
+    return TemporaryDirectory(prefix="sfumato-sweep-")
 
 
 def to_settings(config: Any, prefix: str = "") -> Any:

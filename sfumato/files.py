@@ -229,14 +229,6 @@ def read_bytes(
         raise failure(f"{path} cannot be read ({error.strerror}); {advice}") from error
 
 
-def is_inside(path: Path, folder: Path) -> bool:
-    """Say whether a path lies in a folder once all links are followed."""
-    try:
-        return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # a link to itself; a NUL
-        return False
-
-
 def parse_object(text: str | bytes) -> dict[str, Any] | None:
     """Return the JSON object in a text, or None where it holds something else."""
     try:

@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sfumato.catalog import CHOICES, RECIPES, find_slot, known_keys, walk
+from sfumato.catalog import CHOICES, RECIPES, choices_of, find_slot, known_keys, walk
 from sfumato.conditions import conditions_of, shown
-from sfumato.config import COMMANDS, CONF, Rule, rule_of
+from sfumato.config import COMMANDS, CONF, RewardConfig, Rule, rule_of
 from sfumato.config.saved import MAY_CHANGE
 from sfumato.explain import unknown_key
 
@@ -26,7 +26,7 @@ NOTES = """\
                    "only with" says beside which others a setting is read; typed elsewhere, it is
                    refused
   --cfg job        print the settings as composed, and do nothing
-  -m KEY=A,B       run once per value; for a text write KEY=choice(A,B)
+  -m KEY=A,B       run once per value; a text with a comma then stands in quotes: KEY="'A,B',C"
   --config-dir DIR also take recipes from DIR/recipe/NAME.yaml"""
 RESUME = """\
 ## What may change when a run goes on
@@ -154,7 +154,7 @@ def _rows(command: str, settings: Sequence[Setting], seen: dict[type, str]) -> I
 def _settings(command: str, node: Any, prefix: str = "") -> Iterator[Setting]:
     for entry in walk(node, prefix):
         key, item, rule = entry.key, entry.item, rule_of(entry.item)
-        if item.name in CHOICES:
+        if choices_of(entry.owner, item):
             yield _group(command, key, entry.owner, item.type)
         elif not (is_dataclass(entry.default) or (item.name == "kind" and "." in key)):
             bases = (
@@ -165,7 +165,7 @@ def _settings(command: str, node: Any, prefix: str = "") -> Iterator[Setting]:
             comment = "; ".join(text for text in (comment, _only(command, key)) if text)
             kind = _type_words(command, key, rule)
             yield Setting(key, entry.owner, kind, shown(entry.default), str(rule), comment)
-        if is_dataclass(rule.entries) and not key.startswith("reward."):
+        if is_dataclass(rule.entries) and rule.entries is not RewardConfig:
             yield from _settings(command, rule.entries, f"{key}.NAME.")
 
 

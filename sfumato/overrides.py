@@ -2,7 +2,7 @@
 
 A text is taken as typed, whatever it looks like: 1.10, true, ${x}, a comma or a quote. Only `null`
 is None, where a setting may be None; 'null' in quotes is the text. Texts inside a list or a
-dictionary may stand in quotes. In a sweep, choice(A,B) gives a text several values.
+dictionary may stand in quotes. In a sweep commas separate values, except in quotes and brackets.
 """
 
 import json
@@ -44,9 +44,8 @@ def _swept(slot: Slot, value: str) -> str:
     """Return the values of a sweep; numbers are left to Hydra, which also knows range()."""
     choice = re.fullmatch(r"choice\((.*)\)", value, re.DOTALL)
     parts = split(choice[1] if choice else value)
-    free = slot.is_text and not slot.rule.choices
     typed = slot.is_text or slot.is_texts or slot.has_entries
-    if not typed or (choice is None and (free or len(parts) == 1)):
+    if not typed or (choice is None and "," not in value):
         return _written(slot, value)
     return ",".join(_element(slot, part) for part in parts)  # Hydra's choice() would drop quotes
 

@@ -22,6 +22,7 @@ from tiny_clip import write_tiny_clip
 from sfumato.cli import main
 from sfumato.compose import compose_train
 from sfumato.config import CONF, TrainConfig
+from sfumato.evaluation import commands
 from sfumato.run import run as training_run
 from sfumato.training.distribution import Distribution
 from sfumato.training.loop import Outcome
@@ -312,13 +313,14 @@ def test_sample_writes_pictures_of_a_run(call: Call, run_folder: Path, tmp_path:
     assert {p.name: p.read_bytes() for p in (tmp_path / "samples").glob("*.*")} == written
 
 
+@pytest.mark.parametrize("schedules", ["schedule=choice(draft,base)", "schedule=draft,base"])
 def test_a_sweep_of_samples_keeps_the_pictures_of_all_its_jobs(
-    call: Call, run_folder: Path, tmp_path: Path
+    call: Call, run_folder: Path, tmp_path: Path, schedules: str
 ):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "000-00.png").write_text("mine")
     given = ["num_images=1", "sampler.num_inference_steps=1", "out=out", "prompt=ein rotes Ä"]
-    answer = call("sample", f"run={run_folder}", "schedule=choice(draft,base)", "-m", *given)
+    answer = call("sample", f"run={run_folder}", schedules, "-m", *given)
     assert answer.code == 0
     notes = [
         json.loads((tmp_path / "out" / n / "sample.json").read_text())["000-00.png"]
@@ -341,7 +343,87 @@ def test_a_sample_that_cannot_be_written_is_named_and_leaves_nothing_half(
     answer = call("sample", f"run={run_folder}", *given)
     assert answer.code == 2
     assert "samples/000-00.png could not be written: no space is left" in answer.err
-    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["sample.json"]
+    assert list((tmp_path / "samples").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_a_record_of_the_pictures_there_are(
+    call: Call, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "mine.txt").write_text("mine")
+    save, left = Image.Image.save, [2]
+
+    def filling(image: Image.Image, file: Path, *more: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(image, file, *more, **options)
+
+    monkeypatch.setattr(Image.Image, "save", filling)
+    given = ["num_images=3", "sampler.num_inference_steps=1", "prompt=a", f"run={run_folder}"]
+    answer = call("sample", *given)
+    assert answer.code == 2
+    assert "samples/001/000-02.png could not be written: no space is left" in answer.err
+    folder = tmp_path / "samples" / "001"
+    names = ["000-00.png", "000-01.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "sample.json"]
+    assert sorted(json.loads((folder / "sample.json").read_text())) == names
+    assert call("sample", *given).code == 2  # no picture can be written: no folder is left
+    found = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert found == {"mine.txt", "001"}
+
+
+def test_a_picture_that_cannot_be_made_leaves_no_folder(
+    call: Call, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("at step 1 the images hold NaN")
+
+    monkeypatch.setattr(commands, "generate", fails)
+    assert_mistake(call("sample", f"run={run_folder}", "prompt=a"), "NaN")
+    assert list((tmp_path / "samples").iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["runs", "out", "."])
+def test_a_sweep_writes_nothing_of_its_own(
+    call: Call, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+):
+    monkeypatch.setattr(commands, "sample_images", lambda _: None)
+    file = tmp_path / folder / "multirun.yaml"  # a name that Hydra writes
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    given = [f"run={run_folder}", "prompt=a", "out=out"]
+    assert call("sample", "-m", "schedule=draft,base", *given).code == 0
+    assert file.read_text() == "mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+@pytest.mark.parametrize("reader", ["| head -1", "| true", "2>&1 | true", ">&-"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_does_not_end_the_work(tmp_path: Path, reader: str, unbuffered: str):
+    program = (
+        "import pathlib, sys, time; from sfumato import cli\n"
+        "def work(_):\n"
+        "    for name in 'abc':\n"
+        "        print('\u00e4', name, flush=True); time.sleep(.2)\n"
+        "        print('progress', file=sys.stderr)\n"
+        "        pathlib.Path(name).touch()\n"
+        "cli.run_command = work; sys.argv = ['sfumato']; cli.main()"
+    )
+    (tmp_path / "program.py").write_text(program)
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} program.py {reader}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": unbuffered},
+    )
+    assert result.returncode == 0
+    assert result.stderr == ("" if "2>&1" in reader else "progress\n" * 3)
+    assert result.stdout == ("\\xe4 a\n" if "head" in reader else "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "program.py"]
 
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "| cat"])

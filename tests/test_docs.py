@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfumato.catalog import CHOICES, find_slot, known_keys
+from sfumato.catalog import CHOICES, choices_of, find_slot, known_keys, walk
 from sfumato.compose import compose_train, register
 from sfumato.config import (
     COMMANDS,
@@ -208,7 +208,8 @@ def test_the_page_of_settings_is_complete(command: str) -> None:
     """Every key that composes has a setting with its type, default, choices, bounds, comment."""
     settings = {each.key: each for each in settings_of(command)}
     owners = {key.rpartition(".")[0] for key in known_keys(command)}
-    keys = {key for key in known_keys(command) if key not in owners or key in CHOICES}
+    groups = {e.key for e in walk(COMMANDS[command]) if choices_of(e.owner, e.item)}
+    keys = {key for key in known_keys(command) if key not in owners or key in groups}
     assert {key for key in keys if not key.endswith("kind")} <= set(settings)
     assert all(each.kind and each.default for each in settings.values())
 

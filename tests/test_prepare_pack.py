@@ -258,6 +258,37 @@ def test_a_picture_of_the_same_name_and_length_is_noticed(source: Path, tmp_path
     assert tree(out) == tree(tmp_path / "anew")
 
 
+@pytest.mark.parametrize("kind", ["folder", "tars", "table"])
+def test_files_of_the_future_are_packed_once_until_they_change(tmp_path: Path, kind: str) -> None:
+    """A camera without a clock, or an archive from another time zone."""
+    pictures, out = write_folder(tmp_path / "in", [(16, 16)] * 4), tmp_path / "out"
+    named: Path | str = pictures
+    file, old, new = pictures / "001.png", png(16, 16, 1), png(16, 16, 2)
+    file.write_bytes(old)
+    assert len(old) == len(new)
+    if kind == "tars":
+        file = tmp_path / "a.tar"
+        write_tar(file, [("0.png", old), ("0.txt", b"a")])
+        named, old = f"{tmp_path}/*.tar", file.read_bytes()
+        new = old.replace(png(16, 16, 1), png(16, 16, 2))
+    elif kind == "table":
+        rows = [{"path": f"{i:03d}.png", "caption": "a"} for i in range(4)]
+        (pictures / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        named = pictures / "t.jsonl"
+    future = (2**31, 2**31)
+    os.utime(file, future)
+    packed(named, out)
+    before = times(out)
+    packed(named, out)
+    assert times(out) == before
+    file.write_bytes(new)
+    os.utime(file, future)
+    packed(named, out)
+    packed(named, tmp_path / "anew")
+    assert tree(out) == tree(tmp_path / "anew")
+    assert times(out)["000000.tar"] > before["000000.tar"]
+
+
 def test_a_damaged_tar_without_its_record_or_a_record_without_its_tar_is_made_again(
     source: Path, tmp_path: Path
 ) -> None:

@@ -1,8 +1,10 @@
 """Report of run folders: its arithmetic, its structure, and the faults of run folders it names."""
 
 import base64
+import errno
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
@@ -310,6 +312,47 @@ def test_text_of_users_is_escaped(page: Page, tmp_path: Path) -> None:
     assert not {"b", "i", "u", "moon"} & {*other.tags, *page.tags}
     assert "<p>&lt;u&gt;one&lt;/u&gt;</p>\n<p>two</p>" in other.html
     assert other.html.count("&lt;b&gt;$x$") > 3
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    ["mine", "", "<html><body>Written by Sfumato 1.</body></html>", "binary", "a link", "a folder"],
+)
+def test_files_of_the_user_are_not_replaced(
+    runs: list[RunFolder], tmp_path: Path, theirs: str
+) -> None:
+    out = tmp_path / "page.html"
+    if theirs == "a folder":
+        out.mkdir()
+    elif theirs == "a link":
+        (tmp_path / "elsewhere").write_text("mine")
+        out.symlink_to(tmp_path / "elsewhere")
+    else:
+        out.write_bytes(bytes(range(256)) if theirs == "binary" else theirs.encode())
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"page\.html is (in the way|a folder)"):
+        write_report(runs, out, title="T")
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_report_is_replaced_but_by_no_half(
+    runs: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "page.html"
+    first = write_report(runs, out, title="First").read_bytes()
+    assert write_report(runs, out, title="Second").read_bytes() != first
+    second, write_text = out.read_bytes(), Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> None:
+        write_text(path, text[:100], **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for name in ("page.html", "new.html"):
+        with pytest.raises(ValueError, match=rf"{name} could not be written: no space is left"):
+            write_report(runs, tmp_path / name, title="Third")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert out.read_bytes() == second
 
 
 def test_large_images_are_scaled_down_and_smooth(tmp_path: Path) -> None:

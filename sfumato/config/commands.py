@@ -42,6 +42,43 @@ class SamplerOverrides:
 
 
 @dataclass
+class MergedFile:
+    """Where a LoRA file that a run merged lies now."""
+
+    path: str | None = None
+
+
+@dataclass
+class ModelFiles:
+    """Where the model of a run lies now; null is where the run had it."""
+
+    pretrained: str | None = None  # a diffusers folder or hub id
+    variant: str | None = None  # file variant such as fp16; also of pretrained=
+    autoencoder: str | None = None  # beside a network that began at random
+    text_encoder: str | None = None  # beside a network that began at random
+    tokenizer: str | None = None  # beside a network that began at random
+    scheduler: str | None = None  # beside a network that began at random
+    merge: dict[str, Any] = entries(MergedFile)  # NAME: {path: ...}
+
+
+@dataclass
+class PartFiles:
+    """Where the CLIP model of one part of a reward lies now."""
+
+    pretrained: str | None = None
+    processor: str | None = None
+
+
+@dataclass
+class RewardFiles:
+    """Where the CLIP model of a run's reward lies now; null is where the run had it."""
+
+    pretrained: str | None = None  # a folder or hub id
+    processor: str | None = None
+    parts: dict[str, Any] = entries(PartFiles)  # NAME: {pretrained: ...}
+
+
+@dataclass
 class SampleConfig:
     """`sfumato sample`: images of a run, or of a model."""
 
@@ -57,6 +94,8 @@ class SampleConfig:
     batch_size: int = setting(4, FEW)
     schedule: str = "draft"  # annealed importance guidance: base, draft, linear, power_P, step_F
     sampler: SamplerOverrides = field(default_factory=SamplerOverrides)
+    model: ModelFiles = field(default_factory=ModelFiles)  # of a run that has moved
+    allow_changed: list[str] = field(default_factory=list)  # settings whose files may be others
     out: str = "samples"  # folder of the images
 
 
@@ -74,6 +113,9 @@ class EvaluateConfig:
     seed: int = 4321
     batch_size: int = setting(8, FEW)
     features: str = "pixels"  # for diversity: pixels, lpips, a CLIP folder or hub id
+    model: ModelFiles = field(default_factory=ModelFiles)  # of a run that has moved
+    reward: RewardFiles = field(default_factory=RewardFiles)
+    allow_changed: list[str] = field(default_factory=list)  # settings whose files may be others
     allow_pickle: bool = False  # pickled weights can run code; a run's own setting is not believed
 
 

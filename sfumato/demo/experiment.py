@@ -14,7 +14,7 @@ from sfumato.evaluation.evaluate import Study, evaluate, hold
 from sfumato.evaluation.results import OLDER
 from sfumato.files import RECORD, new_folder, write_text
 from sfumato.models.registry import load_model
-from sfumato.report.report import write_report
+from sfumato.report.report import refuse_other, write_report
 from sfumato.rewards.build import build_reward
 from sfumato.run.run import train
 from sfumato.training.checkpoint import list_checkpoints, step_of
@@ -53,6 +53,8 @@ def run_demo(out: Path, *, seed: int = 0) -> Path | None:
             f"the demo's models are not in {DEMO_MODELS}; install the whole package, or rebuild "
             "them with `sfumato demo --rebuild`"
         )
+    page = out / "report.html"
+    refuse_other(page)
     prompts = out / "prompts.txt"
     text = write_prompts(seed)
     if prompts.exists() and prompts.read_text(encoding="utf-8") != text:
@@ -75,7 +77,7 @@ def run_demo(out: Path, *, seed: int = 0) -> Path | None:
             return None
         runs.append(RunFolder(out / name))
         evaluate_demo(config, runs[-1], base=runs[0], seed=seed)
-    report = write_report(runs, out / "report.html", title="Sfumato demo", notes=NOTES)
+    report = write_report(runs, page, title="Sfumato demo", notes=NOTES)
     print(f"\nreport: {report}")
     return report
 

@@ -1,28 +1,30 @@
 """Commands `sample` and `evaluate`: they read settings and write files."""
 
-import itertools
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import sfumato
-from sfumato.compose import load_settings
 from sfumato.conditions import check_sample
 from sfumato.config import (
     EvaluateConfig,
     ModelConfig,
     SampleConfig,
     SamplerConfig,
-    TrainConfig,
     check_values,
 )
 from sfumato.data.prompts import read_prompts
 from sfumato.diffusion.randomness import derive
-from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint
+from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint, hold
+from sfumato.evaluation.opened import OpenedRun, named_paths, open_run
 from sfumato.evaluation.results import Evaluation
 from sfumato.files import write_text
 from sfumato.images import write_png
@@ -82,6 +84,7 @@ def sample_images(config: SampleConfig) -> None:
     """
     check_values(config)
     check_sample(config)
+    _check_named(config)
     texts = (
         [config.prompt]
         if config.prompt is not None
@@ -95,66 +98,109 @@ def sample_images(config: SampleConfig) -> None:
     opened.model.to(default_device())
     prompts = [text for text in texts for _ in range(config.num_images)]
     seeds = [derive(config.seed, i) for _ in texts for i in range(config.num_images)]
-    notes = [
-        {"prompt": prompt, "seed": config.seed, "image": i % config.num_images, **opened.origin}
+    notes = {
+        f"{i // config.num_images:03d}-{i % config.num_images:02d}.png": {
+            "prompt": prompt,
+            "seed": config.seed,
+            "image": i % config.num_images,
+            **opened.origin,
+        }
         for i, prompt in enumerate(prompts)
-    ]
-    names = [
-        f"{i // config.num_images:03d}-{i % config.num_images:02d}.png" for i in range(len(prompts))
-    ]
-    folder = _new_folder(out, dict(zip(names, notes, strict=True)))
-    for start in range(0, len(prompts), config.batch_size):
-        rows = slice(start, start + config.batch_size)
-        images = generate(
-            opened.model, prompts[rows], seeds[rows], opened.sampler, schedule=config.schedule
+    }
+    rows = [slice(i, i + config.batch_size) for i in range(0, len(prompts), config.batch_size)]
+    images = (
+        image
+        for row in rows
+        for image in generate(
+            opened.model, prompts[row], seeds[row], opened.sampler, schedule=config.schedule
         )
-        for i, image in enumerate(images, start):
-            write_png(image, folder / names[i], notes[i])
-            print(f"{folder / names[i]}  {prompts[i]}", flush=True)
+    )
+    _write_pictures(images, notes, out)
 
 
-def _new_folder(out: Path, record: Mapping[str, Any]) -> Path:
-    """Return `out` if it is empty, or else a new numbered folder in it; write the record there."""
-    folder = out
+def _check_named(config: SampleConfig) -> None:
+    """Refuse paths that take the place of a run's where no run is given."""
+    if config.run is None:
+        given = {**named_paths(config), "allow_changed": config.allow_changed or None}
+        for key in (key for key, value in given.items() if value is not None):
+            raise ValueError(f"{key}={given[key]} needs run=FOLDER; leave it out with pretrained")
+
+
+def _write_pictures(images: Iterator[Tensor], notes: Mapping[str, Any], out: Path) -> None:
+    """Write images under the names of their notes, and the notes of those that were written."""
+    first = next(images)  # what fails before it leaves nothing
+    folder = _new_folder(out)
+    written: dict[str, Any] = {}
+    try:
+        _write_notes(folder, notes)
+        for (name, note), image in zip(notes.items(), chain([first], images), strict=True):
+            write_png(image, folder / name, note)
+            written[name] = note
+            print(f"{folder / name}  {note['prompt']}", flush=True)
+    except BaseException:
+        if written:
+            with suppress(ValueError):  # the disk may be full
+                _write_notes(folder, written)
+        else:
+            (folder / SAMPLED).unlink(missing_ok=True)
+            if folder != out:
+                folder.rmdir()
+        raise
+
+
+def _write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
+    write_text(folder / SAMPLED, json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
+
+
+def _new_folder(out: Path) -> Path:
+    """Return `out` if it is empty, or else a new numbered folder in it."""
     try:
         if any(out.iterdir()):
             raise FileExistsError
         (out / SAMPLED).touch(exist_ok=False)  # of two calls at once only one has the folder
+        return out
     except FileExistsError:
-        for number in itertools.count(1):
-            folder = out / f"{number:03d}"
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                continue
-            break
-        print(f"{out} is not empty: the pictures go to {folder}", flush=True)
-    write_text(folder / SAMPLED, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        pass
+    number = 1
+    while (folder := out / f"{number:03d}").exists() or not _made(folder):
+        number += 1
+    print(f"{out} is not empty: the pictures go to {folder}", flush=True)
     return folder
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder, unless another process has just made it."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def open_model(config: SampleConfig) -> Opened:
     """Return a run's model with its averaged weights, or a pretrained model, and its sampler.
 
     Raises:
-        ValueError: if the model cannot be found or read.
+        ValueError: if the model cannot be found or read, or is not the one that the run began with.
     """
+    run: OpenedRun | None = None
     if config.run is None:
         settings = ModelConfig(str(config.pretrained), allow_pickle=config.allow_pickle)
-        sampler, checkpoint, origin = SamplerConfig(), None, {"model": config.pretrained}
+        settings.variant = config.model.variant
+        sampler, checkpoint = SamplerConfig(), None
+        origin: dict[str, Any] = {"model": config.pretrained}
     else:
-        run = RunFolder(Path(config.run))
-        trained = load_settings(run.config)
-        # A run may come from a stranger: whether to trust pickles is for the user to say.
-        settings = replace(trained.model, allow_pickle=config.allow_pickle)
-        sampler = trained.sampler
-        checkpoint = find_checkpoint(run, config.step)
+        run = open_run(config)
+        settings, sampler = run.settings.model, run.settings.sampler
+        checkpoint = find_checkpoint(run.folder, config.step)
         origin = {"run": config.run, "model": settings.pretrained}
         origin |= {"step": step_of(checkpoint), "checkpoint": fingerprint(checkpoint)}
     changes = {name: value for name, value in vars(config.sampler).items() if value is not None}
     sampler = replace(sampler, **changes)
     check_values(sampler, "sampler.")
     find_family(settings, sampler)
+    if run is not None:
+        origin["contents"] = run.contents("model")
     weights = read_shown_weights(checkpoint) if checkpoint is not None else None
     if config.schedule != "draft":
         settings = replace(settings, reference=True)
@@ -200,9 +246,8 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     Raises:
         ValueError: if the run cannot be read, or a step has no checkpoint.
     """
-    run = RunFolder(Path(config.run))
-    trained: TrainConfig = load_settings(run.config)
-    trained.model.allow_pickle = config.allow_pickle
+    opened = open_run(config)
+    run, trained = opened.folder, opened.settings
     steps = config.steps
     if steps is None:
         steps = [0, *map(step_of, list_checkpoints(run.checkpoints))]
@@ -216,28 +261,33 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     prompts = distinct(prompts)
     check_request(prompts, config.num_images, config.batch_size)
     find_family(trained.model, trained.sampler)
-    device = default_device()
-    reward = build_scorer(trained)
-    if reward is not None:
-        reward = reward.to(device)
-    settings = trained.model
-    model = load_model(replace(settings, reference=True) if 0 in steps else without_start(settings))
-    model.to(device)
-    # Of a run that may come from a stranger, only what the numbers depend on is looked at.
-    contents = contents_of(trained, run.path, started=True, sections=("model", "reward"))
-    contents |= digests({"features": config.features}, run.path)
-    study = Study(
-        model,
-        trained,
-        reward,
-        prompts,
-        num_images=config.num_images,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        features=config.features,
-        contents=contents,
-    )
-    results = evaluate(run, study, steps)
+    writable = os.access(run.path, os.W_OK)  # else it can show what was evaluated before
+    with hold(run) if writable else nullcontext():  # before weights are loaded
+        opened.contents("model", "reward")
+        device = default_device()
+        reward = build_scorer(trained)
+        if reward is not None:
+            reward = reward.to(device)
+        settings = trained.model
+        whole = 0 in steps
+        model = load_model(replace(settings, reference=True) if whole else without_start(settings))
+        model.to(device)
+        # Once more, as a hub's models may be here only now. Of a run that may come from a stranger,
+        # only what the numbers depend on is looked at.
+        contents = contents_of(trained, run.path, started=True, sections=("model", "reward"))
+        contents |= digests({"features": config.features}, run.path)
+        study = Study(
+            model,
+            trained,
+            reward,
+            prompts,
+            num_images=config.num_images,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            features=config.features,
+            contents=contents,
+        )
+        results = evaluate(run, study, steps, held=writable)
     for result in results:
         measured = [f"{result.diversity_label} {result.diversity:.4f}"]
         if result.reward is not None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -104,12 +105,17 @@ def _by_content(
     }
 
 
-def evaluate(run: RunFolder, study: Study, steps: Sequence[int]) -> list[Evaluation]:
+def evaluate(
+    run: RunFolder, study: Study, steps: Sequence[int], *, held: bool = False
+) -> list[Evaluation]:
     """Score checkpoints, and the base model as step 0, into run/evaluation/step-NNNNNN/.
 
     Image i of prompt p starts from the noise of derive(seed, p, i) at every step of every run. A
     step that was evaluated before with the same settings and weights is skipped. The model keeps
     the weights that were loaded last.
+
+    Args:
+        held: the caller holds the evaluations of the run; see `hold`.
 
     Returns:
         One evaluation per step, in the order of steps.
@@ -125,7 +131,8 @@ def evaluate(run: RunFolder, study: Study, steps: Sequence[int]) -> list[Evaluat
     if todo:
         distance = build_distance(study.features, study.model.device)
         total = len(todo) * len(study.jobs)
-        with hold(run), tqdm(total=total, unit="image", dynamic_ncols=True) as bar:
+        holding = nullcontext() if held else hold(run)
+        with holding, tqdm(total=total, unit="image", dynamic_ncols=True) as bar:
             for step in todo:
                 bar.set_description(f"{run.path.name} step {step}")
                 facts = {"checkpoint": None, "settings": settings}

@@ -1,6 +1,7 @@
 """Containers of rows to pack, listed one at a time, without any picture in memory."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -119,7 +120,7 @@ def _downloaded(config: PackConfig, further: Sequence[str], folder: Path) -> lis
 def _tar(tar: Path, config: PackConfig, expected: int | None = None) -> Container:
     status = tar.stat()
     read = partial(_list_one, tar, config, expected)
-    return Container(tar.name, str(status.st_size), status.st_mtime_ns, read)
+    return Container(tar.name, str(status.st_size), _changed(status), read)
 
 
 def _list_one(tar: Path, config: PackConfig, expected: int | None) -> Listing:
@@ -184,4 +185,9 @@ def _stamp(entry: Entry) -> tuple[int, int]:
         status = file.stat()
     except (OSError, ValueError):  # ValueError is a NUL in the path
         return -1, 0
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, _changed(status)
+
+
+def _changed(status: os.stat_result) -> int:
+    """Return when a file was changed, in ns: a time that was set to the future does not count."""
+    return min(status.st_mtime_ns, status.st_ctime_ns)

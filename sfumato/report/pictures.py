@@ -10,9 +10,8 @@ from PIL import Image
 
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb
 from sfumato.data.entries import FileBlob
-from sfumato.files import is_inside
 from sfumato.report.losses import validation_loss
-from sfumato.report.records import RunRecord, ShownImage, read_pairs, read_scores
+from sfumato.report.records import RunRecord, ShownImage, is_inside, read_pairs, read_scores
 from sfumato.report.tables import Cell, number
 from sfumato.training.checkpoint import list_checkpoints, step_of
 from sfumato.training.folder import RunFolder

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sfumato.config.saved import flatten, read_saved
 from sfumato.evaluation.results import SCORES, SUMMARY, Evaluation, read_evaluations
-from sfumato.files import is_inside, parse_object, read_bytes
+from sfumato.files import parse_object, read_bytes
 from sfumato.records import Count, Finite, convert, read_record, read_rows
 from sfumato.training.checkpoint import list_checkpoints
 from sfumato.training.folder import RunFolder
@@ -308,3 +308,11 @@ def _check_alike(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, 
                 f"({key}: {left.get(key)} and {right.get(key)}), so their numbers cannot be "
                 "compared; evaluate both with the same settings, or report them separately"
             )
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Say whether a path lies in a folder once all links are followed."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself; a NUL
+        return False

@@ -1,6 +1,8 @@
 """Report: a self-contained HTML page that depends on run folders only."""
 
 import itertools
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from sfumato.report.tables import (
 from sfumato.training.folder import RunFolder
 
 TEMPLATE = Path(__file__).with_name("report.html")
+# The end of every report, also of those of earlier versions.
+_MARK = re.compile(rb"<footer>Written by Sfumato [^<]{1,40}</footer>\s*</body>\s*</html>\s*\Z")
 
 
 def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str = "") -> Path:
@@ -39,7 +43,7 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str
 
     Args:
         runs: folders with a config.yaml at least; the page names whatever else is missing.
-        out: the file to write.
+        out: the file to write; an earlier report is replaced.
         notes: plain text for the head of the page; an empty line separates paragraphs.
 
     Returns:
@@ -47,8 +51,9 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str
 
     Raises:
         ValueError: if a folder cannot be read, two runs were evaluated differently, or the page
-            cannot be written.
+            cannot be written, or `out` is something else than a report.
     """
+    refuse_other(out)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -70,6 +75,20 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str
     # A text of a run may hold lone surrogates, which no file can.
     write_text(out, html.encode(errors="replace").decode())
     return out
+
+
+def refuse_other(out: Path) -> None:
+    """Refuse to replace what is no report of Sfumato.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give a file, such as {out / 'report.html'}")
+    if os.path.lexists(out) and not (out.is_file() and _MARK.search(out.read_bytes()[-200:])):
+        raise ValueError(
+            f"{out} is in the way, and no report that Sfumato wrote; give another file (--out)"
+        )
 
 
 def _content(records: Sequence[RunRecord]) -> dict[str, Any]:

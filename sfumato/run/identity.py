@@ -6,7 +6,7 @@ import stat
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,14 @@ from sfumato.data.paths import expand_pattern
 from sfumato.files import digest, sha256_of, write_text
 from sfumato.records import read_record
 
-# In a run folder: `files` has the size, time, inode and SHA-256 of each file by its path, `began`
-# the digests of what the run began with by their settings.
-MEMORY = "contents.json"
+MEMORY = "contents.json"  # in a run folder
 MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 MODELS = ("pretrained", "processor", "autoencoder", "text_encoder", "tokenizer", "scheduler")
 BESIDE = ("adapter_config.json", "open_clip_config.json")  # state how a file's weights are meant
 STARTS = ("model.lora.start", "model.network.from_pretrained")  # read before the first step
 DATA = ("data.", "validation.")  # settings of pictures and prompts
-READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are compared
 THREADS = 4
+READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are compared
 
 
 def contents_of(
@@ -45,41 +43,46 @@ def contents_of(
         started: leave out the weights that a run needs only to begin.
         sections: of the settings; the files of other sections are not looked at.
     """
-    flat = {typed(key): value for key, value in flatten(asdict(config)).items() if value}
-    flat = {key: value for key, value in flat.items() if key.split(".")[0] in sections}
-    named = {key: str(value) for key, value in flat.items() if _is_path(key, value)}
-    if started:
-        named = {key: value for key, value in named.items() if key not in STARTS}
-    return digests(named, run)
+    rooms = {name: value for name, value in asdict(config).items() if name in sections}
+    named = {typed(key): value for key, value in flatten(rooms).items() if is_path(key, value)}
+    return digests({k: v for k, v in named.items() if not (started and k in STARTS)}, run)
 
 
-def read_began(run: Path) -> dict[str, Any]:
-    """Return the digests that `write_began` noted; empty for runs of earlier versions."""
-    return _read(run).get("began", {})
+def read_notes(run: Path) -> "Notes":
+    """Return what is noted of a run's files; nothing for runs of earlier versions."""
+    advice = "remove it; the files that the run reads are then taken as they are"
+    file = run / MEMORY
+    return read_record(file, Notes, advice) if file.is_file() else Notes()
 
 
 def write_began(run: Path, contents: Mapping[str, str]) -> None:
-    """Note what a run began with, unless it is noted."""
-    noted = read_began(run)
-    if noted != {**noted, **contents}:
-        _write(run, {**_read(run), "began": {**noted, **contents}})
+    """Note what a run began with, and the folder from which its relative paths lead."""
+    notes = read_notes(run)
+    new = replace(notes, began={**notes.began, **contents}, started=str(Path.cwd()))
+    if notes != new:
+        _write(run, new)
 
 
-def _read(run: Path) -> dict[str, dict[str, Any]]:
-    advice = "remove it; the files that the run reads are then taken as they are"
-    file = run / MEMORY
-    return vars(read_record(file, _Memory, advice)) if file.is_file() else {}
+def changed(run: Path, contents: Mapping[str, str]) -> list[str]:
+    """Return the settings at whose paths other files lie than those that the run began with."""
+    began = read_notes(run).began
+    return [key for key, content in contents.items() if began.get(key, content) != content]
 
 
-def _write(run: Path, memory: Mapping[str, Any]) -> None:
-    if run.is_dir():
-        write_text(run / MEMORY, json.dumps(memory) + "\n")
+def _write(run: Path, notes: "Notes") -> None:
+    if os.access(run, os.W_OK):  # a run of somebody else may be read alone
+        write_text(run / MEMORY, json.dumps(asdict(notes)) + "\n")
 
 
 @dataclass(frozen=True)
-class _Memory:
-    files: dict[str, tuple[int, int, int, str]] = field(default_factory=dict)
-    began: dict[str, str] = field(default_factory=dict)
+class Notes:
+    """contents.json of a run folder."""
+
+    files: dict[str, tuple[int, int, int, str]] = field(
+        default_factory=dict
+    )  # _state and SHA-256
+    began: dict[str, str] = field(default_factory=dict)  # digests by their settings
+    started: str | None = None  # the folder from which relative paths lead
 
 
 def typed(key: str) -> str:
@@ -87,9 +90,10 @@ def typed(key: str) -> str:
     return key.replace(".reward.", ".") if key.startswith("reward.parts.") else key
 
 
-def _is_path(key: str, value: object) -> bool:
+def is_path(key: str, value: object) -> bool:
+    """Say whether a setting names files whose content counts."""
     room, _, name = key.rpartition(".")
-    if not isinstance(value, str) or key.startswith("data.shards"):
+    if not (isinstance(value, str) and value) or key.startswith("data.shards"):
         return False
     if key in STARTS or key in ("data.prompts", "validation.prompts"):
         return True
@@ -100,19 +104,19 @@ def _is_path(key: str, value: object) -> bool:
 
 def digests(named: Mapping[str, str], run: Path) -> dict[str, str]:
     """Return the digest of each path that exists, by its key; a run folder remembers the sums."""
-    memory = _read(run)
-    sums = dict(memory.get("files", {}))
+    notes = read_notes(run)
+    sums: dict[str, Any] = dict(notes.files)
     contents = {key: _digest_of(value, key, sums) for key, value in named.items()}
-    if sums != memory.get("files", {}):
-        _write(run, {**memory, "files": sums})
+    if sums != notes.files:
+        _write(run, replace(notes, files=sums))
     return {key: value for key, value in contents.items() if value is not None}
 
 
 def repeated_pictures(config: TrainConfig, run: Path) -> tuple[int, int]:
     """Return how many validation pictures are of the same bytes as training's, and of how many."""
-    known, flat, rooms = _read(run).get("files", {}), flatten(asdict(config)), []
+    known, flat, rooms = read_notes(run).files, flatten(asdict(config)), []
     for room in ("validation.images", "data.images"):
-        named = ((k, str(v)) for k, v in flat.items() if k.startswith(room) and _is_path(k, v))
+        named = ((k, str(v)) for k, v in flat.items() if k.startswith(room) and is_path(k, v))
         paths = [path for k, v in named for path in _paths_of(v, k) if not path.endswith(".txt")]
         rooms.append({known[path][-1] for path in paths if path in known})
     return len(rooms[0] & rooms[1]), len(rooms[0])

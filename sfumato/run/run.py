@@ -15,7 +15,14 @@ from sfumato.models.origins import check_start
 from sfumato.models.registry import find_family
 from sfumato.run.build import Own, build_job, check_own
 from sfumato.run.export import export_run
-from sfumato.run.identity import contents_of, read_began, repeated_pictures, write_began
+from sfumato.run.identity import (
+    MEMORY,
+    changed,
+    contents_of,
+    read_notes,
+    repeated_pictures,
+    write_began,
+)
 from sfumato.run.open_data import open_data
 from sfumato.training.checkpoint import list_checkpoints, tidy
 from sfumato.training.distribution import Distribution
@@ -92,33 +99,39 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
 
     Raises:
         ValueError: if the folder holds a run of other settings, or of other files at its paths,
-            naming those that differ; or a link where the export is written.
+            naming those that differ; or files that Sfumato did not write under names of its own.
     """
     refuse_link(folder.export)
     tidy(folder.checkpoints)
     started = bool(list_checkpoints(folder.checkpoints))
+    records = [folder.path / name for name in (MEMORY, "run.json")]
+    theirs = [file for file in (folder.config, folder.metrics) if file.exists()]
+    if theirs and not (started or any(record.exists() for record in records)):
+        raise ValueError(
+            f"{theirs[0]} is in the way, and Sfumato did not write it; move it away, or choose "
+            "another name (name=...)"
+        )
     contents = contents_of(config, folder.path, started=started)
     if folder.config.exists() and started:
-        before = read_began(folder.path)
-        same = {key for key, content in contents.items() if before.get(key) == content}
+        before, others = read_notes(folder.path).began, changed(folder.path, contents)
         saved = read_saved(folder.path, "restore the file, or choose another name (name=...)")
-        changed = differences(flatten(saved), flatten(settings))
-        same |= {key for key in changed if why_unread(config, key) is not None}
-        if changed := {key: change for key, change in changed.items() if key not in same}:
-            listed = "; ".join(f"{key}: {change}" for key, change in changed.items())
+        differing = differences(flatten(saved), flatten(settings))
+        same = contents.keys() & before.keys() - set(others)
+        same |= {key for key in differing if why_unread(config, key) is not None}
+        if differing := {key: text for key, text in differing.items() if key not in same}:
+            listed = "; ".join(f"{key}: {text}" for key, text in differing.items())
             raise ValueError(
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
                 f"(name=...), or remove the folder. {way_on(config.model, folder)}"
             )
-        others = [key for key in contents if key in before and key not in same]
         if others := [key for key in others if key not in config.allow_changed]:
             raise ValueError(
                 f"{folder.path} began with other files than those that lie now at "
                 f"{', '.join(others)}; restore them, choose another name (name=...), or go on with "
                 f"the changed files: allow_changed=[{','.join(others)}]"
             )
-    write_saved(folder.path, settings)
     write_began(folder.path, contents)
+    write_saved(folder.path, settings)
     repeated, total = repeated_pictures(config, folder.path)
     if repeated:
         print(f"validation: training reads {repeated} of its {total} pictures too", flush=True)
