@@ -79,7 +79,7 @@ _PREPARED: Sequence[Row] = (
 READ: Mapping[str, Sequence[Row]] = {
     "train": (*_PLANNED, *_DATA),
     "plan": _PLANNED,
-    "sample": (("step", "run"), ("column", "prompts")),
+    "sample": ((r"step|allow_changed|model\.(?!variant).+", "run"), ("column", "prompts")),
     "evaluate": (("column", "prompts"),),
     "prepare": _PREPARED,
     "launch": (),
@@ -174,8 +174,8 @@ def check_sample(config: SampleConfig) -> None:
 
     if (config.run is None) == (config.pretrained is None):
         raise ValueError("give either run=FOLDER or pretrained=MODEL")
-    if config.run is None and config.step is not None:
-        raise ValueError(f"step={config.step} needs run=FOLDER; leave it out with pretrained")
+    for key, (value, why, _) in unread(config).items():
+        raise ValueError(f"{key}={shown(value)} has no effect {why}; leave it out")
     if config.step is not None and not re.fullmatch(r"best|\d+", config.step):
         raise ValueError(f"step={config.step} is no checkpoint; give its number, or step=best")
     if (config.prompt is None) == (config.prompts is None):

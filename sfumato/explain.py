@@ -28,7 +28,8 @@ def explain(error: BaseException, command: str, typed: Sequence[str]) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unreadable"]
     if match := re.search(r"Could not override '([^']+)'", message):
         given = any(text.lstrip("+").startswith(f"{match[1]}=") for text in typed)
-        if inner := [name for name in known if name.startswith(f"{match[1]}.")]:
+        inner = [name for name in known if name.startswith(f"{match[1]}.")]
+        if inner and match[1] not in CHOICES:
             return f"{match[1]} is a group of settings; give one of them, such as {inner[0]}=..."
         if match[1] in CHOICES and match[1] not in known and not given:
             return f"the recipe chooses {match[1]}, and this command has none; choose: {FOLDERS}"

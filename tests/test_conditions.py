@@ -25,6 +25,9 @@ from sfumato.training.folder import RunFolder
 
 # What each command always reads: where a new setting belongs, if it has no condition in READ.
 MODEL = "model.{pretrained,variant,allow_pickle,family}"
+FILES = """
+    model.{autoencoder,text_encoder,tokenizer,scheduler} model.merge{,.NAME.path} model.pretrained
+"""
 SAMPLER = "sampler.{num_inference_steps,guidance_scale,eta,height,width}"
 TRAIN = f"""
     name runs_dir export verify allow_changed recipe {MODEL} {SAMPLER}
@@ -43,8 +46,13 @@ ALWAYS = {
     "train": TRAIN,
     "sample": f"""
         run pretrained allow_pickle prompt prompts num_images seed batch_size schedule out {SAMPLER}
+        model.variant
     """,
-    "evaluate": "run steps prompts num_images seed batch_size features allow_pickle",
+    "evaluate": f"""
+        run steps prompts num_images seed batch_size features allow_pickle allow_changed {FILES}
+        model.variant reward.{{pretrained,processor,parts}}
+        reward.parts.NAME.{{pretrained,processor}}
+    """,
     "prepare": f"""
         out stages recipe {MODEL} model.network.config model.merge download.{{table,columns}}
         pack.{{path,caption_column,captions,columns,caption_lines,samples_per_shard,max_pixels}}

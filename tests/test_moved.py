@@ -214,8 +214,13 @@ def test_half_precision_copies_are_found(place: Path) -> None:
 
 @pytest.mark.parametrize("override", ["model.pretrained=A", "allow_changed=[model.pretrained]"])
 def test_settings_of_a_run_need_a_run(override: str) -> None:
-    asked, _ = compose_command("sample", ["pretrained=A", "prompt=a", override])
-    with pytest.raises(ValueError, match=rf"{override.partition('=')[0]}=.* needs run=FOLDER"):
+    with pytest.raises(ValueError, match=rf"{override.partition('=')[0]}=.* has no effect"):
+        compose_command("sample", ["pretrained=A", "prompt=a", override])
+
+
+def test_a_script_is_told_of_settings_of_a_run() -> None:
+    asked = SampleConfig(pretrained="A", prompt="a", allow_changed=["model.pretrained"])
+    with pytest.raises(ValueError, match=r"allow_changed=.* has no effect"):
         sample_images(asked)
 
 

@@ -24,7 +24,7 @@ from sfumato.config import (
 from sfumato.data.prompts import read_prompts
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint, hold
-from sfumato.evaluation.opened import OpenedRun, named_paths, open_run
+from sfumato.evaluation.opened import OpenedRun, open_run
 from sfumato.evaluation.results import Evaluation
 from sfumato.files import write_text
 from sfumato.images import write_png
@@ -84,7 +84,6 @@ def sample_images(config: SampleConfig) -> None:
     """
     check_values(config)
     check_sample(config)
-    _check_named(config)
     texts = (
         [config.prompt]
         if config.prompt is not None
@@ -116,14 +115,6 @@ def sample_images(config: SampleConfig) -> None:
         )
     )
     _write_pictures(images, notes, out)
-
-
-def _check_named(config: SampleConfig) -> None:
-    """Refuse paths that take the place of a run's where no run is given."""
-    if config.run is None:
-        given = {**named_paths(config), "allow_changed": config.allow_changed or None}
-        for key in (key for key, value in given.items() if value is not None):
-            raise ValueError(f"{key}={given[key]} needs run=FOLDER; leave it out with pretrained")
 
 
 def _write_pictures(images: Iterator[Tensor], notes: Mapping[str, Any], out: Path) -> None:

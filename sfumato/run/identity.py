@@ -78,9 +78,7 @@ def _write(run: Path, notes: "Notes") -> None:
 class Notes:
     """contents.json of a run folder."""
 
-    files: dict[str, tuple[int, int, int, str]] = field(
-        default_factory=dict
-    )  # _state and SHA-256
+    files: dict[str, tuple[int, int, int, str]] = field(default_factory=dict)  # _state and SHA-256
     began: dict[str, str] = field(default_factory=dict)  # digests by their settings
     started: str | None = None  # the folder from which relative paths lead
 

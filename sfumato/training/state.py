@@ -130,7 +130,9 @@ class TrainState:
 
 
 @torch.no_grad()
-def load_weights(model: TextToImageModel, weights: Mapping[str, Tensor], source: str) -> None:
+def load_weights(
+    model: TextToImageModel, weights: Mapping[str, Tensor], source: str = "the weights"
+) -> None:
     """Put whole weights, from `source`, into the trainable parameters of a model on one process.
 
     Raises:
