@@ -139,7 +139,7 @@ def test_activations_grow_with_window_batch_and_size(sd_folder: Path, clip: Path
     longer, longest, batch, size = more
     assert longest - longer == pytest.approx(longer - base, rel=0.01)
     assert batch == pytest.approx(2 * base, rel=0.02)
-    assert size > 1.9 * base
+    assert 1.8 * base < size < 2 * base  # the reward reads pictures of one size
 
 
 def test_a_window_of_random_length_is_planned_at_its_longest(sd_folder: Path, clip: Path):
