@@ -26,8 +26,8 @@ SIZES = {  # of adapters whose divergence is near 1e-6, and near 1e-2
     "stable_diffusion": (0.0054, 0.053),
     "stable_diffusion_xl": (0.0128, 0.128),
     "stable_diffusion_3": (0.0077, 0.077),
-    "flux": (0.0082, 0.082),
-    "qwen_image": (0.0106, 0.106),
+    "flux": (0.0082,),
+    "qwen_image": (0.0106,),
 }
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -124,7 +124,7 @@ def test_divergence_in_half_precision_is_that_of_float32(
         assert_alike(expected, divergence(model, monkeypatch, autocast))
         found.append(expected[0])
     assert 3e-7 < found[0] < 3e-6
-    assert 3e-3 < found[1] < 3e-2
+    assert all(3e-3 < each < 3e-2 for each in found[1:])
 
 
 def test_divergence_of_trained_encoders_in_half_precision_is_that_of_float32(
