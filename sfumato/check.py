@@ -144,12 +144,12 @@ def _check_differentiable(reward: RewardConfig) -> None:
 
 
 def _check_draft(draft: DraftConfig, steps: int) -> None:
-    if draft.truncation_steps > steps:
+    bounds = draft.truncation_range
+    if bounds is None and draft.truncation_steps > steps:
         raise ValueError(
             f"objective.truncation_steps={draft.truncation_steps} is more than the number of "
             f"sampling steps; give {steps} (sampler.num_inference_steps) or less"
         )
-    bounds = draft.truncation_range
     if bounds is not None and (len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= steps):
         raise ValueError(
             f"objective.truncation_range={bounds} is no range of sampling steps; give [low, high] "

@@ -157,7 +157,7 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
     """Compose the settings of a command and run it; `--cfg` and `-m` are Hydra's."""
     import hydra
 
-    from sfumato.compose import COMPOSITION_ERRORS, is_sweep, register
+    from sfumato.compose import COMPOSITION_ERRORS, check_sweep, is_sweep, register
     from sfumato.config import CONF
     from sfumato.explain import explain
     from sfumato.overrides import rewritten
@@ -176,6 +176,8 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
 
     with mistakes_explained():
         overrides = rewritten(command, settings, sweep=is_sweep(others))
+        if is_sweep(others) and not any(text.startswith("--config") for text in others):
+            check_sweep(command, overrides)
         sys.argv = [f"sfumato {command}", *others, *overrides]
         try:
             run()
@@ -200,6 +202,8 @@ def mistakes_explained() -> Iterator[None]:
         fail(message)
     except (MemoryError, RuntimeError) as error:
         wanting = ("out of memory", "can't allocate memory")  # on the GPU, on the CPU
+        if "determine home directory" in str(error):
+            fail("a path begins with ~NAME, and no user has that name; give the whole path")
         known = isinstance(error, MemoryError) or any(text in str(error) for text in wanting)
         if os.environ.get("SFUMATO_TRACEBACK") or not known:
             raise

@@ -1,5 +1,6 @@
 """Composer of settings: recipes and command-line overrides become checked dataclasses."""
 
+import itertools
 import math
 import os
 import re
@@ -201,12 +202,46 @@ def compose_train(overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]
     return settings, plain
 
 
+def check_sweep(command: str, overrides: Sequence[str]) -> None:
+    """Compose every job of a sweep, so that a mistake in one is told before the first begins.
+
+    Args:
+        overrides: as Hydra reads them.
+
+    Raises:
+        ValueError: naming the job, if its settings cannot be composed or cannot work together.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    values = [
+        [f"{each.input_line.partition('=')[0]}={value}" for value in each.sweep_string_iterator()]
+        if each.is_sweep_override()
+        else [each.input_line]
+        for each in parsed
+    ]
+    swept = [i for i, each in enumerate(parsed) if each.is_sweep_override()]
+    for job in itertools.product(*values):
+        try:
+            settings, _ = _composed(command, job, job)
+            if isinstance(settings, TrainConfig):
+                check_train(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        except ValueError as error:
+            named = " ".join(job[i] for i in swept)
+            raise ValueError(f"{error} (in the sweep's job {named}; none has begun)") from error
+
+
 def compose_command(command: str, overrides: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """Compose the settings of any command from overrides; return them, and the same as data.
 
     Raises:
         ValueError: if they cannot be composed.
     """
+    return _composed(command, rewritten(command, overrides), overrides)
+
+
+def _composed(
+    command: str, overrides: Sequence[str], typed: Sequence[str]
+) -> tuple[Any, dict[str, Any]]:
+    """Compose overrides as Hydra reads them; messages speak of those that were typed."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -214,10 +249,10 @@ def compose_command(command: str, overrides: Sequence[str]) -> tuple[Any, dict[s
     GlobalHydra.instance().clear()  # of a command that composes others' settings
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose(command, rewritten(command, overrides))
-        return read_settings(config, overrides)
+            config = compose(command, list(overrides))
+        return read_settings(config, typed)
     except COMPOSITION_ERRORS as error:
-        raise ValueError(explain(error, command, overrides)) from error
+        raise ValueError(explain(error, command, typed)) from error
 
 
 def read_settings(config: Any, overrides: Sequence[str]) -> tuple[Any, dict[str, Any]]:

@@ -54,6 +54,7 @@ _DATA: Sequence[Row] = (
     (r"data\.shards\.prefetch", "data.shards.workers"),
     (r"data\.shards\.buffer", "data.shards.shuffle"),
     (r"data\.verify", _SHARDS),
+    (r"data\.verify", "data.shards.cached=false"),
     (r"validation\.column", "validation.prompts"),
     (r"validation\.(loss_images|images\..+)", "objective=supervised"),
     (r"validation\.images\.(crop|flip|captions|buckets|shuffle|workers|prefetch)", _IN_ORDER),
@@ -79,7 +80,7 @@ _PREPARED: Sequence[Row] = (
 READ: Mapping[str, Sequence[Row]] = {
     "train": (*_PLANNED, *_DATA),
     "plan": _PLANNED,
-    "sample": ((r"step|allow_changed|model\.(?!variant).+", "run"), ("column", "prompts")),
+    "sample": ((r"step|schedule|allow_changed|model\.(?!variant).+", "run"), ("column", "prompts")),
     "evaluate": (("column", "prompts"),),
     "prepare": _PREPARED,
     "launch": (),
@@ -176,7 +177,7 @@ def check_sample(config: SampleConfig) -> None:
         raise ValueError("give either run=FOLDER or pretrained=MODEL")
     for key, (value, why, _) in unread(config).items():
         raise ValueError(f"{key}={shown(value)} has no effect {why}; leave it out")
-    if config.step is not None and not re.fullmatch(r"best|\d+", config.step):
+    if config.step is not None and not re.fullmatch(r"best|\d{1,12}", config.step):
         raise ValueError(f"step={config.step} is no checkpoint; give its number, or step=best")
     if (config.prompt is None) == (config.prompts is None):
         raise ValueError('give prompt="..." or prompts=FILE, one of the two')

@@ -686,6 +686,23 @@ def test_other_settings_in_a_run_folder_are_named(call: Call, run_folder: Path):
     assert_mistake(answer, "objective.kl_coeff: 1.0 -> 7.0", "name=...")
 
 
+@pytest.mark.parametrize(
+    ("swept", "expected"),
+    [
+        ("reward.color=red,purple", ["reward.color='purple'", "none has begun"]),
+        ("objective.truncation_steps=1,99", ["truncation_steps=99 is more", "none has begun"]),
+        ("objective.lv_samples=0,1 objective.truncation_steps=1,2", ["DRaFT-LV"]),
+    ],
+)
+def test_a_sweep_is_checked_whole_before_its_first_job(
+    call: Call, sd_folder: Path, files: Path, tmp_path: Path, swept: str, expected: list[str]
+):
+    given = [f"model.pretrained={sd_folder}", f"data.prompts={files}/good.txt", *QUICK]
+    answer = call("train", "-m", *given, f"runs_dir={tmp_path}", *swept.split())
+    assert_mistake(answer, *expected)
+    assert list(tmp_path.iterdir()) == []
+
+
 # Mistakes about runs
 
 
@@ -696,6 +713,11 @@ def test_other_settings_in_a_run_folder_are_named(call: Call, run_folder: Path):
         (["evaluate", "steps=[1,7]"], ["no checkpoint of step 7", "step-000001"]),
         (["sample", "prompt=a", "schedule=cubic"], ["'cubic'", "power_P", "step_F"]),
         (["sample", "prompt=a", "schedule=power_-1"], ["'power_-1'", "P > 0"]),
+        (["sample", "prompt=a", "sampler.guidance_scale=1e300"], ["not finite", "guidance_scale"]),
+        (["evaluate", "prompts=~nosuchuser/p.txt"], ["~NAME", "the whole path"]),
+        (["sample", "prompt=caf\udce9"], ["prompt = 'caf", "not UTF-8"]),
+        (["sample", f"prompt={'a' * 10_001}"], ["more than 10,000 characters"]),
+        (["sample", "prompt=a", f"step={'9' * 5_000}"], ["is no checkpoint", "step=best"]),
         (["sample", "prompt=a", "sampler.eta=2"], ["sampler.eta=2.0", "give 1 or less"]),
         (
             ["sample", "prompt=a", "sampler.guidance_scale=nan"],

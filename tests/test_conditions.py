@@ -45,7 +45,7 @@ TRAIN = f"""
 ALWAYS = {
     "train": TRAIN,
     "sample": f"""
-        run pretrained allow_pickle prompt prompts num_images seed batch_size schedule out {SAMPLER}
+        run pretrained allow_pickle prompt prompts num_images seed batch_size out {SAMPLER}
         model.variant
     """,
     "evaluate": f"""

@@ -371,6 +371,13 @@ def test_a_global_batch_must_divide(
     check_train(changed(batch, "training.global_batch_size", nearest), processes)
 
 
+def test_steps_that_a_range_replaces_are_not_bounded(settings: TrainConfig):
+    long = changed(settings, "objective.truncation_steps", 60)
+    with pytest.raises(ValueError, match="truncation_steps=60 is more"):
+        check_train(long, 1)
+    check_train(changed(long, "objective.truncation_range", [1, 2]), 1)
+
+
 def test_draft_lv_has_one_gradient_step(settings: TrainConfig):
     lv = changed(settings, "objective.lv_samples", 2)
     check_train(lv, 1)

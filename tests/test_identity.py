@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import write_tiny_clip
 
 from sfumato.compose import compose_train
-from sfumato.config import EvaluateConfig
+from sfumato.config import EvaluateConfig, ModelConfig, NetworkConfig, TrainConfig
 from sfumato.evaluation.commands import evaluate_run
 from sfumato.run import identity
 from sfumato.run.identity import contents_of, digests
@@ -61,6 +61,26 @@ def test_what_nothing_reads_changes_no_digest(tmp_path: Path, sd_folder: Path) -
     assert digests(named, tmp_path) == before
     (pictures / "0.txt").write_text("another caption")
     assert digests(named, tmp_path)["data.images.path"] != before["data.images.path"]
+
+
+def test_what_is_read_through_links_counts(tmp_path: Path, sd_folder: Path) -> None:
+    whole = shutil.copytree(sd_folder, tmp_path / "model")
+    inner = shutil.move(whole / "unet", tmp_path / "elsewhere")
+    (whole / "unet").symlink_to(inner, target_is_directory=True)
+    (whole / "unet" / "back").symlink_to(whole, target_is_directory=True)
+    before = digests({"model.pretrained": str(whole)}, tmp_path)
+    change_weights(Path(inner) / "diffusion_pytorch_model.safetensors")
+    assert digests({"model.pretrained": str(whole)}, tmp_path) != before
+
+
+def test_the_settings_of_a_random_network_count(tmp_path: Path) -> None:
+    file = tmp_path / "net.json"
+    file.write_text('{"norm_eps": 1e-5}')
+    config = TrainConfig(model=ModelConfig(network=NetworkConfig(config=str(file))))
+    before = contents_of(config, tmp_path)
+    file.write_text('{"norm_eps": 0.1}')
+    assert before.keys() == {"model.network.config"}
+    assert contents_of(config, tmp_path) != before
 
 
 def test_settings_beside_a_file_of_weights_count(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class EvaluateConfig:
 
     run: str = MISSING  # a run folder
     steps: list[int] | None = setting(
-        None, NOT_NEGATIVE
+        None, Rule(least=0, filled=True)
     )  # null is every checkpoint, and 0, the base model
     prompts: str | None = None  # null is the run's validation prompts
     column: str | None = None  # of prompts in a table

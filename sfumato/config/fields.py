@@ -63,6 +63,10 @@ class Rule:
                 raise ValueError(
                     f"{key}={value!r} is no regular expression ({error}); correct it"
                 ) from error
+            if re.search(r"[+*}]\)+[+*{]", str(value)):
+                raise ValueError(
+                    f"{key}={value!r} repeats a repetition, which can take for ever; repeat once"
+                )
         for broken, size, advice in self._bounds(value):
             if broken:
                 raise ValueError(f"{key}={value} is too {size}; give {advice}")

@@ -1,5 +1,6 @@
 """Saved settings of a run: config.yaml, read, flattened and compared with new settings."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ MAY_CHANGE = (
     *("training.tensorboard", "training.wandb_project"),
     *("model.gradient_checkpointing", "reward.gradient_checkpointing", "model.channels_last"),
     *("data.images.workers", "data.images.prefetch"),
-    *("data.shards.workers", "data.shards.prefetch"),
+    *("data.shards.workers", "data.shards.prefetch", "data.verify", "model.allow_pickle"),
 )
 
 
@@ -118,5 +119,10 @@ def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, s
         key: f"{before.get(key)} -> {new.get(key)}"
         for key in sorted({*before, *new})
         if before.get(key) != new.get(key)
-        and (key not in MAY_CHANGE or (stretched and key == "training.max_steps"))
+        and (not _may_change(key) or (stretched and key == "training.max_steps"))
     }
+
+
+def _may_change(key: str) -> bool:
+    """Say whether a setting may differ in a resumed run; a part of a reward counts as one."""
+    return re.sub(r"^reward\.parts\..+\.", "reward.", key) in MAY_CHANGE

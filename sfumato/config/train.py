@@ -33,7 +33,7 @@ LAYERS = Rule(regex=True, filled=True)
 class LoraConfig:
     """Low-rank adapters: W + (alpha / rank) B A, with B = 0 at the start."""
 
-    rank: int = setting(32, FEW)
+    rank: int = setting(32, Rule(least=1, most=16_384))
     alpha: float | None = setting(None, POSITIVE)  # null means alpha = rank
     dropout: float = setting(0.0, FRACTION)
     targets: list[str] | None = setting(None, LAYERS)  # of the network; null: the family's

@@ -21,6 +21,7 @@ from sfumato.config import (
     SamplerConfig,
     check_values,
 )
+from sfumato.data.entries import is_utf8
 from sfumato.data.prompts import read_prompts
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint, hold
@@ -46,6 +47,7 @@ from sfumato.training.state import load_weights
 from sfumato.training.validation import PAIRS
 
 SAMPLED = "sample.json"
+LONGEST = 10_000  # characters of a prompt
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def sample_images(config: SampleConfig) -> None:
     """
     check_values(config)
     check_sample(config)
+    _check_text(config.prompt or "", "prompt")
     texts = (
         [config.prompt]
         if config.prompt is not None
@@ -219,7 +222,18 @@ def shown_prompts(run: RunFolder) -> list[str]:
             "config.yaml names are read only where you name them)"
         )
     path = folders[-1] / PAIRS
-    return [row.prompt for row in read_rows(path, _Shown, f"remove {folders[-1]}")]
+    prompts = [row.prompt for row in read_rows(path, _Shown, f"remove {folders[-1]}")]
+    for number, prompt in enumerate(prompts, 1):
+        _check_text(prompt, f"{path} line {number}: prompt")
+    return prompts
+
+
+def _check_text(prompt: str, name: str) -> None:
+    if len(prompt) > LONGEST or not is_utf8(prompt):
+        raise ValueError(
+            f"{name} = {prompt[:40]!r} is not UTF-8, or has more than {LONGEST:,} characters; "
+            "give another"
+        )
 
 
 def distinct(prompts: Sequence[str]) -> list[str]:

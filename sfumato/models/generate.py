@@ -54,6 +54,9 @@ def generate(
     Args:
         schedule: annealed importance guidance: `draft` uses only the policy, `base` only the
             reference; others as in `annealed_weights`.
+
+    Raises:
+        ValueError: if an image has NaN or infinity.
     """
     height, width = image_size(model, sampler)
     times = model.times(sampler.num_inference_steps, height, width)
@@ -66,7 +69,14 @@ def generate(
     reference = _denoiser(model, guided, sampler, "reference")
     denoiser = annealed_importance(policy, reference, schedule, times)
     trajectory = sample(denoiser, model.process, noise, times, eta=sampler.eta, rng=rng)
-    return model.decode(trajectory.x).clamp(0, 1)
+    images = model.decode(trajectory.x)
+    if not images.isfinite().all():
+        what = "latents" if not trajectory.x.isfinite().all() else "decoded images"
+        raise ValueError(
+            f"the {what} are not finite; lower sampler.guidance_scale "
+            f"({sampler.guidance_scale:g}), or set model.dtype=float32"
+        )
+    return images.clamp(0, 1)
 
 
 def _denoiser(

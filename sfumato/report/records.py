@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sfumato.config.saved import flatten, read_saved
+from sfumato.data.entries import is_utf8
 from sfumato.evaluation.results import SCORES, SUMMARY, Evaluation, read_evaluations
 from sfumato.files import parse_object, read_bytes
 from sfumato.records import Count, Finite, convert, read_record, read_rows
@@ -288,6 +289,11 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
             continue
         name = f"{path} line {number}"
         convert(row, _Logged, name, f"remove the line, or {_RESTORE}")
+        if odd := [key for key in row if not is_utf8(key)]:
+            raise ValueError(
+                f"{name} is damaged: the key {odd[0]!r} is not UTF-8; remove the line, or "
+                f"{_RESTORE}"
+            )
         for key, value in row.items():
             if type(value) not in (int, float) or _LARGEST < abs(value) < math.inf:
                 raise ValueError(

@@ -93,7 +93,7 @@ def is_path(key: str, value: object) -> bool:
     room, _, name = key.rpartition(".")
     if not (isinstance(value, str) and value) or key.startswith("data.shards"):
         return False
-    if key in STARTS or key in ("data.prompts", "validation.prompts"):
+    if key in (*STARTS, "model.network.config", "data.prompts", "validation.prompts"):
         return True
     if room.startswith(("model", "reward")):
         return name in MODELS or (room.startswith("model.merge.") and name == "path")
@@ -142,8 +142,11 @@ def _paths_of(value: str, key: str) -> list[str]:
     top, is_data = _local(value).absolute(), key.startswith(DATA)
     if top.is_dir():
         paths: list[str] = []
-        for folder, inner, names in os.walk(top):
-            inner[:] = [name for name in inner if not name.startswith(".")]
+        real: set[str] = set()  # a link may lead back
+        for folder, inner, names in os.walk(top, followlinks=not is_data):
+            is_new = os.path.realpath(folder) not in real
+            real.add(os.path.realpath(folder))
+            inner[:] = [name for name in inner if is_new and not name.startswith(".")]
             shown = (name for name in names if not name.startswith("."))
             paths += [f"{folder}/{n}" for n in shown if is_data or n.endswith(MODEL_SUFFIXES)]
         return sorted(paths, key=lambda path: path.split("/"))
