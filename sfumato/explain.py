@@ -29,8 +29,12 @@ def explain(error: BaseException, command: str, typed: Sequence[str]) -> str:
     if match := re.search(r"Could not override '([^']+)'", message):
         given = any(text.lstrip("+").startswith(f"{match[1]}=") for text in typed)
         inner = [name for name in known if name.startswith(f"{match[1]}.")]
-        if inner and match[1] not in CHOICES:
-            return f"{match[1]} is a group of settings; give one of them, such as {inner[0]}=..."
+        if inner and (match[1] not in CHOICES or given):
+            named = "; its name is a setting of sfumato train, not of this command"
+            return (
+                f"{match[1]} is a group of settings; give one of them, such as {inner[0]}=..."
+                f"{named if match[1] in CHOICES else ''}"
+            )
         if match[1] in CHOICES and match[1] not in known and not given:
             return f"the recipe chooses {match[1]}, and this command has none; choose: {FOLDERS}"
         return unknown_key(match[1], known)

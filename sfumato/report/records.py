@@ -288,12 +288,12 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
             lost.append(number)
             continue
         name = f"{path} line {number}"
-        convert(row, _Logged, name, f"remove the line, or {_RESTORE}")
         if odd := [key for key in row if not is_utf8(key)]:
             raise ValueError(
                 f"{name} is damaged: the key {odd[0]!r} is not UTF-8; remove the line, or "
                 f"{_RESTORE}"
             )
+        convert(row, _Logged, name, f"remove the line, or {_RESTORE}")
         for key, value in row.items():
             if type(value) not in (int, float) or _LARGEST < abs(value) < math.inf:
                 raise ValueError(
