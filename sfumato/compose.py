@@ -213,10 +213,10 @@ def check_sweep(command: str, overrides: Sequence[str]) -> None:
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     values = [
-        [f"{each.input_line.partition('=')[0]}={value}" for value in each.sweep_string_iterator()]
+        [f"{text.partition('=')[0]}={value}" for value in each.sweep_string_iterator()]
         if each.is_sweep_override()
-        else [each.input_line]
-        for each in parsed
+        else [text]
+        for each, text in zip(parsed, overrides, strict=True)
     ]
     swept = [i for i, each in enumerate(parsed) if each.is_sweep_override()]
     for job in itertools.product(*values):
