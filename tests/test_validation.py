@@ -1,10 +1,11 @@
 """What a run shows: pairs of fixed prompts and noise, made and exported with the average."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import final
 
 import numpy as np
 import pytest
@@ -18,12 +19,19 @@ from runs import (
     start,
 )
 from safetensors.torch import load_file
+from torch import Tensor
 from toy import PromptReward, ToyModel, factor, use_toy
 
 from sfumato.compose import compose_train, load_settings
+from sfumato.config import DraftConfig
 from sfumato.models.generate import generate
+from sfumato.objectives.draft import Draft
+from sfumato.rewards.reward import Reward, Score
 from sfumato.run import build, open_data
+from sfumato.run.build import Own
+from sfumato.run.run import train
 from sfumato.training.checkpoint import list_checkpoints, read_checkpoint
+from sfumato.training.distribution import Distribution
 from sfumato.training.state import load_weights
 
 
@@ -183,3 +191,23 @@ def test_validation_prompts_have_a_column_of_their_own(tmp_path: Path) -> None:
     assert open_data.validation_prompts(config) == ["a star"] * 3
     config, _ = compose_train([*given, f"validation.prompts={check}", "validation.column=words"])
     assert open_data.validation_prompts(config) == ["a ring", "a cross", "a ring"]
+
+
+def test_a_reward_of_a_script_scores_validation_too(
+    tmp_path: Path, sd_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    @final
+    class Seven(Reward):
+        def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
+            return Score(images.mean((1, 2, 3)) * 0 + 7, {})
+
+    short = ["training.max_steps=1", "validation.every_steps=1", "verify=false"]
+    config, settings = compose_train(command(tmp_path, "run", *short, model=sd_folder))
+    assert isinstance(config.objective, DraftConfig)
+    distribution = Distribution(config.training)
+    own = Own(objective=Draft(config.objective, config.sampler, Seven()))
+    train(config, settings, distribution, own)
+    distribution.close()
+    rows = metrics(tmp_path / "run")
+    assert {row["validation/reward"] for row in rows if "validation/reward" in row} == {7.0}
+    assert "validation scores by Seven, which the script brought" in capfd.readouterr().out
