@@ -162,7 +162,7 @@ def hydra_command(command: str, arguments: Sequence[str]) -> None:
     from sfumato.explain import explain
     from sfumato.overrides import rewritten
 
-    register()
+    register(command)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and not as Hydra prints them
     for library in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(library, "error")

@@ -45,8 +45,8 @@ QUOTES = "'\""
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
-def register() -> None:
-    """Make the dataclasses known to Hydra: one root per command, one node per group choice.
+def register(command: str) -> None:
+    """Make dataclasses known to Hydra: the root of a command, and one node per group choice.
 
     `${demo:base}` in a recipe is the folder of a shipped model, `${demo_images:moons}` one of
     shipped images; `${demo_images:prompts.txt}` has the prompts of `sfumato demo`.
@@ -57,8 +57,7 @@ def register() -> None:
         )
     OmegaConf.register_new_resolver("scratch", lambda: _scratch().name, replace=True)
     store = ConfigStore.instance()
-    for name, node in COMMANDS.items():
-        store.store(name=f"{name}_schema", node=node)
+    store.store(name=f"{command}_schema", node=COMMANDS[command])
     for group, choices in CHOICES.items():
         for name, node in choices.items():
             store.store(group=group, name=name, node=node)
@@ -245,7 +244,7 @@ def _composed(
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    register()
+    register(command)
     GlobalHydra.instance().clear()  # of a command that composes others' settings
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -129,7 +129,7 @@ def test_commands_compose(words: list[str], monkeypatch: pytest.MonkeyPatch, own
     elif words[start + 1] == "train":
         assert compose_train(overrides)
     else:
-        register()
+        register(words[start + 1])
         with initialize_config_dir(str(CONF), version_base="1.3"):
             assert compose(words[start + 1], rewritten(words[start + 1], overrides))
 

@@ -88,7 +88,7 @@ def test_each_stage_starts_from_the_one_before_it():
 
 @pytest.mark.parametrize("name", PREPARE)
 def test_data_is_prepared_as_the_stages_select_it(name: str):
-    register()
+    register("prepare")
     given = ["out=O", "model.network.config=sd1", "model.autoencoder=A", "model.text_encoder=T"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings: PrepareConfig = to_settings(

@@ -42,7 +42,7 @@ def test_make_targets_exist(words: list[str]) -> None:
 )
 def test_settings_of_every_command_compose(words: list[str]) -> None:
     command, overrides = settings_of(words)
-    register()
+    register(command)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose(command, overrides)
     assert composed
