@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from allocations import peak_of_allocations
 from families import WRITERS
 from tiny_clip import write_tiny_clip
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.compose import compose_command
@@ -56,18 +56,6 @@ def real_loss(config: PlanConfig) -> Callable[[], Tensor]:
     model.trained.train()
     rows = config.training.micro_batch_size
     return lambda: objective.loss(model, [PROMPT] * rows, Rng.of_step(0, 0, range(rows))).value
-
-
-def peak_of_allocations(run: Callable[[], object]) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    results: Any = found.profiler
-    events = [each for each in results.kineto_results.events() if each.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 # --- Against real steps

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import peak_of_allocations
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.planning.memory import largest_rows
@@ -121,14 +121,7 @@ def test_the_peak_is_that_of_torchs_allocations_in_a_real_run(checkpointing: boo
     run = predicting(network, rows, "cpu")
     run().square().mean().backward()  # what is allocated once is there
     network.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run().square().mean().backward()
-    results: Any = found.profiler
-    events = [each for each in results.kineto_results.events() if each.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    peak = peak_of_allocations(lambda: run().square().mean().backward())
     assert peak > 2**20
     assert unet_cost(rows, checkpointing=checkpointing).with_gradients == pytest.approx(peak, 0.05)
 

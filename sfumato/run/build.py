@@ -74,19 +74,17 @@ def build_job(
     Raises:
         ValueError: if something cannot be loaded, or does not fit the model.
     """
-    reward = build_scorer(config)
+    brought = own.objective.reward if isinstance(own.objective, Draft) else None
+    reward = brought or build_scorer(config)
     if reward is not None:
         reward = reward.to(distribution.device)
     objective = own.objective or build_objective(config, reward)
-    if isinstance(own.objective, Draft):
-        reward = own.objective.reward.to(distribution.device)
-        if distribution.is_main:
-            name = type(reward).__name__
-            print(
-                f"validation scores by {name}, which the script brought; `sfumato evaluate` scores "
-                f"by the settings, reward={config.reward.kind}",
-                flush=True,
-            )
+    if brought is not None and distribution.is_main:
+        print(
+            f"validation scores by {type(brought).__name__}, which the script brought; `sfumato "
+            f"evaluate` scores by the settings, reward={config.reward.kind}",
+            flush=True,
+        )
     model = build_model(config, objective, own.load or load_model, distribution)
     held_out = None
     if isinstance(objective, Supervised) and data.held_out:
