@@ -100,8 +100,10 @@ def _common(some: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Rows of one size in one shard."""
+    """Rows of one size in one shard, and where they lie."""
 
+    path: Path  # of the moments
+    tar: Path  # of the pictures
     rows: CachedRows
     members: Sequence[Member]
 
@@ -160,9 +162,8 @@ class CacheReader:
         """
         bucket = self._shards.get(pick.shard)[pick.bucket]
         member = bucket.members[pick.row]
-        picture = SpanBlob(self._selected.tar(pick.shard), member.offset, member.size)
-        path = self._path(self._caches.moments[pick.bucket], pick.shard)
-        entry = Entry(path, member.key, member.captions, picture)
+        picture = SpanBlob(bucket.tar, member.offset, member.size)
+        entry = Entry(bucket.path, member.key, member.captions, picture)
         try:
             files = self._files.get(pick.shard, pick.bucket)
         except _BrokenFileError as error:
@@ -199,7 +200,15 @@ class CacheReader:
         buckets = cached_rows(selected.folder, self._caches, name, selected.rows(shard, record))
         samples = [rows.samples for rows in buckets]
         selected.check(shard, samples, self._counts, "precache,index")
-        return [_Bucket(rows, [record.samples[i] for i in rows.samples]) for rows in buckets]
+        return [
+            _Bucket(
+                self._path(moments, shard),
+                selected.tar(shard),
+                rows,
+                [record.samples[i] for i in rows.samples],
+            )
+            for moments, rows in zip(self._caches.moments, buckets, strict=True)
+        ]
 
     def _open(self, shard: int, bucket: int) -> _Files:
         stored = self._shards.get(shard)[bucket].rows.stored
