@@ -71,7 +71,7 @@ class Ours:
         objective = build_objective(config, reward)
         self.model = build_model(config, objective, load_model, self.distribution)
         self.module = TrainingModule(self.model, objective)
-        self.state = TrainState(config, self.model, stream, self.distribution)
+        self.state = TrainState(config, self.model, objective, stream, self.distribution)
 
     @property
     def optimizer(self) -> Any:

@@ -116,6 +116,33 @@ class DraftConfig(ObjectiveConfig):
 
 
 @dataclass
+class DirectConfig(ObjectiveConfig):
+    """A reward's gradient at the end of a rollout, given to single steps that run again alone."""
+
+    kind: str = "direct"
+    path: str = choice("sum", "leap", "bridge", "lagrange")  # how the end depends on the steps
+    steps: str = choice("late", "uniform", "spaced", "last", "all", "listed")  # that are active
+    active_steps: int = setting(4, FEW)  # how many; leap has two
+    late_bias: float = setting(1.0, NOT_NEGATIVE)  # step i of noise has probability (i + 1)^bias
+    listed: list[int] | None = setting(None, NOT_NEGATIVE)  # steps from noise, 0 is the first
+    weights: str = choice("solver", "sigma", "alpha", "constant")  # of the gradient, by step
+    weight_scale: float = setting(1.0, POSITIVE)
+    gain: float = setting(0.0, UNIT)  # share of the inactive steps' weights added to the active
+    nested: float = setting(0.0, UNIT)  # share of the gradient through a later step's input
+    supports: int = setting(3, COUNT)  # outputs that lagrange integrates on a leg
+    reward_at: str = choice("x0", "sample")  # the last prediction of the data, or the end state
+    early_stop: list[int] | None = setting(None, NOT_NEGATIVE)  # [low, high]: leave out last steps
+    distance_floor: float | None = setting(None, POSITIVE)  # weight 1 / (errors of the legs)
+    hinge: float | None = None  # rewards above it carry no gradient
+    clip_quantile: float | None = setting(None, FRACTION)  # of the reward gradient's norm, running
+    kl_coeff: float = setting(0.0, NOT_NEGATIVE)  # on the active steps
+    kl_form: str = choice("noise", "output")  # what is compared with the reference
+    cfg_gradient: str = choice("full", "detach_uncond", "rescale")  # gradient through guidance
+    clamp_images: bool = True  # clip to [0, 1]: saturated pixels then carry no gradient
+    visits_on_cpu: bool = False  # keep the rollout's states off the device
+
+
+@dataclass
 class SupervisedConfig(ObjectiveConfig):
     """Regression of the network's prediction, on images with captions."""
 
@@ -214,6 +241,7 @@ REWARDS: dict[str, type[RewardConfig]] = {
 }
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "draft": DraftConfig,
+    "direct": DirectConfig,
     "supervised": SupervisedConfig,
     "own": OwnConfig,
 }

@@ -22,11 +22,14 @@ class Rng:
     Args:
         seeds: one per row. Numbers are drawn on the CPU, so that every device sees the same.
         shared: seed of what is drawn once for the whole batch, on all processes alike.
+
+    Attributes:
+        shared: the generator that all rows and processes share.
     """
 
     def __init__(self, seeds: Sequence[int], shared: int = 0) -> None:
         self._rows = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._shared = torch.Generator().manual_seed(shared)
+        self.shared = torch.Generator().manual_seed(shared)
 
     @staticmethod
     def of_step(seed: int, step: int, rows: Sequence[int]) -> "Rng":
@@ -44,4 +47,4 @@ class Rng:
 
     def shared_integer(self, low: int, high: int) -> int:
         """Return one integer of low..high, both included: the same for all rows and processes."""
-        return int(torch.randint(low, high + 1, (1,), generator=self._shared))
+        return int(torch.randint(low, high + 1, (1,), generator=self.shared))

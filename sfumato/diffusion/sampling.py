@@ -17,20 +17,37 @@ Denoiser: TypeAlias = Callable[[Tensor, Time], Prediction]  # conditioning, guid
 
 @dataclass(frozen=True)
 class Visit:
-    """One step of the gradient window: where the denoiser stood and what it said."""
+    """One step: where the denoiser stood and what it said."""
 
     t: float
     x_t: Float[Tensor, "b *d"]
     prediction: Prediction
 
+    def kept(self, device: torch.device | str) -> "Visit":
+        """Return the step without a graph, in float32 or better, on a device."""
+
+        def kept(part: Tensor) -> Tensor:
+            return part.detach().to(device, torch.promote_types(part.dtype, torch.float32))
+
+        said = self.prediction
+        return Visit(
+            self.t, kept(self.x_t), Prediction(kept(said.x0), kept(said.noise), kept(said.raw))
+        )
+
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The end of a sampling run, and the steps that carry a gradient."""
+    """The end of a sampling run, and its steps.
+
+    Attributes:
+        window: the steps that carry a gradient.
+        visits: all steps without a graph, if they were kept.
+    """
 
     x: Float[Tensor, "b *d"]  # the state at times[-1]: what a pipeline decodes
     x0: Float[Tensor, "b *d"]  # the last prediction of the data: what a reward is computed on
     window: tuple[Visit, ...]
+    visits: tuple[Visit, ...] = ()
 
 
 def sample(
@@ -42,6 +59,7 @@ def sample(
     grad_steps: int = 0,
     eta: float = 0.0,
     rng: Rng | None = None,
+    keep: torch.device | str | None = None,
 ) -> Trajectory:
     """Run the reverse process from x at times[0] down to times[-1].
 
@@ -50,6 +68,7 @@ def sample(
         times: T + 1 decreasing times; step i goes from times[i] to times[i + 1].
         grad_steps: only the last K steps record a graph; the others run without one.
         eta: 0 is DDIM or Euler; above 0 each step adds noise drawn from `rng`.
+        keep: device that holds every step, in float32 and without a graph; None keeps none.
 
     Raises:
         ValueError: if grad_steps is not in 0..T, or eta > 0 comes without rng.
@@ -62,13 +81,17 @@ def sample(
     if eta > 0 and rng is None:
         raise ValueError(f"eta = {eta} draws noise at each step: pass rng")
     window: list[Visit] = []
+    visits: list[Visit] = []
     x0 = x
     for i, (t, s) in enumerate(pairwise(times)):
         with_grad = i >= steps - grad_steps
         with torch.set_grad_enabled(with_grad):
             prediction = denoiser(x, t)
+            visit = Visit(t, x, prediction)
             if with_grad:
-                window.append(Visit(t, x, prediction))
+                window.append(visit)
+            if keep is not None:
+                visits.append(visit.kept(keep))
             z = rng.normal(*x.shape[1:], device=x.device) if rng is not None and eta > 0 else None
             x, x0 = process.step(prediction, t, s, eta=eta, z=z), prediction.x0
-    return Trajectory(x, x0, tuple(window))
+    return Trajectory(x, x0, tuple(window), tuple(visits))

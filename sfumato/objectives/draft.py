@@ -7,9 +7,9 @@ DRaFT (arXiv 2309.17400) is kl_coeff = 0. Both noises are guided, and predicted 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,8 +19,9 @@ from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Denoiser, Visit, sample
 from sfumato.models.generate import Guided, encode_guided, image_size
 from sfumato.models.model import Role, TextToImageModel
+from sfumato.objectives.kl import kl
 from sfumato.objectives.objective import Loss, Objective
-from sfumato.precision import in_float32, is_rounded
+from sfumato.objectives.scoring import check_differentiable, decoded, score_metrics
 from sfumato.rewards.reward import Reward
 
 
@@ -36,11 +37,7 @@ class Draft(Objective[Sequence[str]]):
     """
 
     def __init__(self, config: DraftConfig, sampler: SamplerConfig, reward: Reward) -> None:
-        if not reward.differentiable:
-            raise ValueError(
-                f"the reward {type(reward).__name__} is not differentiable, and DRaFT learns from "
-                "its gradient; choose a differentiable one (reward=clip, reward=color)"
-            )
+        check_differentiable(reward)
         self.config = config
         self.needs_reference = config.kl_coeff > 0
         self.sampler = sampler
@@ -65,16 +62,14 @@ class Draft(Objective[Sequence[str]]):
             visits.append(self._variant(model, policy, trajectory.x0, times[-2], rng))
             finals.append(visits[-1].prediction.x0)
 
-        scores = [self.reward.score(self._images(model, x0), batch) for x0 in finals]
-        reward = torch.stack([score.value for score in scores]).mean()
-        metrics = {"reward": reward} | {
-            f"reward/{name}": torch.stack([score.parts[name] for score in scores]).mean()
-            for name in scores[0].parts
-        }
-        loss = -reward
+        clamp = self.config.clamp_images
+        scores = [self.reward.score(decoded(model, x0, clamp=clamp), batch) for x0 in finals]
+        metrics = score_metrics(scores)
+        loss = -metrics["reward"]
         if self.config.kl_coeff:
-            metrics["kl"] = kl = self._kl(model, batch, prompts, visits)
-            loss = loss + self.config.kl_coeff * kl
+            denoiser = partial(self._role, model, batch, prompts)
+            metrics["kl"] = distance = kl(model, visits, denoiser)
+            loss = loss + self.config.kl_coeff * distance
         metrics["loss"] = loss
         return Loss(loss, {name: value.detach() for name, value in metrics.items()})
 
@@ -86,6 +81,14 @@ class Draft(Objective[Sequence[str]]):
             role=role,
             cfg_gradient=cast(CfgGradient, self.config.cfg_gradient),
         )
+
+    def _role(
+        self, model: TextToImageModel, batch: Sequence[str], prompts: Guided, role: Role
+    ) -> Denoiser:
+        """Return the denoiser of a role; each encodes its own prompts if text is trained."""
+        scale = self.sampler.guidance_scale
+        own = encode_guided(model, batch, scale, role) if model.trains_text else prompts
+        return self._denoiser(model, own, role)
 
     def _truncation(self, rng: Rng) -> int:
         """Return K: fixed, or drawn once for the batch (AlignProp, arXiv 2310.03739)."""
@@ -105,45 +108,3 @@ class Draft(Objective[Sequence[str]]):
         noise = rng.normal(*x0.shape[1:], device=x0.device)
         x_t = model.process.add_noise(x0.detach(), noise, t)
         return Visit(t, x_t, policy(x_t, t))
-
-    def _images(
-        self, model: TextToImageModel, x0: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b 3 H W"]:
-        images = model.decode(x0)
-        return images.clamp(0, 1) if self.config.clamp_images else images
-
-    def _kl(
-        self,
-        model: TextToImageModel,
-        batch: Sequence[str],
-        prompts: Guided,
-        visits: Sequence[Visit],
-    ) -> Float[Tensor, ""]:
-        """Return the mean square of the difference of policy's and reference's noise.
-
-        In half precision two near noises differ by their rounding more than by the training. So
-        the difference is taken once more in float32. The gradient is 2 difference d(noise), with
-        the noise that the policy predicted in its own precision.
-        """
-
-        def denoiser(role: Role) -> Denoiser:
-            scale = self.sampler.guidance_scale
-            own = encode_guided(model, batch, scale, role) if model.trains_text else prompts
-            return self._denoiser(model, own, role)
-
-        if not is_rounded(model.networks()["policy"]):
-            reference = denoiser("reference")
-            distances = [
-                (visit.prediction.noise - reference(visit.x_t, visit.t).noise).square().mean()
-                for visit in visits
-            ]
-            return torch.stack(distances).mean()
-        with torch.no_grad(), in_float32(model.device):
-            policy, reference = denoiser("policy"), denoiser("reference")
-            differences = [policy(v.x_t, v.t).noise - reference(v.x_t, v.t).noise for v in visits]
-        noises = [visit.prediction.noise for visit in visits]
-        distances = [
-            (difference.square() + 2 * difference * (noise - noise.detach())).mean()
-            for difference, noise in zip(differences, noises, strict=True)
-        ]
-        return torch.stack(distances).mean()

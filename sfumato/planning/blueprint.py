@@ -1,7 +1,8 @@
 """Blueprint of a recipe: its model and objective on the meta device; no weight is read."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from sfumato.models.formats import read_model_index
 from sfumato.models.loading import load_on_meta
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import FAMILIES, find_family
-from sfumato.objectives.objective import Objective
+from sfumato.objectives.objective import Objective, Piece
 from sfumato.objectives.supervised import Supervised
 from sfumato.planning.described import describe_pipeline, is_described
 from sfumato.planning.step import forward_flops
@@ -61,22 +62,34 @@ class Blueprint:
         """Shape (c, h, w) of the latents of one image."""
         return self.model.latent_shape(*self.size)
 
-    def loss(self, rows: int) -> Callable[[], Tensor]:
-        """Return a call of the objective with a micro-batch of `rows`."""
+    def pieces(self, rows: int) -> Callable[[], list[Callable[[], Tensor]]]:
+        """Return a call that begins a loss of `rows` rows, and returns its pieces."""
         rng = Rng.of_step(0, 0, range(rows))
 
-        def loss() -> Tensor:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of a reward that cuts the prompt
-                return self.objective.loss(self.model, [self.row] * rows, rng).value
+        def quiet(piece: Piece) -> Tensor:
+            with _no_warnings():
+                return piece().value
 
-        return loss
+        def begin() -> list[Callable[[], Tensor]]:
+            with _no_warnings():
+                found = self.objective.pieces(self.model, [self.row] * rows, rng)
+            return [partial(quiet, piece) for piece in found]
+
+        return begin
 
     def encoding_flops(self) -> int:
         """Return the FLOPs of encoding one image and its caption."""
         image = torch.empty(1, 3, *self.size, device="meta")
         flops = forward_flops(lambda: self.model.encode_moments(image))
         return flops + forward_flops(partial(self.model.encode_prompts, [PROMPT]))
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Silence the warning of a reward that cuts the prompt."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def read_blueprint(config: TrainConfig) -> Blueprint:

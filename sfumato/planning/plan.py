@@ -8,7 +8,7 @@ from sfumato.config import OwnConfig, PlanConfig, TrainConfig
 from sfumato.planning.blueprint import Blueprint, read_blueprint, steps_alike, with_steps
 from sfumato.planning.gpus import GPUS, Gpu, peak_flops
 from sfumato.planning.memory import USABLE, Held, count_parameters, held, largest_rows
-from sfumato.planning.step import StepCost, measure_step
+from sfumato.planning.step import StepCost, measure_pieces
 from sfumato.training.distribution import AUTOCAST
 
 TAR_BLOCK = 512  # bytes: every member has a header of one, and ends at a multiple
@@ -149,7 +149,7 @@ def with_other_checkpointing(config: TrainConfig) -> TrainConfig:
 def cost_of(config: TrainConfig, blueprint: Blueprint, rows: int) -> StepCost:
     """Measure a step of a micro-batch of `rows`."""
     dtype, frozen = AUTOCAST.get(config.training.precision), blueprint.frozen.values()
-    return measure_step(blueprint.model.trained, blueprint.loss(rows), dtype, frozen)
+    return measure_pieces(blueprint.model.trained, blueprint.pieces(rows), dtype, frozen)
 
 
 def extended(short: StepCost, longer: StepCost, times: int) -> StepCost:

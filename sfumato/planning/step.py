@@ -7,7 +7,7 @@ operator on such tensors, and the sizes of the storages that live at the same ti
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from sfumato.planning.precision import MetaPrecision
 from sfumato.training.flops import FlopCounter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,21 @@ def measure_step(
     dtype: torch.dtype | None,
     frozen: Iterable[nn.Module] = (),
 ) -> StepCost:
-    """Follow a loss on the meta device, and its backward.
+    """Follow a loss on the meta device, and its backward; see `measure_pieces`."""
+    return measure_pieces(trained, lambda: [loss], dtype, frozen)
+
+
+def measure_pieces(
+    trained: nn.Module,
+    pieces: Callable[[], Sequence[Callable[[], Tensor]]],
+    dtype: torch.dtype | None,
+    frozen: Iterable[nn.Module] = (),
+) -> StepCost:
+    """Follow the pieces of a loss on the meta device, each with its backward.
 
     Args:
         trained: a network, or a ModuleDict of networks.
-        loss: runs networks on a micro-batch, and returns a scalar.
+        pieces: of an objective: calls that run networks on a micro-batch, and return a scalar.
         dtype: of autocast; None for no autocast.
         frozen: the other networks that the loss runs.
     """
@@ -132,12 +144,21 @@ def measure_step(
     ledger, precision = Ledger([*parameters, *networks.buffers()]), MetaPrecision()
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     hooks = [each.register_post_accumulate_grad_hook(ledger.gained) for each in learning]
+    forward = others = 0
+
+    def count(run: Callable[[], T]) -> T:
+        nonlocal forward, others
+        before = own.flops, everything.flops
+        with precision.autocast(dtype), MetaValues():
+            done = run()
+        mine, all_ = own.flops - before[0], everything.flops - before[1]
+        forward, others = forward + mine, others + all_ - mine
+        return done
+
     try:
         with ledger, everything, own.counting(), precision.inside(networks):
-            with precision.autocast(dtype), MetaValues():
-                value = loss()
-            forward, others = own.flops, everything.flops - own.flops
-            value.backward()
+            for piece in count(pieces):
+                count(piece).backward()
     finally:
         for hook in hooks:
             hook.remove()

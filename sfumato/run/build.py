@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sfumato.config import (
+    DirectConfig,
     DraftConfig,
     ModelConfig,
     NoRewardConfig,
@@ -20,6 +21,7 @@ from sfumato.diffusion.randomness import derive
 from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
 from sfumato.models.registry import load_model
+from sfumato.objectives.direct import Direct
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Objective
 from sfumato.objectives.supervised import Supervised
@@ -74,7 +76,7 @@ def build_job(
     Raises:
         ValueError: if something cannot be loaded, or does not fit the model.
     """
-    brought = own.objective.reward if isinstance(own.objective, Draft) else None
+    brought = own.objective.reward if isinstance(own.objective, Draft | Direct) else None
     reward = brought or build_scorer(config)
     if reward is not None:
         reward = reward.to(distribution.device)
@@ -106,6 +108,9 @@ def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any
         case DraftConfig() as draft:
             assert reward is not None, "checked with the settings"
             return Draft(draft, config.sampler, reward)
+        case DirectConfig() as direct:
+            assert reward is not None, "checked with the settings"
+            return Direct(direct, config.sampler, reward)
         case SupervisedConfig() as supervised:
             return Supervised(supervised)
         case _:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def fit(job: Job, folder: RunFolder, distribution: Distribution, watch: StopWatc
     config, training, model = job.config, job.config.training, job.model
     module = TrainingModule(model, job.objective)
     distribution.shard(module)
-    state = TrainState(config, model, job.stream, distribution)
+    state = TrainState(config, model, job.objective, job.stream, distribution)
     resume(state, folder, distribution)
     wrapped = distribution.wrap(module).train()
     first, active = (state.step + 1 if state.step else 0), distribution.is_main
@@ -99,6 +99,8 @@ def fit(job: Job, folder: RunFolder, distribution: Distribution, watch: StopWatc
             started = time.monotonic()
             metrics = take_step(config, wrapped, state, distribution)
             metrics |= state.meter.rates(time.monotonic() - started)
+            if state.step == 1 and metrics["grad_norm"] == 0 and active:
+                bar.write(f"step 1 has no gradient: {job.objective.why_idle}")
             bar.set_postfix_str(headline(metrics))
             bar.update()
             best = False
@@ -135,12 +137,12 @@ def take_step(
         rows = range(first + start, first + start + size)
         torch.manual_seed(derive(training.seed, state.step, rows.start, "dropout"))
         last = rows.stop == first + share
-        with distribution.accumulating(module, last=last), state.meter.counting():
-            with distribution.autocast():
-                rng = Rng.of_step(training.seed, state.step, rows)
-                loss = module(batch[start : start + size], rng)
-            state.scaler.scale(loss.value * (size / share)).backward()
-        losses.append(Loss(loss.value.detach(), loss.metrics, loss.partial))
+        with state.meter.counting():
+            rng = Rng.of_step(training.seed, state.step, rows)
+            micro = batch[start : start + size]
+            losses.append(
+                differentiate(module, micro, rng, state, distribution, size / share, last=last)
+            )
 
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.parameters.values(), config.optimizer.max_grad_norm)
@@ -149,10 +151,52 @@ def take_step(
     refuse_non_finite(metrics, losses, batch, state, distribution)
     metrics["learning_rate"] = learning_rate(config.optimizer, state.step, training.max_steps)
     state.move(metrics["learning_rate"])
+    if losses[0].rows:
+        state.objective.observe(gathered_rows([loss.rows for loss in losses], distribution))
     metrics["data_wait"] = waited
     if state.scaler.is_enabled():
         metrics["loss_scale"] = state.scaler.get_scale()
     return distribution.mean(metrics) | ratios([loss.partial for loss in losses], distribution)
+
+
+def differentiate(
+    module: nn.Module,
+    batch: Sequence[Any],
+    rng: Rng,
+    state: TrainState,
+    distribution: Distribution,
+    share: float,
+    *,
+    last: bool,
+) -> Loss:
+    """Add the gradient of a micro-batch's loss, piece by piece, and return the loss, detached.
+
+    Args:
+        share: of the micro-batch in this process's rows.
+        last: whether this is the last micro-batch of the step, whose gradients are exchanged.
+    """
+    with distribution.autocast():
+        pieces = state.objective.pieces(state.model, batch, rng)
+    total = None
+    for i, piece in enumerate(pieces):
+        with distribution.accumulating(module, last=last and i == len(pieces) - 1):
+            with distribution.autocast():
+                loss = module(piece)
+            state.scaler.scale(loss.value * share).backward()
+        loss = replace(loss, value=loss.value.detach())
+        total = loss if total is None else total + loss
+    assert total is not None, "an objective has at least one piece"
+    return total
+
+
+def gathered_rows(
+    rows: Sequence[Mapping[str, Tensor]], distribution: Distribution
+) -> dict[str, list[float]]:
+    """Return the numbers of all rows of the global batch, in its order, by name."""
+    return {
+        name: distribution.gather(torch.cat([each[name] for each in rows]).double().tolist())
+        for name in rows[0]
+    }
 
 
 def local_means(metrics: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:

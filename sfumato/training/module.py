@@ -1,17 +1,16 @@
-"""Module around the whole objective: DDP and FSDP see one forward and one backward per batch."""
+"""Module around the whole objective: DDP and FSDP see one forward and one backward per piece."""
 
 from typing import Any, final
 
 from torch import nn
 
-from sfumato.diffusion.randomness import Rng
 from sfumato.models.model import TextToImageModel
-from sfumato.objectives.objective import Loss, Objective
+from sfumato.objectives.objective import Loss, Objective, Piece
 
 
 @final
 class TrainingModule(nn.Module):
-    """Module of the trained weights; its forward is the objective, with all its network calls."""
+    """Module of the trained weights; its forward is a piece of the objective, network calls too."""
 
     def __init__(self, model: TextToImageModel, objective: Objective[Any]) -> None:
         super().__init__()
@@ -19,5 +18,5 @@ class TrainingModule(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Any, rng: Rng) -> Loss:
-        return self.objective.loss(self.model, batch, rng)
+    def forward(self, piece: Piece) -> Loss:
+        return piece()

@@ -10,6 +10,7 @@ from torch import Tensor
 from sfumato.config import TrainConfig
 from sfumato.data.stream import Stream
 from sfumato.models.model import TextToImageModel
+from sfumato.objectives.objective import Objective
 from sfumato.training.checkpoint import CheckpointError, Snapshot
 from sfumato.training.distribution import Distribution, like, whole
 from sfumato.training.ema import Ema
@@ -22,16 +23,18 @@ ADVICE = "restore the model's settings in config.yaml, or choose another name fo
 
 @final
 class TrainState:
-    """Weights, EMA, optimiser, loss scale, step, and the position in the data."""
+    """Weights, EMA, optimiser, loss scale, step, objective, and the position in the data."""
 
     def __init__(
         self,
         config: TrainConfig,
         model: TextToImageModel,
+        objective: Objective[Any],
         stream: Stream[Any],
         distribution: Distribution,
     ) -> None:
         training = config.training
+        self.model, self.objective = model, objective
         self.parameters = model.trainable()
         self.ema = Ema(
             self.parameters,
@@ -93,6 +96,8 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "best": [self.best_step, self.best_loss] if self.best_step else None,
         }
+        if learned := self.objective.state():
+            state["objective"] = learned
         if self._keeps_flops:
             state["flops"] = self.meter.flops
         return Snapshot(
@@ -125,6 +130,7 @@ class TrainState:
             self.optimizer.state[parameter][kind] = moment
         self.stream.restore(snapshot.state["data"])
         self.scaler.load_state_dict(snapshot.state["scaler"])
+        self.objective.restore(snapshot.state.get("objective", {}))
         if self._keeps_flops:
             self.meter.flops = snapshot.state.get("flops")
 

@@ -1,0 +1,244 @@
+"""Direct reward gradients: the reward's gradient at the end, given to single sampling steps.
+
+    loss     = -mean(reward(x_end, prompt)) + kl_coeff * kl
+    gradient = -sum_i w_i (d reward / d x_end) (d n_i / d weights) + kl_coeff * d kl / d weights
+
+A rollout without a graph visits all states. The reward is differentiated once, at its end. Then
+each active step i predicts its output n_i again and is differentiated alone, with the weight w_i
+of objectives/surrogates.py. So one step's activations are in memory, however many are active.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.config import DirectConfig, SamplerConfig
+from sfumato.diffusion.guidance import CfgGradient
+from sfumato.diffusion.linear import FORMS, output
+from sfumato.diffusion.randomness import Rng
+from sfumato.diffusion.sampling import Denoiser, Trajectory, Visit, sample
+from sfumato.models.generate import encode_guided, image_size
+from sfumato.models.model import Role, TextToImageModel
+from sfumato.objectives.kl import KlForm, kl
+from sfumato.objectives.objective import Loss, Objective, Piece
+from sfumato.objectives.scoring import (
+    Scored,
+    check_differentiable,
+    reward_gradient,
+    score_metrics,
+)
+from sfumato.objectives.surrogates import Leg, legs
+from sfumato.rewards.reward import Reward
+
+MEMORY = 0.9  # of the running quantile
+
+
+@final
+class Direct(Objective[Sequence[str]]):
+    """Maximise a differentiable reward; a batch is a list of prompts.
+
+    Args:
+        reward: frozen; its gradient with respect to the images is what is learned from.
+
+    Raises:
+        ValueError: if the reward is not differentiable.
+    """
+
+    def __init__(self, config: DirectConfig, sampler: SamplerConfig, reward: Reward) -> None:
+        check_differentiable(reward)
+        self.config = config
+        self.needs_reference = config.kl_coeff > 0
+        self.sampler = sampler
+        self.reward = reward
+        self._limit: float | None = None
+        if config.hinge is not None:
+            self.why_idle = (
+                f"every reward is above objective.hinge={config.hinge:g}; raise it above the "
+                "rewards of the base model, or set objective.hinge=null"
+            )
+
+    def pieces(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Sequence[Piece]:
+        denoiser = partial(self._denoiser, model, batch, shared=self._prompts(model, batch))
+        with torch.no_grad():
+            times, run = self._roll_out(model, denoiser("policy"), rng)
+        end = run.x0 if self.config.reward_at == "x0" else run.x
+        scored = reward_gradient(model, self.reward, end, batch, clamp=self.config.clamp_images)
+        form = FORMS[model.prediction_type]
+        surrogate = legs(self.config, model.process, form, times, rng.shared)
+        gradient, first = self._objective(model, scored, surrogate, run, end)
+        chain = _Chain(self.config, model, denoiser, run.visits, gradient)
+        return chain.pieces(surrogate, first)
+
+    def observe(self, rows: Mapping[str, Sequence[float]]) -> None:
+        """Move the limit of the gradient's norm towards this batch's quantile."""
+        assert self.config.clip_quantile is not None, "otherwise there are no rows"
+        norms = torch.tensor(rows["reward_gradient"], dtype=torch.float64)
+        quantile = float(norms.quantile(self.config.clip_quantile))
+        before = quantile if self._limit is None else self._limit
+        self._limit = MEMORY * before + (1 - MEMORY) * quantile
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._limit is None else {"limit": self._limit}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._limit = state.get("limit")
+
+    def _prompts(self, model: TextToImageModel, batch: Sequence[str]) -> Any:
+        """Encode the prompts once, if no step's gradient goes through the encoders."""
+        if model.trains_text:
+            return None
+        return encode_guided(model, batch, self.sampler.guidance_scale)
+
+    def _denoiser(
+        self, model: TextToImageModel, batch: Sequence[str], role: Role, *, shared: Any
+    ) -> Denoiser:
+        scale = self.sampler.guidance_scale
+        prompts = encode_guided(model, batch, scale, role) if shared is None else shared
+        return model.denoiser(
+            prompts.cond,
+            uncond=prompts.uncond,
+            guidance_scale=scale,
+            role=role,
+            cfg_gradient=cast(CfgGradient, self.config.cfg_gradient),
+        )
+
+    def _roll_out(
+        self, model: TextToImageModel, policy: Denoiser, rng: Rng
+    ) -> tuple[Sequence[float], Trajectory]:
+        """Sample without a graph; an early stop jumps to the end from where it stops."""
+        height, width = image_size(model, self.sampler)
+        times = list(model.times(self.sampler.num_inference_steps, height, width))
+        if self.config.early_stop is not None:
+            left_out = rng.shared_integer(*self.config.early_stop)
+            times = [*times[: len(times) - 1 - left_out], times[-1]]
+        start = rng.normal(*model.latent_shape(height, width), device=model.device)
+        keep = "cpu" if self.config.visits_on_cpu else model.device
+        eta = self.sampler.eta
+        return times, sample(policy, model.process, start, times, eta=eta, rng=rng, keep=keep)
+
+    def _objective(
+        self,
+        model: TextToImageModel,
+        scored: Scored,
+        surrogate: Sequence[Leg],
+        run: Trajectory,
+        end: Tensor,
+    ) -> tuple[Float[Tensor, "b *d"], Loss]:
+        """Return the gradient of the mean loss at the end, and the loss with its metrics."""
+        rewards, gradient = scored.score.value, scored.gradient
+        norms = gradient.flatten(1).norm(dim=1)
+        metrics = score_metrics([scored.score]) | {"reward_gradient": norms.mean()}
+        rows, factor = {}, torch.ones_like(norms)
+        if self.config.clip_quantile is not None:
+            rows["reward_gradient"] = norms
+            if self._limit is not None:
+                factor = (self._limit / norms).clamp(max=1)
+        losses = -rewards
+        if self.config.hinge is not None:
+            losses = (self.config.hinge - rewards).relu()
+            factor = factor * (losses > 0)
+            metrics["below_hinge"] = (losses > 0).to(rewards).mean()
+        if self.config.distance_floor is not None:
+            factor = factor / self._distance(model, surrogate, run.visits, end)
+        shape = (-1, *(1,) * (gradient.ndim - 1))
+        gradient = gradient * (-factor / len(rewards)).to(gradient).reshape(shape)
+        metrics["loss"] = losses.mean()
+        return gradient, Loss(losses.mean(), metrics, rows=rows)
+
+    def _distance(
+        self,
+        model: TextToImageModel,
+        surrogate: Sequence[Leg],
+        visits: Sequence[Visit],
+        end: Tensor,
+    ) -> Float[Tensor, " b"]:
+        """Return how far each row's legs end from the rollout, each leg the floor at least."""
+        form, total = FORMS[model.prediction_type], torch.zeros(len(end), device=end.device)
+        for leg in surrogate:
+            found = leg.scale * visits[leg.start].x_t
+            for i, weight in leg.weights.items():
+                said, t = visits[i].prediction, visits[i].t
+                found = found + weight * output(model.process, model.prediction_type, form, said, t)
+            true = end if leg.end == len(visits) else visits[leg.end].x_t
+            distance = (found.to(end) - true.to(end)).abs().flatten(1).mean(1)
+            total = total + distance.clamp(min=self.config.distance_floor)
+        return total
+
+
+@dataclass
+class _Link:
+    """Where a leg meets the one before it: its starting state, whose gradient is nested."""
+
+    leg: Leg
+    x_t: Tensor
+    probe: Tensor  # its gradient is the factor that the caller multiplied the loss by
+
+
+@final
+class _Chain:
+    """Carrier of the gradient at the end of a rollout to its active steps, last leg first."""
+
+    def __init__(
+        self,
+        config: DirectConfig,
+        model: TextToImageModel,
+        denoiser: Callable[[Role], Denoiser],
+        visits: Sequence[Visit],
+        gradient: Float[Tensor, "b *d"],
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._denoiser = denoiser
+        self._visits = visits
+        self._gradient = gradient
+        self._link: _Link | None = None
+
+    def pieces(self, surrogate: Sequence[Leg], first: Loss) -> list[Piece]:
+        """Return a call for each active step; the first one adds the loss of the reward."""
+        count = sum(len(leg.active) for leg in surrogate)
+        calls: list[Piece] = []
+        for leg in reversed(surrogate):
+            meets = leg is not surrogate[0]
+            # The state that two legs share comes last: then all of its gradient is known.
+            for i in sorted(leg.active, reverse=True):
+                extra = first if not calls else None
+                meet = meets and i == leg.start
+                calls.append(partial(self._step, leg, i, extra, meets=meet, share=1 / count))
+        return calls
+
+    def _step(self, leg: Leg, i: int, first: Loss | None, *, meets: bool, share: float) -> Loss:
+        model, visit = self._model, self._visits[i]
+        self._pass_link()
+        x_t, t = visit.x_t.to(model.device).detach(), visit.t
+        if meets:
+            x_t = x_t.requires_grad_(self._config.nested > 0)
+        said = self._denoiser("policy")(x_t, t)
+        n = output(model.process, model.prediction_type, FORMS[model.prediction_type], said, t)
+        inner = (self._gradient * leg.active[i] * n).sum()
+        value, metrics = inner - inner.detach(), {}
+        if self._config.kl_coeff:
+            form = cast(KlForm, self._config.kl_form)
+            metrics["kl"] = share * kl(model, [Visit(t, x_t, said)], self._denoiser, form)
+            metrics["loss"] = self._config.kl_coeff * metrics["kl"]
+            value = value + metrics["loss"]
+        if meets:
+            self._link = _Link(leg, x_t, torch.zeros_like(value, requires_grad=True))
+            value = value + self._link.probe
+        loss = Loss(value, {name: metric.detach() for name, metric in metrics.items()})
+        return loss if first is None else loss + first
+
+    def _pass_link(self) -> None:
+        """Go on to the leg before, once the state where the two meet has its gradient."""
+        if self._link is None:
+            return
+        leg, x_t, probe = self._link.leg, self._link.x_t, self._link.probe
+        self._gradient = leg.scale * self._gradient
+        if x_t.grad is not None:
+            assert probe.grad is not None, "both were differentiated together"
+            self._gradient = self._gradient + self._config.nested * x_t.grad / probe.grad
+        self._link = None
