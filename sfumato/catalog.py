@@ -19,6 +19,7 @@ from sfumato.config import (
 
 CHOICES: dict[str, Mapping[str, type]] = {**GROUPS, "cluster": CLUSTERS}
 RECIPES = ("train", "prepare", "launch", "plan")  # the commands that have them
+FOLDERS = {"recipe": RECIPES, "method": ("train", "plan")}
 _BASES: dict[Any, Mapping[str, type]] = {
     ObjectiveConfig: CHOICES["objective"],
     RewardConfig: CHOICES["reward"],
@@ -88,9 +89,14 @@ def find_slot(command: str, key: str) -> Slot:
     return Slot(COMMANDS[command]).below(key.split("."))
 
 
+def folders_of(command: str) -> list[str]:
+    """Return the folders of conf/ in which a command looks up names: recipe=NAME, method=NAME."""
+    return [name for name, commands in FOLDERS.items() if command in commands]
+
+
 def known_keys(command: str) -> list[str]:
     """Return the names of all that `sfumato COMMAND` takes as KEY=VALUE."""
-    return [*keys_of(COMMANDS[command]), *(["recipe"] if command in RECIPES else [])]
+    return [*keys_of(COMMANDS[command]), *folders_of(command)]
 
 
 def keys_of(node: Any, prefix: str = "") -> list[str]:

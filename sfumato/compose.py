@@ -28,6 +28,7 @@ from sfumato.config import (
     REWARDS,
     JobConfig,
     LaunchConfig,
+    OwnConfig,
     PlanConfig,
     RewardConfig,
     TrainConfig,
@@ -125,12 +126,13 @@ def _unread(config: DictConfig) -> list[str]:
     data, model = config.data, config.model
     parts = ("autoencoder", "text_encoder") if model.network.config is not None else ()
     missing = [f"model.{name}" for name in parts if _is_open(model, name, None)]
-    match config.objective.kind:
-        case "draft" if _is_open(data, "prompts", None):
-            missing.append("data.prompts")
-        case "supervised" if not (data.images.sources or data.shards.sources):
-            if all(_is_open(source, "path", None, "") for source in (data.images, data.shards)):
-                missing.append("data.shards.path" if data.shards.cached else "data.images.path")
+    objective: Any = OmegaConf.to_object(config.objective)
+    prompts = objective.reads_prompts and not isinstance(objective, OwnConfig)
+    if prompts and _is_open(data, "prompts", None):
+        missing.append("data.prompts")
+    rooms = (data.images, data.shards) if objective.reads_images else ()
+    if rooms and all(_is_open(room, "path", None, "") and not room.sources for room in rooms):
+        missing.append("data.shards.path" if data.shards.cached else "data.images.path")
     return missing
 
 

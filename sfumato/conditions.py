@@ -16,6 +16,9 @@ _TRAINED = "network|unet|transformer"
 _IN_ORDER = "never: held-out pictures are read once, in order, from their centres"
 _ENCODERS = "never: sfumato prepare runs encoders alone, in float32"
 
+_READS_PROMPTS, _READS_IMAGES = "objective.reads_prompts", "objective.reads_images"
+_INSTEAD = {_READS_PROMPTS: "objective=draft", _READS_IMAGES: "objective=supervised"}
+
 # What a command reads only under a condition, as rows of a pattern of keys and the condition. All
 # rows of a key have to hold; a key without a row is always read.
 #   KEY|KEY      one of them is given: not null, empty, false or 0
@@ -35,17 +38,27 @@ _PLANNED: Sequence[Row] = (
     (r"model\.reference", "model.trainable=full"),
     (r"objective\.truncation_steps", "objective.truncation_range=null"),
     (r"objective\.cfg_gradient", "sampler.guidance_scale>1"),
+    (r"objective\.steps", "objective.path!=lagrange"),
+    (r"objective\.(active_steps|late_bias|listed)", "objective.path!=lagrange"),
+    (r"objective\.active_steps", "objective.path!=leap"),
+    (r"objective\.active_steps", "objective.steps!=all|listed"),
+    (r"objective\.late_bias", "objective.steps=late"),
+    (r"objective\.listed", "objective.steps=listed"),
+    (r"objective\.(weights|weight_scale|gain)", "objective.path=sum"),
+    (r"objective\.nested", "objective.path!=sum"),
+    (r"objective\.supports", "objective.path=lagrange"),
+    (r"objective\.kl_form", "objective.kl_coeff>0"),
     (r"objective\.logit_(mean|std)", "objective.timesteps=logit_normal"),
     (r"objective\.snr_gamma", "objective.weighting=min_snr"),
-    (r"reward\.(parts\..+\.)?gradient_checkpointing", "objective=draft"),
+    (r"reward\.(parts\..+\.)?gradient_checkpointing", "objective!=supervised"),
     (r"training\.ema_(every_steps|on_cpu)", "training.ema_decay!=null"),
     (r"training\.shard_size", "training.strategy=hsdp"),
 )
 _DATA: Sequence[Row] = (
-    (r"data\.(prompts|column|shuffle|buffer)", "objective=draft"),
+    (r"data\.(prompts|column|shuffle|buffer)", _READS_PROMPTS),
     (r"data\.(column|shuffle|buffer)", "data.prompts"),
     (r"data\.buffer", "data.shuffle"),
-    (r"data\.(images|shards)\..+", "objective=supervised"),
+    (r"data\.(images|shards)\..+", _READS_IMAGES),
     (rf"data\.images\.({_SHARED}|caption_lines)", _IMAGES),
     (rf"data\.shards\.({_SHARED}|buffer)", _SHARDS),
     (r"data\.images\.(base_path|image_column|caption_column|repeats|weight)", "data.images.path"),
@@ -215,6 +228,8 @@ def _broken(settings: Any, condition: str) -> tuple[str, str] | None:
     if how is None:
         if any(_value(settings, key) for key in keys):
             return None
+        if instead := _INSTEAD.get(keys[0]):
+            return f"with objective={settings.objective.kind}", f", or set {instead}"
         given = " or ".join(keys)
         if isinstance(value, bool | int):
             return now, f", or set {keys[0]}"
@@ -236,5 +251,5 @@ def _listed(value: Any) -> list[Any]:
 
 def _value(settings: Any, key: str) -> Any:
     for name in key.split("."):
-        settings = vars(settings).get(name) if is_dataclass(settings) else None
+        settings = getattr(settings, name, None) if is_dataclass(settings) else None
     return vars(settings)["kind"] if is_dataclass(settings) else settings

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sfumato.catalog import CHOICES, RECIPES, choices_of, find_slot, known_keys, walk
+from sfumato.catalog import CHOICES, RECIPES, choices_of, find_slot, folders_of, known_keys, walk
 from sfumato.conditions import conditions_of, shown
 from sfumato.config import COMMANDS, CONF, RewardConfig, Rule, rule_of
 from sfumato.config.saved import MAY_CHANGE
@@ -65,9 +65,12 @@ class Setting:
 
 def settings_of(command: str) -> list[Setting]:
     """Return every setting of a command, in the order of config/."""
-    owner, comment = COMMANDS[command], "a recipe; `sfumato recipes` lists them"
-    recipe = [Setting("recipe", owner, "text", "null", "", comment)]
-    return [*_settings(command, owner), *(recipe if command in RECIPES else [])]
+    owner = COMMANDS[command]
+    files = [
+        Setting(name, owner, "text", "null", "", f"a {name}; `sfumato recipes` lists them")
+        for name in folders_of(command)
+    ]
+    return [*_settings(command, owner), *files]
 
 
 def command_page(command: str, key: str | None = None) -> str:
@@ -96,7 +99,7 @@ def command_page(command: str, key: str | None = None) -> str:
 
 def recipes_page() -> str:
     """Return the recipes of every command, each with the first line of its head."""
-    heads = recipe_heads()
+    heads = heads_in("recipe")
     lines = []
     for title, inside in (("train and plan", ""), *FOLDERS.items()):
         lines += [f"sfumato {title}:"]
@@ -104,12 +107,14 @@ def recipes_page() -> str:
             folder = next((each for each in FOLDERS.values() if name.startswith(each)), "")
             if folder == inside:
                 lines.append(f"  recipe={name:48} {head}")
+    lines += ["ways to learn from a reward, for a recipe NAME_reward:"]
+    lines += [f"  method={name:48} {head}" for name, head in heads_in("method").items()]
     return "\n".join(lines)
 
 
-def recipe_heads() -> dict[str, str]:
-    """Return what each recipe is, in one sentence."""
-    root = CONF / "recipe"
+def heads_in(folder: str) -> dict[str, str]:
+    """Return what each recipe or method is, in one sentence."""
+    root = CONF / folder
     heads = {}
     for path in sorted(root.rglob("*.yaml")):
         with path.open(encoding="utf-8") as file:

@@ -30,7 +30,7 @@ from sfumato.config import (
 )
 from sfumato.diffusion.randomness import derive
 from sfumato.explain import unknown_key
-from sfumato.help import recipe_heads
+from sfumato.help import heads_in
 from sfumato.overrides import rewritten
 from sfumato.rewards.build import build_reward
 
@@ -71,7 +71,7 @@ def settings() -> TrainConfig:
 
 
 def test_the_first_line_of_a_recipe_is_one_short_sentence():
-    heads = recipe_heads()
+    heads = heads_in("recipe")
     assert set(RECIPES) < set(heads)
     for path in (CONF / "recipe").rglob("*.yaml"):
         assert path.read_text().startswith("# @package _global_\n# ")

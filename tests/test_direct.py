@@ -1,5 +1,6 @@
 """Direct reward gradients: identities in float64, on a process of each kind."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -134,7 +135,7 @@ def test_all_steps_are_drtune_with_all_steps(kind: str) -> None:
     times, run = rollout(model)
     model.trained.zero_grad()
     denoiser, x = model.denoiser(model.encode_prompts(PROMPTS)), run.visits[0].x_t
-    for i, (t, s) in enumerate(zip(times, times[1:], strict=False)):
+    for t, s in pairwise(times):
         raw = denoiser(x.detach(), t).raw
         said = model.process.read(model.prediction_type, raw, x, t)
         if model.prediction_type == "sample":  # linear in velocities: those are held
@@ -226,7 +227,7 @@ def test_drawn_surrogates_lie_in_the_run(kind: str, path: str) -> None:
     for seed in range(50):
         found = legs(config, model.process, form, times, torch.Generator().manual_seed(seed))
         assert found[-1].end == 20
-        assert all(a.end == b.start for a, b in zip(found, found[1:], strict=False))
+        assert all(a.end == b.start for a, b in pairwise(found))
         for leg in found:
             assert leg.active
             assert set(leg.active) <= set(leg.weights) <= set(range(leg.start, leg.end))

@@ -1,7 +1,8 @@
 """A model of three numbers in float64, for identities that hold to rounding."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -77,6 +78,7 @@ class VectorModel(TextToImageModel):
             for parameter in self.trained.parameters():
                 parameter += spread * torch.randn_like(parameter)
         self.has_cfg, self.trains_text = False, False
+        self.records = False
         self.calls: list[tuple[Role, float, bool]] = []
 
     @property
@@ -129,12 +131,20 @@ class VectorModel(TextToImageModel):
         def denoise(x_t: Tensor, t: Time) -> Prediction:
             assert isinstance(t, float)
             self.calls.append((role, t, torch.is_grad_enabled()))
-            with torch.set_grad_enabled(torch.is_grad_enabled() and role == "policy"):
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() and (role == "policy" or self.records)
+            ):
                 rows = x_t.flatten(1)
                 raw = network(torch.cat([rows, torch.full_like(rows[:, :1], t)], 1))
             return self.process.read(self.prediction_type, raw.reshape(x_t.shape), x_t, t)
 
         return denoise
+
+    @contextmanager
+    def playing(self, role: Role) -> Iterator[None]:
+        self.records = True
+        yield
+        self.records = False
 
     def shards(self) -> Sequence[nn.Module]:
         return [self.trained]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Number = int | float
+MISSING: Any = "???"  # a value that the user must give
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from sfumato.config.fields import (
     FEW,
     FOLDER,
     FRACTION,
+    MISSING,
     NOT_NEGATIVE,
     POSITIVE,
     SIDE,
@@ -20,10 +21,10 @@ from sfumato.config.fields import (
     entries,
     setting,
 )
+from sfumato.config.objectives import OBJECTIVES, ObjectiveConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 CONF = Path(__file__).parents[1] / "conf"
-MISSING: Any = "???"
 MAX_PIXELS = 178_956_970  # Pillow refuses more as a decompression bomb
 PIXELS = Rule(least=1, most=MAX_PIXELS)
 LAYERS = Rule(regex=True, filled=True)
@@ -93,77 +94,6 @@ class SamplerConfig:
     eta: float = setting(0.0, UNIT)  # 0 is deterministic
     height: int | None = setting(None, SIDE)  # pixels; null is the model's own size
     width: int | None = setting(None, SIDE)
-
-
-@dataclass
-class ObjectiveConfig:
-    """What is minimised; a saved file names the chosen class in `kind`."""
-
-    kind: str = MISSING
-
-
-@dataclass
-class DraftConfig(ObjectiveConfig):
-    """DRaFT (kl_coeff 0) and DRaFT+ (kl_coeff > 0)."""
-
-    kind: str = "draft"
-    kl_coeff: float = setting(1.0, NOT_NEGATIVE)  # 0 is DRaFT, more is DRaFT+
-    truncation_steps: int = setting(1, FEW)  # K, the last sampling steps that carry a gradient
-    truncation_range: list[int] | None = setting(None, COUNT)  # [low, high]: draw K for each batch
-    lv_samples: int = setting(0, NOT_NEGATIVE)  # n of DRaFT-LV, which has K = 1; 0 is off
-    cfg_gradient: str = choice("full", "detach_uncond", "rescale")  # gradient through guidance
-    clamp_images: bool = True  # clip to [0, 1]: saturated pixels then carry no gradient
-
-
-@dataclass
-class DirectConfig(ObjectiveConfig):
-    """A reward's gradient at the end of a rollout, given to single steps that run again alone."""
-
-    kind: str = "direct"
-    path: str = choice("sum", "leap", "bridge", "lagrange")  # how the end depends on the steps
-    steps: str = choice("late", "uniform", "spaced", "last", "all", "listed")  # that are active
-    active_steps: int = setting(4, FEW)  # how many; leap has two
-    late_bias: float = setting(1.0, NOT_NEGATIVE)  # step i of noise has probability (i + 1)^bias
-    listed: list[int] | None = setting(None, NOT_NEGATIVE)  # steps from noise, 0 is the first
-    weights: str = choice("solver", "sigma", "alpha", "constant")  # of the gradient, by step
-    weight_scale: float = setting(1.0, POSITIVE)
-    gain: float = setting(0.0, UNIT)  # share of the inactive steps' weights added to the active
-    nested: float = setting(0.0, UNIT)  # share of the gradient through a later step's input
-    supports: int = setting(3, COUNT)  # outputs that lagrange integrates on a leg
-    reward_at: str = choice("x0", "sample")  # the last prediction of the data, or the end state
-    early_stop: list[int] | None = setting(None, NOT_NEGATIVE)  # [low, high]: leave out last steps
-    distance_floor: float | None = setting(None, POSITIVE)  # weight 1 / (errors of the legs)
-    hinge: float | None = None  # rewards above it carry no gradient
-    clip_quantile: float | None = setting(None, FRACTION)  # of the reward gradient's norm, running
-    kl_coeff: float = setting(0.0, NOT_NEGATIVE)  # on the active steps
-    kl_form: str = choice("noise", "output")  # what is compared with the reference
-    cfg_gradient: str = choice("full", "detach_uncond", "rescale")  # gradient through guidance
-    clamp_images: bool = True  # clip to [0, 1]: saturated pixels then carry no gradient
-    visits_on_cpu: bool = False  # keep the rollout's states off the device
-
-
-@dataclass
-class SupervisedConfig(ObjectiveConfig):
-    """Regression of the network's prediction, on images with captions."""
-
-    kind: str = "supervised"
-    timesteps: str = choice("uniform", "logit_normal", "table")  # table: the family's, shifted
-    logit_mean: float = 0.0
-    logit_std: float = setting(1.0, POSITIVE)
-    weighting: str = choice("none", "min_snr", "bump")  # bump is DiffSynth-Studio's
-    snr_gamma: float = setting(5.0, POSITIVE)
-    caption_dropout: float = setting(0.0, UNIT)  # share of captions replaced by the empty prompt
-    noise_offset: float = setting(0.0, NOT_NEGATIVE)
-    sample_latents: bool = True  # draw latents from the posterior; false takes its mean
-    guidance_scale: float = 1.0  # input of networks with embedded guidance
-
-
-@dataclass
-class OwnConfig(ObjectiveConfig):
-    """An objective that a script defines; `settings` are recorded with the run."""
-
-    kind: str = "own"
-    settings: dict[str, Any] = field(default_factory=dict)  # NAME: a value of any type
 
 
 @dataclass
@@ -238,12 +168,6 @@ REWARDS: dict[str, type[RewardConfig]] = {
     "jpeg": JpegRewardConfig,
     "weighted": WeightedRewardConfig,
     "none": NoRewardConfig,
-}
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
-    "draft": DraftConfig,
-    "direct": DirectConfig,
-    "supervised": SupervisedConfig,
-    "own": OwnConfig,
 }
 GROUPS = {"objective": OBJECTIVES, "reward": REWARDS}
 

@@ -49,6 +49,10 @@ class SkipReport:
         """Tell whether there is anything to say."""
         return bool(self.skips or self.remarks)
 
+    def __add__(self, other: "SkipReport") -> "SkipReport":
+        """Return both reports as one."""
+        return SkipReport(self.skips + other.skips, self.remarks + other.remarks)
+
     def summary(self) -> str:
         """Say in one line what was left out or changed, why and where."""
         skipped = "skipped " + "; ".join(map(str, self.skips))

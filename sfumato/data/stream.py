@@ -19,6 +19,7 @@ from sfumato.data.order import Order, Resumable
 
 Pick = TypeVar("Pick")
 Row = TypeVar("Row")
+Other = TypeVar("Other")
 
 
 class Stream(Resumable, Generic[Row]):
@@ -152,6 +153,44 @@ class OrderedStream(Stream[Row], Generic[Pick, Row]):
             f"{broken[-1].entry.name} ({broken[-1].reason}); check that the files are still there "
             "and whole"
         )
+
+
+@dataclass(frozen=True)
+class Pair(Generic[Row, Other]):
+    """A row of each of two streams."""
+
+    first: Row
+    second: Other
+
+
+@final
+class PairedStream(Stream[Pair[Row, Other]], Generic[Row, Other]):
+    """Give out the rows of two streams side by side."""
+
+    def __init__(self, first: Stream[Row], second: Stream[Other]) -> None:
+        self._streams = first, second
+
+    def next(self, global_batch_size: int, start: int, stop: int) -> list[Pair[Row, Other]]:
+        first, second = (each.next(global_batch_size, start, stop) for each in self._streams)
+        return [Pair(*rows) for rows in zip(first, second, strict=True)]
+
+    def state(self) -> dict[str, Any]:
+        first, second = self._streams
+        return {"first": first.state(), "second": second.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if state.keys() != {"first", "second"}:
+            raise ValueError(
+                f"{dict(state)} is no place in a pair of streams; resume with the kind of data "
+                "that the run was started with"
+            )
+        for each, name in zip(self._streams, ("first", "second"), strict=True):
+            each.restore(state[name])
+
+    @property
+    def skipped(self) -> SkipReport:
+        first, second = self._streams
+        return first.skipped + second.skipped
 
 
 def check_rows(global_batch_size: int, start: int, stop: int) -> None:

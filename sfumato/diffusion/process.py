@@ -124,14 +124,19 @@ class DiffusionProcess(abc.ABC):
             prediction: the reading of x_t.
             eta: 0 is deterministic; 1 is ancestral sampling (DDPM).
         """
-        alpha_t, sigma_t = float(self.alpha(t)), float(self.sigma(t))
         alpha_s, sigma_s = float(self.alpha(s)), float(self.sigma(s))
-        std = 0.0
-        if eta > 0:
-            ratio = alpha_t * sigma_s / (alpha_s * sigma_t)
-            std = eta * sigma_s * math.sqrt(max(0.0, 1 - ratio**2))
+        std = self.std(t, s, eta)
         kept = math.sqrt(max(0.0, sigma_s**2 - std**2))
         return alpha_s * prediction.x0 + kept * prediction.noise, std
+
+    def std(self, t: float, s: float, eta: float) -> float:
+        """Return the standard deviation of p(x_s | x_t) for s < t."""
+        if eta == 0:
+            return 0.0
+        alpha_t, sigma_t = float(self.alpha(t)), float(self.sigma(t))
+        alpha_s, sigma_s = float(self.alpha(s)), float(self.sigma(s))
+        ratio = alpha_t * sigma_s / (alpha_s * sigma_t)
+        return eta * sigma_s * math.sqrt(max(0.0, 1 - ratio**2))
 
     def step(
         self,

@@ -4,7 +4,7 @@ import abc
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, final
 
 import torch
@@ -21,10 +21,30 @@ class Roles(abc.ABC):
     is_trained: bool = True
     has_reference: bool = True
     is_changed: bool = True  # whether its weights differ from the source's files
+    _records: bool = False
 
     @abc.abstractmethod
     def acting(self, role: Role) -> AbstractContextManager[Any]:
-        """Return a context that gives the network of this role; the reference has no gradient."""
+        """Return a context that gives the network of this role; contexts may nest.
+
+        The reference has no gradient, but that of its inputs inside `playing`.
+        """
+
+    @contextmanager
+    def playing(self, role: Role) -> Iterator[None]:
+        """Keep the network in a role, where the reference records a graph of its inputs.
+
+        A backward inside runs checkpointed layers again in the same role.
+        """
+        before, self._records = self._records, True
+        try:
+            with self.acting(role):
+                yield
+        finally:
+            self._records = before
+
+    def _recording(self, role: Role) -> AbstractContextManager[Any]:
+        return nullcontext() if role == "policy" or self._records else torch.no_grad()
 
     @abc.abstractmethod
     def networks(self) -> tuple[nn.Module, ...]:
@@ -51,10 +71,7 @@ class FrozenRoles(Roles):
 
     @contextmanager
     def acting(self, role: Role) -> Iterator[Any]:
-        if role == "policy":
-            yield self.policy
-            return
-        with torch.no_grad():
+        with self._recording(role):
             yield self.policy
 
     def networks(self) -> tuple[nn.Module, ...]:
@@ -122,12 +139,13 @@ class LoraRoles(Roles):
         if role == "policy":
             yield self.policy
             return
+        before = self.layers[0]._disable_adapters
         self._switch(True)
         try:
-            with torch.no_grad():
+            with self._recording(role):
                 yield self.policy
         finally:
-            self._switch(False)
+            self._switch(before)
 
     def networks(self) -> tuple[nn.Module, ...]:
         return (self.policy,)
@@ -182,7 +200,7 @@ class CopyRoles(Roles):
             yield self.policy
             return
         assert self.reference is not None, "loaded with model.reference = false"
-        with torch.no_grad():
+        with self._recording(role):
             yield self.reference
 
     def networks(self) -> tuple[nn.Module, ...]:

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -181,6 +182,19 @@ class TextToImageModel(abc.ABC):
             role: `policy` is what is trained; `reference` its frozen self, under no_grad.
             guidance_scale: of classifier-free guidance, or an input of the network (`has_cfg`).
         """
+
+    def playing(self, role: Role) -> AbstractContextManager[object]:
+        """Return a context in which the network keeps a role, also in a backward.
+
+        Inside, the reference records a graph of x_t, which adjoint matching needs.
+
+        Raises:
+            ValueError: if the model cannot do so.
+        """
+        raise ValueError(
+            f"{type(self).__name__} gives no gradient of its reference; override `playing`, or use "
+            "another objective (objective=direct)"
+        )
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are trained, by their names in `trained`."""

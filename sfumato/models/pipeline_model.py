@@ -313,6 +313,9 @@ class PipelineModel(TextToImageModel):
 
         return denoise
 
+    def playing(self, role: Role) -> AbstractContextManager[object]:
+        return self.roles.playing(role)
+
     def shards(self) -> Sequence[nn.Module]:
         shards: list[nn.Module] = []
         for name, part in self.parts.items():

@@ -86,7 +86,9 @@ def legs(
             if config.weights == "solver":
                 leg = whole(0, steps, active)
             else:
-                weights = {i: -_weight(config.weights, process, times[i]) for i in range(steps)}
+                weights = {
+                    i: -_weight(config.weights, form, process, times[i]) for i in range(steps)
+                }
                 leg = Leg(0, steps, 1.0, weights, {i: weights[i] for i in active})
             return [_scaled(leg, config)]
 
@@ -112,12 +114,18 @@ def choose(config: DirectConfig, steps: range, count: int, generator: torch.Gene
             return sorted(steps[i] for i in chosen)
 
 
-def _weight(kind: str, process: DiffusionProcess, t: float) -> float:
+def _weight(kind: str, form: PredictionType, process: DiffusionProcess, t: float) -> float:
+    alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
     match kind:
         case "sigma":
-            return float(process.sigma(t))
+            return sigma
         case "alpha":
-            return float(process.alpha(t))
+            return alpha
+        case "posterior":
+            # A linear reward shifts the posterior mean of standard normal data by the posterior
+            # variance sigma^2 / (alpha^2 + sigma^2); the output moves by d n / d x0 of that.
+            slope = alpha / sigma if form == "epsilon" else 1 / sigma
+            return slope * sigma**2 / (alpha**2 + sigma**2)
         case _:
             return 1.0
 

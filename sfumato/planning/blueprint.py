@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.config import DraftConfig, TrainConfig
 from sfumato.data.sample import Encoded, Sample
+from sfumato.data.stream import Pair
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.formats import read_model_index
 from sfumato.models.loading import load_on_meta
@@ -124,7 +125,9 @@ def _blueprint(
         tokens = max(model.tokens.values())
         assumed = (*assumed, f"prompts of {tokens} tokens; shorter ones cost less")
     size = frame_size(config, model.limits)
-    row = _sample(config, model, size) if isinstance(objective, Supervised) else PROMPT
+    rows: list[Any] = [PROMPT] if config.objective.reads_prompts else []
+    rows += [_sample(config, model, size)] if config.objective.reads_images else []
+    row = rows[0] if len(rows) == 1 else Pair(*rows)
     return Blueprint(model, objective, reward, row, size, assumed)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sfumato.config import DraftConfig, PlanConfig
+from sfumato.config import DraftConfig, PlanConfig, RewardedConfig
 from sfumato.planning.memory import LARGEST, USABLE
 from sfumato.planning.plan import Memory, Plan, make_plan
 
@@ -45,6 +45,9 @@ def heading(plan: Plan) -> Iterator[str]:
             f"objective=draft: {steps} sampling steps at guidance {scale:g}, a gradient through "
             f"the last {window}"
         )
+    elif isinstance(config.objective, RewardedConfig):
+        steps, scale = config.sampler.num_inference_steps, config.sampler.guidance_scale
+        yield f"objective={config.objective.kind}: {steps} sampling steps at guidance {scale:g}"
 
 
 def parameters(plan: Plan) -> Iterator[str]:
@@ -166,7 +169,7 @@ def remarks(plan: Plan) -> Iterator[str]:
 
 def _samples(plan: Plan) -> bool:
     """Say whether training makes its images itself."""
-    return isinstance(plan.config.objective, DraftConfig)
+    return not plan.config.objective.reads_images
 
 
 def _rows(memory: Memory) -> str:

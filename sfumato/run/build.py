@@ -1,18 +1,21 @@
 """Reward, objective, model and validation of a run, built from its settings."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from sfumato.config import (
+    AdjointMatchingConfig,
+    DirectAlignConfig,
     DirectConfig,
     DraftConfig,
     ModelConfig,
     NoRewardConfig,
     OwnConfig,
+    RewardedConfig,
     SupervisedConfig,
     TrainConfig,
 )
@@ -21,10 +24,13 @@ from sfumato.diffusion.randomness import derive
 from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
 from sfumato.models.registry import load_model
+from sfumato.objectives.adjoint_matching import AdjointMatching
 from sfumato.objectives.direct import Direct
+from sfumato.objectives.direct_align import DirectAlign
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Objective
 from sfumato.objectives.supervised import Supervised
+from sfumato.objectives.with_data import WithData
 from sfumato.rewards.build import build_reward
 from sfumato.rewards.reward import Reward
 from sfumato.run.open_data import Data
@@ -34,6 +40,13 @@ from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
 from sfumato.training.loop import Job
 from sfumato.training.validation import HeldOut, Validation
+
+REWARDED: Mapping[type[RewardedConfig], Callable[..., Objective[Any]]] = {
+    DraftConfig: Draft,
+    DirectConfig: Direct,
+    AdjointMatchingConfig: AdjointMatching,
+    DirectAlignConfig: DirectAlign,
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,8 @@ def build_job(
     Raises:
         ValueError: if something cannot be loaded, or does not fit the model.
     """
-    brought = own.objective.reward if isinstance(own.objective, Draft | Direct) else None
+    learns_reward = isinstance(own.objective, tuple(REWARDED.values()))
+    brought = own.objective.reward if learns_reward else None
     reward = brought or build_scorer(config)
     if reward is not None:
         reward = reward.to(distribution.device)
@@ -104,17 +118,16 @@ def build_scorer(config: TrainConfig) -> Reward | None:
 
 def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any]:
     """Return the objective that the settings name."""
-    match config.objective:
-        case DraftConfig() as draft:
-            assert reward is not None, "checked with the settings"
-            return Draft(draft, config.sampler, reward)
-        case DirectConfig() as direct:
-            assert reward is not None, "checked with the settings"
-            return Direct(direct, config.sampler, reward)
-        case SupervisedConfig() as supervised:
-            return Supervised(supervised)
-        case _:
-            raise AssertionError("a script brings its own objective, as checked before")
+    settings = config.objective
+    if isinstance(settings, SupervisedConfig):
+        return Supervised(settings)
+    assert isinstance(settings, RewardedConfig), "a script brings its own, as checked before"
+    assert reward is not None, "checked with the settings"
+    kind = REWARDED[type(settings)]
+    objective = kind(settings, config.sampler, reward)
+    if not settings.data_coeff:
+        return objective
+    return WithData(objective, Supervised(SupervisedConfig()), settings.data_coeff)
 
 
 def build_model(

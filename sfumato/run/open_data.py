@@ -10,7 +10,7 @@ from sfumato.data.prepared.format import CacheIdentity
 from sfumato.data.prepared.open import first_captions, first_samples, open_shards
 from sfumato.data.prompts import open_prompts, read_prompts
 from sfumato.data.sample import Sample
-from sfumato.data.stream import Stream
+from sfumato.data.stream import PairedStream, Stream
 from sfumato.models.limits import Limits
 from sfumato.preparation.encoder_hash import cache_identity
 
@@ -51,16 +51,28 @@ def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
     Raises:
         ValueError: if a file cannot be read, a folder is incomplete, or no cache fits.
     """
+    if not config.objective.reads_images:
+        return _open_prompts(config)
+    images = _open_images(config, limits)
+    if not config.objective.reads_prompts:
+        return images
+    return PairedStream(_open_prompts(config), images)
+
+
+def _open_prompts(config: TrainConfig) -> Stream[str]:
+    data = config.data
+    return open_prompts(
+        str(data.prompts),
+        key="data.prompts",
+        column=data.column,
+        seed=config.training.seed,
+        shuffle=data.shuffle,
+        buffer=data.buffer,
+    )
+
+
+def _open_images(config: TrainConfig, limits: Limits | None) -> Stream[Sample]:
     data, seed = config.data, config.training.seed
-    if not isinstance(config.objective, SupervisedConfig):
-        return open_prompts(
-            str(data.prompts),
-            key="data.prompts",
-            column=data.column,
-            seed=seed,
-            shuffle=data.shuffle,
-            buffer=data.buffer,
-        )
     height, width = frame_size(config, limits)
     step = bucket_step(limits, height, width)
     if not (data.shards.path or data.shards.sources):

@@ -1,0 +1,155 @@
+"""Adjoint Matching: the drift that tilts the base model's law by a reward (arXiv 2409.08861).
+
+    target law   p(x) ~ base(x) exp(reward_scale * reward(x))
+    adjoint      a_T = -reward_scale * d reward / d x_T,   a_i = a_(i+1) d step_ref(x_i) / d x_i
+    loss         mean over steps, batch of |(step_policy - step_ref) / std_i + std_i a_(i+1)|^2
+
+Rollouts are stochastic (eta = 1, the memoryless schedule) and guided. step is the mean of the next
+state; it has no guidance in adjoint and loss. The adjoint costs one product a step of a vector with
+the frozen reference's Jacobian, and no gradient of weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.config import AdjointMatchingConfig, SamplerConfig
+from sfumato.diffusion.randomness import Rng
+from sfumato.diffusion.sampling import Visit, sample
+from sfumato.models.generate import encode_guided, image_size
+from sfumato.models.model import Conditioning, TextToImageModel
+from sfumato.objectives.objective import Loss, Objective, Piece
+from sfumato.objectives.scoring import check_differentiable, reward_gradient, score_metrics
+from sfumato.rewards.reward import Reward
+
+EARLY, MEMORY = 0.6, 0.9  # share of the first steps, of which half are drawn; of the quantile
+
+
+@final
+class AdjointMatching(Objective[Sequence[str]]):
+    """Match the policy's drift to the reward's adjoint; a batch is a list of prompts.
+
+    Args:
+        reward: frozen and differentiable.
+
+    Raises:
+        ValueError: if the reward is not differentiable.
+    """
+
+    def __init__(
+        self, config: AdjointMatchingConfig, sampler: SamplerConfig, reward: Reward
+    ) -> None:
+        check_differentiable(reward)
+        self.config = config
+        self.sampler = sampler
+        self.reward = reward
+        self._limit: float | None = None
+
+    def pieces(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Sequence[Piece]:
+        height, width = image_size(model, self.sampler)
+        times = model.times(self.sampler.num_inference_steps, height, width)
+        scale = self.sampler.guidance_scale
+        with torch.no_grad():
+            guided = encode_guided(model, batch, scale)
+            policy = model.denoiser(guided.cond, uncond=guided.uncond, guidance_scale=scale)
+            start = rng.normal(*model.latent_shape(height, width), device=model.device)
+            run = sample(policy, model.process, start, times, eta=1.0, rng=rng, keep=model.device)
+        clamp = self.config.clamp_images
+        scored = reward_gradient(model, self.reward, run.x, batch, clamp=clamp)
+        chosen = self._choose(model, times, rng.shared)
+        prompts = guided.cond
+        if model.trains_text:
+            prompts = model.encode_prompts(batch, role="reference")
+        adjoint = -self.config.reward_scale * scored.gradient
+        targets = self._targets(model, prompts, run.visits, times, adjoint, chosen)
+        metrics = score_metrics([scored.score])
+        calls: list[Piece] = []
+        for i in chosen:
+            first = Loss(torch.zeros((), device=model.device), metrics) if not calls else None
+            step = (run.visits[i], times[i + 1], *targets[i])
+            shared = None if model.trains_text else prompts
+            calls.append(partial(self._match, model, batch, shared, *step, len(chosen), first))
+        return calls
+
+    def observe(self, rows: Mapping[str, Sequence[float]]) -> None:
+        """Move the limit of the terms towards this batch's quantile."""
+        assert self.config.clip_quantile is not None, "otherwise there are no rows"
+        values = [v for name, each in rows.items() if name.startswith("drift/") for v in each]
+        quantile = float(
+            torch.tensor(values, dtype=torch.float64).quantile(self.config.clip_quantile)
+        )
+        before = quantile if self._limit is None else self._limit
+        self._limit = MEMORY * before + (1 - MEMORY) * quantile
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._limit is None else {"limit": self._limit}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._limit = state.get("limit")
+
+    def _choose(
+        self, model: TextToImageModel, times: Sequence[float], generator: torch.Generator
+    ) -> list[int]:
+        """Draw steps that add noise: half of the first 60 %, half of the rest."""
+        steps = [i for i, ends in enumerate(pairwise(times)) if model.process.std(*ends, 1.0) > 0]
+        count = min(self.config.trained_steps, len(steps))
+        border = round(EARLY * len(steps))
+        early, late = steps[:border], steps[border:]
+        from_late = min(count // 2, len(late))
+        drawn: list[int] = []
+        for part, wanted in ((early, min(count - from_late, len(early))), (late, from_late)):
+            order = torch.randperm(len(part), generator=generator).tolist()
+            drawn += [part[k] for k in order[:wanted]]
+        return sorted(drawn)
+
+    def _targets(
+        self,
+        model: TextToImageModel,
+        prompts: Conditioning,
+        visits: Sequence[Visit],
+        times: Sequence[float],
+        adjoint: Float[Tensor, "b *d"],
+        chosen: Sequence[int],
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Carry the adjoint back to the first chosen step; return step_ref and a_(i+1) of each."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for i in range(len(visits) - 1, chosen[0] - 1, -1):
+            t, s, after = times[i], times[i + 1], adjoint
+            with model.playing("reference"), torch.enable_grad():
+                x_t = visits[i].x_t.detach().requires_grad_()
+                reference = model.denoiser(prompts, role="reference")
+                mean, _ = model.process.transition(reference(x_t, t), t, s, eta=1.0)
+                (adjoint,) = torch.autograd.grad(mean, x_t, after)
+            if i in chosen:
+                found[i] = (mean.detach(), after)
+        return found
+
+    def _match(
+        self,
+        model: TextToImageModel,
+        batch: Sequence[str],
+        prompts: Conditioning | None,
+        visit: Visit,
+        s: float,
+        reference: Float[Tensor, "b *d"],
+        adjoint: Float[Tensor, "b *d"],
+        count: int,
+        first: Loss | None,
+    ) -> Loss:
+        policy = model.denoiser(model.encode_prompts(batch) if prompts is None else prompts)
+        said = policy(visit.x_t, visit.t)
+        mean, std = model.process.transition(said, visit.t, s, eta=1.0)
+        terms = ((mean - reference) / std + std * adjoint).square().flatten(1).sum(1)
+        roots, rows = terms.detach().sqrt(), {}
+        if self.config.clip_quantile is not None:
+            rows[f"drift/{visit.t:.6f}"] = roots
+            if self._limit is not None:
+                terms = terms * (roots <= self._limit)
+        value = terms.mean() / count
+        loss = Loss(value, {"loss": value.detach()}, rows=rows)
+        return loss if first is None else loss + first
