@@ -223,7 +223,7 @@ def _check_steps(direct: DirectConfig, steps: int) -> None:
         raise ValueError(f"objective.path={direct.path} needs sampler.num_inference_steps of 2")
 
 
-def _check_range(key: str, bounds: Sequence[float], most: float, what: str) -> None:
+def _check_range(key: str, bounds: Sequence[int | float], most: int | float, what: str) -> None:
     if len(bounds) != 2 or not bounds[0] <= bounds[1] <= most:
         raise ValueError(
             f"{key}={bounds} is no range of {what}; give [low, high] with low <= high <= {most:g}"

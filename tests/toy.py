@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import final
 
@@ -46,7 +47,7 @@ class ToyModel(TextToImageModel):
         self.prediction_type = "flow"
         self.network = ToyNetwork(float(config.variant or 0))  # the share that is dropped
         self.trained = self.network
-        self.has_cfg, self.trains_text = True, False
+        self.has_cfg, self.trains_text, self.records = True, False, False
         self.reference = copy.deepcopy(self.network).eval().requires_grad_(False)
 
     @staticmethod
@@ -107,7 +108,8 @@ class ToyModel(TextToImageModel):
 
         def denoise(x_t: Tensor, t: Time) -> Prediction:
             times = t.repeat(len(rows))[:, None] if isinstance(t, Tensor) else torch.tensor(t)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and role == "policy"):
+            records = role == "policy" or self.records
+            with torch.set_grad_enabled(torch.is_grad_enabled() and records):
                 raw = network(torch.cat([x_t] * len(rows)), times, states).float()
             raw = raw.unflatten(1, x_t.shape[1:])
             if len(rows) == 2:
@@ -116,6 +118,12 @@ class ToyModel(TextToImageModel):
             return self.process.read("flow", raw, x_t, t)
 
         return denoise
+
+    @contextmanager
+    def playing(self, role: Role) -> Iterator[None]:
+        self.records = True
+        yield
+        self.records = False
 
     def shards(self) -> Sequence[nn.Module]:
         return [self.network.hidden, self.network]

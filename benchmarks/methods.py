@@ -1,0 +1,310 @@
+"""The map of methods: reward, held-out score and diversity against seconds, on the demo world.
+
+All methods train the same adapters from the same prompts and seeds, and are evaluated with the same
+sampler and noise. The learning rate of each is chosen from one grid on seed 0, by the reward at the
+last step; the other seeds see no choice. Seconds are steps times the method's own seconds per step,
+which `time` measures in turns, so a busy minute does not fall on one method.
+
+    python benchmarks/methods.py tune --out methods      # learning rates, seed 0
+    python benchmarks/methods.py run --out methods       # seeds 1 to 3
+    python benchmarks/methods.py time --out methods      # seconds a step, on a quiet machine
+    python benchmarks/methods.py table --out methods     # the table and two pictures
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import machine, peak_of_process, quiet, reset_peak
+from torch import nn
+
+RATES = (5e-4, 2e-3, 8e-3)
+SEEDS = (1, 2, 3)
+TUNING_STEPS = 12
+MARKS = (3, 6, 9, 12, 16, 20)  # steps that are evaluated
+IMAGES = 6  # of each of seven prompts
+KL = "objective.kl_coeff=10"
+FEW = "sampler.num_inference_steps=5"
+LATE = ("objective.steps=late", "objective.active_steps=3", "objective.weight_scale=1")
+# Name: overrides of recipe=demo_reward. All but the first two train at 10 steps unless said.
+METHODS: dict[str, tuple[str, ...]] = {
+    "ddim50": ("method=draft_plus", KL, "sampler.num_inference_steps=50"),
+    "recipe": ("method=draft_plus", KL, "objective.truncation_steps=10"),
+    "recipe_t5": ("method=draft_plus", KL, FEW, "objective.truncation_steps=5"),
+    "draft_k": ("method=draft_k",),
+    "draft_lv": ("method=draft_lv",),
+    "alignprop": ("method=alignprop",),
+    "refl": ("method=refl",),
+    "drtune": ("method=drtune",),
+    "leapalign": ("method=leapalign",),
+    "flowbp_sparse": ("method=flowbp_sparse",),
+    "flowbp_bridge": ("method=flowbp_bridge",),
+    "flowbp_lagrange": ("method=flowbp_lagrange",),
+    "rsm": ("method=rsm", "objective.kl_coeff=10"),
+    "adjoint_matching": ("method=adjoint_matching",),
+    "direct_align": ("method=direct_align",),
+    "sparse_kl": ("method=flowbp_sparse", KL),
+    "sparse_kl_t5": ("method=flowbp_sparse", KL, FEW, "objective.active_steps=2"),
+    "leap_kl_t5": ("method=leapalign", KL, FEW),
+}
+
+
+def config_of(name: str, rate: float, seed: int) -> Any:
+    from sfumato.compose import compose_train
+
+    overrides = [
+        "recipe=demo_reward",
+        *METHODS[name],
+        f"optimizer.lr={rate}",
+        f"training.seed={seed}",
+        f"training.max_steps={max(MARKS)}",
+        "training.precision=no",
+        f"name={name}",
+    ]
+    return compose_train(overrides)[0]
+
+
+class Trainee:
+    """A method that is trained in this process, step by step, and evaluated between the steps."""
+
+    def __init__(self, name: str, rate: float, seed: int) -> None:
+        from sfumato.models.registry import load_model
+        from sfumato.run.build import build_model, build_objective, build_scorer
+        from sfumato.run.open_data import open_stream
+        from sfumato.training.distribution import Distribution
+        from sfumato.training.module import TrainingModule
+        from sfumato.training.state import TrainState
+
+        self.config = config_of(name, rate, seed)
+        self.distribution = Distribution(self.config.training)
+        self.reward = build_scorer(self.config)
+        objective = build_objective(self.config, self.reward)
+        self.model = build_model(self.config, objective, load_model, self.distribution)
+        self.model.trained.train()
+        self.module = TrainingModule(self.model, objective)
+        stream = open_stream(self.config, None)
+        self.state = TrainState(self.config, self.model, objective, stream, self.distribution)
+        self.passes: dict[str, int] = {}
+        self.model.networks()["policy"].register_forward_hook(self._count)
+
+    def _count(self, network: nn.Module, inputs: Any, output: Any) -> None:
+        kind = "gradient" if torch.is_grad_enabled() else "forward"
+        self.passes[kind] = self.passes.get(kind, 0) + 1
+
+    def step(self) -> dict[str, float]:
+        from sfumato.training.loop import take_step
+
+        return take_step(self.config, self.module, self.state, self.distribution)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return reward, held-out score and diversity, each a mean over seven open prompts."""
+        from sfumato.compose import DEMO_MODELS
+        from sfumato.demo.reader import read_attributes
+        from sfumato.demo.world import SHAPES
+        from sfumato.diffusion.randomness import derive
+        from sfumato.evaluation.diversity import build_distance
+        from sfumato.models.generate import generate_in_batches
+
+        sampler = replace(self.config.sampler, num_inference_steps=10)
+        distance = build_distance(str(DEMO_MODELS / "text_image"), self.model.device)
+        prompts = [f"a {shape}" for shape in SHAPES]
+        texts = [prompt for prompt in prompts for _ in range(IMAGES)]
+        seeds = [derive(0, i, j) for i in range(len(prompts)) for j in range(IMAGES)]
+        self.model.trained.eval()
+        images = generate_in_batches(self.model, texts, seeds, sampler, 21)
+        self.model.trained.train()
+        assert self.reward is not None
+        rewards = [
+            float(self.reward(images[i : i + 21], texts[i : i + 21]).mean())
+            for i in range(0, len(texts), 21)
+        ]
+        return {
+            "reward": statistics.mean(rewards),
+            "held_out": float(read_attributes(images, texts).mean()),
+            "diversity": statistics.mean(distance.mean(part) for part in images.split(IMAGES)),
+        }
+
+    def close(self) -> None:
+        self.distribution.close()
+
+
+def trained(name: str, rate: float, seed: int, marks: Sequence[int]) -> list[dict[str, float]]:
+    """Train, and return an evaluation at step 0 and at each mark."""
+    trainee = Trainee(name, rate, seed)
+    found = []
+    try:
+        for step in range(max(marks) + 1):
+            if step:
+                trainee.step()
+            if step in marks or step == 0:
+                found.append({"step": step, **trainee.evaluate()})
+    except ValueError as error:  # a loss that is not finite
+        print(f"{name}, lr {rate:g}: {error}"[:200], flush=True)
+    trainee.close()
+    return found
+
+
+def tune(out: Path, names: Sequence[str]) -> None:
+    for name in names:
+        file = out / f"tune-{name}.json"
+        if file.exists():
+            continue
+        curves = {f"{rate:g}": trained(name, rate, 0, [TUNING_STEPS]) for rate in RATES}
+        ends = {rate: curve[-1]["reward"] for rate, curve in curves.items() if len(curve) == 2}
+        best = max(ends, key=lambda rate: ends[rate])
+        file.write_text(json.dumps({"best": float(best), "curves": curves}, indent=1))
+        print(f"{name}: {ends}, best {best}", flush=True)
+
+
+def run(out: Path, names: Sequence[str]) -> None:
+    for seed in SEEDS:
+        for name in names:
+            file, tuned = out / f"run-{name}-{seed}.json", out / f"tune-{name}.json"
+            if file.exists() or not tuned.exists():
+                continue
+            curve = trained(name, json.loads(tuned.read_text())["best"], seed, MARKS)
+            file.write_text(json.dumps(curve, indent=1))
+            last = curve[-1]
+            print(f"{name} seed {seed}: " + json.dumps(last), flush=True)
+
+
+def measure(out: Path, names: Sequence[str], turns: int) -> None:
+    """Time one step of each method by turns; count passes and the peak of memory."""
+    trainees = {}
+    for name in names:
+        trainee = trainees[name] = Trainee(name, 1e-4, 0)
+        trainee.step()
+        trainee.passes.clear()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks: dict[str, float] = {}
+    for _ in range(turns):
+        for name, trainee in trainees.items():
+            reset_peak()
+            before = resident()
+            started = time.perf_counter()
+            trainee.step()
+            seconds[name].append(time.perf_counter() - started)
+            peaks[name] = max(peaks.get(name, 0), peak_of_process() - before)
+    found = {
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "peak_mib": peaks[name] / 1024,
+            **{kind: n / turns for kind, n in trainees[name].passes.items()},
+        }
+        for name in names
+    }
+    (out / "time.json").write_text(
+        json.dumps({"machine": machine("cpu"), "steps": found}, indent=1)
+    )
+    print(json.dumps(found, indent=1))
+
+
+def resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+def curves_of(
+    out: Path, names: Sequence[str]
+) -> Iterator[tuple[str, list[list[dict[str, float]]]]]:
+    for name in names:
+        files = sorted(out.glob(f"run-{name}-*.json"))
+        if files:
+            yield name, [json.loads(file.read_text()) for file in files]
+
+
+def table(out: Path, names: Sequence[str], level: float, diversity: float) -> None:
+    """Print the table, and write the two pictures."""
+    times = json.loads((out / "time.json").read_text())["steps"]
+    means: dict[str, list[dict[str, float]]] = {}
+    for name, curves in curves_of(out, names):
+        steps = min(map(len, curves))
+        means[name] = [
+            {key: statistics.mean(curve[i][key] for curve in curves) for key in curves[0][i]}
+            for i in range(steps)
+        ]
+    reach = f"seconds to reward {level:g} at diversity {diversity:g} or more"
+    last_step = f"reward, held-out, diversity at step {max(MARKS)}"
+    print(f"| method | lr | s/step | gradient passes | peak MiB | {last_step} | {reach} |")
+    print("|---|---|---|---|---|---|---|")
+    for name, curve in means.items():
+        cost, last = times[name], curve[-1]
+        rate = json.loads((out / f"tune-{name}.json").read_text())["best"]
+        reached = seconds_to(curve, level, diversity, cost["seconds"])
+        print(
+            f"| {name} | {rate:g} | {cost['seconds']:.2f} | {cost.get('gradient', 0):.0f} "
+            f"| {cost['peak_mib']:.0f} "
+            f"| {last['reward']:.2f}, {last['held_out']:.2f}, {last['diversity']:.3f} "
+            f"| {'not reached' if reached is None else f'{reached:.0f}'} |"
+        )
+    draw(out, means, times)
+
+
+def seconds_to(
+    curve: Sequence[dict[str, float]], level: float, diversity: float, seconds: float
+) -> float | None:
+    """Return when the mean curve first has the reward, by lines between the evaluations."""
+    for before, after in pairwise(curve):
+        if before["reward"] < level <= after["reward"]:
+            share = (level - before["reward"]) / (after["reward"] - before["reward"])
+            there = before["diversity"] + share * (after["diversity"] - before["diversity"])
+            step = before["step"] + share * (after["step"] - before["step"])
+            return seconds * step if there >= diversity else None
+    return None
+
+
+def draw(out: Path, means: dict[str, list[dict[str, float]]], times: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for file, key, label in (
+        ("reward_diversity.png", "diversity", "diversity (CLIP distance)"),
+        ("reward_seconds.png", "seconds", "seconds of training"),
+    ):
+        figure, axes = plt.subplots(figsize=(8, 5))
+        for i, (name, curve) in enumerate(means.items()):
+            x = [p["step"] * times[name]["seconds"] if key == "seconds" else p[key] for p in curve]
+            style = ("-", "--", ":")[i // 10 % 3]
+            axes.plot(x, [p["reward"] for p in curve], style, marker=".", label=name)
+        axes.set_xlabel(label)
+        axes.set_ylabel("reward")
+        axes.legend(fontsize=7, ncols=2)
+        figure.tight_layout()
+        figure.savefig(out / file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=("tune", "run", "time", "table"))
+    parser.add_argument("--out", type=Path, default=Path("methods"))
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--turns", type=int, default=3, help="of `time`")
+    parser.add_argument("--level", type=float, default=15.3, help="reward of the table")
+    parser.add_argument("--diversity", type=float, default=0.55)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    quiet()
+    torch.set_num_threads(1)
+    match options.action:
+        case "tune":
+            tune(options.out, options.only)
+        case "run":
+            run(options.out, options.only)
+        case "time":
+            measure(options.out, options.only, options.turns)
+        case _:
+            table(options.out, options.only, options.level, options.diversity)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Every published method on every family; killed and resumed; on two processes as on one."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import PIXELS, WRITERS, write_pictures
+from runs import assert_same_state, command, in_child, in_processes, kill, metrics, on_call, start
+from test_distributed import SAME, flat, state_at
+from toy import use_toy
+
+from sfumato.compose import compose_train
+from sfumato.config import CONF, LoraConfig, ModelConfig, TrainConfig
+from sfumato.data.images import open_images
+from sfumato.data.stream import Pair
+from sfumato.diffusion.randomness import Rng
+from sfumato.models.model import TextToImageModel
+from sfumato.models.registry import load_model
+from sfumato.rewards.simple import ColorReward
+from sfumato.run.build import build_objective
+
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_reward.yaml"))
+STEPS = 6
+PROMPTS = ["a red ring", "a star"]
+
+
+def composed(method: str, *overrides: str, recipe: str = "sd15_reward") -> TrainConfig:
+    given = ["model.pretrained=M", "data.prompts=P", "reward.pretrained=R"]
+    if recipe == "demo_reward":
+        given = []
+    given += ["data.images.path=I"] if method == "ddrl" else []
+    return compose_train([f"recipe={recipe}", f"method={method}", *given, *overrides])[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_method_goes_with_each_recipe(recipe: str) -> None:
+    kinds = {method: composed(method, recipe=recipe).objective.kind for method in METHODS}
+    assert set(kinds.values()) == {"draft", "direct", "adjoint_matching", "direct_align"}
+
+
+def test_the_method_of_the_seeds_is_that_of_their_recipe() -> None:
+    recipe = compose_train(
+        ["recipe=sd15_draft_plus", "model.pretrained=M", "data.prompts=P", "reward.pretrained=R"]
+    )[0]
+    again = composed("draft_plus", "name=sd15_draft_plus")
+    assert again == recipe
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, TextToImageModel]]:
+    found: dict[str, TextToImageModel] = {}
+    for name, write in WRITERS.items():
+        folder = tmp_path_factory.mktemp("families") / name
+        write(folder)
+        torch.manual_seed(0)
+        config = ModelConfig(pretrained=str(folder), lora=LoraConfig(rank=2))
+        found[name] = load_model(config)
+    yield found
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "files")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", WRITERS)
+def test_each_method_on_each_family(
+    models: Mapping[str, TextToImageModel], pictures: Path, family: str, method: str
+) -> None:
+    """All gradients are finite and some are not zero; a KL is 0 at the start."""
+    size = [f"sampler.height={PIXELS}", f"sampler.width={PIXELS}", "sampler.guidance_scale=2"]
+    config = composed(method, f"sampler.num_inference_steps={STEPS}", *size)
+    model = models[family]
+    config.objective.clamp_images = False
+    objective = build_objective(config, ColorReward("red"))
+    rows: list[Any] = list(PROMPTS)
+    if config.objective.reads_images:
+        config.data.images.path = str(pictures)
+        samples = open_images(config.data.images, height=PIXELS, width=PIXELS, divisor=8, seed=0)
+        rows = [Pair(*pair) for pair in zip(PROMPTS, samples.next(2, 0, 2), strict=True)]
+    parameters = model.trainable()
+    for parameter in parameters.values():
+        parameter.grad = None
+    total = None
+    for piece in objective.pieces(model, rows, Rng([1, 2])):
+        loss = piece()
+        loss.value.backward()
+        total = loss if total is None else total + loss
+    assert total is not None
+    gradients = [parameter.grad for parameter in parameters.values()]
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients)
+    assert max(float(grad.abs().max()) for grad in gradients if grad is not None) > 0
+    assert all(value.isfinite().all() for value in total.metrics.values())
+    has_kl = method in ("draft_plus", "rsm")
+    assert ("kl" in total.metrics) == has_kl
+    assert not has_kl or total.metrics["kl"] == 0
+
+
+def run_of(folder: Path, name: str, method: str, *overrides: str) -> list[str]:
+    extra = [f"method={method}", f"sampler.num_inference_steps={STEPS}", "optimizer.eps=1e-4"]
+    if method == "ddrl":
+        images = folder / "images"
+        if not images.exists():
+            write_pictures(images, pixels=4)
+        extra += [f"data.images.path={images}", "data.images.workers=0"]
+    own = [f"objective.kl_coeff={0.5 if method in ('draft_plus', 'rsm') else 0}"]
+    if method in ("adjoint_matching", "direct_align"):
+        own = []
+    found = command(folder, name, *extra, *overrides)
+    return [text for text in found if not text.startswith("objective.kl_coeff")] + own
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_bitwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    use_toy(monkeypatch)
+    small = ("training.max_steps=4", "validation.every_steps=0")
+    start(run_of(tmp_path, "whole", method, *small))
+    again = run_of(tmp_path, "run", method, *small)
+
+    def die() -> None:
+        on_call(4, kill, "take_step")
+        start(again)
+
+    assert in_child(die) == -9
+    start(again)
+    assert_same_state(tmp_path / "run", tmp_path / "whole")
+
+
+def assert_same_run(found: Path, expected: Path, steps: int) -> None:
+    ours, theirs = state_at(found, steps), state_at(expected, steps)
+    for part in ("weights", "ema"):
+        names = list(theirs.weights)
+        a, b = (flat(vars(state)[part], names) for state in (ours, theirs))
+        first = flat(state_at(expected, 2).weights, names)
+        assert (b - first).norm() > 0
+        assert (a - b).norm() <= 10 * SAME * (b - first).norm(), part
+    for left, right in zip(metrics(found), metrics(expected), strict=True):
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_are_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    use_toy(monkeypatch)
+    small = ("training.max_steps=4", "validation.every_steps=0")
+    start(run_of(tmp_path, "one", method, *small))
+    two = run_of(tmp_path, "two", method, *small)
+    in_processes(2, lambda _: start(two))
+    assert_same_run(tmp_path / "two", tmp_path / "one", 4)
+
+
+@pytest.mark.parametrize("method", ["rsm", "leapalign", "adjoint_matching"])
+def test_a_sharded_transformer_is_a_whole_one(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, method: str
+) -> None:
+    """FSDP2, two processes: each piece has a forward and a backward of its own."""
+    folder = tmp_path_factory.mktemp("sd3") / "model"
+    WRITERS["stable_diffusion_3"](folder)
+    small = (
+        f"model.pretrained={folder}",
+        "model.trainable=lora",
+        "model.lora.rank=2",
+        "training.max_steps=4",
+        "validation.every_steps=0",
+        "sampler.num_inference_steps=4",
+    )
+    start(run_of(tmp_path, "one", method, *small))
+    two = run_of(tmp_path, "two", method, *small, "training.strategy=fsdp")
+    in_processes(2, lambda _: start(two))
+    assert_same_run(tmp_path / "two", tmp_path / "one", 4)
