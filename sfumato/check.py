@@ -10,6 +10,7 @@ from sfumato.config import (
     JpegRewardConfig,
     NoRewardConfig,
     RewardConfig,
+    SamplerConfig,
     SupervisedConfig,
     TrainConfig,
     TrainingConfig,
@@ -30,6 +31,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
     _check_batch(config.training, processes)
     _check_loop(config.training)
     check_sharding(config, processes)
+    check_sampler(config.sampler)
     _check_data(config)
     _check_lora_files(config)
     if len(config.optimizer.betas) != 2:
@@ -42,13 +44,33 @@ def check_train(config: TrainConfig, processes: int) -> None:
         )
     if isinstance(config.objective, DraftConfig):
         _check_differentiable(config.reward)
-        _check_draft(config.objective, config.sampler.num_inference_steps)
+        _check_draft(config.objective, config.sampler)
         lacks_copy = config.model.trainable == "full" and not config.model.reference
         if lacks_copy and config.objective.kl_coeff:
             raise ValueError(
                 f"objective.kl_coeff={config.objective.kl_coeff} compares with a frozen copy; set "
                 "model.reference=true, or objective.kl_coeff=0"
             )
+
+
+def check_sampler(sampler: SamplerConfig) -> None:
+    """Refuse combinations of a sampler's settings that no model can do.
+
+    Raises:
+        ValueError: naming the key, its value, and what to do.
+    """
+    if sampler.eta and sampler.solver != "first_order":
+        raise ValueError(
+            f"sampler.eta={sampler.eta} adds noise at each step, and "
+            f"sampler.solver={sampler.solver} is deterministic; set sampler.eta=0, or "
+            "sampler.solver=first_order"
+        )
+    bounds = sampler.guidance_interval
+    if bounds is not None and (len(bounds) != 2 or bounds[0] > bounds[1]):
+        raise ValueError(
+            f"sampler.guidance_interval={bounds} is no interval of t; give [low, high] with "
+            "0 <= low <= high <= 1, where 1 is noise"
+        )
 
 
 def _check_batch(training: TrainingConfig, processes: int) -> None:
@@ -97,11 +119,18 @@ def _check_data(config: TrainConfig) -> None:
 
         for key, each in given.items():
             checked_sources(key, each)
-    network_alone = config.model.parts in (["network"], ["unet"], ["transformer"])
-    if prepared and shards.cached and not network_alone:
+    if config.model.parts in (["network"], ["unet"], ["transformer"]):
+        return
+    trains = f"model.parts={config.model.parts} trains a text encoder, but"
+    if prepared and shards.cached:
         raise ValueError(
-            f"model.parts={config.model.parts} trains a text encoder, but a cache holds the "
-            "states of the frozen one; use data.shards.cached=false, or model.parts=[network]"
+            f"{trains} a cache holds the states of the frozen one; use data.shards.cached=false, "
+            "or model.parts=[network]"
+        )
+    if kept := config.sampler.keep_prompts:
+        raise ValueError(
+            f"{trains} sampler.keep_prompts={kept} keeps the states of a frozen one; use "
+            "sampler.keep_prompts=0, or model.parts=[network]"
         )
 
 
@@ -143,17 +172,18 @@ def _check_differentiable(reward: RewardConfig) -> None:
             )
 
 
-def _check_draft(draft: DraftConfig, steps: int) -> None:
-    bounds = draft.truncation_range
+def _check_draft(draft: DraftConfig, sampler: SamplerConfig) -> None:
+    bounds, steps = draft.truncation_range, sampler.rollout_steps
+    key = "training_steps" if sampler.training_steps else "num_inference_steps"
     if bounds is None and draft.truncation_steps > steps:
         raise ValueError(
             f"objective.truncation_steps={draft.truncation_steps} is more than the number of "
-            f"sampling steps; give {steps} (sampler.num_inference_steps) or less"
+            f"sampling steps; give {steps} (sampler.{key}) or less"
         )
     if bounds is not None and (len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= steps):
         raise ValueError(
             f"objective.truncation_range={bounds} is no range of sampling steps; give [low, high] "
-            f"with 1 <= low <= high <= {steps} (sampler.num_inference_steps)"
+            f"with 1 <= low <= high <= {steps} (sampler.{key})"
         )
     if draft.lv_samples and (draft.truncation_steps != 1 or bounds):
         raise ValueError(
