@@ -194,6 +194,11 @@ def open_model(config: SampleConfig) -> Opened:
     sampler = replace(sampler, **changes)
     check_values(sampler, "sampler.")
     check_sampler(sampler)
+    if config.sampler.guidance_interval and sampler.guidance_scale <= 1:
+        raise ValueError(
+            f"sampler.guidance_interval={sampler.guidance_interval} has no effect with "
+            f"sampler.guidance_scale={sampler.guidance_scale:g}; leave it out"
+        )
     find_family(settings, sampler)
     if run is not None:
         origin["contents"] = run.contents("model")
