@@ -32,6 +32,12 @@ def check_train(config: TrainConfig, processes: int) -> None:
     _check_loop(config.training)
     check_sharding(config, processes)
     check_sampler(config.sampler)
+    if kept := config.sampler.keep_prompts:
+        _check_frozen(
+            config,
+            f"sampler.keep_prompts={kept} keeps the states of a frozen one; use "
+            "sampler.keep_prompts=0, or model.parts=[network]",
+        )
     _check_data(config)
     _check_lora_files(config)
     if len(config.optimizer.betas) != 2:
@@ -119,19 +125,18 @@ def _check_data(config: TrainConfig) -> None:
 
         for key, each in given.items():
             checked_sources(key, each)
-    if config.model.parts in (["network"], ["unet"], ["transformer"]):
-        return
-    trains = f"model.parts={config.model.parts} trains a text encoder, but"
     if prepared and shards.cached:
-        raise ValueError(
-            f"{trains} a cache holds the states of the frozen one; use data.shards.cached=false, "
-            "or model.parts=[network]"
+        _check_frozen(
+            config,
+            "a cache holds the states of the frozen one; use data.shards.cached=false, "
+            "or model.parts=[network]",
         )
-    if kept := config.sampler.keep_prompts:
-        raise ValueError(
-            f"{trains} sampler.keep_prompts={kept} keeps the states of a frozen one; use "
-            "sampler.keep_prompts=0, or model.parts=[network]"
-        )
+
+
+def _check_frozen(config: TrainConfig, why: str) -> None:
+    """Refuse to train a text encoder whose states are taken to stay the same."""
+    if config.model.parts not in (["network"], ["unet"], ["transformer"]):
+        raise ValueError(f"model.parts={config.model.parts} trains a text encoder, but {why}")
 
 
 def _check_lora_files(config: TrainConfig) -> None:

@@ -96,7 +96,7 @@ class SamplerConfig:
     height: int | None = setting(None, SIDE)  # pixels; null is the model's own size
     width: int | None = setting(None, SIDE)
     solver: str = choice(*SOLVERS)  # DDIM or Euler; DPM-Solver++ 2M needs fewer steps
-    guidance_interval: list[float] | None = setting(None, UNIT)  # [low, high] of t, 1 is noise; null is all
+    guidance_interval: list[float] | None = setting(None, UNIT)  # [low, high] of t; null is all t
     training_steps: int | None = setting(None, FEW)  # of rollouts; null is num_inference_steps
     training_spacing: str | None = setting(None, Rule(choices=SPACINGS))  # null is the release's
     keep_prompts: int = setting(0, NOT_NEGATIVE)  # of which states are kept; each is encoded alone
