@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from families import PIXELS, WRITERS
 from refusals import assert_explained
 from runs import assert_same_state, command, in_child, kill, on_call, start
-from toy import use_toy
+from toy import ToyModel, use_toy
 
 from sfumato.check import check_sampler, check_train
 from sfumato.compose import compose_command, compose_train
@@ -438,7 +438,7 @@ def test_an_evaluation_is_told_apart_by_what_images_depend_on():
 
     def sampler(**settings: Any) -> dict[str, Any]:
         changed = replace(config, sampler=SamplerConfig(20, 4.0, **settings))
-        study = Study(None, changed, None, PROMPTS, 2, 0, 2, "pixels")  # pyright: ignore
+        study = Study(ToyModel(config.model), changed, None, PROMPTS, 2, 0, 2, "pixels")
         return study.settings()["sampler"]
 
     older = {"num_inference_steps": 20, "guidance_scale": 4.0, "eta": 0.0}
