@@ -32,11 +32,11 @@ def check_train(config: TrainConfig, processes: int) -> None:
     _check_loop(config.training)
     check_sharding(config, processes)
     check_sampler(config.sampler)
-    if kept := config.sampler.keep_prompts:
+    if kept := config.sampler.prompt_cache:
         _check_frozen(
             config,
-            f"sampler.keep_prompts={kept} keeps the states of a frozen one; use "
-            "sampler.keep_prompts=0, or model.parts=[network]",
+            f"sampler.prompt_cache={kept} keeps the states of a frozen one; use "
+            "sampler.prompt_cache=0, or model.parts=[network]",
         )
     _check_data(config)
     _check_lora_files(config)

@@ -28,7 +28,7 @@ MODEL = "model.{pretrained,variant,allow_pickle,family}"
 FILES = """
     model.{autoencoder,text_encoder,tokenizer,scheduler} model.merge{,.NAME.path} model.pretrained
 """
-SAMPLER = "sampler.{num_inference_steps,guidance_scale,eta,height,width,solver,keep_prompts}"
+SAMPLER = "sampler.{num_inference_steps,guidance_scale,eta,height,width,solver,prompt_cache}"
 TRAIN = f"""
     name runs_dir export verify allow_changed recipe {MODEL} {SAMPLER}
     model.{{trainable,parts,dtype,gradient_checkpointing,channels_last}}

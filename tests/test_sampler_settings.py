@@ -343,7 +343,7 @@ def test_nothing_is_kept_by_default(folders: dict[str, Path], monkeypatch: pytes
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "qwen_image"])
 def test_a_loss_does_not_depend_on_what_was_kept_before(folders: dict[str, Path], name: str):
-    sampler = SamplerConfig(2, 2.0, **SIZES, keep_prompts=3)
+    sampler = SamplerConfig(2, 2.0, **SIZES, prompt_cache=3)
     fresh, used = load(folders[name]), load(folders[name])
     for prompts in (["", "x" * 60], PROMPTS, ["a star"]):
         generate(used, prompts, range(len(prompts)), sampler)
@@ -367,13 +367,13 @@ def test_half_precision_is_kept_apart(folders: dict[str, Path]):
 def test_states_of_a_trained_encoder_are_not_kept(folders: dict[str, Path], parts: str):
     given = [*GIVEN, f"model.parts={parts}"]
     compose_train(given)
-    with pytest.raises(ValueError, match=r"keep_prompts=8") as caught:
-        compose_train([*given, "sampler.keep_prompts=8"])
-    assert_explained(str(caught.value), "sampler.keep_prompts", 8, "model.parts")
-    compose_train([*GIVEN, "model.parts=[unet]", "sampler.keep_prompts=8"])
+    with pytest.raises(ValueError, match=r"prompt_cache=8") as caught:
+        compose_train([*given, "sampler.prompt_cache=8"])
+    assert_explained(str(caught.value), "sampler.prompt_cache", 8, "model.parts")
+    compose_train([*GIVEN, "model.parts=[unet]", "sampler.prompt_cache=8"])
     model = load(folders["stable_diffusion"], parts=parts.strip("[]").split(","))
-    with pytest.raises(ValueError, match=r"sampler\.keep_prompts=8 .* set sampler\.keep_prompts=0"):
-        generate(model, PROMPTS, [1, 2], SamplerConfig(2, **SIZES, keep_prompts=8))
+    with pytest.raises(ValueError, match=r"sampler\.prompt_cache=8 .* set sampler\.prompt_cache=0"):
+        generate(model, PROMPTS, [1, 2], SamplerConfig(2, **SIZES, prompt_cache=8))
 
 
 # --- Whole runs
@@ -382,7 +382,7 @@ ALL = (
     "sampler.solver=dpmpp_2m",
     "sampler.guidance_interval=[0.2,0.9]",
     "sampler.training_steps=4",
-    "sampler.keep_prompts=3",
+    "sampler.prompt_cache=3",
     "objective.truncation_range=[1,4]",
 )
 
@@ -422,7 +422,7 @@ def test_a_run_is_exported_verified_sampled(folders: dict[str, Path], tmp_path: 
     of_run = opened()
     assert (of_run.solver, of_run.guidance_interval) == ("dpmpp_2m", [0.2, 0.9])
     other = opened("sampler.solver=first_order", "sampler.guidance_interval=[0,1]")
-    assert (other.solver, other.guidance_interval, other.keep_prompts) == ("first_order", [0, 1], 3)
+    assert (other.solver, other.guidance_interval, other.prompt_cache) == ("first_order", [0, 1], 3)
     for wrong, said in (
         ("sampler.eta=0.5", "set sampler.eta=0, or sampler.solver=first_order"),
         ("sampler.guidance_interval=[1,0]", "give [low, high]"),
@@ -444,7 +444,7 @@ def test_an_evaluation_is_told_apart_by_what_images_depend_on():
     older = {"num_inference_steps": 20, "guidance_scale": 4.0, "eta": 0.0}
     older |= {"height": None, "width": None}
     assert sampler() == older
-    assert sampler(training_steps=3, training_spacing="leading", keep_prompts=4) == older
+    assert sampler(training_steps=3, training_spacing="leading", prompt_cache=4) == older
     assert sampler(solver="dpmpp_2m") == {**older, "solver": "dpmpp_2m"}
     interval = {"guidance_interval": [0.1, 0.5]}
     assert sampler(**interval) == {**older, **interval}

@@ -42,7 +42,7 @@ class SamplerOverrides:
     width: int | None = setting(None, SIDE)
     solver: str | None = setting(None, Rule(choices=SOLVERS))
     guidance_interval: list[float] | None = setting(None, UNIT)  # [low, high] of t
-    keep_prompts: int | None = setting(None, NOT_NEGATIVE)
+    prompt_cache: int | None = setting(None, NOT_NEGATIVE)
 
 
 @dataclass

@@ -99,7 +99,7 @@ class SamplerConfig:
     guidance_interval: list[float] | None = setting(None, UNIT)  # [low, high] of t; null is all t
     training_steps: int | None = setting(None, FEW)  # of rollouts; null is num_inference_steps
     training_spacing: str | None = setting(None, Rule(choices=SPACINGS))  # null is the release's
-    keep_prompts: int = setting(0, NOT_NEGATIVE)  # of which states are kept; each is encoded alone
+    prompt_cache: int = setting(0, NOT_NEGATIVE)  # prompts whose states are kept, encoded alone
 
     @property
     def rollout_steps(self) -> int:

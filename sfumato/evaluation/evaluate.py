@@ -37,7 +37,7 @@ from sfumato.training.folder import RunFolder, json_lines, step_name
 from sfumato.training.state import load_weights
 
 HeldOut = Callable[[Tensor, Sequence[str]], Tensor]
-NOT_OF_IMAGES = ("training_steps", "training_spacing", "keep_prompts")  # of a sampler's settings
+NOT_OF_IMAGES = ("training_steps", "training_spacing", "prompt_cache")  # of a sampler's settings
 NEWER = ("solver", "guidance_interval")
 
 

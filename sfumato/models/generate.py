@@ -114,7 +114,7 @@ def generate(
     times = model.times(sampler.num_inference_steps, height, width)
     rng = Rng(seeds)
     noise = rng.normal(*model.latent_shape(height, width), device=model.device)
-    scale, keep = sampler.guidance_scale, sampler.keep_prompts
+    scale, keep = sampler.guidance_scale, sampler.prompt_cache
     guided = encode_guided(model, prompts, scale, keep=keep)
     policy = guided_denoiser(model, guided, sampler)
     if model.trains_text and schedule != "draft":

@@ -167,8 +167,8 @@ class TextToImageModel(abc.ABC):
         """
         if self.trains_text:
             raise ValueError(
-                f"sampler.keep_prompts={keep} keeps the states of a frozen text encoder, and this "
-                "model trains it; set sampler.keep_prompts=0"
+                f"sampler.prompt_cache={keep} keeps the states of a frozen text encoder, and this "
+                "model trains it; set sampler.prompt_cache=0"
             )
         kept = self._kept = self._kept or OrderedDict()
         found: list[Conditioning] = []

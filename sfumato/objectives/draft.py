@@ -56,7 +56,7 @@ class Draft(Objective[Sequence[str]]):
     def loss(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Loss:
         height, width = image_size(model, self.sampler)
         times = rollout_times(model, self.sampler, height, width)
-        keep = self.sampler.keep_prompts
+        keep = self.sampler.prompt_cache
         prompts = encode_guided(model, batch, self.sampler.guidance_scale, keep=keep)
         policy = self._denoiser(model, prompts, "policy")
         trajectory = sample(
