@@ -41,9 +41,9 @@ def sample(
     times: Sequence[float],
     *,
     grad_steps: int = 0,
+    solver: Solver = "first_order",
     eta: float = 0.0,
     rng: Rng | None = None,
-    solver: Solver = "first_order",
 ) -> Trajectory:
     """Run the reverse process from x at times[0] down to times[-1].
 
@@ -51,8 +51,8 @@ def sample(
         x: starting noise, float32.
         times: T + 1 decreasing times; step i goes from times[i] to times[i + 1].
         grad_steps: only the last K steps record a graph; the others run without one.
-        eta: 0 is DDIM or Euler; above 0 each step adds noise drawn from `rng`.
         solver: `dpmpp_2m` also reads the x0 of the step before; it is deterministic.
+        eta: 0 is DDIM or Euler; above 0 each step adds noise drawn from `rng`.
 
     Raises:
         ValueError: if grad_steps is not in 0..T, or eta > 0 comes without rng or with `dpmpp_2m`.
