@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "diffusion": set(),
     "clip": set(),
     "conditions": {"catalog", "diffusion"},
+    "check_objective": set(),
     "models": {"diffusion", "clip"},
     "rewards": {"diffusion", "clip"},
     "data": {"diffusion"},
@@ -59,14 +60,24 @@ DOORS = ("clip", "models.lora", "models.origins")
 # The core is what one must know to train or align a model. It does without the wings.
 CORE = (
     *("diffusion", "objectives", "rewards", "models", "training", "run"),
-    *("config", "check", "files", "hub", "records", "images", "weights", "precision"),
+    *(
+        "config",
+        "check",
+        "check_objective",
+        "files",
+        "hub",
+        "records",
+        "images",
+        "weights",
+        "precision",
+    ),
 )
 WINGS = (
     *("data", "clip", "models.lora", "models.origins", "preparation"),
     *("evaluation", "report", "planning", "launch", "demo"),
 )
 OUTSIDE = ("config.commands",)  # settings of the wings, which stand beside those of training
-MAX_CORE = 9_650  # lines
+MAX_CORE = 10_000  # lines
 
 # Contracts for the whole core: a stream gives samples, whatever they are read from.
 SAMPLES = ("data.stream", "data.sample")
@@ -319,7 +330,8 @@ def test_modules_import_each_other_in_one_order():
         if found.at_start and found.target.startswith("sfumato."):
             known = target if target in names else target.rpartition(".")[0]
             graph[found.module] |= {known} & names
-    assert graph["diffusion.sampling"] == {"diffusion.process", "diffusion.randomness"}
+    below = {"diffusion.process", "diffusion.randomness", "diffusion.solvers"}
+    assert graph["diffusion.sampling"] == below
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -28,9 +28,9 @@ MODEL = "model.{pretrained,variant,allow_pickle,family}"
 FILES = """
     model.{autoencoder,text_encoder,tokenizer,scheduler} model.merge{,.NAME.path} model.pretrained
 """
-SAMPLER = "sampler.{num_inference_steps,guidance_scale,eta,height,width}"
+SAMPLER = "sampler.{num_inference_steps,guidance_scale,eta,height,width,solver,prompt_cache}"
 TRAIN = f"""
-    name runs_dir export verify allow_changed recipe {MODEL} {SAMPLER}
+    name runs_dir export verify allow_changed recipe method {MODEL} {SAMPLER}
     model.{{trainable,parts,dtype,gradient_checkpointing,channels_last}}
     model.merge{{,.NAME.path,.NAME.scale}} model.network.{{config,from_pretrained}}
     objective objective.{{kl_coeff,truncation_range,lv_samples,clamp_images,data_coeff}}
@@ -48,7 +48,7 @@ ALWAYS = {
     "train": TRAIN,
     "sample": f"""
         run pretrained allow_pickle prompt prompts num_images seed batch_size out {SAMPLER}
-        model.variant
+        sampler.guidance_interval model.variant
     """,
     "evaluate": f"""
         run steps prompts num_images seed batch_size features allow_pickle allow_changed {FILES}
@@ -139,6 +139,9 @@ IN_VAIN: list[tuple[Sequence[str], str, str]] = [
     (IMAGES, "objective.logit_std=2", "set objective.timesteps=logit_normal"),
     ((*DRAFT, "objective.truncation_range=[1,3]"), "objective.truncation_steps=2", "[1, 3]"),
     ((*DRAFT, "sampler.guidance_scale=1"), "objective.cfg_gradient=rescale", "above 1"),
+    ((*DRAFT, "sampler.guidance_scale=1"), "sampler.guidance_interval=[0,0.5]", "above 1"),
+    (IMAGES, "sampler.training_steps=10", "with objective=supervised"),
+    (SHARDS, "sampler.training_spacing=trailing", "set objective=draft"),
     (DRAFT, "data.images.path=P", "with objective=draft"),
     (DRAFT, "data.images.sources.a.path=P", "with objective=draft"),
     (DRAFT, "data.images.flip=true", "with objective=draft"),

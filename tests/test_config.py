@@ -73,9 +73,9 @@ def settings() -> TrainConfig:
 def test_the_first_line_of_a_recipe_is_one_short_sentence():
     heads = heads_in("recipe")
     assert set(RECIPES) < set(heads)
-    for path in (CONF / "recipe").rglob("*.yaml"):
+    for path in CONF.glob("*/**/*.yaml"):
         assert path.read_text().startswith("# @package _global_\n# ")
-    for name, head in heads.items():
+    for name, head in (heads | heads_in("method")).items():
         assert re.fullmatch(r"[A-Z].{10,80}\.", head), name
     assert len(set(heads.values())) == len(heads)
 
@@ -144,7 +144,7 @@ def test_sd15_draft_plus_is_nemo_aligners_recipe():
 def test_defaults_live_in_the_dataclasses_alone():
     for command in ("train", "sample", "evaluate"):
         assert set(yaml.safe_load((CONF / f"{command}.yaml").read_text())) == {"defaults", "hydra"}
-    assert [path.name for path in CONF.iterdir() if path.is_dir()] == ["recipe"]
+    assert {path.name for path in CONF.iterdir() if path.is_dir()} == {"recipe", "method"}
     settings, _ = compose_train([*GIVEN, "reward=clip", "reward.pretrained=R"])
     assert settings == TrainConfig(
         model=ModelConfig(pretrained="M"),

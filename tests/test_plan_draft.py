@@ -67,6 +67,10 @@ CASES = [
     ("stable_diffusion", ["model.trainable=full", "model.gradient_checkpointing=true"]),
     ("stable_diffusion_xl", ["sampler.eta=0.5", "reward.gradient_checkpointing=true"]),
     ("flux", ["objective.truncation_steps=4"]),
+    ("stable_diffusion", ["sampler.guidance_interval=[0.3,0.6]", "objective.truncation_steps=3"]),
+    ("stable_diffusion_xl", ["sampler.guidance_interval=[0,0.5]", "objective.kl_coeff=0"]),
+    ("stable_diffusion_xl", ["sampler.training_steps=6", "sampler.training_spacing=trailing"]),
+    ("stable_diffusion_3", ["sampler.training_steps=3", "sampler.solver=dpmpp_2m"]),
 ]
 
 

@@ -430,6 +430,26 @@ def test_gaps_of_supervised_runs_are_named(tmp_path: Path) -> None:
     assert "settings differ" not in report([held], tmp_path).html
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "20 sampling steps, guidance scale 4. "),
+        ({"solver": "first_order", "guidance_interval": None}, "20 sampling steps, guidance scale"),
+        ({"solver": "dpmpp_2m"}, "20 sampling steps of DPM-Solver++ 2M, guidance scale 4. "),
+        ({"guidance_interval": [0.2, 0.5]}, "guidance scale 4 for t in [0.2, 0.5]. "),
+    ],
+)
+def test_the_page_says_how_images_were_sampled(
+    tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    run = write_draft(tmp_path / "run", 0.0, {0: BASE, **DRAFT})
+    for path in run.path.glob("evaluation/*/summary.json"):
+        summary = json.loads(path.read_text())
+        summary["settings"]["sampler"] |= settings
+        path.write_text(json.dumps(summary))
+    assert said in " ".join(report([run], tmp_path).html.split())
+
+
 def cut_pairs(run: RunFolder) -> None:
     write_lines(run.samples(20) / "pairs.jsonl", [{"index": 0, "prompt": "a"}])
 

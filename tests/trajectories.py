@@ -7,13 +7,14 @@ from torch import Tensor
 
 from sfumato.diffusion.process import Prediction, Time
 from sfumato.diffusion.sampling import sample
+from sfumato.diffusion.solvers import Solver
 from sfumato.models.pipeline_model import PipelineModel
 
 PROMPTS = ["a red star", "a small blue ring on a yellow background"]
 
 
 def our_run(
-    model: PipelineModel, noise: Tensor, steps: int, scale: float
+    model: PipelineModel, noise: Tensor, steps: int, scale: float, solver: Solver = "first_order"
 ) -> tuple[list[Tensor], Tensor]:
     """Return the state after each step, and the images."""
     uncond = model.encode_prompts([""]).repeat(len(noise))
@@ -28,7 +29,7 @@ def our_run(
     height, width = (side * model.limits.factor for side in noise.shape[2:])
     with torch.no_grad():
         times = model.times(steps, height, width)
-        end = sample(watched, model.process, noise, times).x
+        end = sample(watched, model.process, noise, times, solver=solver).x
         return [*states[1:], end], model.decode(end).clamp(0, 1)
 
 

@@ -21,6 +21,7 @@ from sfumato.config.train import (
     MAX_PIXELS,
     MISSING,
     PIXELS,
+    SOLVERS,
     ImageSourceConfig,
     ModelConfig,
     TrainConfig,
@@ -39,6 +40,9 @@ class SamplerOverrides:
     eta: float | None = setting(None, UNIT)
     height: int | None = setting(None, SIDE)  # pixels
     width: int | None = setting(None, SIDE)
+    solver: str | None = setting(None, Rule(choices=SOLVERS))
+    guidance_interval: list[float] | None = setting(None, UNIT)  # [low, high] of t
+    prompt_cache: int | None = setting(None, NOT_NEGATIVE)
 
 
 @dataclass

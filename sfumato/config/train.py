@@ -28,6 +28,8 @@ CONF = Path(__file__).parents[1] / "conf"
 MAX_PIXELS = 178_956_970  # Pillow refuses more as a decompression bomb
 PIXELS = Rule(least=1, most=MAX_PIXELS)
 LAYERS = Rule(regex=True, filled=True)
+SOLVERS = ("first_order", "dpmpp_2m")
+SPACINGS = ("leading", "trailing")
 
 
 @dataclass
@@ -94,6 +96,16 @@ class SamplerConfig:
     eta: float = setting(0.0, UNIT)  # 0 is deterministic
     height: int | None = setting(None, SIDE)  # pixels; null is the model's own size
     width: int | None = setting(None, SIDE)
+    solver: str = choice(*SOLVERS)  # DDIM or Euler; DPM-Solver++ 2M needs fewer steps
+    guidance_interval: list[float] | None = setting(None, UNIT)  # [low, high] of t; null is all t
+    training_steps: int | None = setting(None, FEW)  # of rollouts; null is num_inference_steps
+    training_spacing: str | None = setting(None, Rule(choices=SPACINGS))  # null is the release's
+    prompt_cache: int = setting(0, NOT_NEGATIVE)  # prompts whose states are kept, encoded alone
+
+    @property
+    def rollout_steps(self) -> int:
+        """Sampling steps of an objective's rollout."""
+        return self.training_steps or self.num_inference_steps
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Guidance: linear combinations of predictions at one state.
 
 classifier-free    uncond + scale (cond - uncond)                      arXiv 2207.12598
+in an interval     guided for low <= t <= high, else cond alone        arXiv 2404.07724
 annealed           (1 - w_i) reference + w_i policy at step i of T     arXiv 2409.06493
 """
 
@@ -38,6 +39,16 @@ def classifier_free(
         fixed = guided.detach()
         guided = fixed + (guided - fixed) / math.hypot(scale, scale - 1)
     return guided
+
+
+def within(guided: Denoiser, cond: Denoiser, low: float, high: float) -> Denoiser:
+    """Guide in low <= t <= high alone; elsewhere the network runs once, with the prompt."""
+
+    def denoiser(x_t: Tensor, t: Time) -> Prediction:
+        assert isinstance(t, float), "an interval of guidance is defined on a sampling grid"
+        return guided(x_t, t) if low <= t <= high else cond(x_t, t)
+
+    return denoiser
 
 
 def annealed_weights(schedule: str, steps: int) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfumato.diffusion.process import DiffusionProcess, Prediction, Time
 from sfumato.diffusion.randomness import Rng
+from sfumato.diffusion.solvers import Solver, extrapolation
 
 Denoiser: TypeAlias = Callable[[Tensor, Time], Prediction]  # conditioning, guidance already inside
 
@@ -57,6 +58,7 @@ def sample(
     times: Sequence[float],
     *,
     grad_steps: int = 0,
+    solver: Solver = "first_order",
     eta: float = 0.0,
     rng: Rng | None = None,
     keep: torch.device | str | None = None,
@@ -67,11 +69,12 @@ def sample(
         x: starting noise, float32.
         times: T + 1 decreasing times; step i goes from times[i] to times[i + 1].
         grad_steps: only the last K steps record a graph; the others run without one.
+        solver: `dpmpp_2m` also reads the x0 of the step before; it is deterministic.
         eta: 0 is DDIM or Euler; above 0 each step adds noise drawn from `rng`.
         keep: device that holds every step, in float32 and without a graph; None keeps none.
 
     Raises:
-        ValueError: if grad_steps is not in 0..T, or eta > 0 comes without rng.
+        ValueError: if grad_steps is not in 0..T, or eta > 0 comes without rng or with `dpmpp_2m`.
     """
     steps = len(times) - 1
     if not 0 <= grad_steps <= steps:
@@ -80,6 +83,11 @@ def sample(
         )
     if eta > 0 and rng is None:
         raise ValueError(f"eta = {eta} draws noise at each step: pass rng")
+    if eta > 0 and solver != "first_order":
+        raise ValueError(
+            f"eta = {eta} draws noise, and solver = {solver} is deterministic; set eta to 0, or "
+            "use solver = first_order"
+        )
     window: list[Visit] = []
     visits: list[Visit] = []
     x0 = x
@@ -93,5 +101,8 @@ def sample(
             if keep is not None:
                 visits.append(visit.kept(keep))
             z = rng.normal(*x.shape[1:], device=x.device) if rng is not None and eta > 0 else None
-            x, x0 = process.step(prediction, t, s, eta=eta, z=z), prediction.x0
+            x = process.step(prediction, t, s, eta=eta, z=z)
+            if solver == "dpmpp_2m" and (weight := extrapolation(process, times, i)):
+                x = x + weight * (prediction.x0 - x0)
+            x0 = prediction.x0
     return Trajectory(x, x0, tuple(window), tuple(visits))

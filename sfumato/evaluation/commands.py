@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import sfumato
+from sfumato.check import check_sampler
 from sfumato.conditions import check_sample
 from sfumato.config import (
     EvaluateConfig,
@@ -192,6 +193,12 @@ def open_model(config: SampleConfig) -> Opened:
     changes = {name: value for name, value in vars(config.sampler).items() if value is not None}
     sampler = replace(sampler, **changes)
     check_values(sampler, "sampler.")
+    check_sampler(sampler)
+    if config.sampler.guidance_interval and sampler.guidance_scale <= 1:
+        raise ValueError(
+            f"sampler.guidance_interval={sampler.guidance_interval} has no effect with "
+            f"sampler.guidance_scale={sampler.guidance_scale:g}; leave it out"
+        )
     find_family(settings, sampler)
     if run is not None:
         origin["contents"] = run.contents("model")
@@ -265,6 +272,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
         prompts = shown_prompts(run)
     prompts = distinct(prompts)
     check_request(prompts, config.num_images, config.batch_size)
+    check_sampler(trained.sampler)
     find_family(trained.model, trained.sampler)
     writable = os.access(run.path, os.W_OK)  # else it can show what was evaluated before
     with hold(run) if writable else nullcontext():  # before weights are loaded

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from sfumato.config import TrainConfig
+from sfumato.config import SamplerConfig, TrainConfig
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation.diversity import Distance, build_distance
 from sfumato.evaluation.results import (
@@ -37,6 +37,8 @@ from sfumato.training.folder import RunFolder, json_lines, step_name
 from sfumato.training.state import load_weights
 
 HeldOut = Callable[[Tensor, Sequence[str]], Tensor]
+NOT_OF_IMAGES = ("training_steps", "training_spacing", "prompt_cache")  # of a sampler's settings
+NEWER = ("solver", "guidance_interval")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Study:
             "pretrained": parts if model.pretrained is None else model.pretrained,
             "dtype": model.dtype,
             "precision": config.training.precision,
-            "sampler": asdict(config.sampler),
+            "sampler": _of_images(config.sampler),
             "reward": _by_content(scored, "reward.", self.contents) if self.reward else None,
             "prompts": list(self.prompts),
             "num_images": self.num_images,
@@ -91,6 +93,19 @@ class Study:
         if "model.pretrained" in self.contents:
             plain["pretrained"] = "by content"
         return json.loads(json.dumps(plain))
+
+
+def _of_images(sampler: SamplerConfig) -> dict[str, Any]:
+    """Return the settings of a sampler that images depend on.
+
+    Newer ones are left out at their default: evaluations of older versions lack them.
+    """
+    default = vars(SamplerConfig())
+    return {
+        key: value
+        for key, value in vars(sampler).items()
+        if key not in NOT_OF_IMAGES and not (key in NEWER and value == default[key])
+    }
 
 
 def _by_content(

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.config import SamplerConfig
-from sfumato.diffusion.guidance import annealed_importance
+from sfumato.diffusion.guidance import CfgGradient, annealed_importance, within
 from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Denoiser, sample
+from sfumato.diffusion.solvers import Solver
+from sfumato.models.limits import check_interval
 from sfumato.models.model import Conditioning, Role, TextToImageModel
 
 
@@ -23,13 +26,62 @@ class Guided:
 
 
 def encode_guided(
-    model: TextToImageModel, prompts: Sequence[str], guidance_scale: float, role: Role = "policy"
+    model: TextToImageModel,
+    prompts: Sequence[str],
+    guidance_scale: float,
+    role: Role = "policy",
+    *,
+    keep: int = 0,
 ) -> Guided:
-    """Encode prompts, and the empty prompt if classifier-free guidance needs it."""
-    cond = model.encode_prompts(prompts, role=role)
+    """Encode prompts, and the empty prompt if classifier-free guidance needs it.
+
+    Args:
+        keep: how many prompts' states to keep, of a frozen text encoder (`encode_alone`).
+    """
+
+    def encode(texts: Sequence[str]) -> Conditioning:
+        if keep and model.device.type != "meta":  # a plan counts each prompt
+            return model.encode_alone(texts, keep)
+        return model.encode_prompts(texts, role=role)
+
+    cond = encode(prompts)
     if not model.has_cfg or guidance_scale <= 1:
         return Guided(cond, None)
-    return Guided(cond, model.encode_prompts([""], role=role).repeat(len(prompts)))
+    return Guided(cond, encode([""]).repeat(len(prompts)))
+
+
+def guided_denoiser(
+    model: TextToImageModel,
+    prompts: Guided,
+    sampler: SamplerConfig,
+    role: Role = "policy",
+    cfg_gradient: CfgGradient = "full",
+) -> Denoiser:
+    """Return the denoiser of these prompts, guided where `sampler` says so.
+
+    Raises:
+        ValueError: if the sampler has an interval of guidance that the model cannot have.
+    """
+    guided = model.denoiser(
+        prompts.cond,
+        uncond=prompts.uncond,
+        guidance_scale=sampler.guidance_scale,
+        role=role,
+        cfg_gradient=cfg_gradient,
+    )
+    if sampler.guidance_interval is None:
+        return guided
+    if not model.has_cfg:
+        check_interval(sampler.guidance_interval)
+    low, high = sampler.guidance_interval
+    return within(guided, model.denoiser(prompts.cond, role=role), low, high)
+
+
+def rollout_times(
+    model: TextToImageModel, sampler: SamplerConfig, height: int, width: int
+) -> Sequence[float]:
+    """Return the times of an objective's rollout, from noise to data."""
+    return model.spaced_times(sampler.rollout_steps, height, width, sampler.training_spacing)
 
 
 def image_size(model: TextToImageModel, sampler: SamplerConfig) -> tuple[int, int]:
@@ -62,13 +114,17 @@ def generate(
     times = model.times(sampler.num_inference_steps, height, width)
     rng = Rng(seeds)
     noise = rng.normal(*model.latent_shape(height, width), device=model.device)
-    guided = encode_guided(model, prompts, sampler.guidance_scale)
-    policy = _denoiser(model, guided, sampler, "policy")
+    scale, keep = sampler.guidance_scale, sampler.prompt_cache
+    guided = encode_guided(model, prompts, scale, keep=keep)
+    policy = guided_denoiser(model, guided, sampler)
     if model.trains_text and schedule != "draft":
-        guided = encode_guided(model, prompts, sampler.guidance_scale, "reference")
-    reference = _denoiser(model, guided, sampler, "reference")
+        guided = encode_guided(model, prompts, scale, "reference", keep=keep)
+    reference = guided_denoiser(model, guided, sampler, "reference")
     denoiser = annealed_importance(policy, reference, schedule, times)
-    trajectory = sample(denoiser, model.process, noise, times, eta=sampler.eta, rng=rng)
+    solver = cast(Solver, sampler.solver)
+    trajectory = sample(
+        denoiser, model.process, noise, times, eta=sampler.eta, rng=rng, solver=solver
+    )
     images = model.decode(trajectory.x)
     if not images.isfinite().all():
         what = "latents" if not trajectory.x.isfinite().all() else "decoded images"
@@ -77,14 +133,6 @@ def generate(
             f"({sampler.guidance_scale:g}), or set model.dtype=float32"
         )
     return images.clamp(0, 1)
-
-
-def _denoiser(
-    model: TextToImageModel, guided: Guided, sampler: SamplerConfig, role: Role
-) -> Denoiser:
-    return model.denoiser(
-        guided.cond, uncond=guided.uncond, guidance_scale=sampler.guidance_scale, role=role
-    )
 
 
 def generate_in_batches(

@@ -1,6 +1,9 @@
 """Limits of a model, read from its JSON files before a weight is loaded: sizes and steps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from sfumato.config import SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,7 @@ class Limits:
     min_steps: int = 1  # of a sampling run
     max_steps: int | None = None  # of a sampling run; None if time is continuous
     largest: int | None = None  # pixels of a side, if positions come from a table
+    has_cfg: bool = True  # whether guidance is classifier-free
 
 
 def check_side(name: str, pixels: int, limits: Limits) -> None:
@@ -37,20 +41,63 @@ def check_side(name: str, pixels: int, limits: Limits) -> None:
         )
 
 
-def check_steps(num_inference_steps: int, limits: Limits) -> None:
+def check_steps(steps: int, limits: Limits, key: str = "num_inference_steps") -> None:
     """Refuse more sampling steps than the model has, or fewer than its settings allow.
+
+    Args:
+        key: of the sampler's setting.
 
     Raises:
         ValueError: naming the setting.
     """
-    if num_inference_steps < limits.min_steps:
+    if steps < limits.min_steps:
         raise ValueError(
-            f"sampler.num_inference_steps = {num_inference_steps} is too few for this model; take "
-            f"{limits.min_steps} or more"
+            f"sampler.{key} = {steps} is too few for this model; take {limits.min_steps} or more"
         )
-    if limits.max_steps is not None and num_inference_steps > limits.max_steps:
+    if limits.max_steps is not None and steps > limits.max_steps:
         raise ValueError(
-            f"sampler.num_inference_steps = {num_inference_steps} is more than the "
-            f"{limits.max_steps} steps that this model was trained on; set {limits.max_steps} or "
-            "less"
+            f"sampler.{key} = {steps} is more than the {limits.max_steps} steps that this model "
+            f"was trained on; set {limits.max_steps} or less"
+        )
+
+
+def check_sampling(sampler: SamplerConfig, limits: Limits) -> None:
+    """Refuse steps, a spacing or an interval of guidance that the model does not have.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    check_steps(sampler.num_inference_steps, limits)
+    if sampler.training_steps is not None:
+        check_steps(sampler.training_steps, limits, "training_steps")
+    if limits.max_steps is None:
+        check_spacing(sampler.training_spacing)
+    if not limits.has_cfg:
+        check_interval(sampler.guidance_interval)
+
+
+def check_spacing(spacing: str | None) -> None:
+    """Refuse a spacing of steps, for a model without a table of them.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if spacing is not None:
+        raise ValueError(
+            f"sampler.training_spacing = {spacing} is a spacing of the steps that a model was "
+            "trained on, and the time of this model is continuous; leave it out"
+        )
+
+
+def check_interval(interval: Sequence[float] | None) -> None:
+    """Refuse an interval of guidance, for a model without classifier-free guidance.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if interval is not None:
+        raise ValueError(
+            f"sampler.guidance_interval = {list(interval)} leaves out the prediction without the "
+            "prompt, and this model makes none: the guidance scale is an input of its network; "
+            "leave it out"
         )

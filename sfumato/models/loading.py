@@ -20,7 +20,7 @@ from sfumato.models.formats import (
     read_model_index,
     read_pipeline,
 )
-from sfumato.models.limits import check_side, check_steps
+from sfumato.models.limits import check_sampling, check_side
 from sfumato.models.lora import check_lora_files, merge_files, start_adapters
 from sfumato.models.model import DTYPES
 from sfumato.models.origins import blank_network, check_whole, start_network
@@ -52,7 +52,7 @@ def check_family(
         return
     check_noise(folder)
     limits = family.read_limits(folder)
-    check_steps(sampler.num_inference_steps, limits)
+    check_sampling(sampler, limits)
     for name, pixels in (("height", sampler.height), ("width", sampler.width)):
         if pixels is not None:
             check_side(f"sampler.{name}", pixels, limits)

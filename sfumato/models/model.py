@@ -1,6 +1,7 @@
 """Contract of a text-to-image model: all that training, sampling and exports know of one."""
 
 import abc
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from sfumato.config import SamplerConfig
 from sfumato.diffusion.guidance import CfgGradient
 from sfumato.diffusion.process import DiffusionProcess, PredictionType
 from sfumato.diffusion.sampling import Denoiser
+from sfumato.models.limits import check_spacing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Role: TypeAlias = Literal["policy", "reference"]
@@ -95,6 +97,7 @@ class TextToImageModel(abc.ABC):
     has_cfg: bool
     has_reference: bool = True
     repeated: frozenset[str] = frozenset()
+    _kept: OrderedDict[tuple[str, torch.device, bool], Conditioning] | None = None
 
     @property
     @abc.abstractmethod
@@ -129,6 +132,17 @@ class TextToImageModel(abc.ABC):
     def times(self, num_inference_steps: int, height: int, width: int) -> Sequence[float]:
         """Return the T + 1 times of a sampling run, from noise to data."""
 
+    def spaced_times(
+        self, steps: int, height: int, width: int, spacing: str | None
+    ) -> Sequence[float]:
+        """Return `times`, or those of another spacing of a table: leading, trailing.
+
+        Raises:
+            ValueError: if the model has no table of steps.
+        """
+        check_spacing(spacing)
+        return self.times(steps, height, width)
+
     @abc.abstractmethod
     def encode_prompts(
         self,
@@ -142,6 +156,32 @@ class TextToImageModel(abc.ABC):
         Args:
             framing: of each training image, for families that learn from it.
         """
+
+    def encode_alone(self, prompts: Sequence[str], keep: int) -> Conditioning:
+        """Encode prompts one by one, and keep the states of the `keep` that were used last.
+
+        A state depends on nothing but its prompt: neither on the prompts beside it, as in a batch,
+        nor on those before it. So a resumed run, which has kept none, goes on bitwise.
+
+        Raises:
+            ValueError: if a text encoder is trained, so that states change.
+        """
+        if self.trains_text:
+            raise ValueError(
+                f"sampler.prompt_cache={keep} keeps the states of a frozen text encoder, and this "
+                "model trains it; set sampler.prompt_cache=0"
+            )
+        kept = self._kept = self._kept or OrderedDict()
+        found: list[Conditioning] = []
+        for prompt in prompts:
+            key = prompt, self.device, torch.is_autocast_enabled(self.device.type)
+            if key not in kept:
+                kept[key] = self.encode_prompts([prompt])
+            kept.move_to_end(key)
+            found.append(kept[key])
+            while len(kept) > keep:
+                kept.popitem(last=False)
+        return Conditioning.stack(found)
 
     def encode_images(self, images: Images, noise: Latents | None = None) -> Latents:
         """Encode images in [-1, 1] to latents, float32.

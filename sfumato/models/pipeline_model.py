@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.diffusion.guidance import CfgGradient, classifier_free
-from sfumato.diffusion.process import Prediction, Time
+from sfumato.diffusion.process import Prediction, Time, VariancePreserving
 from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.adapters import Roles
 from sfumato.models.agreement import Fit, Settings
@@ -37,6 +37,7 @@ from sfumato.models.model import (
     Role,
     TextToImageModel,
 )
+from sfumato.models.schedules import respaced, table_times
 from sfumato.precision import without_autocast
 
 CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
@@ -218,6 +219,14 @@ class PipelineModel(TextToImageModel):
         check_steps(num_inference_steps, self.limits)
         unit = self.limits.multiple
         return self.grid(num_inference_steps, (height // unit) * (width // unit))
+
+    def spaced_times(
+        self, steps: int, height: int, width: int, spacing: str | None
+    ) -> Sequence[float]:
+        if spacing is None or not isinstance(self.process, VariancePreserving):
+            return super().spaced_times(steps, height, width, spacing)
+        check_steps(steps, self.limits, "training_steps")
+        return table_times(self.process, respaced(self.scheduler, spacing), steps)
 
     def encode_prompts(
         self,

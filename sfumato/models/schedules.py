@@ -63,11 +63,18 @@ def ddim_of(released: Any, **changes: Any) -> Any:
     )
 
 
+def respaced(scheduler: Any, spacing: str) -> Any:
+    """Return a scheduler with another spacing of its steps."""
+    return type(scheduler).from_config(scheduler.config, timestep_spacing=spacing)
+
+
 def table_times(table: VariancePreserving, scheduler: Any, num_inference_steps: int) -> list[float]:
     """Return the T + 1 times of a DDIMScheduler over its table of training steps."""
     scheduler.set_timesteps(num_inference_steps)
     available = table.num_train_timesteps
-    indices = [min(int(index), available - 1) for index in scheduler.timesteps]
+    # diffusers' trailing grid of some T, such as 61, has one more step, before the table's first.
+    steps = scheduler.timesteps[:num_inference_steps]
+    indices = [min(int(index), available - 1) for index in steps]
     last = -1 if scheduler.config["set_alpha_to_one"] else 0
     return [table.time(index) for index in [*indices, last]]
 

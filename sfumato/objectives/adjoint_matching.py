@@ -21,7 +21,7 @@ from torch import Tensor
 from sfumato.config import AdjointMatchingConfig, SamplerConfig
 from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Visit, sample
-from sfumato.models.generate import encode_guided, image_size
+from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
 from sfumato.models.model import Conditioning, TextToImageModel
 from sfumato.objectives.objective import Loss, Objective, Piece
 from sfumato.objectives.scoring import check_differentiable, reward_gradient, score_metrics
@@ -52,11 +52,11 @@ class AdjointMatching(Objective[Sequence[str]]):
 
     def pieces(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Sequence[Piece]:
         height, width = image_size(model, self.sampler)
-        times = model.times(self.sampler.num_inference_steps, height, width)
+        times = rollout_times(model, self.sampler, height, width)
         scale = self.sampler.guidance_scale
         with torch.no_grad():
-            guided = encode_guided(model, batch, scale)
-            policy = model.denoiser(guided.cond, uncond=guided.uncond, guidance_scale=scale)
+            guided = encode_guided(model, batch, scale, keep=self.sampler.prompt_cache)
+            policy = guided_denoiser(model, guided, self.sampler)
             start = rng.normal(*model.latent_shape(height, width), device=model.device)
             run = sample(policy, model.process, start, times, eta=1.0, rng=rng, keep=model.device)
         clamp = self.config.clamp_images

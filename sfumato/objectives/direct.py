@@ -22,7 +22,8 @@ from sfumato.diffusion.guidance import CfgGradient
 from sfumato.diffusion.linear import FORMS, output
 from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Denoiser, Trajectory, Visit, sample
-from sfumato.models.generate import encode_guided, image_size
+from sfumato.diffusion.solvers import Solver
+from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
 from sfumato.models.model import Role, TextToImageModel
 from sfumato.objectives.kl import KlForm, kl
 from sfumato.objectives.objective import Loss, Objective, Piece
@@ -92,34 +93,39 @@ class Direct(Objective[Sequence[str]]):
         """Encode the prompts once, if no step's gradient goes through the encoders."""
         if model.trains_text:
             return None
-        return encode_guided(model, batch, self.sampler.guidance_scale)
+        sampler = self.sampler
+        return encode_guided(model, batch, sampler.guidance_scale, keep=sampler.prompt_cache)
 
     def _denoiser(
         self, model: TextToImageModel, batch: Sequence[str], role: Role, *, shared: Any
     ) -> Denoiser:
         scale = self.sampler.guidance_scale
         prompts = encode_guided(model, batch, scale, role) if shared is None else shared
-        return model.denoiser(
-            prompts.cond,
-            uncond=prompts.uncond,
-            guidance_scale=scale,
-            role=role,
-            cfg_gradient=cast(CfgGradient, self.config.cfg_gradient),
-        )
+        gradient = cast(CfgGradient, self.config.cfg_gradient)
+        return guided_denoiser(model, prompts, self.sampler, role, gradient)
 
     def _roll_out(
         self, model: TextToImageModel, policy: Denoiser, rng: Rng
     ) -> tuple[Sequence[float], Trajectory]:
         """Sample without a graph; an early stop jumps to the end from where it stops."""
         height, width = image_size(model, self.sampler)
-        times = list(model.times(self.sampler.num_inference_steps, height, width))
+        times = list(rollout_times(model, self.sampler, height, width))
         if self.config.early_stop is not None:
             left_out = rng.shared_integer(*self.config.early_stop)
             times = [*times[: len(times) - 1 - left_out], times[-1]]
         start = rng.normal(*model.latent_shape(height, width), device=model.device)
         keep = "cpu" if self.config.visits_on_cpu else model.device
-        eta = self.sampler.eta
-        return times, sample(policy, model.process, start, times, eta=eta, rng=rng, keep=keep)
+        run = sample(
+            policy,
+            model.process,
+            start,
+            times,
+            solver=cast(Solver, self.sampler.solver),
+            eta=self.sampler.eta,
+            rng=rng,
+            keep=keep,
+        )
+        return times, run
 
     def _objective(
         self,

@@ -21,7 +21,8 @@ from sfumato.data.sample import Sample
 from sfumato.diffusion.guidance import CfgGradient
 from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Denoiser, sample
-from sfumato.models.generate import encode_guided, image_size
+from sfumato.diffusion.solvers import Solver
+from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
 from sfumato.models.model import Latents, TextToImageModel
 from sfumato.objectives.objective import Loss, Objective, Piece
 from sfumato.objectives.scoring import check_differentiable, decoded, score_metrics
@@ -51,15 +52,16 @@ class DirectAlign(Objective[Sequence[Any]]):
     def pieces(self, model: TextToImageModel, batch: Sequence[Any], rng: Rng) -> Sequence[Piece]:
         prompts = [row.caption if isinstance(row, Sample) else row for row in batch]
         height, width = image_size(model, self.sampler)
-        times = model.times(self.sampler.num_inference_steps, height, width)
+        times = rollout_times(model, self.sampler, height, width)
         noise = rng.normal(*model.latent_shape(height, width), device=model.device)
         with torch.no_grad():
             if self.config.source == "images":
                 x0 = latents_of(model, batch, None)
             else:  # the rollout's own starting noise is added again
                 policy = self._denoiser(model, prompts)
-                eta = self.sampler.eta
-                x0 = sample(policy, model.process, noise, times, eta=eta, rng=rng).x
+                solver, eta = cast(Solver, self.sampler.solver), self.sampler.eta
+                run = sample(policy, model.process, noise, times, solver=solver, eta=eta, rng=rng)
+                x0 = run.x
         a, b = self._ends(times, rng)
         towards_data = partial(self._branch, model, prompts, x0, noise, a, b, 1.0, "reward")
         weight = self.config.inverse
@@ -87,14 +89,10 @@ class DirectAlign(Objective[Sequence[Any]]):
         return times[i], times[i + self.config.stride]
 
     def _denoiser(self, model: TextToImageModel, prompts: Sequence[str]) -> Denoiser:
-        scale = self.sampler.guidance_scale
-        guided = encode_guided(model, prompts, scale)
-        return model.denoiser(
-            guided.cond,
-            uncond=guided.uncond,
-            guidance_scale=scale,
-            cfg_gradient=cast(CfgGradient, self.config.cfg_gradient),
-        )
+        sampler = self.sampler
+        guided = encode_guided(model, prompts, sampler.guidance_scale, keep=sampler.prompt_cache)
+        gradient = cast(CfgGradient, self.config.cfg_gradient)
+        return guided_denoiser(model, guided, sampler, cfg_gradient=gradient)
 
     def _branch(
         self,

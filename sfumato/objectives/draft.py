@@ -17,7 +17,14 @@ from sfumato.config import DraftConfig, SamplerConfig
 from sfumato.diffusion.guidance import CfgGradient
 from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Denoiser, Visit, sample
-from sfumato.models.generate import Guided, encode_guided, image_size
+from sfumato.diffusion.solvers import Solver
+from sfumato.models.generate import (
+    Guided,
+    encode_guided,
+    guided_denoiser,
+    image_size,
+    rollout_times,
+)
 from sfumato.models.model import Role, TextToImageModel
 from sfumato.objectives.kl import kl
 from sfumato.objectives.objective import Loss, Objective
@@ -45,8 +52,9 @@ class Draft(Objective[Sequence[str]]):
 
     def loss(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Loss:
         height, width = image_size(model, self.sampler)
-        times = model.times(self.sampler.num_inference_steps, height, width)
-        prompts = encode_guided(model, batch, self.sampler.guidance_scale)
+        times = rollout_times(model, self.sampler, height, width)
+        keep = self.sampler.prompt_cache
+        prompts = encode_guided(model, batch, self.sampler.guidance_scale, keep=keep)
         policy = self._denoiser(model, prompts, "policy")
         trajectory = sample(
             policy,
@@ -56,6 +64,7 @@ class Draft(Objective[Sequence[str]]):
             grad_steps=self._truncation(rng),
             eta=self.sampler.eta,
             rng=rng,
+            solver=cast(Solver, self.sampler.solver),
         )
         finals, visits = [trajectory.x0], list(trajectory.window)
         for _ in range(self.config.lv_samples):
@@ -74,13 +83,8 @@ class Draft(Objective[Sequence[str]]):
         return Loss(loss, {name: value.detach() for name, value in metrics.items()})
 
     def _denoiser(self, model: TextToImageModel, prompts: Guided, role: Role) -> Denoiser:
-        return model.denoiser(
-            prompts.cond,
-            uncond=prompts.uncond,
-            guidance_scale=self.sampler.guidance_scale,
-            role=role,
-            cfg_gradient=cast(CfgGradient, self.config.cfg_gradient),
-        )
+        gradient = cast(CfgGradient, self.config.cfg_gradient)
+        return guided_denoiser(model, prompts, self.sampler, role, gradient)
 
     def _role(
         self, model: TextToImageModel, batch: Sequence[str], prompts: Guided, role: Role

@@ -146,17 +146,18 @@ def steps_alike(config: TrainConfig) -> tuple[TrainConfig, int]:
     """Leave out sampling steps that cost what others do; return the recipe, and how many those are.
 
     Steps before DRaFT's window record no graph: all of them take the FLOPs of one, and none adds to
-    the peak of memory. A window of random length is planned at its longest.
+    the peak of memory. A window of random length is planned at its longest. Steps inside an
+    interval of guidance cost more than others, so that none is left out.
     """
-    draft, steps = config.objective, config.sampler.num_inference_steps
+    draft, steps = config.objective, config.sampler.rollout_steps
     if not isinstance(draft, DraftConfig):
         return config, 0
     window = draft.truncation_steps if draft.truncation_range is None else draft.truncation_range[1]
     draft = replace(draft, truncation_steps=window, truncation_range=None)
-    shortest = min(steps, window + 1)
+    shortest = min(steps, window + 1) if config.sampler.guidance_interval is None else steps
     return with_steps(replace(config, objective=draft), shortest), steps - shortest
 
 
 def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
-    """Return a recipe with another number of sampling steps."""
-    return replace(config, sampler=replace(config.sampler, num_inference_steps=steps))
+    """Return a recipe with another number of sampling steps in training."""
+    return replace(config, sampler=replace(config.sampler, training_steps=steps))

@@ -39,7 +39,7 @@ def heading(plan: Plan) -> Iterator[str]:
         f"training.precision={config.training.precision}"
     )
     if isinstance(config.objective, DraftConfig):
-        steps, scale = config.sampler.num_inference_steps, config.sampler.guidance_scale
+        steps, scale = config.sampler.rollout_steps, config.sampler.guidance_scale
         window = config.objective.truncation_range or config.objective.truncation_steps
         yield (
             f"objective=draft: {steps} sampling steps at guidance {scale:g}, a gradient through "

@@ -99,7 +99,7 @@ def make_plan(config: PlanConfig) -> Plan:
     memory = memory_of(config, blueprint), memory_of(config, other)
     cost, rows = memory[0].cost, training.micro_batch_size
     if left_out:
-        longer = with_steps(short, short.sampler.num_inference_steps + 1)
+        longer = with_steps(short, short.sampler.rollout_steps + 1)
         cost = extended(cost, cost_of(longer, read_blueprint(longer), rows), left_out)
     encoding = cost.others // rows or blueprint.encoding_flops()
     executed = cost.executed // rows

@@ -138,6 +138,8 @@ class _Starts:
 class _Sampler:
     num_inference_steps: Count
     guidance_scale: Finite
+    solver: Literal["first_order", "dpmpp_2m"] = "first_order"
+    guidance_interval: list[Finite] | None = None
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,9 @@ def _verify(
 ) -> list[str]:
     with without_tf32():
         model.to(device)
+        # As diffusers' pipelines sample: first order, guided at all times.
         sampler = replace(config.sampler, num_inference_steps=VERIFY_STEPS, eta=0.0)
+        sampler = replace(sampler, solver="first_order", guidance_interval=None, prompt_cache=0)
         expected = generate(model, [prompt], [0], sampler)
         shape = model.latent_shape(*image_size(model, sampler))
         noise = Rng([0]).normal(*shape, device=model.device)

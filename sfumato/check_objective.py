@@ -1,0 +1,169 @@
+"""Settings of objectives that cannot work, refused before any weight is loaded."""
+
+from collections.abc import Mapping, Sequence
+
+from sfumato.config import (
+    AdjointMatchingConfig,
+    BrightnessRewardConfig,
+    ColorRewardConfig,
+    DirectAlignConfig,
+    DirectConfig,
+    DraftConfig,
+    JpegRewardConfig,
+    NoRewardConfig,
+    RewardConfig,
+    RewardedConfig,
+    SamplerConfig,
+    TrainConfig,
+    WeightedRewardConfig,
+)
+
+
+def check_objective(config: TrainConfig, objective: RewardedConfig) -> None:
+    """Refuse settings of an objective that cannot work with its reward, sampler or model.
+
+    Raises:
+        ValueError: naming the key, its value, and what to do.
+    """
+    sampler = config.sampler
+    _check_differentiable(config.reward, objective.kind)
+    match objective:
+        case DraftConfig():
+            _check_draft(objective, sampler)
+        case DirectConfig():
+            _check_direct(objective, sampler)
+        case AdjointMatchingConfig():
+            _check_count("objective.trained_steps", objective.trained_steps, sampler)
+            if sampler.solver != "first_order":
+                raise ValueError(
+                    f"sampler.solver={sampler.solver} is deterministic, and "
+                    "objective=adjoint_matching draws noise at each step; use first_order"
+                )
+        case DirectAlignConfig():
+            _check_range("objective.noise_levels", objective.noise_levels, 1.0, "times")
+    if not isinstance(objective, DraftConfig) and config.training.precision == "fp16":
+        raise ValueError(
+            f"objective={objective.kind} differentiates the reward before the loss is scaled, "
+            "where small gradients vanish under training.precision=fp16; use bf16 or no"
+        )
+    match objective:
+        case DraftConfig(kl_coeff=coeff) | DirectConfig(kl_coeff=coeff) if coeff:
+            compared, advice = f"objective.kl_coeff={coeff}", ", or objective.kl_coeff=0"
+        case AdjointMatchingConfig():
+            compared, advice = f"objective={objective.kind}", ""
+        case _:
+            return
+    if config.model.trainable == "full" and not config.model.reference:
+        raise ValueError(
+            f"{compared} compares with a frozen copy; set model.reference=true{advice}"
+        )
+
+
+def _check_differentiable(reward: RewardConfig, objective: str) -> None:
+    rewards: Mapping[str, RewardConfig] = {"reward": reward}
+    if isinstance(reward, WeightedRewardConfig):
+        if not any(part.weight for part in reward.parts.values()):
+            raise ValueError("each reward.parts.NAME.weight is 0: nothing is learned; give others")
+        rewards = {f"reward.parts.{name}": part.reward for name, part in reward.parts.items()}
+    for key, each in rewards.items():
+        if isinstance(each, NoRewardConfig):
+            raise ValueError(
+                f"objective={objective} maximises a reward: choose one, such as reward=clip "
+                "reward.pretrained=MODEL, or reward=color"
+            )
+        if isinstance(each, ColorRewardConfig | BrightnessRewardConfig) and not each.scale:
+            raise ValueError(f"{key}.scale=0 makes all rewards equal; give another number")
+        if isinstance(each, JpegRewardConfig):
+            raise ValueError(
+                f"{key}={each.kind} is not differentiable, and objective={objective} learns from "
+                "the reward's gradient; choose a differentiable one (reward=clip, reward=color), "
+                "or bring an objective that needs no gradient (objective=own)"
+            )
+
+
+def _check_count(key: str, count: int, sampler: SamplerConfig) -> None:
+    if count > sampler.rollout_steps:
+        raise ValueError(
+            f"{key}={count} is more than the number of sampling steps; give "
+            f"{sampler.rollout_steps} ({_steps_key(sampler)}) or less"
+        )
+
+
+def _steps_key(sampler: SamplerConfig) -> str:
+    return "sampler.training_steps" if sampler.training_steps else "sampler.num_inference_steps"
+
+
+def _check_direct(direct: DirectConfig, sampler: SamplerConfig) -> None:
+    _check_steps(direct, sampler)
+    linear = direct.path != "sum" or direct.weights == "solver"
+    noisy = f"sampler.eta={sampler.eta:g} adds noise between the steps" if sampler.eta else ""
+    second = f"sampler.solver={sampler.solver} is of second order"
+    if linear and (noisy or sampler.solver != "first_order"):
+        raise ValueError(
+            f"{noisy or second}, and objective.path={direct.path} with objective.weights="
+            f"{direct.weights} needs a rollout that is a sum of its outputs; set "
+            f"{'sampler.eta=0' if noisy else 'sampler.solver=first_order'}, or objective.path=sum "
+            "with objective.weights=sigma, alpha, posterior or constant"
+        )
+    if direct.path == "bridge" and direct.steps not in ("late", "uniform"):
+        raise ValueError(
+            f"objective.steps={direct.steps} chooses no steps around a bridge; use late or uniform"
+        )
+    if direct.early_stop is not None:
+        least = 1 if direct.path == "sum" else 2
+        most = sampler.rollout_steps - least
+        _check_range("objective.early_stop", direct.early_stop, most, "numbers of steps")
+
+
+def _check_steps(direct: DirectConfig, sampler: SamplerConfig) -> None:
+    """Refuse active steps that a run does not have."""
+    chosen, steps = direct.listed, sampler.rollout_steps
+    last = steps - 1
+    if direct.path == "lagrange":
+        return
+    if direct.steps == "listed":
+        wrong = [i for i in chosen or () if i > last]
+        if not chosen or wrong or len(set(chosen)) != len(chosen):
+            raise ValueError(
+                f"objective.listed={chosen} are no steps of a run; give different numbers of 0 "
+                f"(the first, at noise) to {last} ({_steps_key(sampler)} - 1)"
+            )
+        if direct.path == "leap" and len(chosen) != 2:
+            raise ValueError(f"objective.listed={chosen} are not two steps, as a leap has")
+    elif direct.steps != "all" and direct.path != "leap":
+        _check_count("objective.active_steps", direct.active_steps, sampler)
+    if direct.path == "leap" and direct.steps == "all":
+        raise ValueError("objective.steps=all is no leap, which has two steps; use uniform or late")
+    if direct.path == "bridge" and direct.active_steps < 2:
+        raise ValueError(
+            f"objective.active_steps={direct.active_steps} is too few for a bridge, which has a "
+            "step on each side; give 2 or more"
+        )
+    if direct.path != "sum" and steps < 2:
+        raise ValueError(f"objective.path={direct.path} needs {_steps_key(sampler)} of 2 or more")
+
+
+def _check_range(key: str, bounds: Sequence[int | float], most: int | float, what: str) -> None:
+    if len(bounds) != 2 or not bounds[0] <= bounds[1] <= most:
+        raise ValueError(
+            f"{key}={bounds} is no range of {what}; give [low, high] with low <= high <= {most:g}"
+        )
+
+
+def _check_draft(draft: DraftConfig, sampler: SamplerConfig) -> None:
+    bounds, steps = draft.truncation_range, sampler.rollout_steps
+    if bounds is None and draft.truncation_steps > steps:
+        raise ValueError(
+            f"objective.truncation_steps={draft.truncation_steps} is more than the number of "
+            f"sampling steps; give {steps} ({_steps_key(sampler)}) or less"
+        )
+    if bounds is not None and (len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= steps):
+        raise ValueError(
+            f"objective.truncation_range={bounds} is no range of sampling steps; give [low, high] "
+            f"with 1 <= low <= high <= {steps} ({_steps_key(sampler)})"
+        )
+    if draft.lv_samples and (draft.truncation_steps != 1 or bounds):
+        raise ValueError(
+            f"objective.lv_samples={draft.lv_samples} is DRaFT-LV; set "
+            "objective.truncation_steps=1 and objective.truncation_range=null"
+        )
