@@ -32,6 +32,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
             f"sampler.prompt_cache={kept} keeps the states of a frozen one; use "
             "sampler.prompt_cache=0, or model.parts=[network]",
         )
+    _check_merging(config, processes)
     _check_data(config)
     _check_lora_files(config)
     if len(config.optimizer.betas) != 2:
@@ -118,6 +119,27 @@ def _check_data(config: TrainConfig) -> None:
             "a cache holds the states of the frozen one; use data.shards.cached=false, "
             "or model.parts=[network]",
         )
+
+
+def _check_merging(config: TrainConfig, processes: int) -> None:
+    """Refuse rollouts on merged adapters where those would not predict what the policy does."""
+    training, lora = config.training, config.model.lora
+    if not lora.merge_rollouts:
+        return
+    for wrong, why in (
+        (training.precision != "no", f"training.precision={training.precision} rounds them away"),
+        (config.model.dtype != "float32", f"model.dtype={config.model.dtype} rounds them away"),
+        (lora.dropout > 0, f"model.lora.dropout={lora.dropout:g} drops parts of them"),
+        (
+            training.strategy != "ddp" and processes > 1,
+            f"training.strategy={training.strategy} keeps the weights in shards",
+        ),
+    ):
+        if wrong:
+            raise ValueError(
+                "model.lora.merge_rollouts=true adds the adapters to the weights, and "
+                f"{why}; leave it out"
+            )
 
 
 def _check_frozen(config: TrainConfig, why: str) -> None:

@@ -175,3 +175,35 @@ def test_frozen_copy_does_not_follow_the_policy(unet: Any):
     merged = roles.merged()
     assert merged is not unet
     assert torch.equal(run(merged), moved)
+
+
+def perturb(roles: LoraRoles) -> None:
+    with torch.no_grad():
+        for i, layer in enumerate(roles.layers):
+            layer.lora_B["default"].weight.copy_(
+                0.1 * normal(*layer.lora_B["default"].weight.shape, seed=i)
+            )
+
+
+def test_merged_in_place_predicts_the_same_and_gives_the_weights_back(unet: Any):
+    roles = LoraRoles(unet, LoraConfig(rank=4), UNET_LINEAR)
+    perturb(roles)
+    before = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    plain = run(unet)
+    with roles.acting("reference"):
+        base = run(unet)
+    with roles.merged_in_place():
+        merged = run(unet)
+    assert float((plain - base).square().mean().sqrt()) > 1e-3
+    rms = float(plain.square().mean().sqrt())
+    assert float((merged - plain).square().mean().sqrt()) < 1e-5 * rms
+    assert torch.equal(run(unet), plain)
+    for name, parameter in unet.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_merging_into_half_precision_is_refused(unet: Any):
+    roles = LoraRoles(unet.to(torch.bfloat16), LoraConfig(rank=4), UNET_LINEAR)
+    perturb(roles)
+    with pytest.raises(ValueError, match="rounds merged weights"), roles.merged_in_place():
+        pass

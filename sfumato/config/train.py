@@ -42,6 +42,7 @@ class LoraConfig:
     targets: list[str] | None = setting(None, LAYERS)  # of the network; null: the family's
     encoder_targets: list[str] | None = setting(None, LAYERS)  # of text encoders; null: as above
     start: str | None = None  # a LoRA file, or its folder, to continue training from
+    merge_rollouts: bool = False  # merge into float32 weights where no gradient is recorded
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The only sampling loop: training, validation, evaluation and inference all run it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -62,6 +63,7 @@ def sample(
     eta: float = 0.0,
     rng: Rng | None = None,
     keep: torch.device | str | None = None,
+    without_graph: AbstractContextManager[object] | None = None,
 ) -> Trajectory:
     """Run the reverse process from x at times[0] down to times[-1].
 
@@ -72,6 +74,7 @@ def sample(
         solver: `dpmpp_2m` also reads the x0 of the step before; it is deterministic.
         eta: 0 is DDIM or Euler; above 0 each step adds noise drawn from `rng`.
         keep: device that holds every step, in float32 and without a graph; None keeps none.
+        without_graph: context of the steps before the last K.
 
     Raises:
         ValueError: if grad_steps is not in 0..T, or eta > 0 comes without rng or with `dpmpp_2m`.
@@ -91,18 +94,27 @@ def sample(
     window: list[Visit] = []
     visits: list[Visit] = []
     x0 = x
-    for i, (t, s) in enumerate(pairwise(times)):
-        with_grad = i >= steps - grad_steps
-        with torch.set_grad_enabled(with_grad):
-            prediction = denoiser(x, t)
-            visit = Visit(t, x, prediction)
+    with ExitStack() as early:
+        if without_graph is not None and grad_steps < steps:
+            early.enter_context(without_graph)
+        for i, (t, s) in enumerate(pairwise(times)):
+            with_grad = i >= steps - grad_steps
             if with_grad:
-                window.append(visit)
-            if keep is not None:
-                visits.append(visit.kept(keep))
-            z = rng.normal(*x.shape[1:], device=x.device) if rng is not None and eta > 0 else None
-            x = process.step(prediction, t, s, eta=eta, z=z)
-            if solver == "dpmpp_2m" and (weight := extrapolation(process, times, i)):
-                x = x + weight * (prediction.x0 - x0)
-            x0 = prediction.x0
+                early.close()
+            with torch.set_grad_enabled(with_grad):
+                prediction = denoiser(x, t)
+                visit = Visit(t, x, prediction)
+                if with_grad:
+                    window.append(visit)
+                if keep is not None:
+                    visits.append(visit.kept(keep))
+                z = (
+                    rng.normal(*x.shape[1:], device=x.device)
+                    if rng is not None and eta > 0
+                    else None
+                )
+                x = process.step(prediction, t, s, eta=eta, z=z)
+                if solver == "dpmpp_2m" and (weight := extrapolation(process, times, i)):
+                    x = x + weight * (prediction.x0 - x0)
+                x0 = prediction.x0
     return Trajectory(x, x0, tuple(window), tuple(visits))

@@ -13,6 +13,8 @@ from torch import nn
 from sfumato.config import LoraConfig
 from sfumato.models.model import Role
 
+MERGE_ERROR = 1e-6  # of a merged layer's norm; float32 rounds by 3e-8
+
 
 class Roles(abc.ABC):
     """A network in its two roles, with the reference kept as adapters, a copy or the same."""
@@ -149,6 +151,43 @@ class LoraRoles(Roles):
 
     def networks(self) -> tuple[nn.Module, ...]:
         return (self.policy,)
+
+    @contextmanager
+    def merged_in_place(self) -> Iterator[None]:
+        """Hold the policy's adapters merged into the weights, which come back bitwise.
+
+        For predictions without a gradient: a merged layer is one product instead of three.
+
+        Raises:
+            ValueError: if the weights' dtype rounds a merged layer by more than MERGE_ERROR.
+        """
+        weights = [layer.get_base_layer().weight for layer in self.layers]
+        kept = [weight.data for weight in weights]
+        merged = [self._sum(layer, data) for layer, data in zip(self.layers, kept, strict=True)]
+        before = self.layers[0]._disable_adapters
+        self._switch(True)
+        try:
+            for weight, data in zip(weights, merged, strict=True):
+                weight.data = data
+            yield
+        finally:
+            for weight, data in zip(weights, kept, strict=True):
+                weight.data = data
+            self._switch(before)
+
+    @torch.no_grad()
+    def _sum(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
+        exact = weight.float() + layer.get_delta_weight("default").float()
+        merged = exact.to(weight.dtype)
+        if weight.dtype != torch.float32 and not weight.is_meta:
+            error = float((merged.float() - exact).norm() / exact.norm())
+            if error > MERGE_ERROR:
+                raise ValueError(
+                    f"model.lora.merge_rollouts=true rounds merged weights of {weight.dtype} by "
+                    f"{error:.1g} of their norm, more than {MERGE_ERROR:g}; set "
+                    "model.dtype=float32, or model.lora.merge_rollouts=false"
+                )
+        return merged
 
     def merged(self) -> nn.Module:
         from peft.tuners.lora import LoraLayer

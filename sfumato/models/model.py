@@ -3,7 +3,7 @@
 import abc
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -222,6 +222,10 @@ class TextToImageModel(abc.ABC):
             role: `policy` is what is trained; `reference` its frozen self, under no_grad.
             guidance_scale: of classifier-free guidance, or an input of the network (`has_cfg`).
         """
+
+    def rolling_out(self) -> AbstractContextManager[object]:
+        """Return a context for predictions of the policy without a gradient; it may be faster."""
+        return nullcontext()
 
     def playing(self, role: Role) -> AbstractContextManager[object]:
         """Return a context in which the network keeps a role, also in a backward.

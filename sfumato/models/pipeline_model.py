@@ -16,7 +16,7 @@ from sfumato.config import ModelConfig, SamplerConfig
 from sfumato.diffusion.guidance import CfgGradient, classifier_free
 from sfumato.diffusion.process import Prediction, Time, VariancePreserving
 from sfumato.diffusion.sampling import Denoiser
-from sfumato.models.adapters import Roles
+from sfumato.models.adapters import LoraRoles, Roles
 from sfumato.models.agreement import Fit, Settings
 from sfumato.models.autoencoder_kl import decode_kl, latents_kl, moments_kl
 from sfumato.models.formats import (
@@ -321,6 +321,11 @@ class PipelineModel(TextToImageModel):
             return self.process.read(self.prediction_type, raw, x_t, t)
 
         return denoise
+
+    def rolling_out(self) -> AbstractContextManager[object]:
+        if self.config.lora.merge_rollouts and isinstance(self.roles, LoraRoles):
+            return self.roles.merged_in_place()
+        return nullcontext()
 
     def playing(self, role: Role) -> AbstractContextManager[object]:
         return self.roles.playing(role)

@@ -54,7 +54,7 @@ class AdjointMatching(Objective[Sequence[str]]):
         height, width = image_size(model, self.sampler)
         times = rollout_times(model, self.sampler, height, width)
         scale = self.sampler.guidance_scale
-        with torch.no_grad():
+        with torch.no_grad(), model.rolling_out():
             guided = encode_guided(model, batch, scale, keep=self.sampler.prompt_cache)
             policy = guided_denoiser(model, guided, self.sampler)
             start = rng.normal(*model.latent_shape(height, width), device=model.device)

@@ -65,7 +65,7 @@ class Direct(Objective[Sequence[str]]):
 
     def pieces(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Sequence[Piece]:
         denoiser = partial(self._denoiser, model, batch, shared=self._prompts(model, batch))
-        with torch.no_grad():
+        with torch.no_grad(), model.rolling_out():
             times, run = self._roll_out(model, denoiser("policy"), rng)
         end = run.x0 if self.config.reward_at == "x0" else run.x
         scored = reward_gradient(model, self.reward, end, batch, clamp=self.config.clamp_images)

@@ -54,7 +54,7 @@ class DirectAlign(Objective[Sequence[Any]]):
         height, width = image_size(model, self.sampler)
         times = rollout_times(model, self.sampler, height, width)
         noise = rng.normal(*model.latent_shape(height, width), device=model.device)
-        with torch.no_grad():
+        with torch.no_grad(), model.rolling_out():
             if self.config.source == "images":
                 x0 = latents_of(model, batch, None)
             else:  # the rollout's own starting noise is added again

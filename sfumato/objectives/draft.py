@@ -65,6 +65,7 @@ class Draft(Objective[Sequence[str]]):
             eta=self.sampler.eta,
             rng=rng,
             solver=cast(Solver, self.sampler.solver),
+            without_graph=model.rolling_out(),
         )
         finals, visits = [trajectory.x0], list(trajectory.window)
         for _ in range(self.config.lv_samples):
