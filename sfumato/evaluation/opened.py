@@ -1,5 +1,6 @@
 """Settings of a run that others may have made, with paths to where its files lie now."""
 
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
@@ -7,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.compose import load_settings
+from sfumato.conditions import check_allowed, is_path
 from sfumato.config import EvaluateConfig, SampleConfig, TrainConfig
 from sfumato.config.saved import flatten
-from sfumato.run.identity import changed, contents_of, is_path, read_notes, typed
+from sfumato.run.identity import changed, contents_of, read_notes
 from sfumato.training.folder import RunFolder
 
 ROOMS = ("model", "reward")  # whose files a run needs after its training
@@ -63,6 +65,7 @@ def open_run(request: SampleConfig | EvaluateConfig) -> OpenedRun:
     """
     folder = RunFolder(Path(str(request.run)))
     settings = load_settings(folder.config)
+    check_allowed(request.allow_changed, settings)
     # A run may come from a stranger: whether to trust pickles is for the user to say.
     settings.model.allow_pickle = request.allow_pickle
     settings.model.variant = request.model.variant or settings.model.variant
@@ -97,7 +100,8 @@ def _texts(settings: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any], st
             if is_dataclass(inner):
                 yield from _texts(inner, key)
             elif isinstance(value, str):
-                yield typed(key), vars(settings), name
+                # Parts of a reward are nested once more than their keys.
+                yield re.sub(r"^(reward\.parts\..+)\.reward\.", r"\1.", key), vars(settings), name
 
 
 def _from(started: str | None, value: str) -> str:

@@ -90,8 +90,7 @@ class Flux(PipelineModel):
         self, pipeline: Any, parts: dict[str, Roles], source: Path, config: ModelConfig
     ) -> None:
         super().__init__(pipeline, parts, source, config)
-        settings = read_json(source / "transformer" / "config.json")
-        self.has_cfg = not settings.get("guidance_embeds", False)
+        self.has_cfg = self.limits.has_cfg
 
     @staticmethod
     def read_limits(folder: Path) -> Limits:
@@ -102,6 +101,7 @@ class Flux(PipelineModel):
             factor=factor,
             multiple=2 * factor,
             size=(LATENT_SIDE * factor, LATENT_SIDE * factor),
+            has_cfg=not transformer.get("guidance_embeds", False),
         )
 
     @classmethod

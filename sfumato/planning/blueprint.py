@@ -22,6 +22,7 @@ from sfumato.objectives.objective import Objective
 from sfumato.objectives.supervised import Supervised
 from sfumato.planning.described import describe_pipeline, is_described
 from sfumato.planning.step import forward_flops
+from sfumato.rewards.reward import Reward
 from sfumato.run.build import build_objective, build_scorer
 from sfumato.run.open_data import frame_size
 
@@ -42,7 +43,7 @@ class Blueprint:
 
     model: PipelineModel
     objective: Objective[Any]
-    reward: nn.Module | None
+    reward: Reward | None
     row: Any
     size: tuple[int, int]
     assumed: tuple[str, ...]
@@ -71,6 +72,10 @@ class Blueprint:
                 return self.objective.loss(self.model, [self.row] * rows, rng).value
 
         return loss
+
+    def sampling(self, config: TrainConfig) -> "Blueprint":
+        """Return the same networks, for a recipe of another number of sampling steps."""
+        return replace(self, objective=build_objective(config, self.reward))
 
     def encoding_flops(self) -> int:
         """Return the FLOPs of encoding one image and its caption."""

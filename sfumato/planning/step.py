@@ -128,15 +128,15 @@ def measure_step(
     """
     networks = nn.ModuleList([trained, *frozen])
     parameters = list(networks.parameters())
-    own, everything = FlopCounter([trained, *trained.children()]), FlopCounter()
+    counter = FlopCounter([trained, *trained.children()])
     ledger, precision = Ledger([*parameters, *networks.buffers()]), MetaPrecision()
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     hooks = [each.register_post_accumulate_grad_hook(ledger.gained) for each in learning]
     try:
-        with ledger, everything, own.counting(), precision.inside(networks):
+        with ledger, counter.counting(), precision.inside(networks):
             with precision.autocast(dtype), MetaValues():
                 value = loss()
-            forward, others = own.flops, everything.flops - own.flops
+            forward = counter.flops
             value.backward()
     finally:
         for hook in hooks:
@@ -145,9 +145,9 @@ def measure_step(
             parameter.grad = None
     return StepCost(
         forward=forward,
-        flops=own.flops,
-        others=others,
-        executed=everything.executed,
+        flops=counter.flops,
+        others=counter.others,
+        executed=counter.executed + counter.others,
         activations=ledger.activations,
         with_gradients=ledger.with_gradients,
     )
