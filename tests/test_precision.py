@@ -17,6 +17,7 @@ from sfumato.objectives.draft import Draft
 from sfumato.precision import in_float32, is_rounded
 from sfumato.rewards.reward import Reward, Score
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # tests/test_draft.py checks them
 PROMPTS = ["a red ring", "a blue star on a yellow background"]
 SEEDS = [3, 4]
 TIMES = [1.0, 0.5, 0.0]  # bfloat16 has 500 and 8,000, which Flux reads as time and guidance

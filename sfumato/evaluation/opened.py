@@ -1,6 +1,5 @@
 """Settings of a run that others may have made, with paths to where its files lie now."""
 
-import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
@@ -11,7 +10,7 @@ from sfumato.compose import load_settings
 from sfumato.conditions import check_allowed, is_path
 from sfumato.config import EvaluateConfig, SampleConfig, TrainConfig
 from sfumato.config.saved import flatten
-from sfumato.run.identity import changed, contents_of, read_notes
+from sfumato.run.identity import changed, contents_of, read_notes, typed
 from sfumato.training.folder import RunFolder
 
 ROOMS = ("model", "reward")  # whose files a run needs after its training
@@ -100,8 +99,7 @@ def _texts(settings: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any], st
             if is_dataclass(inner):
                 yield from _texts(inner, key)
             elif isinstance(value, str):
-                # Parts of a reward are nested once more than their keys.
-                yield re.sub(r"^(reward\.parts\..+)\.reward\.", r"\1.", key), vars(settings), name
+                yield typed(key), vars(settings), name
 
 
 def _from(started: str | None, value: str) -> str:

@@ -80,6 +80,11 @@ class Notes:
     started: str | None = None  # the folder from which relative paths lead
 
 
+def typed(key: str) -> str:
+    """Return the key that a user types for a setting; parts of a reward are nested once more."""
+    return key.replace(".reward.", ".") if key.startswith("reward.parts.") else key
+
+
 def digests(named: Mapping[str, str], run: Path) -> dict[str, str]:
     """Return the digest of each path that exists, by its key; a run folder remembers the sums."""
     notes = read_notes(run)
