@@ -347,7 +347,9 @@ def test_a_report_that_was_edited_is_not_replaced(
     write_report(runs, out, title="First")
     out.write_text(page.replace(old, new, 1))
     assert out.read_text() != page
-    with pytest.raises(ValueError, match=r"page\.html is in the way, and no report as Sfumato wrote"):
+    with pytest.raises(
+        ValueError, match=r"page\.html is in the way, and no report as Sfumato wrote"
+    ):
         write_report(runs, out, title="Second")
     assert out.read_text() == page.replace(old, new, 1)
     out.write_text("".join(page.splitlines(keepends=True)[:-1]))  # as earlier versions end

@@ -101,7 +101,8 @@ def _is_report(page: bytes) -> bool:
     """Say whether Sfumato wrote a page, and nobody has edited it since."""
     mark = _MARK.search(page, max(0, len(page) - 300))
     return mark is not None and (
-        mark["sum"] is None or sha256(page[: mark.start("line")]).hexdigest() == mark["sum"].decode()
+        mark["sum"] is None
+        or sha256(page[: mark.start("line")]).hexdigest() == mark["sum"].decode()
     )
 
 
