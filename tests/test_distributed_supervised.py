@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfumato.training.checkpoint import Snapshot, read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # tests/test_families.py checks such runs
 SAME = 1e-5
 STRATEGIES = [  # DDP and FSDP of U-Nets and transformers, alone and with text encoders
     ("stable_diffusion", "ddp", "[network]"),

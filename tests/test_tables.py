@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,10 +231,12 @@ def test_a_column_that_is_there_twice_is_refused_where_it_is_read(
     for names, values in ((["", ""], ["x", "y"]), (["note", "note", ""], ["x", "y", "z"])):
         lines = [[*header, *names], [*row, *values]]
         Path(f"t.{kind}").write_text("\n".join(map(separator.join, lines)))
+        shutil.rmtree("out", ignore_errors=True)
         assert read(reader, kind) == Read(["fox"], {})
     for twice in (["caption"], ["x", "caption", "caption"]):
         lines = [[*header, *twice], [*row, *twice]]
         Path(f"t.{kind}").write_text("\n".join(map(separator.join, lines)))
+        shutil.rmtree("out", ignore_errors=True)
         said = f"t.{kind} has {1 + twice.count('caption')} columns of the name 'caption'; rename"
         refused(reader, kind, said)
         refused(reader, kind, said, None)
