@@ -3,8 +3,8 @@
 import itertools
 import os
 import re
-from hashlib import sha256
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
