@@ -104,10 +104,11 @@ def _check_data(config: TrainConfig) -> None:
     prepared, images = named.get("data.shards"), named.get("data.images")
     if prepared and images:
         raise ValueError(f"{prepared} and {images} are both given; leave one of them out")
-    for key, on in (("data.shards.cached", shards.cached), ("data.verify", data.verify)):
-        if on and images:
-            advice = f"give data.shards.path instead, or {key}=false"
-            raise ValueError(f"{key}=true is for a prepared folder, and {images} is none; {advice}")
+    if shards.cached and images:
+        raise ValueError(
+            f"data.shards.cached=true is for a prepared folder, and {images} is none; give "
+            "data.shards.path instead, or data.shards.cached=false"
+        )
     if given:
         from sfumato.data.settings import checked_sources
 

@@ -339,7 +339,7 @@ def _resolve_part(key: str, entry: Any) -> WeightedPartConfig:
     if not isinstance(entry, dict):
         raise ValueError(f"{key} = {entry!r}; write {{kind: ..., weight: ...}}")
     settings: dict[str, Any] = dict(entry)
-    kind, weight = settings.pop("kind", None), settings.pop("weight", 1.0)
+    kind, weight = settings.pop("kind", None), settings.pop("weight", WeightedPartConfig.weight)
     choices = [name for name in REWARDS if name not in ("none", "weighted")]
     if kind not in choices:
         raise ValueError(f"{key}.kind = {kind!r}; choose one of {', '.join(choices)}")

@@ -1,4 +1,4 @@
-"""Conditions between settings: when each is read, and refusals of those that were typed in vain."""
+"""Settings beside others: when each is read, which name files, and what is typed in vain."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +15,17 @@ _SHARED = "crop|flip|captions|buckets|min_size|max_pixels|shuffle|workers|prefet
 _TRAINED = "network|unet|transformer"
 _IN_ORDER = "never: held-out pictures are read once, in order, from their centres"
 _ENCODERS = "never: sfumato prepare runs encoders alone, in float32"
+_ALONE = "never: a weight divides the draws among sources; see data.{}.sources.NAME.weight"
+
+# Settings that name the files of a model, and what is read of them before the first step alone.
+_MODELS = ("pretrained", "processor", "autoencoder", "text_encoder", "tokenizer", "scheduler")
+STARTS = ("model.lora.start", "model.network.from_pretrained")
 
 _READS_PROMPTS, _READS_IMAGES = "objective.reads_prompts", "objective.reads_images"
 _INSTEAD = {_READS_PROMPTS: "objective=draft", _READS_IMAGES: "objective=supervised"}
 
 # What a command reads only under a condition, as rows of a pattern of keys and the condition. All
-# rows of a key have to hold; a key without a row is always read.
+# rows of a key have to hold; a key without a row is always read. A pattern KEY=VALUE is of a value.
 #   KEY|KEY      one of them is given: not null, empty, false or 0
 #   KEY=A|B      it is one of these, or its list has one of them; KEY!=A: others
 #   KEY>N        it is above N
@@ -62,8 +67,10 @@ _DATA: Sequence[Row] = (
     (r"data\.(images|shards)\..+", _READS_IMAGES),
     (rf"data\.images\.({_SHARED}|caption_lines)", _IMAGES),
     (rf"data\.shards\.({_SHARED}|buffer)", _SHARDS),
-    (r"data\.images\.(base_path|image_column|caption_column|repeats|weight)", "data.images.path"),
-    (r"data\.shards\.(selection|repeats|weight)", "data.shards.path"),
+    (r"data\.images\.(base_path|image_column|caption_column|repeats)", "data.images.path"),
+    (r"data\.shards\.(selection|repeats)", "data.shards.path"),
+    (r"data\.images\.weight", _ALONE.format("images")),
+    (r"data\.shards\.weight", _ALONE.format("shards")),
     (r"data\.images\.prefetch", "data.images.workers"),
     (r"data\.shards\.prefetch", "data.shards.workers"),
     (r"data\.shards\.buffer", "data.shards.shuffle"),
@@ -80,6 +87,10 @@ _DATA: Sequence[Row] = (
     (
         r"validation\.images\.(caption_lines|min_size|max_pixels)",
         "validation.images.path|validation.images.sources",
+    ),
+    (
+        r"validation\.images\.caption_lines=random",
+        "never: a held-out picture has one caption, its first line",
     ),
 )
 _PREPARED: Sequence[Row] = (
@@ -110,6 +121,8 @@ def refuse_unread(settings: Any, overrides: Sequence[str]) -> None:
     Raises:
         ValueError: naming the setting, its value and the reason.
     """
+    if isinstance(settings, TrainConfig):
+        check_allowed(settings.allow_changed, settings)
     found, typed = unread(settings), typed_keys(overrides)
     for key in (key for key in typed if key not in CHOICES):
         for name, (value, why, advice) in found.items():
@@ -151,7 +164,8 @@ def why_unread(settings: Any, key: str) -> tuple[str, str] | None:
     """
     if isinstance(settings, TrainConfig) and isinstance(settings.objective, OwnConfig):
         return None
-    conditions = conditions_of(_command(settings), key)
+    command, value = _command(settings), shown(_value(settings, key))
+    conditions = [*conditions_of(command, key), *conditions_of(command, f"{key}={value}")]
     broken = (_broken(settings, condition) for condition in conditions)
     return next((reason for reason in broken if reason is not None), None)
 
@@ -159,6 +173,38 @@ def why_unread(settings: Any, key: str) -> tuple[str, str] | None:
 def conditions_of(command: str, key: str) -> list[str]:
     """Return the conditions under which a command reads a setting; none for always."""
     return [condition for pattern, condition in READ[command] if re.fullmatch(pattern, key)]
+
+
+def named_files(settings: TrainConfig) -> dict[str, str]:
+    """Return the paths of files whose content counts, by the keys of their settings."""
+    return {key: value for key, value, _ in leaves_of(settings) if is_path(key, value)}
+
+
+def is_path(key: str, value: object) -> bool:
+    """Say whether a setting names files whose content counts."""
+    room, _, name = key.rpartition(".")
+    if not (isinstance(value, str) and value) or key.startswith("data.shards"):
+        return False
+    if key in (*STARTS, "model.network.config", "data.prompts", "validation.prompts"):
+        return True
+    if room.startswith(("model", "reward")):
+        return name in _MODELS or (room.startswith("model.merge.") and name == "path")
+    return name == "path" and room.startswith(("data.images", "validation.images"))
+
+
+def check_allowed(allowed: Sequence[str], settings: TrainConfig) -> None:
+    """Refuse keys in `allow_changed` that name no files in a run's settings.
+
+    Raises:
+        ValueError: naming the key, and those that name files.
+    """
+    named = named_files(settings)
+    for key in allowed:
+        if key not in named:
+            raise ValueError(
+                f"allow_changed has {key!r}, by which the settings of the run name no files; "
+                f"choose among {', '.join(named)}"
+            )
 
 
 def typed_keys(overrides: Sequence[str]) -> list[str]:
@@ -211,7 +257,7 @@ def leaves_of(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             for name, each in value.items():
                 inner = f"{key}.{name}"
                 yield from (
-                    leaves_of(each, f"{inner}.") if is_dataclass(each) else ((inner, each, 0),)
+                    leaves_of(each, f"{inner}.") if is_dataclass(each) else ((inner, each, None),)
                 )
         else:
             yield key, value, default
@@ -253,4 +299,4 @@ def _listed(value: Any) -> list[Any]:
 def _value(settings: Any, key: str) -> Any:
     for name in key.split("."):
         settings = getattr(settings, name, None) if is_dataclass(settings) else None
-    return vars(settings)["kind"] if is_dataclass(settings) else settings
+    return vars(settings).get("kind") if is_dataclass(settings) else settings

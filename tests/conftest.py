@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # One thread a process: tiny models on several threads stall behind a busy neighbour.
@@ -13,12 +14,21 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["SFUMATO_CACHE"] = tempfile.mkdtemp(prefix="sfumato-cache-")
 os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import jaxtyping
 import pytest
 import torch
 from tiny_sd import write_tiny_sd
 
 torch.set_num_threads(1)
 atexit.register(shutil.rmtree, os.environ["SFUMATO_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def unchecked() -> Iterator[None]:
+    """Check no shapes of calls: at every operator, this takes twice as long as what is tested."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

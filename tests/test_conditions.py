@@ -102,7 +102,7 @@ def test_a_plan_reads_the_model_as_training_does() -> None:
 def test_conditions_speak_of_settings(command: str) -> None:
     keys = [each.key for each in settings_of(command)]
     for pattern, condition in READ[command]:
-        assert any(re.fullmatch(pattern, key) for key in keys), pattern
+        assert any(re.fullmatch(pattern.partition("=")[0], key) for key in keys), pattern
         if not condition.startswith("never: "):
             read = re.split(r"!?=|>", condition)[0].split("|")
             known = {
@@ -163,6 +163,13 @@ IN_VAIN: list[tuple[Sequence[str], str, str]] = [
     (IMAGES, "validation.images.path=V validation.images.buckets=true", "held-out pictures"),
     (IMAGES, "validation.images.sources.a={path: V, repeats: 2}", "held-out pictures"),
     (IMAGES, "validation.images.min_size=9", "without validation.images.path"),
+    (IMAGES, "validation.images.path=V validation.images.caption_lines=random", "its first line"),
+    (IMAGES, "validation.images.sources.a.path=V validation.images.caption_lines=random", "first"),
+    (IMAGES, "data.images.weight=2", "see data.images.sources.NAME.weight"),
+    (SHARDS, "data.shards.weight=0.5", "see data.shards.sources.NAME.weight"),
+    (IMAGES[:2], "data.images.sources.a.path=P data.images.weight=2", "images.sources.NAME.weight"),
+    (IMAGES, "data.verify=true", "without data.shards.path or data.shards.sources"),
+    ((*SHARDS, "data.shards.cached=true"), "data.verify=true", "set data.shards.cached=false"),
 ]  # fmt: skip
 
 
@@ -211,6 +218,9 @@ def test_each_command_refuses_what_it_does_not_read(command: str, given: str, ty
         (*IMAGES, "data.images.path=null", "data.images.sources.a={path: P, repeats: 2}"),
         ("recipe=sdxl_sft_lora", *IMAGES, "model.trainable=full", "model.lora.targets=null"),
         ("recipe=sd15_sft_lora", *SHARDS),
+        (*IMAGES, "validation.images.path=V", "validation.images.caption_lines=all"),
+        (*IMAGES[:2], "data.images.sources.a={path: P, weight: 2}"),
+        (*SHARDS[:2], "data.shards.sources.a={path: P, weight: 2}", "data.verify=true"),
     ],
 )
 def test_defaults_and_what_a_recipe_sets_are_no_mistake(typed: Sequence[str]) -> None:
@@ -240,6 +250,64 @@ def test_what_is_not_read_may_be_another_when_a_run_goes_on(tmp_path: Path) -> N
     write_saved(folder.path, {**plain, "objective": other})
     with pytest.raises(ValueError, match=r"objective\.kind: supervised -> draft"):
         prepare_folder(folder, config, plain)
+
+
+SUM = (*DRAFT[:2], "reward=weighted", "reward.parts.x.kind=color")
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "default", "other"),
+    [
+        (SUM, "reward.parts.x.weight", 1.0, 0.5),
+        (SUM, "reward.parts.x.scale", 20.0, 3.0),
+        ((*DRAFT, "model.merge.m.path=L"), "model.merge.m.scale", 1.0, 2.0),
+        ((*IMAGES[:2], "data.images.sources.a.path=P"), "data.images.sources.a.repeats", 1, 2),
+        ((*SHARDS[:2], "data.shards.sources.a.path=P"), "data.shards.sources.a.selection",
+         "all", "few"),
+    ],
+)  # fmt: skip
+def test_a_default_of_an_entry_is_the_same_typed_or_not(
+    tmp_path: Path, given: Sequence[str], key: str, default: Any, other: Any
+) -> None:
+    def composed(*more: str) -> tuple[TrainConfig, dict[str, Any]]:
+        return compose_train([*given, f"runs_dir={tmp_path}", *more])
+
+    bare, typed, changed = composed(), composed(f"{key}={default}"), composed(f"{key}={other}")
+    folder = RunFolder.of(bare[0])
+    (folder.checkpoints / "step-000001").mkdir(parents=True)
+    for saved, new in ((bare, typed), (typed, bare), (changed, changed)):
+        write_saved(folder.path, saved[1])
+        prepare_folder(folder, *new)
+    for saved, new, said in (
+        (bare, changed, f"{default} -> {other}"),
+        (typed, changed, f"{default} -> {other}"),
+        (changed, bare, f"{other} -> {default}"),
+    ):
+        write_saved(folder.path, saved[1])
+        with pytest.raises(ValueError, match=re.escape(f"other settings ({key}: {said});")):
+            prepare_folder(folder, *new)
+
+
+@pytest.mark.parametrize("kind", ["color", "brightness"])
+def test_a_part_of_a_reward_more_or_less_is_another_setting(tmp_path: Path, kind: str) -> None:
+    given = [*SUM, f"runs_dir={tmp_path}"]
+    one, two = compose_train(given), compose_train([*given, f"reward.parts.y.kind={kind}"])
+    folder = RunFolder.of(one[0])
+    (folder.checkpoints / "step-000001").mkdir(parents=True)
+    for saved, new, said in ((one, two, f"None -> {kind}"), (two, one, f"{kind} -> None")):
+        write_saved(folder.path, saved[1])
+        with pytest.raises(ValueError, match=rf"\(reward\.parts\.y\.kind: {said}"):
+            prepare_folder(folder, *new)
+
+
+@pytest.mark.parametrize("key", ["nonsense", "data.prompt", "model.lora.rank", "model.autoencoder"])
+def test_what_may_have_changed_are_files_that_the_run_names(key: str) -> None:
+    named = "model.pretrained, data.prompts"
+    with pytest.raises(ValueError, match=rf"allow_changed has '{key}', .* choose among {named}$"):
+        compose_train([*DRAFT, f"allow_changed=[data.prompts,{key}]"])
+    with pytest.raises(ValueError, match=r"choose among model\.pretrained, data\.images\.path$"):
+        compose_train([*IMAGES, f"allow_changed=[{key}]"])
+    compose_train([*DRAFT, "allow_changed=[data.prompts,model.pretrained]"])
 
 
 def test_a_script_may_read_any_setting() -> None:

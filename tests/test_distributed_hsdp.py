@@ -14,6 +14,7 @@ from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Loss
 from sfumato.training.checkpoint import Snapshot, read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # tests/test_distributed.py checks such runs
 SAME = 1e-5
 SETTINGS = (
     "model.trainable=full",

@@ -12,11 +12,14 @@ from tiny_flux import CHANNELS, FACTOR, reference_flux, write_tiny_flux
 from torch import Tensor
 from trajectories import PROMPTS, our_run, their_run
 
+from sfumato.compose import compose_train
 from sfumato.config import LoraConfig, ModelConfig, SamplerConfig
 from sfumato.diffusion.sampling import Denoiser, sample
 from sfumato.models.flux import Flux, pack, unpack
 from sfumato.models.loading import check_family, load_family
 from sfumato.models.pipeline_model import PipelineModel
+from sfumato.run.run import check_model
+from sfumato.training.folder import RunFolder
 
 HEIGHT, WIDTH = 32, 64
 
@@ -119,6 +122,25 @@ def test_guidance_is_embedded_or_takes_a_second_prediction(dev: Path, schnell: P
         empty = other.denoiser(other.encode_prompts(["", ""]))(x_t, 0.5).raw
         guided = guided_denoiser(other, 3.5)(x_t, 0.5).raw
     torch.testing.assert_close(guided, empty + 3.5 * (alone - empty), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["rescale", "detach_uncond"])
+def test_a_gradient_through_guidance_needs_guidance(
+    dev: Path, schnell: Path, tmp_path: Path, mode: str
+):
+    given = ["data.prompts=P", "reward=color", f"runs_dir={tmp_path}"]
+
+    def check(folder: Path, mode: str) -> None:
+        typed = [*given, f"model.pretrained={folder}", f"objective.cfg_gradient={mode}"]
+        config, _ = compose_train(typed)
+        check_model(config, RunFolder.of(config))
+
+    with pytest.raises(ValueError, match=rf"objective\.cfg_gradient={mode} has no effect on this"):
+        check(dev, mode)
+    check(dev, "full")
+    check(schnell, mode)
+    (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
+    check(dev, mode)  # a run that began with it goes on
 
 
 # --- Times and sizes

@@ -159,6 +159,16 @@ def test_other_content_is_refused_unless_it_is_allowed(
         assert act(place, **{room: files}, allow_changed=[key])
 
 
+@pytest.mark.parametrize("key", ["nonsense", "model.lora.rank", "reward.parts.a.pretrained"])
+@pytest.mark.parametrize("act", [sample, evaluate])
+def test_only_files_that_the_run_names_may_have_changed(
+    place: Path, act: Callable[..., Any], key: str
+) -> None:
+    known = "model.pretrained, reward.pretrained, data.prompts"
+    with pytest.raises(ValueError, match=rf"allow_changed has '{key}', .* choose among {known}$"):
+        act(place, allow_changed=["model.pretrained", key])
+
+
 def test_what_changed_in_place_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sample(place)["contents"]["model.pretrained"]
     assert capsys.readouterr().err.count("other files") == 0

@@ -28,6 +28,7 @@ from sfumato.objectives.supervised import Supervised
 from sfumato.preparation.prepare import prepare
 from sfumato.training.folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # tests/test_families.py checks such runs
 KILLED = -9
 UNET = {
     "_class_name": "UNet2DConditionModel",
@@ -125,15 +126,16 @@ def ladder(place: Path, runs: Path, cached: bool, *more: str) -> list[list[str]]
     return [first, stage(place, runs, "second", 64, cached, start, *more)]
 
 
-@pytest.mark.parametrize(("cached", "world"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize(("cached", "world", "kills"), [(False, 1, [3]), (True, 2, [4, 2])])
 def test_a_ladder_that_is_killed_twice_ends_bitwise_equal(
-    place: Path, tmp_path: Path, cached: bool, world: int
+    place: Path, tmp_path: Path, cached: bool, world: int, kills: list[int]
 ) -> None:
+    """Each stage is killed in its first steps and, in two processes, also after it went on."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for settings in ladder(place, whole, cached):
         in_processes(world, lambda _, settings=settings: start_cli(settings))
     for settings in ladder(place, killed, cached):
-        for step in (4, 2):
+        for step in kills:
 
             def run(_: int, settings: list[str] = settings, step: int = step) -> None:
                 on_call(step, kill, "take_step")

@@ -335,6 +335,27 @@ def test_files_of_the_user_are_not_replaced(
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("<title>First", "<title>Mine"), ("</section>", "<p>mine</p></section>"), ("</style>", "")],
+)
+def test_a_report_that_was_edited_is_not_replaced(
+    runs: list[RunFolder], tmp_path: Path, old: str, new: str
+) -> None:
+    out = tmp_path / "page.html"
+    page = write_report(runs, out, title="First").read_text()
+    write_report(runs, out, title="First")
+    out.write_text(page.replace(old, new, 1))
+    assert out.read_text() != page
+    with pytest.raises(
+        ValueError, match=r"page\.html is in the way, and no report as Sfumato wrote"
+    ):
+        write_report(runs, out, title="Second")
+    assert out.read_text() == page.replace(old, new, 1)
+    out.write_text("".join(page.splitlines(keepends=True)[:-1]))  # as earlier versions end
+    assert "Second" in write_report(runs, out, title="Second").read_text()
+
+
 def test_a_report_is_replaced_but_by_no_half(
     runs: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

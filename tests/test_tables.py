@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,6 +220,37 @@ def test_a_column_that_is_missing_is_refused(reader: str, kind: str) -> None:
     write(Path(f"t.{kind}"), rows_of(b"fox", b"bird"))
     columns = "'image', 'url', 'caption'"
     refused(reader, kind, f"t.{kind} has no column 'label'; its columns are {columns}", "label")
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("kind", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_a_column_that_is_there_twice_is_refused_where_it_is_read(
+    reader: str, kind: str, separator: str
+) -> None:
+    header, row = ["image", "url", "caption"], ["000.png", "http://fake/0", "fox"]
+    for names, values in ((["", ""], ["x", "y"]), (["note", "note", ""], ["x", "y", "z"])):
+        lines = [[*header, *names], [*row, *values]]
+        Path(f"t.{kind}").write_text("\n".join(map(separator.join, lines)))
+        shutil.rmtree("out", ignore_errors=True)
+        assert read(reader, kind) == Read(["fox"], {})
+    for twice in (["caption"], ["x", "caption", "caption"]):
+        lines = [[*header, *twice], [*row, *twice]]
+        Path(f"t.{kind}").write_text("\n".join(map(separator.join, lines)))
+        shutil.rmtree("out", ignore_errors=True)
+        said = f"t.{kind} has {1 + twice.count('caption')} columns of the name 'caption'; rename"
+        refused(reader, kind, said)
+        refused(reader, kind, said, None)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("blank", ["", "\n \n"])
+def test_json_lines_under_the_name_of_json_are_told_their_name(reader: str, blank: str) -> None:
+    write(Path("t.jsonl"), rows_of(b"fox", b"bird"))
+    lines = Path("t.jsonl").read_text()
+    Path("t.json").write_text(blank + lines)
+    refused(reader, "json", r"t\.json is not JSON \(.*\); it has an object a line: name it \.jsonl")
+    Path("t.json").write_text(f"[{lines}")
+    refused(reader, "json", r"t\.json is not JSON \(.*\); write it again")
 
 
 @pytest.mark.parametrize(("reader", "kind"), OF_TEXT)

@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sfumato.config.train import MISSING, TrainConfig
+from sfumato.config.train import MISSING
 from sfumato.files import read_bytes, write_text
 
 # Bounds of a config.yaml, far above those of any run: it may come from a stranger.
@@ -106,19 +105,22 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+def differences(
+    saved: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, str]:
     """Return the flat settings that forbid to resume, as `saved -> new`.
 
-    What an earlier version did not save has its default. `training.max_steps` may differ unless
-    the learning rate falls towards it.
+    What was not saved, or not given, has its default. `training.max_steps` may differ unless the
+    learning rate falls towards it.
     """
-    defaults = {key: value for key, value in flatten(asdict(TrainConfig())).items() if key in new}
-    before = {key: value for key, value in defaults.items() if value != MISSING} | dict(saved)
+    # Every part of a reward is saved with its kind: one without is not there.
+    known = {k: v for k, v in defaults.items() if v != MISSING and not k.endswith(".kind")}
+    before, now = known | dict(saved), known | dict(new)
     stretched = new.get("optimizer.schedule") in ("linear", "cosine")
     return {
-        key: f"{before.get(key)} -> {new.get(key)}"
-        for key in sorted({*before, *new})
-        if before.get(key) != new.get(key)
+        key: f"{before.get(key)} -> {now.get(key)}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
         and (not _may_change(key) or (stretched and key == "training.max_steps"))
     }
 

@@ -163,7 +163,7 @@ class WeightedPartConfig:
     """One part of a weighted sum."""
 
     reward: RewardConfig
-    weight: float
+    weight: float = 1.0
 
 
 @dataclass

@@ -43,6 +43,7 @@ class Table(abc.ABC):
         self.path = path
         self._names: Iterator[str] | None = None
         self._known: dict[str, None] = {}
+        self._header: Sequence[str] = ()  # of a table that has one
 
     def choose(self, columns: tuple[str, ...], holds: str) -> str:
         """Return the first of these columns that the table has; an empty table has any.
@@ -125,12 +126,21 @@ class _Lines(Table):
 class _Csv(Table):
     """A .csv or .tsv file with a header."""
 
+    def choose(self, columns: tuple[str, ...], holds: str) -> str:
+        name = super().choose(columns, holds)
+        if self._header.count(name) > 1:
+            raise ValueError(
+                f"{self.path} has {self._header.count(name)} columns of the name {name!r}; rename "
+                "all but the one to read"
+            )
+        return name
+
     def _read_names(self) -> Iterator[str]:
         with _open_text(self.path, newline="") as file:
             rows = self._split(file, SkipLog(warns=False).begin(self.path))
-            _, header, _ = next(rows, (0, list[str](), []))
-        self._refuse_encoding("".join(header))
-        yield from header
+            _, self._header, _ = next(rows, (0, list[str](), []))
+        self._refuse_encoding("".join(self._header))
+        yield from self._header
 
     def _read_rows(self, columns: Sequence[str], skips: FileSkips) -> Iterator[Row]:
         with _open_text(self.path, newline="") as file:
@@ -241,7 +251,9 @@ class _Objects(Table):
             records = json.loads(text)
         except (ValueError, RecursionError) as error:
             self._refuse_encoding(text.partition("\n")[0])
-            message = f"{self.path} is not JSON ({error}); write it again"
+            is_lines = parse_object(text.lstrip().partition("\n")[0]) is not None
+            advice = "it has an object a line: name it .jsonl" if is_lines else "write it again"
+            message = f"{self.path} is not JSON ({error}); {advice}"
             raise UnreadableTableError(message, _count_objects(text)) from None
         if isinstance(records, list):
             return records

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.compose import load_settings
+from sfumato.conditions import check_allowed, is_path
 from sfumato.config import EvaluateConfig, SampleConfig, TrainConfig
 from sfumato.config.saved import flatten
-from sfumato.run.identity import changed, contents_of, is_path, read_notes, typed
+from sfumato.run.identity import changed, contents_of, read_notes, typed
 from sfumato.training.folder import RunFolder
 
 ROOMS = ("model", "reward")  # whose files a run needs after its training
@@ -63,6 +64,7 @@ def open_run(request: SampleConfig | EvaluateConfig) -> OpenedRun:
     """
     folder = RunFolder(Path(str(request.run)))
     settings = load_settings(folder.config)
+    check_allowed(request.allow_changed, settings)
     # A run may come from a stranger: whether to trust pickles is for the user to say.
     settings.model.allow_pickle = request.allow_pickle
     settings.model.variant = request.model.variant or settings.model.variant

@@ -1,4 +1,4 @@
-"""Limits of a model, read from its JSON files before a weight is loaded: sizes and steps."""
+"""Limits of a model, read from its JSON files before a weight is loaded: sizes, steps, guidance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from sfumato.config import SamplerConfig
 
 @dataclass(frozen=True)
 class Limits:
-    """Image sizes and sampling steps that a model can do."""
+    """Image sizes, sampling steps and guidance that a model can do."""
 
     channels: int  # of latents
     factor: int  # pixels of a side per latent
@@ -17,7 +17,7 @@ class Limits:
     min_steps: int = 1  # of a sampling run
     max_steps: int | None = None  # of a sampling run; None if time is continuous
     largest: int | None = None  # pixels of a side, if positions come from a table
-    has_cfg: bool = True  # whether guidance is classifier-free
+    has_cfg: bool = True  # False if guidance is an input of the network
 
 
 def check_side(name: str, pixels: int, limits: Limits) -> None:

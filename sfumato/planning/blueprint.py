@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.config import DraftConfig, TrainConfig
+from sfumato.config import AdjointMatchingConfig, DirectConfig, DraftConfig, TrainConfig
 from sfumato.data.sample import Encoded, Sample
 from sfumato.data.stream import Pair
 from sfumato.diffusion.randomness import Rng
@@ -24,6 +24,7 @@ from sfumato.objectives.objective import Objective, Piece
 from sfumato.objectives.supervised import Supervised
 from sfumato.planning.described import describe_pipeline, is_described
 from sfumato.planning.step import forward_flops
+from sfumato.rewards.reward import Reward
 from sfumato.run.build import build_objective, build_scorer
 from sfumato.run.open_data import frame_size
 
@@ -44,7 +45,7 @@ class Blueprint:
 
     model: PipelineModel
     objective: Objective[Any]
-    reward: nn.Module | None
+    reward: Reward | None
     row: Any
     size: tuple[int, int]
     assumed: tuple[str, ...]
@@ -77,6 +78,10 @@ class Blueprint:
             return [partial(quiet, piece) for piece in found]
 
         return begin
+
+    def sampling(self, config: TrainConfig) -> "Blueprint":
+        """Return the same networks, for a recipe of another number of sampling steps."""
+        return replace(self, objective=build_objective(config, self.reward))
 
     def encoding_flops(self) -> int:
         """Return the FLOPs of encoding one image and its caption."""
@@ -145,17 +150,38 @@ def _sample(config: TrainConfig, model: PipelineModel, size: tuple[int, int]) ->
 def steps_alike(config: TrainConfig) -> tuple[TrainConfig, int]:
     """Leave out sampling steps that cost what others do; return the recipe, and how many those are.
 
-    Steps before DRaFT's window record no graph: all of them take the FLOPs of one, and none adds to
-    the peak of memory. A window of random length is planned at its longest. Steps inside an
-    interval of guidance cost more than others, so that none is left out.
+    Steps without a graph all take the FLOPs of one, and none adds to the peak of memory. A window
+    of random length is planned at its longest. Steps inside an interval of guidance cost more than
+    others, so that none is left out.
     """
-    draft, steps = config.objective, config.sampler.rollout_steps
-    if not isinstance(draft, DraftConfig):
-        return config, 0
-    window = draft.truncation_steps if draft.truncation_range is None else draft.truncation_range[1]
-    draft = replace(draft, truncation_steps=window, truncation_range=None)
-    shortest = min(steps, window + 1) if config.sampler.guidance_interval is None else steps
-    return with_steps(replace(config, objective=draft), shortest), steps - shortest
+    objective, steps = config.objective, config.sampler.rollout_steps
+    match objective:
+        case DraftConfig(truncation_range=bounds):
+            active = objective.truncation_steps if bounds is None else bounds[1]
+            objective = replace(objective, truncation_steps=active, truncation_range=None)
+        case DirectConfig():
+            active = active_of(objective, steps)
+            objective = replace(objective, path="sum", steps="last", active_steps=active)
+            objective = replace(objective, weights="sigma", early_stop=None)
+        case AdjointMatchingConfig():
+            active = objective.trained_steps
+        case _:
+            return config, 0
+    shortest = min(steps, active + 1) if config.sampler.guidance_interval is None else steps
+    return with_steps(replace(config, objective=objective), shortest), steps - shortest
+
+
+def active_of(direct: DirectConfig, steps: int) -> int:
+    """Return how many steps of a rollout predict again with a gradient, at most."""
+    if direct.path in ("leap", "lagrange"):
+        return min(steps, 2 if direct.path == "leap" else 4)
+    match direct.steps:
+        case "all":
+            return steps
+        case "listed":
+            return len(direct.listed or ())
+        case _:
+            return direct.active_steps
 
 
 def with_steps(config: TrainConfig, steps: int) -> TrainConfig:

@@ -130,4 +130,9 @@ def largest_rows(cost: Callable[[int], int], room: int, rows: int) -> int:
     guess = min(LARGEST, max(1, int(near + (room - cost(near)) / slope)))
     if cost(guess) <= room:
         return guess
+    low = near if cost(near) <= room else 0
+    if low:  # along a line, the last that fits
+        low += int((guess - low) * (room - cost(low)) / (cost(guess) - cost(low)))
+    if low and cost(low) <= room < cost(low + 1):
+        return low
     return bisect_right(range(1, guess), room, key=cost)

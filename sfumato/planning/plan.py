@@ -100,7 +100,7 @@ def make_plan(config: PlanConfig) -> Plan:
     cost, rows = memory[0].cost, training.micro_batch_size
     if left_out:
         longer = with_steps(short, short.sampler.rollout_steps + 1)
-        cost = extended(cost, cost_of(longer, read_blueprint(longer), rows), left_out)
+        cost = extended(cost, cost_of(longer, blueprint.sampling(longer), rows), left_out)
     encoding = cost.others // rows or blueprint.encoding_flops()
     executed = cost.executed // rows
     peak = peak_flops(gpu, training.precision, training.peak_tflops)

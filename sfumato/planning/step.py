@@ -140,23 +140,22 @@ def measure_pieces(
     """
     networks = nn.ModuleList([trained, *frozen])
     parameters = list(networks.parameters())
-    own, everything = FlopCounter([trained, *trained.children()]), FlopCounter()
+    counter = FlopCounter([trained, *trained.children()])
     ledger, precision = Ledger([*parameters, *networks.buffers()]), MetaPrecision()
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     hooks = [each.register_post_accumulate_grad_hook(ledger.gained) for each in learning]
-    forward = others = 0
+    forward = 0
 
     def count(run: Callable[[], T]) -> T:
-        nonlocal forward, others
-        before = own.flops, everything.flops
+        nonlocal forward
+        before = counter.flops
         with precision.autocast(dtype), MetaValues():
             done = run()
-        mine, all_ = own.flops - before[0], everything.flops - before[1]
-        forward, others = forward + mine, others + all_ - mine
+        forward += counter.flops - before
         return done
 
     try:
-        with ledger, everything, own.counting(), precision.inside(networks):
+        with ledger, counter.counting(), precision.inside(networks):
             for piece in count(pieces):
                 count(piece).backward()
     finally:
@@ -166,9 +165,9 @@ def measure_pieces(
             parameter.grad = None
     return StepCost(
         forward=forward,
-        flops=own.flops,
-        others=others,
-        executed=everything.executed,
+        flops=counter.flops,
+        others=counter.others,
+        executed=counter.executed + counter.others,
         activations=ledger.activations,
         with_gradients=ledger.with_gradients,
     )

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ from sfumato.report.tables import (
 from sfumato.training.folder import RunFolder
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# The end of every report, also of those of earlier versions.
-_MARK = re.compile(rb"<footer>Written by Sfumato [^<]{1,40}</footer>\s*</body>\s*</html>\s*\Z")
+# The end of every report; those of earlier versions have no sum of what stands before it.
+_MARK = re.compile(
+    rb"<footer>Written by Sfumato [^<]{1,40}</footer>\s*</body>\s*</html>\s*"
+    rb"(?P<line><!-- SHA-256 of the page: (?P<sum>[0-9a-f]{64}) -->\s*)?\Z"
+)
 
 
 def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str = "") -> Path:
@@ -73,7 +77,9 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str
     }
     html = environment.get_template(TEMPLATE.name).render(page=page)
     # A text of a run may hold lone surrogates, which no file can.
-    write_text(out, html.encode(errors="replace").decode())
+    whole = html.encode(errors="replace") + b"\n"
+    line = f"<!-- SHA-256 of the page: {sha256(whole).hexdigest()} -->\n"
+    write_text(out, whole.decode() + line)
     return out
 
 
@@ -85,10 +91,19 @@ def refuse_other(out: Path) -> None:
     """
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give a file, such as {out / 'report.html'}")
-    if os.path.lexists(out) and not (out.is_file() and _MARK.search(out.read_bytes()[-200:])):
+    if os.path.lexists(out) and not (out.is_file() and _is_report(out.read_bytes())):
         raise ValueError(
-            f"{out} is in the way, and no report that Sfumato wrote; give another file (--out)"
+            f"{out} is in the way, and no report as Sfumato wrote it; give another file (--out)"
         )
+
+
+def _is_report(page: bytes) -> bool:
+    """Say whether Sfumato wrote a page, and nobody has edited it since."""
+    mark = _MARK.search(page, max(0, len(page) - 300))
+    return mark is not None and (
+        mark["sum"] is None
+        or sha256(page[: mark.start("line")]).hexdigest() == mark["sum"].decode()
+    )
 
 
 def _content(records: Sequence[RunRecord]) -> dict[str, Any]:

@@ -10,17 +10,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sfumato.conditions import STARTS, named_files
 from sfumato.config import TrainConfig
-from sfumato.config.saved import flatten
 from sfumato.data.paths import expand_pattern
 from sfumato.files import digest, sha256_of, write_text
 from sfumato.records import read_record
 
 MEMORY = "contents.json"  # in a run folder
 MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")
-MODELS = ("pretrained", "processor", "autoencoder", "text_encoder", "tokenizer", "scheduler")
 BESIDE = ("adapter_config.json", "open_clip_config.json")  # state how a file's weights are meant
-STARTS = ("model.lora.start", "model.network.from_pretrained")  # read before the first step
 DATA = ("data.", "validation.")  # settings of pictures and prompts
 THREADS = 4
 READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are compared
@@ -43,8 +41,7 @@ def contents_of(
         started: leave out the weights that a run needs only to begin.
         sections: of the settings; the files of other sections are not looked at.
     """
-    rooms = {name: value for name, value in asdict(config).items() if name in sections}
-    named = {typed(key): value for key, value in flatten(rooms).items() if is_path(key, value)}
+    named = {k: v for k, v in named_files(config).items() if k.partition(".")[0] in sections}
     return digests({k: v for k, v in named.items() if not (started and k in STARTS)}, run)
 
 
@@ -88,18 +85,6 @@ def typed(key: str) -> str:
     return key.replace(".reward.", ".") if key.startswith("reward.parts.") else key
 
 
-def is_path(key: str, value: object) -> bool:
-    """Say whether a setting names files whose content counts."""
-    room, _, name = key.rpartition(".")
-    if not (isinstance(value, str) and value) or key.startswith("data.shards"):
-        return False
-    if key in (*STARTS, "model.network.config", "data.prompts", "validation.prompts"):
-        return True
-    if room.startswith(("model", "reward")):
-        return name in MODELS or (room.startswith("model.merge.") and name == "path")
-    return name == "path" and room.startswith(("data.images", "validation.images"))
-
-
 def digests(named: Mapping[str, str], run: Path) -> dict[str, str]:
     """Return the digest of each path that exists, by its key; a run folder remembers the sums."""
     notes = read_notes(run)
@@ -112,10 +97,10 @@ def digests(named: Mapping[str, str], run: Path) -> dict[str, str]:
 
 def repeated_pictures(config: TrainConfig, run: Path) -> tuple[int, int]:
     """Return how many validation pictures are of the same bytes as training's, and of how many."""
-    known, flat, rooms = read_notes(run).files, flatten(asdict(config)), []
+    known, named, rooms = read_notes(run).files, named_files(config), []
     for room in ("validation.images", "data.images"):
-        named = ((k, str(v)) for k, v in flat.items() if k.startswith(room) and is_path(k, v))
-        paths = [path for k, v in named for path in _paths_of(v, k) if not path.endswith(".txt")]
+        own = ((key, value) for key, value in named.items() if key.startswith(room))
+        paths = [path for k, v in own for path in _paths_of(v, k) if not path.endswith(".txt")]
         rooms.append({known[path][-1] for path in paths if path in known})
     return len(rooms[0] & rooms[1]), len(rooms[0])
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from sfumato.conditions import why_unread
-from sfumato.config import ModelConfig, TrainConfig
+from sfumato.conditions import leaves_of, why_unread
+from sfumato.config import DraftConfig, ModelConfig, TrainConfig
 from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
 from sfumato.files import lock, refuse_link, write_text
@@ -73,10 +73,18 @@ def check_model(config: TrainConfig, folder: RunFolder) -> Limits:
     Raises:
         ValueError: if the model, or the weights to start from, cannot be used.
     """
-    if not list_checkpoints(folder.checkpoints):
+    begins, objective = not list_checkpoints(folder.checkpoints), config.objective
+    if begins:
         check_start(config.model)
     family, path = find_family(config.model, config.sampler)
-    return family.read_limits(path)
+    limits = family.read_limits(path)
+    mode = objective.cfg_gradient if isinstance(objective, DraftConfig) else "full"
+    if begins and mode != "full" and not limits.has_cfg:
+        raise ValueError(
+            f"objective.cfg_gradient={mode} has no effect on this model, whose network takes "
+            "guidance as an input; leave it out"
+        )
+    return limits
 
 
 @contextmanager
@@ -115,7 +123,8 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
     if folder.config.exists() and started:
         before, others = read_notes(folder.path).began, changed(folder.path, contents)
         saved = read_saved(folder.path, "restore the file, or choose another name (name=...)")
-        differing = differences(flatten(saved), flatten(settings))
+        defaults = {key: default for key, _, default in leaves_of(config)}
+        differing = differences(flatten(saved), flatten(settings), defaults)
         same = contents.keys() & before.keys() - set(others)
         same |= {key for key in differing if why_unread(config, key) is not None}
         if differing := {key: text for key, text in differing.items() if key not in same}:

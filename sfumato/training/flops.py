@@ -35,11 +35,12 @@ class FlopCounter(TorchDispatchMode):
     Attributes:
         flops: of the model so far.
         executed: with what is computed again.
+        others: of forwards outside of the networks.
     """
 
     def __init__(self, networks: Sequence[nn.Module] = ()) -> None:
         super().__init__()
-        self.flops = self.executed = 0
+        self.flops = self.executed = self.others = 0
         self._networks = networks
         self._inside = 0 if networks else 1
 
@@ -52,12 +53,14 @@ class FlopCounter(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         in_backward = torch._C._current_graph_task_id() != -1
+        flops = flops_of(func, args, kwargs or {}, out)
         if in_backward or self._inside:
-            flops = flops_of(func, args, kwargs or {}, out)
             self.executed += flops
             # In a backward, only what is computed again records a graph.
             if not (in_backward and torch.is_grad_enabled()):
                 self.flops += flops
+        else:
+            self.others += flops
         return out
 
     @contextmanager
