@@ -66,6 +66,12 @@ class MetaPrecision(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func is torch.autograd.grad:  # forwards inside a backward enter by themselves
+            depth, self._depth = self._depth, 0
+            try:
+                return func(*args, **(kwargs or {}))
+            finally:
+                self._depth = depth
         name, kwargs = func.__name__, dict(kwargs or {})
         casts = torch.is_autocast_enabled("cpu")
         if casts and name in LOWERED:
