@@ -29,7 +29,6 @@ from measure import machine, peak_of_steps, quiet, time_pairs, turn
 
 STARTED = time.monotonic()
 PAIRS = 5  # turns of each loop at most
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,8 @@ def main() -> None:
         write_settings(Path(name), "tiny" if options.tiny else "real")
         print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
         for part in options.parts:
-            results[part] = run(part, options, Path(name))
+            title = f"tiny {part}" if options.tiny else PARTS[part].title
+            results[part] = {"title": title, **run(part, options, Path(name))}
             print(row(PARTS[part], results[part]), flush=True)
             if options.out:
                 write_json(options.out, results)
@@ -154,7 +154,10 @@ def run(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    """Write the whole file or nothing: the process may be stopped at any time."""
+    begun = file.with_name(f"{file.name}.part")
+    begun.write_text(json.dumps(content, indent=2) + "\n")
+    begun.replace(file)
 
 
 def row(part: Part, result: dict[str, Any]) -> str:
@@ -170,7 +173,7 @@ def row(part: Part, result: dict[str, Any]) -> str:
         remarks.append(f"float32 divergence: {result['float32_share']:.0%} of the time")
     ratio, apart = (cell(name, ".3g")[0] for name in ("ratio", "gradient"))
     cells = [
-        *(part.title, str(result.get("batch", part.batch))),
+        *(result["title"], str(result.get("batch", part.batch))),
         *(*cell("images_per_second", ".4g"), ratio),
         *(*cell("mfu", ".3f"), *cell("peak_gib", ".3g")),
         *("-" if part.target is None else f"{part.target:g}", apart, "; ".join(remarks)),
@@ -208,7 +211,7 @@ def measure(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[str]
     part, device = PARTS[options.part], "cpu" if options.tiny else "cuda"
     make_random(device)
     batch = int(options.batch.get(options.part, 4 if options.tiny else part.batch))
-    found |= {"title": part.title, "batch": batch, "machine": machine(device)}
+    found |= {"batch": batch, "machine": machine(device)}
     ours, open_bare = OPENERS[part.kind](part, options, batch, device)
     yield "built"
     bare = None
@@ -247,7 +250,7 @@ def measure(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[str]
 
 def rates(ours: Any, seconds: float, batch: int) -> dict[str, float]:
     """Return images per second and, where the device's peak is known, the MFU."""
-    return ours.state.meter.rates(seconds) | {"images_per_second": batch / seconds}
+    return {"images_per_second": batch / seconds, **ours.state.meter.rates(seconds)}
 
 
 def allocated(device: str) -> float:

@@ -1,11 +1,18 @@
 """Benchmarks: they import in the suite, and run in `make nightly`."""
 
+import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import gpu
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -45,3 +52,105 @@ def test_reading_is_measured_raw_and_cached():
     rows = re.findall(r"^\| (\w+) \| 64 \| 1 \| ([\d.]+) \| ([\d.]+) \|", output, re.MULTILINE)
     assert [source for source, *_ in rows] == ["original", "resized", "cache"]
     assert all(float(rate) > 0 for _, *rates in rows for rate in rates)
+
+
+def gpu_parts(out: Path, *arguments: str) -> dict[str, Any]:
+    """Measure parts with tiny networks; return the results, each a line of the table too."""
+    table = run("gpu", "--tiny", "--out", str(out), *arguments)
+    results = json.loads(out.read_text())
+    lines = [line for line in table.splitlines() if line.startswith("| tiny")]
+    assert [line.split("|")[1].strip() for line in lines] == [f"tiny {name}" for name in results]
+    for line, result in zip(lines, results.values(), strict=True):
+        assert all(result[key] in line for key in ("error", "bare_error") if key in result)
+    return results
+
+
+def test_every_part_of_the_gpu_script_runs_on_a_cpu(tmp_path: Path):
+    """In float32 our loops and the bare ones have the same gradients."""
+    results = gpu_parts(tmp_path / "out.json", "--dtype", "float32")
+    assert list(results) == list(gpu.PARTS)
+    for result in results.values():
+        assert not {"error", "bare_error"} & result.keys()
+        assert result["loss"] < 1e-5
+        assert result["gradient"] < 1e-4
+        for side in ("", "bare_"):
+            assert result[f"{side}images_per_second"] > 0
+            assert result[f"{side}tflops_per_second"] > 0
+            assert result[f"{side}peak_gib"] > 0
+
+
+def test_a_part_that_fails_leaves_the_others(tmp_path: Path):
+    """It fails before, between and after others; bfloat16 takes the divergence in float32."""
+    names = ["sft_full", "sparse", "sft_lora"]
+    broken = ["--batch", "sft_full=0", "--batch", "sft_lora=none"]
+    results = gpu_parts(tmp_path / "out.json", "--parts", *names, *broken)
+    assert list(results) == names
+    assert "invalid literal for int() with base 10: 'none'" in results["sft_lora"]["error"]
+    assert "error" in results["sft_full"]
+    assert "error" not in results["sparse"]
+    assert results["sparse"]["gradient"] < 1e-2
+    assert 0 < results["sparse"]["float32_share"] < 1
+
+
+def test_parts_that_no_longer_fit_are_left_out(tmp_path: Path):
+    results = gpu_parts(tmp_path / "out.json", "--seconds", "1")
+    assert list(results) == list(gpu.PARTS)
+    assert {result["error"] for result in results.values()} == {
+        "left out: 0 s of --seconds are left"
+    }
+
+
+@pytest.mark.parametrize(
+    ("script", "most", "error"),
+    [
+        ("import time; time.sleep(60)", 0.5, "stopped after 0 s"),
+        ("import sys; sys.exit(3)", 60.0, "its process ended with 3"),
+        ("import os; os.kill(os.getpid(), 9)", 60.0, "its process ended with -9"),
+    ],
+)
+def test_what_a_process_had_found_is_kept(
+    script: str, most: float, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "child.py"
+    found = tmp_path / "draft.json"
+    file.write_text(script)
+    monkeypatch.setattr(gpu, "__file__", str(file))
+    monkeypatch.setitem(gpu.PARTS, "draft", replace(gpu.PARTS["draft"], least=0.0, most=most))
+    monkeypatch.setattr(gpu, "STARTED", gpu.time.monotonic())
+    options = Namespace(seconds=100.0, tiny=True)
+    with (tmp_path / "log").open("w") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        if most > 1:
+            assert gpu.run("draft", options, tmp_path) == {"error": error}
+        found.write_text('{"images_per_second": 2.0}')
+        result = gpu.run("draft", options, tmp_path)
+    assert result["images_per_second"] == 2.0
+    assert most > 1 or result["error"] == error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "CUDA out of memory. Tried"),
+        (ValueError("a | b"), "ValueError: a / b"),
+    ],
+)
+def test_our_loop_is_measured_without_the_bare_one(
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    meter = SimpleNamespace(rates=lambda seconds: {"mfu": 0.25})
+    ours = SimpleNamespace(step=lambda: 0.0, state=SimpleNamespace(meter=meter))
+
+    def open_bare() -> Any:
+        raise error
+
+    monkeypatch.setattr("random_networks.make_random", lambda device: None)
+    monkeypatch.setitem(gpu.OPENERS, "draft", lambda *_: (ours, open_bare))
+    options = Namespace(part="draft", tiny=True, batch={}, seconds=60.0, out=tmp_path / "out.json")
+    result = gpu.measured(options)
+    assert result["mfu"] == 0.25
+    assert result["images_per_second"] > 0
+    assert result["peak_gib"] > 0
+    line = gpu.row(gpu.PARTS["draft"], {"title": "draft", **result})
+    assert told in line
+    assert line.count("|") == len(gpu.HEAD) + 1
