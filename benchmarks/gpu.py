@@ -13,15 +13,16 @@ gradients of the two loops are compared. MFU counts the model's FLOPs as `sfumat
 import argparse
 import gc
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ PARTS = {
     ),
 }
 TINY_STEPS = 6  # of sampling
+IMPORTS = ["torch", "transformers", "diffusers", "peft", "accelerate", "sfumato.run.build"]
 HEAD = (
     "part",
     "batch",
@@ -87,9 +89,10 @@ HEAD = (
 
 def main() -> None:
     options = parse()
-    if options.part:
-        write_json(options.out, measured(options))
-        return
+    if options.tiny:  # accelerate would take the GPU; compiling on a CPU takes minutes
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+        os.environ["OMP_NUM_THREADS"] = "1"  # threads of tiny networks wait for each other
+    multiprocessing.set_forkserver_preload(IMPORTS)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         quiet()
@@ -107,7 +110,7 @@ def main() -> None:
     print(f"\n{told}; {time.monotonic() - STARTED:.0f} s in all", flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse() -> Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=480, help="for all parts together")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
@@ -117,8 +120,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="tiny networks on the CPU")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.batch = dict(each.split("=") for each in options.batch)
     if unknown := set(options.batch) - set(PARTS):
@@ -129,27 +130,25 @@ def parse() -> argparse.Namespace:
 # The process that runs the parts
 
 
-def run(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def run(name: str, options: Namespace, folder: Path) -> dict[str, Any]:
     """Measure a part in a process of its own, and say what went wrong if something did."""
     part, left = PARTS[name], options.seconds - (time.monotonic() - STARTED)
     if left < part.least:
         return {"error": f"left out: {max(left, 0):.0f} s of --seconds are left"}
     seconds, out = min(left, part.most), folder / f"{name}.json"
-    # Of options given twice the last holds.
-    command = [sys.executable, __file__, *sys.argv[1:], "--part", name, "--folder", str(folder)]
-    command += ["--seconds", str(seconds), "--out", str(out)]
-    environment = dict(os.environ)
-    if options.tiny:  # accelerate would take the GPU; compiling on a CPU takes minutes
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+    given = {"part": name, "folder": folder, "seconds": seconds, "out": out}
+    # A process that has used a GPU must not be copied; without one that saves the imports.
+    context = get_context("forkserver" if options.tiny else "spawn")
+    process = context.Process(target=work, args=(Namespace(**{**vars(options), **given}),))
+    process.start()
+    process.join(seconds)
     found: dict[str, Any] = {}
-    try:
-        done = subprocess.run(
-            command, stdout=sys.stderr, timeout=seconds, check=False, env=environment
-        )
-        if not out.exists():
-            found["error"] = f"its process ended with {done.returncode}"
-    except subprocess.TimeoutExpired:
+    if process.is_alive():
+        process.kill()
+        process.join()
         found["error"] = f"stopped after {seconds:.0f} s"
+    elif process.exitcode:
+        found["error"] = f"its process ended with {process.exitcode}"
     return (json.loads(out.read_text()) if out.exists() else {}) | found
 
 
@@ -184,7 +183,13 @@ def row(part: Part, result: dict[str, Any]) -> str:
 # The process of one part
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
+def work(options: Namespace) -> None:
+    """Measure `options.part` and write what was found; the table alone goes to stdout."""
+    os.dup2(2, 1)
+    write_json(options.out, measured(options))
+
+
+def measured(options: Namespace) -> dict[str, Any]:
     """Measure one part; what was found before a failure is kept."""
     found: dict[str, Any] = {}
     try:
@@ -203,7 +208,7 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def measure(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[str]:
+def measure(options: Namespace, found: dict[str, Any]) -> Iterator[str]:
     """Fill in what is found of a part, and say after each stage which it was."""
     from parity import compare
     from random_networks import make_random
@@ -286,7 +291,7 @@ def float32_share(ours: Any, device: str) -> float:
     return seconds / whole
 
 
-def open_draft(part: Part, options: argparse.Namespace, batch: int, device: str) -> Any:
+def open_draft(part: Part, options: Namespace, batch: int, device: str) -> Any:
     """Open DRaFT+ or direct gradients; return our loop, and a call that opens the bare one."""
     from bare_loop import BareLoop
     from bare_variants import ACTIVE, BareSparse, BareXl
@@ -317,7 +322,7 @@ def open_draft(part: Part, options: argparse.Namespace, batch: int, device: str)
     return open_ours(case, folder, objective, draw), lambda: Bare(case, folder, BareSparse)
 
 
-def open_sft(part: Part, options: argparse.Namespace, batch: int, device: str) -> Any:
+def open_sft(part: Part, options: Namespace, batch: int, device: str) -> Any:
     """Open supervised training from a cache in memory, as `open_draft` does."""
     from pretrain_step import Pretrain, open_bare, open_ours
 
