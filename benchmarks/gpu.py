@@ -15,6 +15,7 @@ import gc
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -96,8 +97,11 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         quiet()
+        import torch
         from random_networks import write_settings
 
+        if not options.tiny and not torch.cuda.is_available():
+            sys.exit("there is no GPU here; --tiny measures tiny networks on the CPU")
         write_settings(Path(name), "tiny" if options.tiny else "real")
         print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
         for part in options.parts:
@@ -115,16 +119,24 @@ def parse() -> Namespace:
     parser.add_argument("--seconds", type=float, default=480, help="for all parts together")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument(
-        "--batch", nargs="+", action="extend", default=[], metavar="PART=N", help="images per step"
+        "--batch", nargs="+", type=batch_of, default=[], metavar="PART=N", help="images a step"
     )
     parser.add_argument("--tiny", action="store_true", help="tiny networks on the CPU")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    options.batch = dict(each.split("=") for each in options.batch)
-    if unknown := set(options.batch) - set(PARTS):
-        parser.error(f"--batch names {', '.join(unknown)}; parts are {', '.join(PARTS)}")
+    options.batch = dict(options.batch)
     return options
+
+
+def batch_of(text: str) -> tuple[str, int]:
+    """Read PART=N."""
+    name, _, number = text.partition("=")
+    if name not in PARTS or not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not PART=N, such as draft=4; parts are {', '.join(PARTS)}"
+        )
+    return name, int(number)
 
 
 # The process that runs the parts
@@ -138,7 +150,7 @@ def run(name: str, options: Namespace, folder: Path) -> dict[str, Any]:
     seconds, out = min(left, part.most), folder / f"{name}.json"
     given = {"part": name, "folder": folder, "seconds": seconds, "out": out}
     # A process that has used a GPU must not be copied; without one that saves the imports.
-    context = get_context("forkserver" if options.tiny else "spawn")
+    context: Any = get_context("forkserver" if options.tiny else "spawn")
     process = context.Process(target=work, args=(Namespace(**{**vars(options), **given}),))
     process.start()
     process.join(seconds)
@@ -215,7 +227,7 @@ def measure(options: Namespace, found: dict[str, Any]) -> Iterator[str]:
 
     part, device = PARTS[options.part], "cpu" if options.tiny else "cuda"
     make_random(device)
-    batch = int(options.batch.get(options.part, 4 if options.tiny else part.batch))
+    batch = options.batch.get(options.part, 4 if options.tiny else part.batch)
     found |= {"batch": batch, "machine": machine(device)}
     ours, open_bare = OPENERS[part.kind](part, options, batch, device)
     yield "built"
@@ -233,7 +245,7 @@ def measure(options: Namespace, found: dict[str, Any]) -> Iterator[str]:
         return
     yield "one step"
     steps = 1 if options.tiny else part.steps
-    # Four single steps and the turns that warm up follow or precede the pairs.
+    # Single steps come before and after the pairs, to warm up and for share and peaks.
     left = options.seconds - (time.monotonic() - STARTED) - 10 * one
     pairs = 1 if options.tiny else max(1, min(PAIRS, int(left / (2.5 * steps * one))))
     timing = time_pairs(ours.step, bare.step, steps, pairs, device)

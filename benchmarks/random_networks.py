@@ -71,6 +71,7 @@ def make_random(device: str) -> None:
         report = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
         return (network, report) if options.get("output_loading_info") else network
 
-    towers: list[Any] = [CLIPModel, CLIPTextModel, CLIPTextModelWithProjection]
-    for kind in (UNet2DConditionModel, AutoencoderKL, *towers):
+    kinds: list[Any] = [UNet2DConditionModel, AutoencoderKL]
+    kinds += [CLIPModel, CLIPTextModel, CLIPTextModelWithProjection]
+    for kind in kinds:
         kind.from_pretrained = classmethod(build)

@@ -84,16 +84,27 @@ def test_every_part_of_the_gpu_script_runs_on_a_cpu(tmp_path: Path):
 
 
 def test_a_part_that_fails_leaves_the_others(tmp_path: Path):
-    """It fails before or after others; bfloat16 takes the divergence in float32."""
-    names = ["sft_full", "sparse", "sft_lora"]
-    broken = ["--batch", "sft_full=0", "--batch", "sft_lora=none"]
-    results = gpu_parts(tmp_path / "out.json", "--parts", *names, *broken)
+    """They fail for memory, before and after it; bfloat16 takes the divergence in float32."""
+    names = ["sft_full", "draft", "sft_lora"]
+    huge = [f"sft_full={10**15}", f"sft_lora={10**15}"]
+    results = gpu_parts(tmp_path / "out.json", "--parts", *names, "--batch", *huge)
     assert list(results) == names
-    assert "invalid literal for int() with base 10: 'none'" in results["sft_lora"]["error"]
-    assert "error" in results["sft_full"]
-    assert "error" not in results["sparse"]
-    assert results["sparse"]["gradient"] < 1e-2
-    assert 0 < results["sparse"]["float32_share"] < 1
+    for name in ("sft_full", "sft_lora"):
+        assert "memory" in results[name]["error"]
+        assert "images_per_second" not in results[name]
+    assert "error" not in results["draft"]
+    assert results["draft"]["gradient"] < 1e-2
+    assert 0 < results["draft"]["float32_share"] < 1
+
+
+@pytest.mark.parametrize("text", ["draft", "draft=", "draft=0", "draft=-1", "other=2", "draft=x"])
+def test_a_wrong_batch_is_refused(
+    text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--batch", "sparse=2", text])
+    with pytest.raises(SystemExit):
+        gpu.parse()
+    assert f"{text!r} is not PART=N, such as draft=4; parts are draft," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", list(gpu.PARTS))
