@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.config import TrainConfig
+from sfumato.config.objectives import ObjectiveConfig
 from sfumato.data.stream import Stream
 
 PROMPTS = ["a red star", "a small blue ring on a yellow background", "a cat", "two green squares"]
@@ -95,8 +96,13 @@ class Ours:
         return take_step(self.config, self.module, self.state, self.distribution)["loss"]
 
 
-def open_ours(case: Case, folder: Path) -> Ours:
-    """Return our DRaFT+ step."""
+def open_ours(
+    case: Case,
+    folder: Path,
+    objective: ObjectiveConfig | None = None,
+    draw: Callable[[Any, Any], Any] | None = None,
+) -> Ours:
+    """Return our step of DRaFT+, or of another objective and what it draws."""
     from sfumato.config import ClipRewardConfig, ColorRewardConfig, DraftConfig, SamplerConfig
     from sfumato.data.prompts import open_prompts
 
@@ -105,9 +111,10 @@ def open_ours(case: Case, folder: Path) -> Ours:
     config.sampler = SamplerConfig(
         num_inference_steps=case.num_inference_steps, guidance_scale=GUIDANCE
     )
-    config.objective = DraftConfig(kl_coeff=KL_COEFF)
+    config.objective = objective or DraftConfig(kl_coeff=KL_COEFF)
     config.reward = clip if case.reward == "clip" else ColorRewardConfig()
-    return Ours(config, open_prompts(str(folder / "prompts.txt"), shuffle=False), starting_noise)
+    prompts = open_prompts(str(folder / "prompts.txt"), shuffle=False)
+    return Ours(config, prompts, draw or starting_noise)
 
 
 def starting_noise(model: Any, rng: Any) -> Any:
@@ -144,13 +151,17 @@ def train_config(case: Step, folder: Path) -> TrainConfig:
 
 
 class Bare:
-    """The bare loop on the same prompts, in the same order."""
+    """The bare loop on the same prompts, in the same order.
 
-    def __init__(self, case: Case, folder: Path) -> None:
+    Args:
+        kind: class of the loop, BareLoop by default.
+    """
+
+    def __init__(self, case: Case, folder: Path, kind: Callable[[Any], Any] | None = None) -> None:
         import torch
         from bare_loop import BareLoop, BareSettings
 
-        self.loop = BareLoop(
+        self.loop = (kind or BareLoop)(
             BareSettings(
                 pipeline=folder / "pipeline",
                 reward=folder / "reward" if case.reward == "clip" else None,
@@ -179,11 +190,9 @@ class Bare:
     def parameters(self) -> dict[str, Any]:
         return {n: p for n, p in self.loop.unet.named_parameters() if p.requires_grad}
 
-    def step(self, noise: Any = None) -> float:
-        import torch
-
+    def step(self, draws: Any = None) -> float:
         rows = range(self.taken * self.batch, (self.taken + 1) * self.batch)
         self.taken += 1
-        if noise is None:
-            noise = torch.randn(self.shape).to(self.loop.settings.device)
-        return self.loop.step([PROMPTS[i % len(PROMPTS)] for i in rows], noise)
+        if draws is None:
+            draws = self.loop.draws(self.shape)
+        return self.loop.step([PROMPTS[i % len(PROMPTS)] for i in rows], draws)

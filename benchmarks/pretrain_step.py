@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
-from loops import CLIP_NORM, EMA, LR, PROMPTS, Ours, Step, train_config
+from loops import CLIP_NORM, EMA, LR, PROMPTS, RANK, Ours, Step, train_config
 from measure import (
     CLOCKS,
     Timing,
@@ -82,18 +82,22 @@ class BarePretrain:
 
     def __init__(self, case: Pretrain, pipeline: Path, moments: Any, states: Any) -> None:
         import torch
-        from bare_loop import Update
+        from bare_loop import LAYERS, Update, add_lora
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
         self.half = torch.bfloat16 if case.dtype == "bfloat16" else None
         self.device, self.batch, self.taken = torch.device(case.device), case.batch, 0
-        types = {"default": self.half or torch.float32, "unet": torch.float32}
+        frozen = self.half or torch.float32
+        types = {"default": frozen, "unet": torch.float32 if case.full else frozen}
         parts: Any = DiffusionPipeline.from_pretrained(pipeline, dtype=types, local_files_only=True)
         self.frozen = [part.to(self.device).eval() for part in (parts.vae, parts.text_encoder)]
         self.scheduler, self.network = parts.scheduler, parts.unet.to(self.device).eval()
         self.scaling = parts.vae.config.scaling_factor
         if case.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
+        if not case.full:
+            self.network.requires_grad_(False)
+            add_lora(self.network, RANK, LAYERS)
         if case.channels_last:
             self.network.to(memory_format=torch.channels_last)
         if case.compile == "regional":
@@ -109,7 +113,7 @@ class BarePretrain:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        return dict(self.network.named_parameters())
+        return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
 
     def step(self, draws: Any = None) -> float:
         """Take one optimiser step on the next rows of the cache; return the loss."""
@@ -139,7 +143,8 @@ class BarePretrain:
         target = draws.noise
         if self.scheduler.config.prediction_type == "v_prediction":
             target = self.scheduler.get_velocity(x0, draws.noise, steps)
-        raw = self.network(x_t, steps, states.float()).sample
+        dtype = self.network.dtype
+        raw = self.network(x_t.to(dtype), steps, states.to(dtype)).sample
         return F.mse_loss(raw.float(), target)
 
 
@@ -215,7 +220,7 @@ def held_cache(folder: Path, count: int) -> tuple[Any, Any]:
 
     unet, text = settings("unet"), settings("text_encoder")
     rng, side = torch.Generator().manual_seed(0), unet["sample_size"]
-    mean = torch.randn(count, unet["in_channels"], side, side, generator=rng)
+    mean = torch.randn(count, unet.get("in_channels", 4), side, side, generator=rng)
     tokens, width = text["max_position_embeddings"], unet["cross_attention_dim"]
     states = torch.randn(count, tokens, width, generator=rng)
     return torch.cat([mean, torch.full_like(mean, -4.0)], 1).half(), states.half()
