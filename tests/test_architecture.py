@@ -85,7 +85,7 @@ SAMPLES = ("data.stream", "data.sample")
 # What else of the wings a place of the core may import.
 CROSSINGS: dict[str, tuple[str, ...]] = {
     # Assembly: the place where the core meets data, caches and networks from elsewhere.
-    "run": ("data", "models.origins", "preparation.encoder_hash"),
+    "run": ("data", "models.origins", "preparation.encoder_hash", "preparation.image_cache"),
     # A reward's model is read from the files of transformers or OpenCLIP.
     "rewards": ("clip",),
     # A family names its layers as the LoRA files of other trainers do; loading reads such files.
@@ -134,7 +134,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "safetensors": (
         (
             *("files", "models", "clip", "training.checkpoint", "demo", "weights"),
-            *("data.prepared.cache", "preparation.precache"),
+            *("data.prepared.tensors", "preparation.precache"),
             "preparation.encoder_hash",
         ),
         FILES,
