@@ -75,6 +75,11 @@ class Pictures:
         buckets = self.buckets[shard * SHARD : (shard + 1) * SHARD]
         return [i for i, each in enumerate(buckets) if bucket in (None, each)]
 
+    @staticmethod
+    def number(shard: int, row: int) -> int:
+        """Return the number of a picture of a shard."""
+        return shard * SHARD + row
+
 
 @dataclass(frozen=True)
 class CacheFolders:
@@ -136,7 +141,7 @@ def shard_name(shard: int) -> str:
 
 def made_of(cache: str, pictures: Pictures, shard: int, rows: Sequence[int]) -> str:
     """Return a hash of what decides a shard of a cache: pictures by size and time, and captions."""
-    numbers = [shard * SHARD + row for row in rows]
+    numbers = [pictures.number(shard, row) for row in rows]
     kind = pictures.captions if cache.startswith("text-") else lambda i: _state(pictures.entries[i])
     return digest([cache, [[pictures.entries[i].position, *kind(i)] for i in numbers]])
 

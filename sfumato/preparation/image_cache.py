@@ -6,7 +6,6 @@ from pathlib import Path
 
 from sfumato.config import ModelConfig, PrecacheConfig
 from sfumato.data.encoded import (
-    SHARD,
     CacheFolders,
     PictureCache,
     Pictures,
@@ -107,7 +106,7 @@ def _make(
     def make(shard: int, progress: Callable[[int], object]) -> None:
         for cache, bucket in lacking(pictures, folders, shard):
             rows = pictures.rows(shard, bucket)
-            samples = {row: _picture(pictures, shard * SHARD + row) for row in rows}
+            samples = {row: _picture(pictures, pictures.number(shard, row)) for row in rows}
             if bucket is None:
                 made = next(iter(encoders.values())).text(samples)
             else:
