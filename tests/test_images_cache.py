@@ -14,11 +14,20 @@ import torch
 from families import WRITERS, write_pictures
 from image_files import config_of, png, skip_counts
 from runs import assert_same_state, command, in_child, in_processes, kill, metrics, on_call, start
+from safetensors.torch import save_file
 from test_sums import flip as damaged
 from tiny_sd import load_tiny_sd, write_tiny_sd
 
 from sfumato.compose import compose_train
-from sfumato.config import ImageDataConfig, ModelConfig, TrainingConfig
+from sfumato.config import (
+    DataConfig,
+    ImageDataConfig,
+    MergeConfig,
+    ModelConfig,
+    SupervisedConfig,
+    TrainConfig,
+    TrainingConfig,
+)
 from sfumato.data import encoded as reading
 from sfumato.data import sample as sampling
 from sfumato.data.encoded import Pictures
@@ -32,7 +41,7 @@ from sfumato.models.stable_diffusion import StableDiffusion
 from sfumato.objectives.supervised import Supervised
 from sfumato.preparation import precache
 from sfumato.preparation.image_cache import cache_pictures
-from sfumato.run.open_data import is_cached
+from sfumato.run.open_data import is_cached, why_uncached
 from sfumato.training.distribution import Distribution
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -561,6 +570,26 @@ def test_what_switches_it_off_is_said(
         distribution.close()
     assert f"data.images.cache=auto: {said}" in capfd.readouterr().out
     assert (tmp_path / "run" / "cache").exists() == (key == "none")
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        ("text_encoder.layers.0.q_proj.lora_A.weight", "changes a text encoder"),
+        ("lora_te1_layers_0_q_proj.lora_down.weight", "changes a text encoder"),
+        ("unet.down_blocks.0.attn.to_q.lora_A.weight", None),
+    ],
+)
+def test_a_merged_lora_of_a_text_encoder_switches_it_off(
+    tmp_path: Path, layer: str, said: str | None
+) -> None:
+    save_file({layer: torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    images = ImageDataConfig(path="pictures", cache="auto")
+    config = TrainConfig(objective=SupervisedConfig(), data=DataConfig(images=images))
+    config.model.merge = {"mine": MergeConfig(str(tmp_path / "lora.safetensors"))}
+    why = why_uncached(config)
+    assert why is None if said is None else said in str(why)
+    assert is_cached(config) == (said is None)
 
 
 def test_a_run_that_began_without_goes_on_without(tmp_path: Path, sd_folder: Path) -> None:

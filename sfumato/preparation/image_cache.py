@@ -14,6 +14,7 @@ from sfumato.data.encoded import (
     shard_name,
 )
 from sfumato.data.prepared.folder import EMPTY, PreparedFolder
+from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import load_encoders
 from sfumato.preparation.encoder_hash import cache_identity
 from sfumato.preparation.encoding import Encoder, Picture, Shard
@@ -22,6 +23,7 @@ from sfumato.training.distribution import Distribution
 
 _DTYPE = "float16"
 _MOST_LOST = 0.5  # of the pictures of a size: a replacement is then found among the others
+_AT_ONCE, _PIXELS = 16, 16 * 512**2  # pictures that are encoded together, and their pixels at most
 _OTHERWISE = "set data.images.cache=off"
 
 
@@ -80,8 +82,7 @@ def _make(
 ) -> None:
     """Encode shards in turns, one on each process, and the empty prompt on the main one."""
     own = todo[distribution.rank :: distribution.world]
-    folder, text, empty = folders.folder, folders.of(None), Path(EMPTY).stem
-    settings = PrecacheConfig(flip=pictures.choices.flip, dtype=_DTYPE, workers=workers)
+    used, folder, text, empty = pictures.used, folders.folder, folders.of(None), Path(EMPTY).stem
     encoders: dict[int, Encoder] = {}
     with distribution.together():
         record = folder.tensors(text, empty).with_suffix(".json")
@@ -91,16 +92,9 @@ def _make(
         if own or lacks_empty:
             loaded = load_encoders(replace(model, dtype="float32", merge={}))
             loaded.to(distribution.device)
-            for bucket in pictures.used:
-                encoders[bucket] = Encoder(
-                    loaded,
-                    settings,
-                    pictures.choices.sizes[bucket],
-                    bounds=pictures.choices.bounds,
-                    otherwise=_OTHERWISE,
-                )
+            encoders = {bucket: _encoder(pictures, loaded, bucket, workers) for bucket in used}
         if lacks_empty:
-            states = next(iter(encoders.values())).empty
+            states = encoders[used[0]].empty
             write_shard(folder, text, empty, "", Shard(states, (0,), {}))
 
     def make(shard: int, progress: Callable[[int], object]) -> None:
@@ -108,13 +102,21 @@ def _make(
             rows = pictures.rows(shard, bucket)
             samples = {row: _picture(pictures, pictures.number(shard, row)) for row in rows}
             if bucket is None:
-                made = next(iter(encoders.values())).text(samples)
+                made = encoders[used[0]].text(samples)
             else:
                 made = encoders[bucket].moments(samples, progress)
             content = made_of(cache, pictures, shard, rows)
             write_shard(folder, cache, shard_name(shard), content, made)
 
     in_turns(todo, make, distribution)
+
+
+def _encoder(pictures: Pictures, model: TextToImageModel, bucket: int, workers: int) -> Encoder:
+    choices = pictures.choices
+    height, width = size = choices.sizes[bucket]
+    settings = PrecacheConfig(flip=choices.flip, dtype=_DTYPE, workers=workers)
+    settings.batch_size = max(1, min(_AT_ONCE, _PIXELS // (height * width)))
+    return Encoder(model, settings, size, bounds=choices.bounds, otherwise=_OTHERWISE)
 
 
 def _picture(pictures: Pictures, number: int) -> Picture:
