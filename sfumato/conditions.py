@@ -65,7 +65,8 @@ _DATA: Sequence[Row] = (
     (r"data\.(column|shuffle|buffer)", "data.prompts"),
     (r"data\.buffer", "data.shuffle"),
     (r"data\.(images|shards)\..+", _READS_IMAGES),
-    (rf"data\.images\.({_SHARED}|caption_lines)", _IMAGES),
+    (rf"data\.images\.({_SHARED}|caption_lines|cache)", _IMAGES),
+    (r"data\.images\.cache", "data.images.crop=center"),
     (rf"data\.shards\.({_SHARED}|buffer)", _SHARDS),
     (r"data\.images\.(base_path|image_column|caption_column|repeats)", "data.images.path"),
     (r"data\.shards\.(selection|repeats)", "data.shards.path"),
@@ -78,7 +79,7 @@ _DATA: Sequence[Row] = (
     (r"data\.verify", "data.shards.cached=false"),
     (r"validation\.column", "validation.prompts"),
     (r"validation\.(loss_images|images\..+)", "objective=supervised"),
-    (r"validation\.images\.(crop|flip|captions|buckets|shuffle|workers|prefetch)", _IN_ORDER),
+    (r"validation\.images\.(cache|crop|flip|captions|buckets|shuffle|workers|prefetch)", _IN_ORDER),
     (r"validation\.images\.(sources\..+\.)?(repeats|weight)", _IN_ORDER),
     (
         r"validation\.images\.(base_path|image_column|caption_column)",

@@ -77,7 +77,7 @@ WINGS = (
     *("evaluation", "report", "planning", "launch", "demo"),
 )
 OUTSIDE = ("config.commands",)  # settings of the wings, which stand beside those of training
-MAX_CORE = 10_000  # lines
+MAX_CORE = 10_057  # lines
 
 # Contracts for the whole core: a stream gives samples, whatever they are read from.
 SAMPLES = ("data.stream", "data.sample")
@@ -85,7 +85,7 @@ SAMPLES = ("data.stream", "data.sample")
 # What else of the wings a place of the core may import.
 CROSSINGS: dict[str, tuple[str, ...]] = {
     # Assembly: the place where the core meets data, caches and networks from elsewhere.
-    "run": ("data", "models.origins", "preparation.encoder_hash"),
+    "run": ("data", "models.origins", "preparation.encoder_hash", "preparation.image_cache"),
     # A reward's model is read from the files of transformers or OpenCLIP.
     "rewards": ("clip",),
     # A family names its layers as the LoRA files of other trainers do; loading reads such files.
@@ -134,7 +134,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "safetensors": (
         (
             *("files", "models", "clip", "training.checkpoint", "demo", "weights"),
-            *("data.prepared.cache", "preparation.precache"),
+            *("data.prepared.tensors", "preparation.precache"),
             "preparation.encoder_hash",
         ),
         FILES,

@@ -202,6 +202,7 @@ class ImageDataConfig(ImageSourceConfig):
     """Images with captions: one source, or several in `sources`, by any names."""
 
     sources: dict[str, Any] = entries(ImageSourceConfig)  # NAME: {path: ..., ...}
+    cache: str = choice("off", "auto")  # auto: encode all once, into runs_dir/NAME/cache
     crop: str = choice("center", "random")
     flip: bool = False  # mirror every second image, at random
     captions: str = choice("first", "random")  # of a picture that has several

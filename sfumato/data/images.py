@@ -8,6 +8,7 @@ from itertools import chain
 from sfumato.config import ImageDataConfig, ImageSourceConfig
 from sfumato.data.ahead import ahead
 from sfumato.data.decode import Bounds, RefusedImageError, read_header
+from sfumato.data.encoded import Pictures
 from sfumato.data.entries import Columns, Entry
 from sfumato.data.epochs import ListEpochs, RowPick
 from sfumato.data.left_out import SkipLog
@@ -25,7 +26,14 @@ _HEADERS_AHEAD = 1024
 def open_images(
     config: ImageDataConfig, *, height: int, width: int, divisor: int, seed: int
 ) -> OrderedStream[RowPick, Sample]:
-    """Open images for training: endless, shuffled, resumable at the exact sample.
+    """Open images for training, as `open_pictures`; the stream alone."""
+    return open_pictures(config, height=height, width=width, divisor=divisor, seed=seed)[0]
+
+
+def open_pictures(
+    config: ImageDataConfig, *, height: int, width: int, divisor: int, seed: int
+) -> tuple[OrderedStream[RowPick, Sample], Pictures]:
+    """Open images for training: a stream that is endless, shuffled, resumable at the exact sample.
 
     The header of every picture is read now, so that what cannot be used is known, counted and
     left out before training; only damaged pixels show later. What cannot be used is never fatal,
@@ -38,20 +46,27 @@ def open_images(
         divisor: with buckets, sides are multiples of it; a small one makes many small buckets.
         seed: decides order, crops and mirrors.
 
+    Returns:
+        The stream, and the pictures that it reads, which may be given a cache.
+
     Raises:
         ValueError: a setting is impossible, a source cannot be read, or has no usable sample.
     """
     settings = checked_sources("data.images", config)
     choices, log = choices_of(config, height, width, divisor), SkipLog()
     entries: list[Entry] = []
+    originals: list[Size] = []
+    places: list[int] = []
     shares: list[SourceShare] = []
     members: list[list[list[int]]] = []  # of each source and bucket: numbers of entries
     for name, source in settings.items():
         buckets: list[list[int]] = [[] for _ in choices.sizes]
         listed = _list(name, source, log, config.caption_lines)
         for entry, original in _usable(listed, choices.bounds, log):
-            buckets[nearest(original, choices.sizes)].append(len(entries))
+            places.append(nearest(original, choices.sizes))
+            buckets[places[-1]].append(len(entries))
             entries.append(entry)
+            originals.append(original)
         if not any(buckets):
             raise ValueError(
                 f"{name} ({source.path}) has no image that can be used: {log.report().summary()}"
@@ -64,13 +79,12 @@ def open_images(
         pool = [i for s in chosen for i in members[s][bucket] * shares[s].repeats]
         return ListEpochs(pool, key=key, seed=seed, shuffle=config.shuffle)
 
-    def read(pick: RowPick) -> Sample:
-        return choices.sample(entries[pick.row], pick.bucket, pick.seed)
-
     pools = build_pools(shares, choices.sizes, rows)
     guards = {"places": _guard(entries)}
     order = PoolOrder(pools, name="images", guards=guards, anywhere=len(entries))
-    return OrderedStream(order, read, log, workers=config.workers, prefetch=config.prefetch)
+    pictures = Pictures(entries, originals, places, choices)
+    workers, prefetch = config.workers, config.prefetch
+    return OrderedStream(order, pictures.read, log, workers=workers, prefetch=prefetch), pictures
 
 
 def validation_samples(

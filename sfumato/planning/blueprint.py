@@ -26,7 +26,7 @@ from sfumato.planning.described import describe_pipeline, is_described
 from sfumato.planning.step import forward_flops
 from sfumato.rewards.reward import Reward
 from sfumato.run.build import build_objective, build_scorer
-from sfumato.run.open_data import frame_size
+from sfumato.run.open_data import frame_size, is_cached
 
 PROMPT = " ".join("a" * 75)  # as long as CLIP reads
 
@@ -139,7 +139,7 @@ def _blueprint(
 def _sample(config: TrainConfig, model: PipelineModel, size: tuple[int, int]) -> Sample:
     """Return a training example without memory, encoded beforehand if the recipe's are."""
     shown: dict[str, Any] = {"caption": PROMPT, "original": size, "crop": (0, 0), "name": "plan"}
-    if not config.data.shards.cached:
+    if not is_cached(config):
         return Sample(torch.empty(3, *size, device="meta"), **shown)
     channels, *sides = model.latent_shape(*size)
     moments = torch.empty(2 * channels, *sides, dtype=torch.float16, device="meta")

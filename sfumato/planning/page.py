@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from sfumato.config import DraftConfig, PlanConfig, RewardedConfig
 from sfumato.planning.memory import LARGEST, USABLE
 from sfumato.planning.plan import Memory, Plan, make_plan
+from sfumato.run.open_data import is_cached
 
 WIDTH = 34  # of the first column
 DAY = 86_400  # seconds
@@ -60,7 +61,7 @@ def compute(plan: Plan) -> Iterator[str]:
     yield "compute, GFLOP per sample"
     yield row("network, forward", f"{plan.forward_flops / 1e9:,.1f}")
     yield row("network, forward and backward", f"{plan.step_flops / 1e9:,.1f}")
-    where = "beforehand" if plan.config.data.shards.cached else "in each step"
+    where = "beforehand" if is_cached(plan.config) else "in each step"
     others = "frozen networks, forward" if _samples(plan) else f"encoders, forward, {where}"
     yield row(others, f"{plan.encoding / 1e9:,.1f}")
     yield row("executed in training", f"{plan.executed / 1e9:,.1f}")

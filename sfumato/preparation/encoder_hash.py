@@ -158,13 +158,20 @@ def _meaningful(settings: Any) -> Any:
 
 def _refuse_text_merges(config: ModelConfig) -> None:
     """Refuse merged LoRA files that change a text encoder, as no cache is made with these."""
+    if (merge := text_merge(config)) is not None:
+        raise ValueError(
+            f"{merge}, and cached states are made without it; train from tars "
+            "(data.shards.cached=false), or export the merged model and give its folder"
+        )
+
+
+def text_merge(config: ModelConfig) -> str | None:
+    """Name a merged LoRA file that changes a text encoder, in words, if there is one."""
     for name, merge in config.merge.items():
         file = find_lora(merge.path, f"model.merge.{name}.path")
         with safe_open(file, "pt") as opened:
             text = next(filter(_TEXT_LORA.search, opened.keys()), None)
         if text is not None:
-            raise ValueError(
-                f"model.merge.{name}.path = {merge.path!r} changes a text encoder (it has {text}), "
-                "and cached states are made without it; train from tars (data.shards.cached=false)"
-                ", or export the merged model and give its folder"
-            )
+            key = f"model.merge.{name}.path = {merge.path!r}"
+            return f"{key} changes a text encoder (it has {text})"
+    return None

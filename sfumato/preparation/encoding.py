@@ -1,4 +1,4 @@
-"""Encoder of one shard: from a tar's pictures and captions to moments and text states.
+"""Encoder of one shard: from pictures and captions to moments and text states.
 
 moments, mirrored (rows, m, h, w)    offsets (rows + 1)    each state (captions in all, ...)
 """
@@ -8,9 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import final
 
 import torch
@@ -20,12 +18,27 @@ from torch import Tensor
 from sfumato.config import PrecacheConfig
 from sfumato.data.ahead import ahead
 from sfumato.data.decode import Bounds, RefusedImageError, read_rgb
-from sfumato.data.entries import SpanBlob
-from sfumato.data.prepared.format import Member, PreparedError
+from sfumato.data.entries import Blob
+from sfumato.data.prepared.format import PreparedError
 from sfumato.data.sample import Placement, Size, resize_and_crop, to_tensor
 from sfumato.models.model import DTYPES, Conditioning, TextToImageModel
 
 _AHEAD = 2  # batches that are decoded while one is encoded
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What becomes one sample.
+
+    Attributes:
+        name: for messages.
+        sha256: of its bytes, compared when they are read; None is unknown.
+    """
+
+    name: str
+    blob: Blob
+    captions: tuple[str, ...]
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,16 +52,30 @@ class Shard:
 
 @final
 class Encoder:
-    """Encoder of the samples of a tar; the same samples give the same bits on every process."""
+    """Encoder of the samples of a shard; the same samples give the same bits on every process."""
 
-    def __init__(self, model: TextToImageModel, settings: PrecacheConfig, size: Size) -> None:
+    def __init__(
+        self,
+        model: TextToImageModel,
+        settings: PrecacheConfig,
+        size: Size,
+        *,
+        bounds: Bounds | None = None,
+        otherwise: str = "set precache.dtype=bfloat16 or float32",
+    ) -> None:
+        """Encode the empty prompt.
+
+        Args:
+            size: height and width in pixels that pictures are cropped to.
+            bounds: of pictures that are taken.
+            otherwise: what to do where the dtype cannot hold a value, for the message.
+        """
         self._model, self._settings, self._size = model, settings, size
+        self._bounds, self._otherwise = bounds or Bounds(), otherwise
         self.empty = self._states([""], ["the empty prompt"]).tensors
 
-    def moments(
-        self, tar: Path, samples: Mapping[int, Member], progress: Callable[[int], object]
-    ) -> Shard:
-        """Encode the pictures of some samples of a tar.
+    def moments(self, samples: Mapping[int, Picture], progress: Callable[[int], object]) -> Shard:
+        """Encode the pictures of some samples of a shard.
 
         Args:
             samples: by index, ascending.
@@ -61,13 +88,13 @@ class Encoder:
         rows: list[int] = []
         parts: dict[str, list[Tensor]] = {name: [] for name in self._placements}
         dropped: Counter[str] = Counter()
-        pictures, workers = partial(self._pictures, tar), self._settings.workers
-        with closing(ahead(pictures, samples.values(), workers, _AHEAD * size)) as decoded:
+        workers = self._settings.workers
+        with closing(ahead(self._views, samples.values(), workers, _AHEAD * size)) as decoded:
             pairs = zip(samples.items(), decoded, strict=True)
             while batch := list(islice(pairs, size)):
                 good = [(*item, views) for item, views in batch if not isinstance(views, str)]
                 dropped.update(reason for _, reason in batch if isinstance(reason, str))
-                names = [f"{tar}: {member.key}.{member.suffix}" for _, member, _ in good]
+                names = [picture.name for _, picture, _ in good]
                 for number, name in enumerate(parts if good else ()):
                     images = torch.stack([views[number] for _, _, views in good])
                     parts[name].append(self._encode(images, names))
@@ -79,17 +106,17 @@ class Encoder:
         tensors = {name: torch.cat(part) for name, part in parts.items()}
         return Shard(tensors, tuple(rows), dict(dropped))
 
-    def text(self, tar: Path, samples: Mapping[int, Member]) -> Shard:
-        """Encode all captions of some samples of a tar.
+    def text(self, samples: Mapping[int, Picture]) -> Shard:
+        """Encode all captions of some samples of a shard.
 
         Raises:
             ValueError: if a state is not finite.
         """
-        counts = [len(member.captions) for member in samples.values()]
+        counts = [len(picture.captions) for picture in samples.values()]
         captions = [
-            (text, f"{tar}: {m.key} ({text[:80]!r})")
-            for m in samples.values()
-            for text in m.captions
+            (text, f"{picture.name} ({text[:80]!r})")
+            for picture in samples.values()
+            for text in picture.captions
         ]
         parts = [Conditioning(self.empty).rows(0, 0)]
         size = self._settings.batch_size
@@ -105,25 +132,25 @@ class Encoder:
         mirrored = {"mirrored": Placement(mirrored=True)} if self._settings.flip else {}
         return {"moments": Placement(), **mirrored}
 
-    def _pictures(self, tar: Path, member: Member) -> list[Float[Tensor, "3 H W"]] | str:
+    def _views(self, picture: Picture) -> list[Float[Tensor, "3 H W"]] | str:
         """Return one picture, decoded and cut for each placement; or the reason to drop it.
 
         Raises:
             PreparedError: if its bytes have changed since they were packed.
         """
-        blob = SpanBlob(tar, member.offset, member.size)
-        with blob.open() as file:
-            if hashlib.sha256(file.read()).hexdigest() != member.sha256:
-                raise PreparedError(
-                    f"{tar}: {member.key}.{member.suffix} is not the picture that was packed; put "
-                    "the old tar back, or remove the tar with its record and prepare again"
-                )
+        if picture.sha256 is not None:
+            with picture.blob.open() as file:
+                if hashlib.sha256(file.read()).hexdigest() != picture.sha256:
+                    raise PreparedError(
+                        f"{picture.name} is not the picture that was packed; put the old tar back, "
+                        "or remove the tar with its record and prepare again"
+                    )
         try:
-            picture = read_rgb(blob, Bounds())
+            image = read_rgb(picture.blob, self._bounds)
         except RefusedImageError as error:
             return str(error)
         return [
-            to_tensor(resize_and_crop(picture, self._size, placement)[0])
+            to_tensor(resize_and_crop(image, self._size, placement)[0])
             for placement in self._placements.values()
         ]
 
@@ -162,8 +189,7 @@ class Encoder:
                 )
             raise ValueError(
                 f"{names[row]}: its encoded values reach {tensor[row].abs().max():.3g}, which "
-                f"precache.dtype = {self._settings.dtype} cannot hold; set "
-                "precache.dtype=bfloat16 or float32"
+                f"{self._settings.dtype} cannot hold; {self._otherwise}"
             )
         return stored
 

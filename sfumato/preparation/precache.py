@@ -9,17 +9,20 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sfumato.config import PrepareConfig
+from sfumato.data.entries import SpanBlob
 from sfumato.data.left_out import tally
-from sfumato.data.prepared.folder import EMPTY, MANIFEST
+from sfumato.data.prepared.folder import EMPTY, MANIFEST, PreparedFolder
 from sfumato.data.prepared.format import (
     FORMAT,
     CachedRecord,
+    Member,
     PreparedError,
     made_of,
     write_record,
@@ -27,10 +30,11 @@ from sfumato.data.prepared.format import (
 from sfumato.files import new_file, sha256_of, write_text
 from sfumato.models.registry import load_encoders
 from sfumato.preparation.cache_plan import CacheJob, count_samples, lacking, plan_cache
-from sfumato.preparation.encoding import Encoder
+from sfumato.preparation.encoding import Encoder, Picture, Shard
 from sfumato.preparation.faults import wrong_size
 from sfumato.training.distribution import Distribution
 
+T = TypeVar("T")
 _UNFINISHED = re.compile(r"\.(\d{6,}|empty|manifest)\.(safetensors|json)\.tmp")
 
 
@@ -55,7 +59,9 @@ def precache(config: PrepareConfig, distribution: Distribution) -> dict[str, int
             (name, len(lacks.get(moments, ()))) for name in mine if (lacks := lacking(job, name))
         ]
         if distribution.is_main:
-            _begin(job)
+            identity = job.identity
+            begin_cache(job.folder, moments, "moments", identity.moments)
+            begin_cache(job.folder, identity.text_folder, "text", identity.text)
     _make(job, sorted(distribution.gather(own)), distribution)
     with distribution.together():
         counts = [count_samples(job, name) for name in mine]
@@ -63,25 +69,28 @@ def precache(config: PrepareConfig, distribution: Distribution) -> dict[str, int
     return tally(sum(kept for kept, _ in every), [dropped for _, dropped in every])
 
 
-def _begin(job: CacheJob) -> None:
-    """Write each cache's manifest, and remove the unfinished files of a killed process."""
-    identity = job.identity
-    for cache, kind, content in zip(
-        job.caches, ("moments", "text"), (identity.moments, identity.text), strict=True
-    ):
-        folder = job.folder.cache(cache)
-        files = sorted(folder.glob("[!.]*"))
-        if files and not (folder / MANIFEST).exists():
-            raise PreparedError(
-                f"{folder} holds {files[0].name}, which sfumato prepare did not write; give "
-                "another out, or move it away"
-            )
-        for unfinished in folder.glob(".*.tmp"):
-            if _UNFINISHED.fullmatch(unfinished.name):
-                unfinished.unlink()
-        manifest = {"format": FORMAT, "kind": kind, **content}
-        text = json.dumps(manifest, indent=2) + "\n"
-        write_text(folder / MANIFEST, text, failure=PreparedError)
+def begin_cache(
+    prepared: PreparedFolder, cache: str, kind: str, content: Mapping[str, Any]
+) -> None:
+    """Write a cache's manifest, and remove the unfinished files of a killed process.
+
+    Raises:
+        PreparedError: files that Sfumato did not write are in the way, or the disk is full.
+    """
+    folder = prepared.cache(cache)
+    files = sorted(folder.glob("[!.]*"))
+    if files and not (folder / MANIFEST).exists():
+        others = "another name (name=...)" if prepared.of_run else "another out"
+        raise PreparedError(
+            f"{folder} holds {files[0].name}, which Sfumato did not write; give {others}, or move "
+            "it away"
+        )
+    for unfinished in folder.glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(unfinished.name):
+            unfinished.unlink()
+    manifest = {"format": FORMAT, "kind": kind, **content}
+    text = json.dumps(manifest, indent=2) + "\n"
+    write_text(folder / MANIFEST, text, failure=PreparedError)
 
 
 def _make(job: CacheJob, todo: Sequence[tuple[str, int]], distribution: Distribution) -> None:
@@ -100,14 +109,35 @@ def _make(job: CacheJob, todo: Sequence[tuple[str, int]], distribution: Distribu
             loaded.to(distribution.device)
             encoder = Encoder(loaded, job.settings, job.size)
         if encoder is not None and lacks_empty:
-            _save(encoder.empty, empty)
+            save_tensors(encoder.empty, empty)
+
+    def make(name: str, progress: Callable[[int], object]) -> None:
+        assert encoder is not None, "whoever has a shard to make has loaded one"
+        _make_shard(job, encoder, name, progress)
+
+    in_turns(todo, make, distribution)
+
+
+def in_turns(
+    todo: Sequence[tuple[T, int]],
+    make: Callable[[T, Callable[[int], object]], object],
+    distribution: Distribution,
+) -> None:
+    """Make shards in turns, one on each process; the main one shows its progress.
+
+    After a failure all processes end with this turn, not with their last shard.
+
+    Args:
+        todo: shards, with their numbers of pictures.
+        make: makes a shard, and tells of pictures as they are done.
+    """
+    own = todo[distribution.rank :: distribution.world]
     hidden = not (distribution.is_main and own)
     with tqdm(total=sum(n for _, n in own), unit="image", disable=hidden) as bar:
         for turn in range(math.ceil(len(todo) / distribution.world)):
-            # After a failure all processes end with this turn, not with their last shard.
             with distribution.together():
-                if encoder is not None and turn < len(own):
-                    _make_shard(job, encoder, own[turn][0], bar.update)
+                if turn < len(own):
+                    make(own[turn][0], bar.update)
 
 
 def _make_shard(
@@ -117,20 +147,29 @@ def _make_shard(
     if fault := wrong_size(file, tar.bytes):
         raise PreparedError(fault)
     for cache, indices in lacking(job, name).items():
-        samples = {index: tar.samples[index] for index in indices}
+        samples = {index: _packed(file, tar.samples[index]) for index in indices}
         if cache == job.identity.moments_folder:
-            shard = encoder.moments(file, samples, progress)
+            shard = encoder.moments(samples, progress)
         else:
-            shard = encoder.text(file, samples)
-        path = job.folder.tensors(cache, name)
-        size, sha256 = _save(shard.tensors, path)
-        record = CachedRecord(
-            name, made_of(cache, tar, indices), size, sha256, shard.rows, shard.dropped
-        )
-        write_record(path.with_suffix(".json"), record)
+            shard = encoder.text(samples)
+        write_shard(job.folder, cache, name, made_of(cache, tar, indices), shard)
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> tuple[int, str]:
+def _packed(tar: Path, member: Member) -> Picture:
+    blob = SpanBlob(tar, member.offset, member.size)
+    name = f"{tar}: {member.key}.{member.suffix}"
+    return Picture(name, blob, member.captions, member.sha256)
+
+
+def write_shard(folder: PreparedFolder, cache: str, name: str, made_of: str, shard: Shard) -> None:
+    """Write a shard of a cache, then its record; each whole or not at all."""
+    path = folder.tensors(cache, name)
+    size, sha256 = save_tensors(shard.tensors, path)
+    record = CachedRecord(name, made_of, size, sha256, shard.rows, shard.dropped)
+    write_record(path.with_suffix(".json"), record)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> tuple[int, str]:
     """Write tensors as a file, whole or not at all; return its bytes and their SHA-256."""
     with new_file(path, failure=PreparedError) as beside:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)

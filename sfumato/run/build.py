@@ -106,7 +106,8 @@ def build_job(
     if isinstance(objective, Supervised) and data.held_out:
         held_out = HeldOut(objective, data.held_out)
     if distribution.is_main:
-        describe(config, model, reward, distribution.world)
+        cached = data.pictures is not None and data.pictures.cache is not None
+        describe(config, model, reward, distribution.world, cached=cached)
     validation = Validation(config, data.prompts, reward, held_out, distribution)
     return Job(config, settings, model, objective, data.stream, validation)
 
@@ -154,7 +155,12 @@ def build_model(
 
 
 def describe(
-    config: TrainConfig, model: TextToImageModel, reward: Reward | None, processes: int
+    config: TrainConfig,
+    model: TextToImageModel,
+    reward: Reward | None,
+    processes: int,
+    *,
+    cached: bool,
 ) -> None:
     """Note in run.json what is trained, and print it."""
     folder = RunFolder.of(config)
@@ -164,6 +170,7 @@ def describe(
         "reward_scale": reward.scale if reward is not None else None,
         "trained_parameters": trained,
         "processes": processes,
+        "image_cache": cached,
     }
     folder.describe(" ".join(sys.argv), facts)
     print(f"{folder.path}: training {trained / 1e6:.2f} M parameters", flush=True)

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.config import ImageDataConfig, SupervisedConfig, TrainConfig
-from sfumato.data.images import open_images, validation_samples
+from sfumato.data.encoded import Pictures
+from sfumato.data.images import open_pictures, validation_samples
 from sfumato.data.prepared.format import CacheIdentity
 from sfumato.data.prepared.open import first_captions, first_samples, open_shards
 from sfumato.data.prompts import open_prompts, read_prompts
 from sfumato.data.sample import Sample
 from sfumato.data.stream import PairedStream, Stream
 from sfumato.models.limits import Limits
-from sfumato.preparation.encoder_hash import cache_identity
+from sfumato.preparation.encoder_hash import cache_identity, text_merge
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Data:
     stream: Stream[Any]
     prompts: list[str]  # one per validation image
     held_out: Sequence[Sample]
+    pictures: Pictures | None = None  # of `stream`, where they are no prepared ones
 
 
 def open_data(
@@ -40,9 +42,9 @@ def open_data(
     Raises:
         ValueError: if something cannot be read.
     """
-    stream = open_stream(config, limits) if stream is None else stream
+    opened, pictures = (stream, None) if stream is not None else _open_rows(config, limits)
     held_out = held_out_samples(config, limits)
-    return Data(stream, validation_prompts(config, prompts), held_out)
+    return Data(opened, validation_prompts(config, prompts), held_out, pictures)
 
 
 def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
@@ -51,12 +53,16 @@ def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
     Raises:
         ValueError: if a file cannot be read, a folder is incomplete, or no cache fits.
     """
+    return _open_rows(config, limits)[0]
+
+
+def _open_rows(config: TrainConfig, limits: Limits | None) -> tuple[Stream[Any], Pictures | None]:
     if not config.objective.reads_images:
-        return _open_prompts(config)
-    images = _open_images(config, limits)
+        return _open_prompts(config), None
+    images, pictures = _open_images(config, limits)
     if not config.objective.reads_prompts:
-        return images
-    return PairedStream(_open_prompts(config), images)
+        return images, pictures
+    return PairedStream(_open_prompts(config), images), pictures
 
 
 def _open_prompts(config: TrainConfig) -> Stream[str]:
@@ -71,13 +77,15 @@ def _open_prompts(config: TrainConfig) -> Stream[str]:
     )
 
 
-def _open_images(config: TrainConfig, limits: Limits | None) -> Stream[Sample]:
+def _open_images(
+    config: TrainConfig, limits: Limits | None
+) -> tuple[Stream[Sample], Pictures | None]:
     data, seed = config.data, config.training.seed
     height, width = frame_size(config, limits)
     step = bucket_step(limits, height, width)
     if not (data.shards.path or data.shards.sources):
-        return open_images(data.images, height=height, width=width, divisor=step, seed=seed)
-    return open_shards(
+        return open_pictures(data.images, height=height, width=width, divisor=step, seed=seed)
+    stream = open_shards(
         data.shards,
         height=height,
         width=width,
@@ -86,6 +94,26 @@ def _open_images(config: TrainConfig, limits: Limits | None) -> Stream[Sample]:
         identity=_identity(config, height, width, flip=data.shards.flip),
         verify=data.verify,
     )
+    return stream, None
+
+
+def why_uncached(config: TrainConfig) -> str | None:
+    """Return why a run with data.images.cache=auto has no cache; None if it has one.
+
+    Raises:
+        ValueError: if a merged LoRA file is missing.
+    """
+    if config.data.images.crop == "random":
+        return "data.images.crop=random cuts each picture anew"
+    if config.model.parts not in (["network"], ["unet"], ["transformer"]):
+        return f"model.parts={config.model.parts} trains a text encoder, whose states change"
+    return text_merge(config.model)
+
+
+def is_cached(config: TrainConfig) -> bool:
+    """Say whether training reads what was encoded beforehand."""
+    auto = config.data.images.cache == "auto"
+    return config.data.shards.cached or (auto and why_uncached(config) is None)
 
 
 def _identity(config: TrainConfig, height: int, width: int, *, flip: bool) -> CacheIdentity | None:

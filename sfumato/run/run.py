@@ -13,6 +13,7 @@ from sfumato.files import lock, refuse_link, write_text
 from sfumato.models.limits import Limits
 from sfumato.models.origins import check_start
 from sfumato.models.registry import find_family
+from sfumato.preparation.image_cache import cache_pictures
 from sfumato.run.build import Own, build_job, check_own
 from sfumato.run.export import export_run
 from sfumato.run.identity import (
@@ -23,7 +24,7 @@ from sfumato.run.identity import (
     repeated_pictures,
     write_began,
 )
-from sfumato.run.open_data import open_data
+from sfumato.run.open_data import Data, open_data, why_uncached
 from sfumato.training.checkpoint import list_checkpoints, tidy
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
@@ -58,6 +59,7 @@ def train(
         with distribution.together():
             if distribution.is_main:
                 prepare_folder(folder, config, settings)
+        cache_images(config, own, data, folder, distribution)
         job = build_job(config, settings, own, data, distribution)
         outcome = fit(job, folder, distribution, watch)
         report_left_out(data.stream, folder, distribution)
@@ -144,6 +146,25 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
     repeated, total = repeated_pictures(config, folder.path)
     if repeated:
         print(f"validation: training reads {repeated} of its {total} pictures too", flush=True)
+
+
+def cache_images(
+    config: TrainConfig, own: Own, data: Data, folder: RunFolder, distribution: Distribution
+) -> None:
+    """Let training read moments and states in place of pictures, if data.images.cache=auto.
+
+    Raises:
+        ValueError: as `cache_pictures`.
+    """
+    images, pictures = config.data.images, data.pictures
+    if images.cache == "off" or pictures is None:
+        return
+    why = "a script brings the model" if own.load is not None else why_uncached(config)
+    if why is None:
+        why = cache_pictures(pictures, config.model, folder.path, images.workers, distribution)
+    if distribution.is_main:
+        where = f"{len(pictures.cache or [])} pictures, encoded in {folder.path / 'cache'}"
+        print(f"data.images.cache=auto: {where if why is None else f'off, as {why}'}", flush=True)
 
 
 def way_on(model: ModelConfig, folder: RunFolder) -> str:

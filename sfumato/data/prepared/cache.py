@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from sfumato.data.entries import Entry, SpanBlob
 from sfumato.data.epochs import RowPick
-from sfumato.data.prepared.folder import EMPTY, MANIFEST, PreparedFolder
+from sfumato.data.prepared.folder import MANIFEST, PreparedFolder
 from sfumato.data.prepared.format import CacheIdentity, Member, PreparedError, cache_key
-from sfumato.data.prepared.tars import LruCache, Selected, check_sum
-from sfumato.data.sample import Encoded, Sample, central_crop
+from sfumato.data.prepared.tars import LruCache, Selected
+from sfumato.data.prepared.tensors import BrokenFileError, ShardFiles, open_shard, read_empty
+from sfumato.data.sample import Sample, central_crop
 from sfumato.data.stream import BrokenRowError
 
 OPEN_SHARDS = 32  # each two files
@@ -108,16 +106,6 @@ class _Bucket:
     members: Sequence[Member]
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The open files of a shard; slices of them are read from the disk when they are copied."""
-
-    moments: safe_open
-    text: safe_open
-    names: tuple[str, ...]
-    offsets: Sequence[int]
-
-
 @final
 class CacheReader:
     """Read moments and states of single rows; no file is read whole."""
@@ -147,7 +135,7 @@ class CacheReader:
         self._sums = {
             name: {s.name: s.sha256 for s in index.caches[name]} for name in caches.folders
         }
-        self._empty = _read_empty(folder, caches.text, index.empty.get(caches.text))
+        self._empty = read_empty(folder, caches.text, index.empty.get(caches.text))
         self._choices = selected.choices
         self._shards = LruCache(self._load, lambda all_: sum(len(b.members) for b in all_), keep)
         self._files = LruCache(self._open, lambda _: 1, OPEN_SHARDS)
@@ -166,25 +154,22 @@ class CacheReader:
         entry = Entry(bucket.path, member.key, member.captions, picture)
         try:
             files = self._files.get(pick.shard, pick.bucket)
-        except _BrokenFileError as error:
+        except BrokenFileError as error:
             raise BrokenRowError(entry, str(error)) from None
         return self._sample(entry, files, bucket.rows, member, pick)
 
     def _sample(
-        self, entry: Entry, files: _Files, rows: CachedRows, member: Member, pick: RowPick
+        self, entry: Entry, files: ShardFiles, rows: CachedRows, member: Member, pick: RowPick
     ) -> Sample:
-        first, end = (files.offsets[int(rows.text[pick.row]) + i] for i in (0, 1))
-        if end - first != len(member.captions):
+        moments, text = int(rows.moments[pick.row]), int(rows.text[pick.row])
+        if files.captions(text) != len(member.captions):
             raise BrokenRowError(entry, "cached states of other captions than the tar's")
         caption = self._choices.caption(member.captions, pick.seed)
-        mirrored = self._choices.placement(pick.seed).mirrored
-        moments = files.moments.get_slice("mirrored" if mirrored else "moments")
-        one = slice(first + caption, first + caption + 1)
         original, size = (member.height, member.width), self._choices.sizes[pick.bucket]
-        encoded = Encoded(
-            # A slice is a view of the mapped file until it is copied.
-            moments=moments[int(rows.moments[pick.row])].clone(),
-            text={name: files.text.get_slice(name)[one].clone() for name in files.names},
+        encoded = files.read(
+            (moments, text),
+            caption,
+            mirrored=self._choices.placement(pick.seed).mirrored,
             empty=self._empty,
             size=size,
         )
@@ -210,48 +195,16 @@ class CacheReader:
             for moments, rows in zip(self._caches.moments, buckets, strict=True)
         ]
 
-    def _open(self, shard: int, bucket: int) -> _Files:
-        stored = self._shards.get(shard)[bucket].rows.stored
+    def _open(self, shard: int, bucket: int) -> ShardFiles:
+        name = self._selected.tars[shard].name
         caches = (self._caches.moments[bucket], self._caches.text)
-        try:
-            for cache in caches:
-                sha256 = self._sums[cache][self._selected.tars[shard].name]
-                check_sum(self._path(cache, shard), sha256, self._selected.folder)
-            moments, text = (safe_open(self._path(c, shard), framework="pt") for c in caches)
-            planes = ["mirrored", "moments"] if self._choices.flip else ["moments"]
-            lengths = {_rows_of(moments, name) for name in planes}
-            offsets = text.get_tensor("offsets").tolist()
-            names = tuple(sorted(name for name in text.keys() if name != "offsets"))  # noqa: SIM118
-            ends = {_rows_of(text, name) for name in names}
-        except FileNotFoundError:
-            raise _BrokenFileError("missing cache shard") from None
-        except (SafetensorError, OSError):
-            raise _BrokenFileError("unreadable or damaged cache shard") from None
-        fits = lengths == {stored[0]} and len(offsets) == stored[1] + 1 and ends == {offsets[-1]}
-        if not fits or set(names) != set(self._empty):
-            raise _BrokenFileError("cache shard that does not fit its record")
-        return _Files(moments, text, names, offsets)
-
-
-class _BrokenFileError(Exception):
-    """A shard of a cache that cannot be read."""
-
-
-def _rows_of(file: safe_open, name: str) -> int:
-    return int(file.get_slice(name).get_shape()[0])
-
-
-def _read_empty(folder: PreparedFolder, cache: str, sha256: str | None) -> dict[str, Tensor]:
-    """Read the states of the empty prompt; an older index has no SHA-256 of them."""
-    path = folder.cache(cache) / EMPTY
-    try:
-        if sha256 is not None:
-            check_sum(path, sha256, folder)
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise PreparedError(
-            f"{path}, the states of the empty prompt, cannot be read ({error}); precache again"
-        ) from None
+        return open_shard(
+            self._selected.folder,
+            {self._path(cache, shard): self._sums[cache][name] for cache in caches},
+            self._shards.get(shard)[bucket].rows.stored,
+            flip=self._choices.flip,
+            names=tuple(self._empty),
+        )
 
 
 # Finding

@@ -39,12 +39,21 @@ class PreparedFolder:
     """Paths and records below a folder; each record is checked when it is read.
 
     Reading a record raises a PreparedError where the file is missing, damaged or of another format.
+
+    Attributes:
+        of_run: whether this is a run folder, which has no more than cache/.
     """
 
     path: Path
+    of_run: bool = False
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @property
+    def again(self) -> str:
+        """What makes a file that was removed, in words."""
+        return f"run the same sfumato {'train' if self.of_run else 'prepare'} again"
 
     @property
     def shards(self) -> Path:
@@ -74,27 +83,27 @@ class PreparedFolder:
                 f"{self} has no {INDEX}, so it is no prepared folder, or not prepared to the end; "
                 f"run: sfumato prepare out={self} stages=[index]"
             )
-        return _read(self.path / INDEX, Index)
+        return self._read(self.path / INDEX, Index)
 
     def tar_record(self, name: str) -> TarRecord:
         """Read what is in a tar."""
-        return _read(self.shards / f"{name}.json", TarRecord)
+        return self._read(self.shards / f"{name}.json", TarRecord)
 
     def shapes(self, name: str) -> Shapes:
         """Read height and width of each sample of a tar, and nothing else."""
-        return _read(self.shards / f"{name}.json", Shapes)
+        return self._read(self.shards / f"{name}.json", Shapes)
 
     def kept_record(self, selection: str, name: str) -> KeptRecord:
         """Read what a selection keeps of a tar."""
-        return _read(self.selection(selection) / f"{name}.json", KeptRecord)
+        return self._read(self.selection(selection) / f"{name}.json", KeptRecord)
 
     def cached_record(self, cache: str, name: str) -> CachedRecord:
         """Read what one shard of a cache holds."""
-        return _read(self.cache(cache) / f"{name}.json", CachedRecord)
+        return self._read(self.cache(cache) / f"{name}.json", CachedRecord)
 
     def manifest(self, cache: str) -> tuple[str | None, dict[str, Any]]:
         """Read kind and identity of a cache."""
-        fields: dict[str, Any] = _read(self.cache(cache) / MANIFEST, dict)
+        fields: dict[str, Any] = self._read(self.cache(cache) / MANIFEST, dict)
         identity = {key: value for key, value in fields.items() if key not in ("format", "kind")}
         return fields.get("kind"), identity
 
@@ -125,7 +134,6 @@ class PreparedFolder:
         """Return the folders of the caches that have a manifest, sorted."""
         return sorted(path.parent.name for path in self.cache("").glob(f"[!.]*/{MANIFEST}"))
 
-
-def _read(path: Path, kind: type[Record]) -> Record:
-    advice = "remove it, if it is there, and run the same sfumato prepare again"
-    return read_record(path, kind, advice, version=FORMAT, failure=PreparedError)
+    def _read(self, path: Path, kind: type[Record]) -> Record:
+        advice = f"remove it, if it is there, and {self.again}"
+        return read_record(path, kind, advice, version=FORMAT, failure=PreparedError)

@@ -228,8 +228,9 @@ def check_sum(path: Path, expected: str, folder: PreparedFolder) -> None:
     except OSError as error:
         raise PreparedError(f"{path} cannot be read ({error.strerror})") from error
     if found != expected:
+        lists = f"run: sfumato prepare verify {folder}, which lists all that is damaged, remove "
         raise PreparedError(
             f"{path} is damaged or was changed: its SHA-256 is {found}, and {expected} when it was "
-            f"indexed. Put back a copy; or run: sfumato prepare verify {folder}, which lists all "
-            "that is damaged, remove those files and run the same sfumato prepare again"
+            f"{'written' if folder.of_run else 'indexed'}. Put back a copy; or "
+            f"{'remove it' if folder.of_run else f'{lists}those files'} and {folder.again}"
         )
