@@ -25,7 +25,7 @@ from sfumato.diffusion.process import RectifiedFlow
 from sfumato.diffusion.sampling import Trajectory, sample
 from sfumato.objectives.direct import Direct
 from sfumato.objectives.draft import Draft
-from sfumato.objectives.surrogates import basis_integrals, legs
+from sfumato.objectives.surrogates import SEGMENTS, _gamma, basis_integrals, legs
 
 T = 8
 SAMPLER = SamplerConfig(num_inference_steps=T, guidance_scale=1.0)
@@ -135,6 +135,7 @@ def test_all_steps_are_drtune_with_all_steps(kind: str) -> None:
     times, run = rollout(model)
     model.trained.zero_grad()
     denoiser, x = model.denoiser(model.encode_prompts(PROMPTS)), run.visits[0].x_t
+    x0 = x
     for t, s in pairwise(times):
         raw = denoiser(x.detach(), t).raw
         said = model.process.read(model.prediction_type, raw, x, t)
@@ -292,3 +293,14 @@ def test_errors_of_the_legs_weigh_the_rows() -> None:
     same(far * 2e6, plain)
     near, _ = differentiate(listed(2, 5, path="leap", distance_floor=1e-6), model)
     assert float(near.norm()) > 0
+
+
+def test_the_legs_of_lagrange_have_dirichlet_shares() -> None:
+    """Of 2, 6 and 2.5: means .190, .571, .238 of the steps; variances m (1 - m) / 11.5."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.tensor([[_gamma(a, generator) for a in SEGMENTS] for _ in range(4000)])
+    shares = draws / draws.sum(1, keepdim=True)
+    means = torch.tensor(SEGMENTS) / sum(SEGMENTS)
+    assert shares.mean(0).tolist() == pytest.approx(means.tolist(), abs=0.01)
+    variances = means * (1 - means) / (sum(SEGMENTS) + 1)
+    assert shares.var(0).tolist() == pytest.approx(variances.tolist(), rel=0.1)

@@ -345,7 +345,7 @@ def test_truncation_is_drawn_once_for_the_whole_batch(
     drawn: list[int] = []
     seen: set[int] = set()
 
-    def note(*_: Any, grad_steps: int, eta: float, rng: Rng, solver: str) -> None:
+    def note(*_: Any, grad_steps: int, **others: Any) -> None:
         drawn.append(grad_steps)
         raise StopHereError
 

@@ -50,7 +50,8 @@ class LinearNetwork(nn.Module):
 
     def __init__(self, process: DiffusionProcess, kind: PredictionType, steps: int) -> None:
         super().__init__()
-        self.process, self.kind, self.steps = process, kind, steps
+        self.process, self.steps = process, steps
+        self.kind: PredictionType = kind
         self.matrices = nn.Parameter(torch.zeros(steps, WIDTH, WIDTH, dtype=torch.float64))
         self.shifts = nn.Parameter(torch.zeros(steps, WIDTH, dtype=torch.float64))
 

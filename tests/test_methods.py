@@ -73,9 +73,9 @@ def test_each_method_on_each_family(
 ) -> None:
     """All gradients are finite and some are not zero; a KL is 0 at the start."""
     size = [f"sampler.height={PIXELS}", f"sampler.width={PIXELS}", "sampler.guidance_scale=2"]
+    size += ["objective.clamp_images=false"]
     config = composed(method, f"sampler.num_inference_steps={STEPS}", *size)
     model = models[family]
-    config.objective.clamp_images = False
     objective = build_objective(config, ColorReward("red"))
     rows: list[Any] = list(PROMPTS)
     if config.objective.reads_images:

@@ -29,7 +29,6 @@ ROWS, WIDTH = 6, 3
 PROMPTS = [f"prompt {i}" for i in range(ROWS)]
 
 
-@final
 class DoubleRng(Rng):
     """Randomness whose normal numbers are float64."""
 

@@ -171,8 +171,10 @@ class PairedStream(Stream[Pair[Row, Other]], Generic[Row, Other]):
         self._streams = first, second
 
     def next(self, global_batch_size: int, start: int, stop: int) -> list[Pair[Row, Other]]:
-        first, second = (each.next(global_batch_size, start, stop) for each in self._streams)
-        return [Pair(*rows) for rows in zip(first, second, strict=True)]
+        first, second = self._streams
+        rows = first.next(global_batch_size, start, stop)
+        others = second.next(global_batch_size, start, stop)
+        return [Pair(row, other) for row, other in zip(rows, others, strict=True)]
 
     def state(self) -> dict[str, Any]:
         first, second = self._streams

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import final
 
 import torch
 from jaxtyping import Float
@@ -15,7 +14,6 @@ def derive(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-@final
 class Rng:
     """A stream per row, and one stream that all rows of an optimiser step share.
 

@@ -23,31 +23,22 @@ from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Visit, sample
 from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
 from sfumato.models.model import Conditioning, TextToImageModel
-from sfumato.objectives.objective import Loss, Objective, Piece
-from sfumato.objectives.scoring import check_differentiable, reward_gradient, score_metrics
+from sfumato.objectives.objective import Loss, Piece
+from sfumato.objectives.scoring import RewardedObjective, reward_gradient, score_metrics
 from sfumato.rewards.reward import Reward
 
 EARLY, MEMORY = 0.6, 0.9  # share of the first steps, of which half are drawn; of the quantile
 
 
 @final
-class AdjointMatching(Objective[Sequence[str]]):
-    """Match the policy's drift to the reward's adjoint; a batch is a list of prompts.
-
-    Args:
-        reward: frozen and differentiable.
-
-    Raises:
-        ValueError: if the reward is not differentiable.
-    """
+class AdjointMatching(RewardedObjective[Sequence[str]]):
+    """Match the policy's drift to the reward's adjoint; a batch is a list of prompts."""
 
     def __init__(
         self, config: AdjointMatchingConfig, sampler: SamplerConfig, reward: Reward
     ) -> None:
-        check_differentiable(reward)
+        super().__init__(sampler, reward)
         self.config = config
-        self.sampler = sampler
-        self.reward = reward
         self._limit: float | None = None
 
     def pieces(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Sequence[Piece]:

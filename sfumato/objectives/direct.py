@@ -26,10 +26,10 @@ from sfumato.diffusion.solvers import Solver
 from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
 from sfumato.models.model import Role, TextToImageModel
 from sfumato.objectives.kl import KlForm, kl
-from sfumato.objectives.objective import Loss, Objective, Piece
+from sfumato.objectives.objective import Loss, Piece
 from sfumato.objectives.scoring import (
+    RewardedObjective,
     Scored,
-    check_differentiable,
     reward_gradient,
     score_metrics,
 )
@@ -40,22 +40,13 @@ MEMORY = 0.9  # of the running quantile
 
 
 @final
-class Direct(Objective[Sequence[str]]):
-    """Maximise a differentiable reward; a batch is a list of prompts.
-
-    Args:
-        reward: frozen; its gradient with respect to the images is what is learned from.
-
-    Raises:
-        ValueError: if the reward is not differentiable.
-    """
+class Direct(RewardedObjective[Sequence[str]]):
+    """Maximise a differentiable reward; a batch is a list of prompts."""
 
     def __init__(self, config: DirectConfig, sampler: SamplerConfig, reward: Reward) -> None:
-        check_differentiable(reward)
+        super().__init__(sampler, reward)
         self.config = config
         self.needs_reference = config.kl_coeff > 0
-        self.sampler = sampler
-        self.reward = reward
         self._limit: float | None = None
         if config.hinge is not None:
             self.why_idle = (

@@ -24,30 +24,21 @@ from sfumato.diffusion.sampling import Denoiser, sample
 from sfumato.diffusion.solvers import Solver
 from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
 from sfumato.models.model import Latents, TextToImageModel
-from sfumato.objectives.objective import Loss, Objective, Piece
-from sfumato.objectives.scoring import check_differentiable, decoded, score_metrics
+from sfumato.objectives.objective import Loss, Piece
+from sfumato.objectives.scoring import RewardedObjective, decoded, score_metrics
 from sfumato.objectives.supervised import latents_of
 from sfumato.rewards.reward import Reward, Score
 
 
 @final
-class DirectAlign(Objective[Sequence[Any]]):
-    """Maximise a reward one call deep; a batch is a list of prompts, or of samples.
-
-    Args:
-        reward: frozen and differentiable.
-
-    Raises:
-        ValueError: if the reward is not differentiable.
-    """
+class DirectAlign(RewardedObjective[Sequence[Any]]):
+    """Maximise a reward one call deep; a batch is a list of prompts, or of samples."""
 
     needs_reference = False
 
     def __init__(self, config: DirectAlignConfig, sampler: SamplerConfig, reward: Reward) -> None:
-        check_differentiable(reward)
+        super().__init__(sampler, reward)
         self.config = config
-        self.sampler = sampler
-        self.reward = reward
 
     def pieces(self, model: TextToImageModel, batch: Sequence[Any], rng: Rng) -> Sequence[Piece]:
         prompts = [row.caption if isinstance(row, Sample) else row for row in batch]

@@ -27,28 +27,19 @@ from sfumato.models.generate import (
 )
 from sfumato.models.model import Role, TextToImageModel
 from sfumato.objectives.kl import kl
-from sfumato.objectives.objective import Loss, Objective
-from sfumato.objectives.scoring import check_differentiable, decoded, score_metrics
+from sfumato.objectives.objective import Loss
+from sfumato.objectives.scoring import RewardedObjective, decoded, score_metrics
 from sfumato.rewards.reward import Reward
 
 
 @final
-class Draft(Objective[Sequence[str]]):
-    """Maximise a differentiable reward; a batch is a list of prompts.
-
-    Args:
-        reward: frozen; its gradient with respect to the images is what is learned from.
-
-    Raises:
-        ValueError: if the reward is not differentiable.
-    """
+class Draft(RewardedObjective[Sequence[str]]):
+    """Maximise a differentiable reward; a batch is a list of prompts."""
 
     def __init__(self, config: DraftConfig, sampler: SamplerConfig, reward: Reward) -> None:
-        check_differentiable(reward)
+        super().__init__(sampler, reward)
         self.config = config
         self.needs_reference = config.kl_coeff > 0
-        self.sampler = sampler
-        self.reward = reward
 
     def loss(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Loss:
         height, width = image_size(model, self.sampler)

@@ -7,17 +7,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sfumato.config import SamplerConfig
 from sfumato.models.model import Images, Latents, TextToImageModel
+from sfumato.objectives.objective import Batch, Objective
 from sfumato.rewards.reward import Reward, Score
 
 
-def check_differentiable(reward: Reward) -> None:
-    """Refuse a reward without a gradient with a ValueError."""
-    if not reward.differentiable:
-        raise ValueError(
-            f"the reward {type(reward).__name__} is not differentiable, and the objective learns "
-            "from its gradient; choose a differentiable one (reward=clip, reward=color)"
-        )
+class RewardedObjective(Objective[Batch]):
+    """An objective that learns from the gradient of a reward.
+
+    Args:
+        reward: frozen; its gradient with respect to the images is what is learned from.
+
+    Raises:
+        ValueError: if the reward is not differentiable.
+    """
+
+    def __init__(self, sampler: SamplerConfig, reward: Reward) -> None:
+        if not reward.differentiable:
+            raise ValueError(
+                f"the reward {type(reward).__name__} is not differentiable, and the objective "
+                "learns from its gradient; choose a differentiable one (reward=clip, reward=color)"
+            )
+        self.sampler = sampler
+        self.reward = reward
 
 
 def decoded(model: TextToImageModel, x0: Latents, *, clamp: bool) -> Images:

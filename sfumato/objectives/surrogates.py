@@ -20,7 +20,7 @@ from sfumato.diffusion.process import DiffusionProcess, PredictionType
 
 LONGEST_END = 10  # steps of lagrange's second leg
 LEARNED, LATER_SHARE = 2, 0.25  # supports with a gradient; share of that of the later ones
-SEGMENTS = (2.0, 6.0, 2.5)  # Dirichlet's parameters: before k, from k to j, after j
+SEGMENTS = (2.0, 6.0, 2.5)  # Dirichlet's parameters, whole or half: before k, to j, after j
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,17 @@ def _scaled(leg: Leg, config: DirectConfig) -> Leg:
 
 def _segments(steps: int, generator: torch.Generator) -> tuple[int, int]:
     """Draw k < j: the steps before k, between, and after j have Dirichlet shares."""
-    alpha = torch.tensor(SEGMENTS, dtype=torch.float64)
-    draws = torch._standard_gamma(alpha, generator=generator)
-    before, between, _ = (draws / draws.sum() * steps).tolist()
+    draws = [_gamma(shape, generator) for shape in SEGMENTS]
+    before, between, _ = (draw / sum(draws) * steps for draw in draws)
     j = max(min(round(before + between), steps - 1), steps - LONGEST_END, 1)
     return min(round(before), j - 1), j
+
+
+def _gamma(shape: float, generator: torch.Generator) -> float:
+    """Draw from a gamma law of a whole or half shape: exponentials, and half a squared normal."""
+    u = torch.rand(int(shape), generator=generator, dtype=torch.float64)
+    z = torch.randn(1, generator=generator, dtype=torch.float64)
+    return float(-u.log().sum() + (z.square().sum() / 2 if shape % 1 else 0))
 
 
 def _quadrature(

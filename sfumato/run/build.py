@@ -29,6 +29,7 @@ from sfumato.objectives.direct import Direct
 from sfumato.objectives.direct_align import DirectAlign
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Objective
+from sfumato.objectives.scoring import RewardedObjective
 from sfumato.objectives.supervised import Supervised
 from sfumato.objectives.with_data import WithData
 from sfumato.rewards.build import build_reward
@@ -89,8 +90,7 @@ def build_job(
     Raises:
         ValueError: if something cannot be loaded, or does not fit the model.
     """
-    learns_reward = isinstance(own.objective, tuple(REWARDED.values()))
-    brought = own.objective.reward if learns_reward else None
+    brought = own.objective.reward if isinstance(own.objective, RewardedObjective) else None
     reward = brought or build_scorer(config)
     if reward is not None:
         reward = reward.to(distribution.device)
