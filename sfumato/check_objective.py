@@ -118,7 +118,8 @@ def _check_direct(direct: DirectConfig, sampler: SamplerConfig) -> None:
 def _check_steps(direct: DirectConfig, sampler: SamplerConfig) -> None:
     """Refuse active steps that a run does not have."""
     chosen, steps = direct.listed, sampler.rollout_steps
-    last = steps - 1
+    stopped = direct.early_stop[-1] if direct.early_stop else 0
+    last = steps - 1 - stopped
     if direct.path == "lagrange":
         return
     if direct.steps == "listed":
@@ -126,7 +127,8 @@ def _check_steps(direct: DirectConfig, sampler: SamplerConfig) -> None:
         if not chosen or wrong or len(set(chosen)) != len(chosen):
             raise ValueError(
                 f"objective.listed={chosen} are no steps of a run; give different numbers of 0 "
-                f"(the first, at noise) to {last} ({_steps_key(sampler)} - 1)"
+                f"(the first, at noise) to {last} ({_steps_key(sampler)} - 1"
+                f"{', less objective.early_stop' if stopped else ''})"
             )
         if direct.path == "leap" and len(chosen) != 2:
             raise ValueError(f"objective.listed={chosen} are not two steps, as a leap has")
@@ -152,11 +154,8 @@ def _check_range(key: str, bounds: Sequence[int | float], most: int | float, wha
 
 def _check_draft(draft: DraftConfig, sampler: SamplerConfig) -> None:
     bounds, steps = draft.truncation_range, sampler.rollout_steps
-    if bounds is None and draft.truncation_steps > steps:
-        raise ValueError(
-            f"objective.truncation_steps={draft.truncation_steps} is more than the number of "
-            f"sampling steps; give {steps} ({_steps_key(sampler)}) or less"
-        )
+    if bounds is None:
+        _check_count("objective.truncation_steps", draft.truncation_steps, sampler)
     if bounds is not None and (len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= steps):
         raise ValueError(
             f"objective.truncation_range={bounds} is no range of sampling steps; give [low, high] "

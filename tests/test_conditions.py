@@ -33,8 +33,8 @@ TRAIN = f"""
     name runs_dir export verify allow_changed recipe method {MODEL} {SAMPLER}
     model.{{trainable,parts,dtype,gradient_checkpointing,channels_last}}
     model.merge{{,.NAME.path,.NAME.scale}} model.network.{{config,from_pretrained}}
-    objective objective.{{kl_coeff,truncation_range,lv_samples,clamp_images,data_coeff}}
-    objective.{{path,reward_at,early_stop,distance_floor,hinge,clip_quantile,visits_on_cpu}}
+    objective objective.{{kl_coeff,truncation_range,lv_samples,clamp_images}}
+    objective.{{path,reward_at,early_stop,hinge,clip_quantile,visits_on_cpu}}
     objective.{{reward_scale,trained_steps,source,noise_levels,stride,inverse,positive,negative}}
     objective.{{timesteps,weighting,caption_dropout,noise_offset,sample_latents,guidance_scale}}
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}

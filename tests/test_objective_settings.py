@@ -16,6 +16,18 @@ WRONG = [
     ([*DIRECT, "objective.steps=listed", "objective.listed=[3,8]"], r"\[3, 8\] are no steps"),
     ([*DIRECT, "objective.steps=listed", "objective.listed=[3,3]"], "give different numbers"),
     ([*DIRECT, "objective.steps=listed", "objective.listed=[-1]"], "listed"),
+    (
+        [*DIRECT, "objective.steps=listed", "objective.listed=[7]", "objective.early_stop=[1,2]"],
+        "to 5 .+less objective.early_stop",
+    ),
+    ([*DIRECT, "objective.distance_floor=1"], "distance_floor=1.0 has no effect"),
+    (
+        [
+            *("objective=direct_align", "objective.source=images", "data.images.path=I"),
+            *("data.prompts=null", "objective.data_coeff=1"),
+        ],
+        "data_coeff=1.0 has no effect",
+    ),
     ([*DIRECT, "objective.active_steps=9"], r"active_steps=9 is more.+give 8"),
     (
         [*DIRECT, "objective.active_steps=4", "sampler.training_steps=3"],

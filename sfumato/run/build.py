@@ -126,7 +126,7 @@ def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any
     assert reward is not None, "checked with the settings"
     kind = REWARDED[type(settings)]
     objective = kind(settings, config.sampler, reward)
-    if not settings.data_coeff:
+    if not (settings.data_coeff and settings.reads_prompts):
         return objective
     return WithData(objective, Supervised(SupervisedConfig()), settings.data_coeff)
 
