@@ -316,8 +316,8 @@ def test_every_family_has_its_recipes():
 @pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
 def test_a_recipe_fits_its_family(folders: dict[str, Path], recipe: str):
     given = ["model.pretrained=M"]
-    given += ["data.prompts=P", "reward.pretrained=R"] if "draft" in recipe else []
-    given += [] if "draft" in recipe else ["data.images.path=I"]
+    rewarded = "draft" in recipe or "reward" in recipe
+    given += ["data.prompts=P", "reward.pretrained=R"] if rewarded else ["data.images.path=I"]
     config, _ = compose_train([f"recipe={recipe}", *given])
     name = config.model.family
     assert name is not None
