@@ -175,8 +175,8 @@ def test_settings_that_do_not_touch_the_result_may_change(tmp_path: Path) -> Non
     assert last_state(tmp_path / "run").step == 2
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
     for key in (*MAY_CHANGE, "reward.parts.a.gradient_checkpointing"):
-        assert differences({key: 1}, {key: 2}) == {}
-    assert differences({"a.b": 1}, {"a.c": 1}) == {"a.b": "1 -> None", "a.c": "None -> 1"}
+        assert differences({key: 1}, {key: 2}, {}) == {}
+    assert differences({"a.b": 1}, {"a.c": 1}, {}) == {"a.b": "1 -> None", "a.c": "None -> 1"}
     assert flatten({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "d": [2]}
 
 

@@ -17,7 +17,14 @@ _DEEPEST, _MOST = 32, 50_000  # levels, and values with those that aliases repea
 
 # Settings that may differ in a resumed run: its weights and measures do not depend on them.
 MAY_CHANGE = (
-    *("runs_dir", "export", "verify", "allow_changed", "validation.every_steps"),
+    *(
+        "runs_dir",
+        "export",
+        "verify",
+        "allow_changed",
+        "validation.every_steps",
+        "objective.visits_on_cpu",
+    ),
     *("training.max_steps", "training.max_time", "training.micro_batch_size"),
     *("training.checkpoint_every_steps", "training.keep_checkpoints"),
     *("training.async_checkpoints", "training.ema_on_cpu", "training.peak_tflops"),
