@@ -22,7 +22,7 @@ from prepared import (
 from safetensors.torch import save_file
 from toy import ToyModel
 
-from sfumato.check import check_train
+from sfumato.compose import compose_train
 from sfumato.config import (
     DataConfig,
     ModelConfig,
@@ -209,10 +209,9 @@ def test_the_setting_reaches_the_stream(folder: Path) -> None:
 
 
 def test_verify_of_pictures_that_have_no_sums_is_refused(tmp_path: Path) -> None:
-    config = TrainConfig(objective=SupervisedConfig(), data=DataConfig(verify=True))
-    config.data.images.path = str(tmp_path)
+    given = ["model.pretrained=M", "objective=supervised", f"data.images.path={tmp_path}"]
     with pytest.raises(ValueError, match=r"data\.verify=true .* data\.shards\.path"):
-        check_train(config, 1)
+        compose_train([*given, "data.verify=true"])
 
 
 # --- Checkpoints
