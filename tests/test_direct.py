@@ -304,3 +304,18 @@ def test_the_legs_of_lagrange_have_dirichlet_shares() -> None:
     assert shares.mean(0).tolist() == pytest.approx(means.tolist(), abs=0.01)
     variances = means * (1 - means) / (sum(SEGMENTS) + 1)
     assert shares.var(0).tolist() == pytest.approx(variances.tolist(), rel=0.1)
+
+
+def test_a_step_of_weight_zero_has_no_gradient() -> None:
+    """alpha is 0 at pure noise, where one drawn step may lie."""
+    found, loss = differentiate(listed(0, weights="alpha", gain=0.5), model_of("flow"))
+    assert float(found.norm()) == 0
+    assert loss.value.isfinite()
+
+
+def test_a_limit_of_zero_leaves_finite_gradients() -> None:
+    objective, model = direct(steps="all", clip_quantile=0.5), model_of("flow")
+    objective.observe({"reward_gradient": [0.0] * ROWS})
+    found, _ = differentiate(objective, model)
+    assert float(found.norm()) == 0
+    assert objective._limit == 0

@@ -134,7 +134,8 @@ class Direct(RewardedObjective[Sequence[str]]):
         if self.config.clip_quantile is not None:
             rows["reward_gradient"] = norms
             if self._limit is not None:
-                factor = (self._limit / norms).clamp(max=1)
+                tiny = torch.finfo(norms.dtype).tiny  # saturated images have no gradient
+                factor = (self._limit / norms.clamp(min=tiny)).clamp(max=1)
         losses = -rewards
         if self.config.hinge is not None:
             losses = (self.config.hinge - rewards).relu()

@@ -132,7 +132,8 @@ def _weight(kind: str, form: PredictionType, process: DiffusionProcess, t: float
 
 def _scaled(leg: Leg, config: DirectConfig) -> Leg:
     """Scale the gradient; `gain` makes up for the weights of the steps without one."""
-    lost = sum(map(abs, leg.weights.values())) / sum(map(abs, leg.active.values())) - 1
+    kept = sum(map(abs, leg.active.values()))  # 0 for alpha at pure noise alone
+    lost = sum(map(abs, leg.weights.values())) / kept - 1 if kept else 0.0
     factor = config.weight_scale * (1 + config.gain * lost)
     active = {i: factor * weight for i, weight in leg.active.items()}
     return Leg(leg.start, leg.end, leg.scale, leg.weights, active)
