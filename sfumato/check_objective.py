@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from sfumato.config import (
     AdjointMatchingConfig,
     BrightnessRewardConfig,
+    CollectedConfig,
     ColorRewardConfig,
     DirectAlignConfig,
     DirectConfig,
     DraftConfig,
     JpegRewardConfig,
     NoRewardConfig,
+    PolicyGradientConfig,
     RewardConfig,
     RewardedConfig,
     SamplerConfig,
@@ -26,8 +28,13 @@ def check_objective(config: TrainConfig, objective: RewardedConfig) -> None:
         ValueError: naming the key, its value, and what to do.
     """
     sampler = config.sampler
-    _check_differentiable(config.reward, objective.kind)
+    collects = isinstance(objective, CollectedConfig)
+    _check_reward(config.reward, objective.kind, differentiable=not collects)
+    if isinstance(objective, CollectedConfig):
+        _check_groups(objective, config)
     match objective:
+        case PolicyGradientConfig():
+            _check_policy_gradient(objective, config)
         case DraftConfig():
             _check_draft(objective, sampler)
         case DirectConfig():
@@ -41,13 +48,14 @@ def check_objective(config: TrainConfig, objective: RewardedConfig) -> None:
                 )
         case DirectAlignConfig():
             _check_range("objective.noise_levels", objective.noise_levels, 1.0, "times")
-    if not isinstance(objective, DraftConfig) and config.training.precision == "fp16":
+    scaled = isinstance(objective, DraftConfig | CollectedConfig)
+    if not scaled and config.training.precision == "fp16":
         raise ValueError(
             f"objective={objective.kind} differentiates the reward before the loss is scaled, "
             "where small gradients vanish under training.precision=fp16; use bf16 or no"
         )
     match objective:
-        case DraftConfig(kl_coeff=coeff) | DirectConfig(kl_coeff=coeff) if coeff:
+        case DraftConfig() | DirectConfig() | CollectedConfig() if coeff := objective.kl_coeff:
             compared, advice = f"objective.kl_coeff={coeff}", ", or objective.kl_coeff=0"
         case AdjointMatchingConfig():
             compared, advice = f"objective={objective.kind}", ""
@@ -59,7 +67,7 @@ def check_objective(config: TrainConfig, objective: RewardedConfig) -> None:
         )
 
 
-def _check_differentiable(reward: RewardConfig, objective: str) -> None:
+def _check_reward(reward: RewardConfig, objective: str, *, differentiable: bool) -> None:
     rewards: Mapping[str, RewardConfig] = {"reward": reward}
     if isinstance(reward, WeightedRewardConfig):
         if not any(part.weight for part in reward.parts.values()):
@@ -73,12 +81,50 @@ def _check_differentiable(reward: RewardConfig, objective: str) -> None:
             )
         if isinstance(each, ColorRewardConfig | BrightnessRewardConfig) and not each.scale:
             raise ValueError(f"{key}.scale=0 makes all rewards equal; give another number")
-        if isinstance(each, JpegRewardConfig):
+        if isinstance(each, JpegRewardConfig) and differentiable:
             raise ValueError(
                 f"{key}={each.kind} is not differentiable, and objective={objective} learns from "
                 "the reward's gradient; choose a differentiable one (reward=clip, reward=color), "
-                "or bring an objective that needs no gradient (objective=own)"
+                "or an objective that needs no gradient (objective=policy_gradient, nft or awm)"
             )
+
+
+def _check_groups(objective: CollectedConfig, config: TrainConfig) -> None:
+    """Refuse groups that tell nothing, or that a batch does not hold whole."""
+    group, size = objective.images_per_prompt, config.training.global_batch_size
+    if group == 1 and objective.statistics == "group":
+        raise ValueError(
+            "objective.images_per_prompt=1 compares an image with itself; give 2 or more, or "
+            "objective.statistics=prompt, which compares with earlier images of the prompt"
+        )
+    if size % group:
+        raise ValueError(
+            f"training.global_batch_size={size} does not divide into groups of "
+            f"objective.images_per_prompt={group}; the nearest that does is "
+            f"{max(group, round(size / group) * group)}"
+        )
+
+
+def _check_policy_gradient(objective: PolicyGradientConfig, config: TrainConfig) -> None:
+    sampler = config.sampler
+    if not objective.eta:
+        raise ValueError(
+            "objective.eta=0 makes the steps deterministic, and objective=policy_gradient learns "
+            "from their noise; give more than 0, up to 1"
+        )
+    if sampler.solver != "first_order":
+        raise ValueError(
+            f"sampler.solver={sampler.solver} is deterministic, and objective=policy_gradient "
+            "draws noise at each step; use first_order"
+        )
+    if config.model.trainable == "lora" and config.model.lora.dropout:
+        raise ValueError(
+            f"model.lora.dropout={config.model.lora.dropout:g} changes the policy between sampling "
+            "and training, and objective=policy_gradient compares the two; use 0"
+        )
+    for name in ("window", "trained_steps"):
+        if (count := vars(objective)[name]) is not None:
+            _check_count(f"objective.{name}", count, sampler)
 
 
 def _check_count(key: str, count: int, sampler: SamplerConfig) -> None:

@@ -36,7 +36,9 @@ TRAIN = f"""
     objective objective.{{kl_coeff,truncation_range,lv_samples,clamp_images}}
     objective.{{path,reward_at,early_stop,hinge,clip_quantile,visits_on_cpu}}
     objective.{{reward_scale,trained_steps,source,noise_levels,stride,inverse,positive,negative}}
-    objective.{{timesteps,weighting,caption_dropout,noise_offset,sample_latents,guidance_scale}}
+    objective.{{images_per_prompt,batches,inner_epochs,rollout_batch_size,statistics,deviation}}
+    objective.{{advantage_clip,eta,window,clip_range,beta,trained_times,old_decay,old_decay_rise}}
+    objective.{{likelihood,timesteps,weighting,caption_dropout,noise_offset,sample_latents,guidance_scale}}
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
     optimizer.{{lr,betas,eps,weight_decay,warmup_steps,schedule,max_grad_norm}}
     training.{{max_steps,micro_batch_size,global_batch_size,precision,strategy,compile,ema_decay}}

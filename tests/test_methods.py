@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import PIXELS, WRITERS, write_pictures
 from runs import assert_same_state, command, in_child, in_processes, kill, metrics, on_call, start
+from test_collected import Alone
 from test_distributed import SAME, flat, state_at
 from toy import use_toy
 
@@ -20,9 +21,11 @@ from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import load_model
 from sfumato.rewards.simple import ColorReward
 from sfumato.run.build import build_objective
+from sfumato.training.ema import Shadow
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_reward.yaml"))
+COLLECTED = ("ddpo", "flow_grpo", "nft", "awm")
 STEPS = 6
 PROMPTS = ["a red ring", "a star"]
 
@@ -38,7 +41,8 @@ def composed(method: str, *overrides: str, recipe: str = "sd15_reward") -> Train
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_method_goes_with_each_recipe(recipe: str) -> None:
     kinds = {method: composed(method, recipe=recipe).objective.kind for method in METHODS}
-    assert set(kinds.values()) == {"draft", "direct", "adjoint_matching", "direct_align"}
+    names = {"draft", "direct", "adjoint_matching", "direct_align", "policy_gradient", "nft", "awm"}
+    assert set(kinds.values()) == names
 
 
 def test_the_method_of_the_seeds_is_that_of_their_recipe() -> None:
@@ -72,8 +76,11 @@ def test_each_method_on_each_family(
     models: Mapping[str, TextToImageModel], pictures: Path, family: str, method: str
 ) -> None:
     """All gradients are finite and some are not zero; a KL is 0 at the start."""
+    few = ["objective.images_per_prompt=2", "training.global_batch_size=2"]
+    few += ["objective.statistics=group"]
     size = [f"sampler.height={PIXELS}", f"sampler.width={PIXELS}", "sampler.guidance_scale=2"]
-    size += ["objective.clamp_images=false"]
+    size += ["sampler.training_steps=null"]
+    size += few if method in COLLECTED else ["objective.clamp_images=false"]
     config = composed(method, f"sampler.num_inference_steps={STEPS}", *size)
     model = models[family]
     objective = build_objective(config, ColorReward("red"))
@@ -85,6 +92,10 @@ def test_each_method_on_each_family(
     parameters = model.trainable()
     for parameter in parameters.values():
         parameter.grad = None
+    if method in COLLECTED:
+        objective.old = Shadow(parameters) if objective.needs_old else None
+        with torch.no_grad():
+            rows = list(objective.collect(model, rows, Rng([3, 4]), Alone()).rows)
     total = None
     for piece in objective.pieces(model, rows, Rng([1, 2])):
         loss = piece()
@@ -95,7 +106,7 @@ def test_each_method_on_each_family(
     assert all(grad is not None and grad.isfinite().all() for grad in gradients)
     assert max(float(grad.abs().max()) for grad in gradients if grad is not None) > 0
     assert all(value.isfinite().all() for value in total.metrics.values())
-    has_kl = method in ("draft_plus", "rsm")
+    has_kl = method in ("draft_plus", "rsm", "flow_grpo", "nft", "awm")
     assert ("kl" in total.metrics) == has_kl
     assert not has_kl or total.metrics["kl"] == 0
 
@@ -108,6 +119,9 @@ def run_of(folder: Path, name: str, method: str, *overrides: str) -> list[str]:
             write_pictures(images, pixels=4)
         extra += [f"data.images.path={images}", "data.images.workers=0"]
     own = [f"objective.kl_coeff={0.5 if method in ('draft_plus', 'rsm') else 0}"]
+    if method in COLLECTED:
+        own = ["objective.images_per_prompt=2", "objective.batches=2", "objective.inner_epochs=2"]
+        own += ["reward=color", "sampler.training_steps=null", "optimizer.lr=1e-3"]
     if method in ("adjoint_matching", "direct_align"):
         own = []
     found = command(folder, name, *extra, *overrides)
@@ -156,7 +170,44 @@ def test_two_processes_are_one(
     assert_same_run(tmp_path / "two", tmp_path / "one", 4)
 
 
-@pytest.mark.parametrize("method", ["rsm", "leapalign", "adjoint_matching"])
+@pytest.mark.parametrize("method", COLLECTED)
+@pytest.mark.parametrize(
+    ("number", "moment", "processes"),
+    [
+        (6, "CollectedObjective.rehearse", 1),  # inside the second collection
+        (4, "take_step", 2),  # in the second inner epoch of the first; goes on in two processes
+        (6, "write_checkpoint", 1),
+    ],
+)
+def test_a_collection_survives(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    number: int,
+    moment: str,
+    processes: int,
+) -> None:
+    """Checkpoints of every step; one process goes on bitwise, two up to rounding."""
+    use_toy(monkeypatch)
+    small = ("training.max_steps=7", "validation.every_steps=0", "objective.rollout_batch_size=2")
+    small = (*small, "training.checkpoint_every_steps=1", "training.keep_checkpoints=null")
+    start(run_of(tmp_path, "whole", method, *small))
+    again = run_of(tmp_path, "run", method, *small)
+
+    def die() -> None:
+        on_call(number, kill, moment)
+        start(again)
+
+    assert in_child(die) == -9
+    if processes == 1:
+        start(again)
+        assert_same_state(tmp_path / "run", tmp_path / "whole")
+    else:
+        in_processes(processes, lambda _: start(again))
+        assert_same_run(tmp_path / "run", tmp_path / "whole", 7)
+
+
+@pytest.mark.parametrize("method", ["rsm", "leapalign", "adjoint_matching", "nft", "ddpo"])
 def test_a_sharded_transformer_is_a_whole_one(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, method: str
 ) -> None:

@@ -128,13 +128,15 @@ class VectorModel(TextToImageModel):
         network = self.trained if role == "policy" else self.reference
 
         def denoise(x_t: Tensor, t: Time) -> Prediction:
-            assert isinstance(t, float)
-            self.calls.append((role, t, torch.is_grad_enabled()))
+            rows = x_t.flatten(1)
+            times = (
+                t[:, None].to(rows) if isinstance(t, Tensor) else torch.full_like(rows[:, :1], t)
+            )
+            self.calls.append((role, float(times[0]), torch.is_grad_enabled()))
             with torch.set_grad_enabled(
                 torch.is_grad_enabled() and (role == "policy" or self.records)
             ):
-                rows = x_t.flatten(1)
-                raw = network(torch.cat([rows, torch.full_like(rows[:, :1], t)], 1))
+                raw = network(torch.cat([rows, times], 1))
             return self.process.read(self.prediction_type, raw.reshape(x_t.shape), x_t, t)
 
         return denoise

@@ -39,11 +39,16 @@ class ObjectiveConfig:
 class RewardedConfig(ObjectiveConfig):
     """An objective that maximises a reward of images which it samples from prompts."""
 
-    data_coeff: float = setting(0.0, NOT_NEGATIVE)  # weight of the supervised loss on data.images
-
     @property
     def reads_prompts(self) -> bool:
         return True
+
+
+@dataclass
+class RewardGradientConfig(RewardedConfig):
+    """An objective that learns from the gradient of a reward."""
+
+    data_coeff: float = setting(0.0, NOT_NEGATIVE)  # weight of the supervised loss on data.images
 
     @property
     def reads_images(self) -> bool:
@@ -51,7 +56,7 @@ class RewardedConfig(ObjectiveConfig):
 
 
 @dataclass
-class DraftConfig(RewardedConfig):
+class DraftConfig(RewardGradientConfig):
     """DRaFT (kl_coeff 0) and DRaFT+ (kl_coeff > 0)."""
 
     kind: str = "draft"
@@ -64,7 +69,7 @@ class DraftConfig(RewardedConfig):
 
 
 @dataclass
-class DirectConfig(RewardedConfig):
+class DirectConfig(RewardGradientConfig):
     """A reward's gradient at the end of a rollout, given to single steps that run again alone."""
 
     kind: str = "direct"
@@ -91,7 +96,7 @@ class DirectConfig(RewardedConfig):
 
 
 @dataclass
-class AdjointMatchingConfig(RewardedConfig):
+class AdjointMatchingConfig(RewardGradientConfig):
     """The drift of the law that a reward tilts: exp(reward_scale x reward) x base model."""
 
     kind: str = "adjoint_matching"
@@ -102,7 +107,7 @@ class AdjointMatchingConfig(RewardedConfig):
 
 
 @dataclass
-class DirectAlignConfig(RewardedConfig):
+class DirectAlignConfig(RewardGradientConfig):
     """Reward at an image that is recovered from one network call and known noise."""
 
     kind: str = "direct_align"
@@ -123,6 +128,53 @@ class DirectAlignConfig(RewardedConfig):
     @property
     def reads_images(self) -> bool:
         return self.source == "images" or self.data_coeff > 0
+
+
+@dataclass
+class CollectedConfig(RewardedConfig):
+    """An objective that learns from rewards of groups of images, which need no gradient."""
+
+    images_per_prompt: int = setting(8, FEW)  # a group: its images lie next to each other
+    batches: int = setting(1, FEW)  # global batches that are sampled at once
+    inner_epochs: int = setting(1, FEW)  # times that these are trained on
+    rollout_batch_size: int = setting(8, FEW)  # images per process and forward, while sampling
+    statistics: str = choice("group", "prompt")  # mean and deviation of a group, or running ones
+    deviation: str = choice("own", "batch")  # that a difference is divided by: batch is of all
+    advantage_clip: float = setting(5.0, POSITIVE)
+    kl_coeff: float = setting(0.0, NOT_NEGATIVE)  # towards the frozen reference
+    kl_form: str = choice("noise", "output")  # what is compared with the reference
+
+
+@dataclass
+class PolicyGradientConfig(CollectedConfig):
+    """Clipped importance ratios of noisy sampling steps: DDPO, Flow-GRPO."""
+
+    kind: str = "policy_gradient"
+    eta: float = setting(1.0, UNIT)  # noise of the trained steps; 1 is DDPM's
+    window: int | None = setting(None, FEW)  # noisy steps next to each other; null is all
+    trained_steps: int | None = setting(None, FEW)  # of the noisy ones, drawn anew; null is all
+    clip_range: float = setting(1e-4, POSITIVE)  # of the ratio, whose logarithm is a mean
+
+
+@dataclass
+class NftConfig(CollectedConfig):
+    """DiffusionNFT: regress images by the share of their reward, for and against."""
+
+    kind: str = "nft"
+    beta: float = setting(1.0, POSITIVE)  # how far a step beside the old policy is imagined
+    trained_times: int = setting(4, FEW)  # of each image, drawn from the solver's
+    old_decay: float = setting(0.5, FRACTION)  # of the old policy after each collection, at most
+    old_decay_rise: float = setting(0.001, NOT_NEGATIVE)  # each collection adds this from 0
+
+
+@dataclass
+class AwmConfig(CollectedConfig):
+    """Advantage-weighted matching: a policy gradient with the supervised loss as likelihood."""
+
+    kind: str = "awm"
+    trained_times: int = setting(6, FEW)  # of each image, one in each part of [0, 1]
+    likelihood: str = choice("ghuber", "mse")  # ghuber: errors to the power of 1/4, weighted by t
+    clip_range: float = setting(1.0, POSITIVE)  # of the ratio
 
 
 @dataclass
@@ -162,6 +214,9 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "direct": DirectConfig,
     "adjoint_matching": AdjointMatchingConfig,
     "direct_align": DirectAlignConfig,
+    "policy_gradient": PolicyGradientConfig,
+    "nft": NftConfig,
+    "awm": AwmConfig,
     "supervised": SupervisedConfig,
     "own": OwnConfig,
 }

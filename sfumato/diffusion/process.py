@@ -162,6 +162,14 @@ class DiffusionProcess(abc.ABC):
         return mean + std * z
 
 
+def mean_log_density(
+    x: Float[Tensor, "b *d"], mean: Float[Tensor, "b *d"], std: float
+) -> Float[Tensor, " b"]:
+    """Return the log-density of x under N(mean, std^2) over the number of elements, by row."""
+    distance = ((x - mean) / std).square().flatten(1).mean(1)
+    return -0.5 * distance - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+
 @final
 class VariancePreserving(DiffusionProcess):
     """A trained table of cumulative alphas: index i of N is t = (i + 1) / N, and t = 0 is data.

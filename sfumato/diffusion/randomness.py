@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,12 @@ class Rng:
     def of_step(seed: int, step: int, rows: Sequence[int]) -> "Rng":
         """Return the randomness of rows (positions in the global batch) of one step."""
         return Rng([derive(seed, step, row) for row in rows], derive(seed, step, "shared"))
+
+    def rows(self, start: int, stop: int) -> "Rng":
+        """Return the randomness of rows start to stop - 1; their streams go on where they are."""
+        part = copy(self)
+        part._rows = self._rows[start:stop]
+        return part
 
     def normal(self, *shape: int, device: torch.device | str = "cpu") -> Float[Tensor, "b *d"]:
         """Return standard normal float32 noise of shape (rows, *shape)."""

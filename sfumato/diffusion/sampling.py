@@ -18,12 +18,19 @@ Denoiser: TypeAlias = Callable[[Tensor, Time], Prediction]  # conditioning, guid
 
 
 @dataclass(frozen=True)
-class Visit:
-    """One step: where the denoiser stood and what it said."""
+class Reading:
+    """Where a denoiser stood and what it said."""
 
-    t: float
+    t: Time
     x_t: Float[Tensor, "b *d"]
     prediction: Prediction
+
+
+@dataclass(frozen=True)
+class Visit(Reading):
+    """One step of a sampling run: all rows stand at the same time."""
+
+    t: float
 
     def kept(self, device: torch.device | str) -> "Visit":
         """Return the step without a graph, in float32 or better, on a device."""
@@ -60,7 +67,7 @@ def sample(
     *,
     grad_steps: int = 0,
     solver: Solver = "first_order",
-    eta: float = 0.0,
+    eta: float | Sequence[float] = 0.0,
     rng: Rng | None = None,
     keep: torch.device | str | None = None,
     without_graph: AbstractContextManager[object] | None = None,
@@ -72,7 +79,8 @@ def sample(
         times: T + 1 decreasing times; step i goes from times[i] to times[i + 1].
         grad_steps: only the last K steps record a graph; the others run without one.
         solver: `dpmpp_2m` also reads the x0 of the step before; it is deterministic.
-        eta: 0 is DDIM or Euler; above 0 each step adds noise drawn from `rng`.
+        eta: 0 is DDIM or Euler; above 0 each step adds noise drawn from `rng`. One for all steps,
+            or one for each.
         keep: device that holds every step, in float32 and without a graph; None keeps none.
         without_graph: context of the steps before the last K.
 
@@ -84,9 +92,13 @@ def sample(
         raise ValueError(
             f"grad_steps = {grad_steps} must lie between 0 and the {steps} steps taken"
         )
-    if eta > 0 and rng is None:
+    etas = [eta] * steps if isinstance(eta, float | int) else list(eta)
+    if len(etas) != steps:
+        raise ValueError(f"{len(etas)} etas are given for {steps} steps; give one for each")
+    noisy = max(etas, default=0.0) > 0
+    if noisy and rng is None:
         raise ValueError(f"eta = {eta} draws noise at each step: pass rng")
-    if eta > 0 and solver != "first_order":
+    if noisy and solver != "first_order":
         raise ValueError(
             f"eta = {eta} draws noise, and solver = {solver} is deterministic; set eta to 0, or "
             "use solver = first_order"
@@ -110,10 +122,10 @@ def sample(
                     visits.append(visit.kept(keep))
                 z = (
                     rng.normal(*x.shape[1:], device=x.device)
-                    if rng is not None and eta > 0
+                    if rng is not None and etas[i] > 0
                     else None
                 )
-                x = process.step(prediction, t, s, eta=eta, z=z)
+                x = process.step(prediction, t, s, eta=etas[i], z=z)
                 if solver == "dpmpp_2m" and (weight := extrapolation(process, times, i)):
                     x = x + weight * (prediction.x0 - x0)
                 x0 = prediction.x0

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.diffusion.process import Prediction
-from sfumato.diffusion.sampling import Denoiser, Visit
+from sfumato.diffusion.sampling import Denoiser, Reading
 from sfumato.models.model import Role, TextToImageModel
 from sfumato.precision import in_float32, is_rounded
 
@@ -20,7 +20,7 @@ KlForm: TypeAlias = Literal["noise", "output"]  # n: the noise, or the network's
 
 def kl(
     model: TextToImageModel,
-    visits: Sequence[Visit],
+    visits: Sequence[Reading],
     denoiser: Callable[[Role], Denoiser],
     form: KlForm = "noise",
 ) -> Float[Tensor, ""]:

@@ -1,10 +1,14 @@
-"""Contract of an objective: a loss of a model, a batch and randomness, whole or in pieces."""
+"""Contract of an objective: a loss of a model, a batch and randomness, whole or in pieces.
+
+An objective may also collect: make rows of its own, such as rollouts, of several global batches.
+"""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +17,7 @@ from sfumato.diffusion.randomness import Rng
 from sfumato.models.model import TextToImageModel
 
 Batch = TypeVar("Batch")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,17 +53,86 @@ def _added(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, 
 Piece: TypeAlias = Callable[[], Loss]
 
 
-class Objective(abc.ABC, Generic[Batch]):
-    """Something to minimise. It holds settings and frozen networks; `observe` alone changes it.
+@dataclass(frozen=True)
+class Rollout:
+    """A row that an objective made: its prompt, and tensors of one row without a graph, on the CPU.
 
-    An objective overrides `loss`, or `pieces`.
+    All rows of a collection have tensors of the same names, shapes and types.
+    """
+
+    prompt: str
+    tensors: Mapping[str, Tensor]
+
+    def __str__(self) -> str:
+        return self.prompt
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What an objective made of global batches: a row for each row, and numbers to report."""
+
+    rows: Sequence[Rollout]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Collecting:
+    """How rows are collected.
+
+    Attributes:
+        batches: global batches that are collected at once.
+        epochs: times that each of them is trained on.
+        group: rows of a batch, next to each other, that have the same item.
+    """
+
+    batches: int = 1
+    epochs: int = 1
+    group: int = 1
+
+
+@runtime_checkable
+class Peers(Protocol):
+    """The other processes, while all of them collect."""
+
+    def all(self, values: Sequence[T]) -> list[T]:
+        """Return the values of the rows of all processes, in the order of the collection."""
+        ...
+
+    def own(self, values: Sequence[T]) -> list[T]:
+        """Return, of values of all rows, those of this process's rows."""
+        ...
+
+
+@runtime_checkable
+class Slot(Protocol):
+    """Other values of the trained weights, kept beside them: the role of an old policy."""
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Put the values in place of the weights, and the weights back at the end."""
+        ...
+
+    def follow(self, decay: float) -> None:
+        """Move the values: decay x value + (1 - decay) x weight."""
+        ...
+
+
+class Objective(abc.ABC, Generic[Batch]):
+    """Something to minimise, of settings and frozen networks.
+
+    Only `observe` and `collect` change it. An objective overrides `loss`, or `pieces`.
 
     Attributes:
         needs_reference: whether the loss asks for the frozen self of what is trained.
+        needs_old: whether it asks for an old policy.
+        old: the old policy, if it needs one; the training state brings it.
+        collecting: None trains on the rows of the data as they are.
         why_idle: what to look at when the first step has no gradient.
     """
 
     needs_reference: bool = True
+    needs_old: bool = False
+    old: Slot | None = None
+    collecting: Collecting | None = None
     why_idle: str = "the loss does not depend on what is trained"
 
     def loss(self, model: TextToImageModel, batch: Batch, rng: Rng) -> Loss:
@@ -74,11 +148,23 @@ class Objective(abc.ABC, Generic[Batch]):
         """
         return [partial(self.loss, model, batch, rng)]
 
+    def collect(
+        self, model: TextToImageModel, items: Sequence[Any], rng: Rng, peers: Peers
+    ) -> Collected:
+        """Make rows of training: one of each of this process's items, in their order.
+
+        Called without a gradient, before the first of the steps that train on the rows.
+
+        Args:
+            items: batch after batch; `rng` has a stream for each.
+        """
+        raise NotImplementedError(f"{type(self).__name__} trains on the rows of the data")
+
     def observe(self, rows: Mapping[str, Sequence[float]]) -> None:
         """Learn from the `rows` of a step's global batch, which are the same on all processes."""
 
     def state(self) -> dict[str, Any]:
-        """Return what `observe` has learned, fit for JSON."""
+        """Return what `observe` and `collect` have learned, fit for JSON."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -14,20 +14,27 @@ from sfumato.rewards.reward import Reward, Score
 
 
 class RewardedObjective(Objective[Batch]):
-    """An objective that learns from the gradient of a reward.
+    """An objective that learns from a reward.
 
     Args:
-        reward: frozen; its gradient with respect to the images is what is learned from.
+        reward: frozen.
+
+    Attributes:
+        needs_gradient: whether it learns from the reward's gradient with respect to the images.
 
     Raises:
-        ValueError: if the reward is not differentiable.
+        ValueError: if it needs a gradient, and the reward is not differentiable.
     """
 
+    needs_gradient: bool = True
+
     def __init__(self, sampler: SamplerConfig, reward: Reward) -> None:
-        if not reward.differentiable:
+        if self.needs_gradient and not reward.differentiable:
             raise ValueError(
                 f"the reward {type(reward).__name__} is not differentiable, and the objective "
-                "learns from its gradient; choose a differentiable one (reward=clip, reward=color)"
+                "learns from its gradient; choose a differentiable one (reward=clip, "
+                "reward=color), or an objective that needs no gradient "
+                "(objective=policy_gradient, nft or awm)"
             )
         self.sampler = sampler
         self.reward = reward

@@ -3,6 +3,7 @@
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ class Reward(nn.Module, abc.ABC):
         differentiable: whether gradients flow from the score back to the images.
         scale: what the raw score (a cosine, a mean of pixels) is multiplied by. `kl_coeff` is
             calibrated to it, so it is recorded with every run.
+        weights: of the parts of a composed reward, by name.
     """
 
     differentiable: bool = True
     scale: float = 1.0
+    weights: Mapping[str, float] = MappingProxyType({})
 
     @abc.abstractmethod
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:

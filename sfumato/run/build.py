@@ -9,13 +9,17 @@ import torch
 
 from sfumato.config import (
     AdjointMatchingConfig,
+    AwmConfig,
     DirectAlignConfig,
     DirectConfig,
     DraftConfig,
     ModelConfig,
+    NftConfig,
     NoRewardConfig,
     OwnConfig,
+    PolicyGradientConfig,
     RewardedConfig,
+    RewardGradientConfig,
     SupervisedConfig,
     TrainConfig,
 )
@@ -25,10 +29,13 @@ from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
 from sfumato.models.registry import load_model
 from sfumato.objectives.adjoint_matching import AdjointMatching
+from sfumato.objectives.awm import AdvantageWeightedMatching
 from sfumato.objectives.direct import Direct
 from sfumato.objectives.direct_align import DirectAlign
 from sfumato.objectives.draft import Draft
+from sfumato.objectives.nft import DiffusionNft
 from sfumato.objectives.objective import Objective
+from sfumato.objectives.policy_gradient import PolicyGradient
 from sfumato.objectives.scoring import RewardedObjective
 from sfumato.objectives.supervised import Supervised
 from sfumato.objectives.with_data import WithData
@@ -47,6 +54,9 @@ REWARDED: Mapping[type[RewardedConfig], Callable[..., Objective[Any]]] = {
     DirectConfig: Direct,
     AdjointMatchingConfig: AdjointMatching,
     DirectAlignConfig: DirectAlign,
+    PolicyGradientConfig: PolicyGradient,
+    NftConfig: DiffusionNft,
+    AwmConfig: AdvantageWeightedMatching,
 }
 
 
@@ -126,7 +136,9 @@ def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any
     assert reward is not None, "checked with the settings"
     kind = REWARDED[type(settings)]
     objective = kind(settings, config.sampler, reward)
-    if not (settings.data_coeff and settings.reads_prompts):
+    if not isinstance(settings, RewardGradientConfig) or not settings.reads_prompts:
+        return objective
+    if not settings.data_coeff:
         return objective
     return WithData(objective, Supervised(SupervisedConfig()), settings.data_coeff)
 

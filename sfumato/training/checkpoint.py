@@ -1,7 +1,7 @@
 """Checkpoints: written whole, in a thread if so configured, and checked byte by byte when read.
 
 A folder holds weights, EMA and optimiser state as safetensors, the rest as JSON, and a manifest
-with the SHA-256 of each file. Nothing is pickled.
+with the SHA-256 of each file. An objective's own tensors are one more file. Nothing is pickled.
 """
 
 import json
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -24,8 +24,9 @@ from sfumato.records import Count, read_record
 from sfumato.training.folder import step_name
 
 TENSORS = ("weights", "ema", "optimizer")
+OWN = "objective"  # tensors that only some objectives have
 STATE, MANIFEST = "state.json", "manifest.json"
-_OLDER = (MANIFEST, MANIFEST, STATE, *(f"{name}.safetensors" for name in TENSORS))
+_OLDER = (MANIFEST, MANIFEST, STATE, *(f"{name}.safetensors" for name in (*TENSORS, OWN)))
 
 
 class CheckpointError(ValueError):
@@ -41,6 +42,7 @@ class Snapshot:
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]  # JSON: counters, position in the data, loss scale
+    objective: Mapping[str, Tensor] = field(default_factory=dict)  # old policy, collected rows
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
-    for name in TENSORS:
+    for name in (*TENSORS, *([OWN] if snapshot.objective else [])):
         tensors = {key: value.contiguous() for key, value in vars(snapshot)[name].items()}
         save_file(tensors, folder / f"{name}.safetensors")
     state = {"step": snapshot.step, **snapshot.state}
@@ -101,11 +103,13 @@ def read_checkpoint(path: Path) -> Snapshot:
     _refuse_damage(path)
     try:
         weights, ema, optimizer = (load_file(path / f"{name}.safetensors") for name in TENSORS)
+        own = path / f"{OWN}.safetensors"
+        objective = load_file(own) if own.exists() else {}
     except SafetensorError as error:
         raise CheckpointError(f"{path} holds no safetensors ({error}); remove it") from error
     _read_state(path)  # refuses a wrong type of what every reader uses
     state = read_object(path / STATE, _advice(path), failure=CheckpointError)
-    return Snapshot(state.pop("step"), weights, ema, optimizer, state)
+    return Snapshot(state.pop("step"), weights, ema, optimizer, state, objective)
 
 
 def read_shown_weights(path: Path) -> Mapping[str, Tensor]:

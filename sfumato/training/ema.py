@@ -1,4 +1,8 @@
-"""Exponential moving average (EMA) of the trained weights, which is validated and exported."""
+"""Other values of the trained weights: their moving average (EMA), and an old policy's.
+
+The EMA is validated and exported. An old policy is a second set of values for the same network: of
+adapters alone, or a copy of all weights where all are trained.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +16,67 @@ from torch import Tensor, nn
 from sfumato.training.distribution import like, local, united, whole
 
 
+class Shadow:
+    """Values beside the weights, which can be put in their place.
+
+    Args:
+        parameters: by name; the shadow starts as a copy of this process's share of them.
+
+    Attributes:
+        shadow: the values by name; without any, the weights themselves are shown.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = dict(parameters)
+        self.shadow = {name: w.clone() for name, w in self._weights().items()}
+
+    def _weights(self) -> dict[str, Tensor]:
+        # Looked up anew each time: FSDP may exchange the tensor of a parameter.
+        return {name: local(parameter.detach()) for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the values: decay x value + (1 - decay) x weight."""
+        shadows, weights = list(self.shadow.values()), list(self._weights().values())
+        torch._foreach_lerp_(shadows, weights, 1 - decay)  # pyright: ignore
+
+    def snapshot(self, *, kept: bool = True) -> dict[str, Tensor]:
+        """Return whole values on the CPU, by name; all processes must call it.
+
+        Args:
+            kept: whether this process gets them; the others get empty tensors.
+        """
+        return {
+            name: whole(united(shadow, self._parameters[name]), kept=kept)
+            for name, shadow in self.shadow.items()
+        }
+
+    def put_back(self, shadows: Mapping[str, Tensor]) -> None:
+        """Take the values of a snapshot."""
+        for name, shadow in self.shadow.items():
+            shadow.copy_(local(like(shadows[name], self._parameters[name])))
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Put the values in place of the weights, and the weights back at the end."""
+        if not self.shadow:
+            yield
+            return
+        trained = {name: weight.clone() for name, weight in self._weights().items()}
+        self._write(self.shadow)
+        try:
+            yield
+        finally:
+            self._write(trained)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, weight in self._weights().items():
+            weight.copy_(values[name])
+
+
 @final
-class Ema:
+class Ema(Shadow):
     """Shadow weights: shadow <- d shadow + (1 - d) weight, d = min(decay, (1 + n) / (10 + n)).
 
     Args:
@@ -32,21 +95,14 @@ class Ema:
         every: int = 1,
         on_cpu: bool = False,
     ) -> None:
-        self._parameters = dict(parameters)
+        super().__init__(parameters if decay is not None else {})
         self._decay = decay
         self._every = every
         self._host: HostMover | None = None
         self.updates = 0
-        self.shadow: dict[str, Tensor] = {}
-        if decay is not None:
-            self.shadow = {name: w.clone() for name, w in self._weights().items()}
-            if on_cpu:
-                self.shadow = {name: shadow.cpu() for name, shadow in self.shadow.items()}
-                self._host = HostMover(list(self._weights().values()))
-
-    def _weights(self) -> dict[str, Tensor]:
-        # Looked up anew each time: FSDP may exchange the tensor of a parameter.
-        return {name: local(parameter.detach()) for name, parameter in self._parameters.items()}
+        if on_cpu and self.shadow:
+            self.shadow = {name: shadow.cpu() for name, shadow in self.shadow.items()}
+            self._host = HostMover(list(self._weights().values()))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -58,11 +114,11 @@ class Ema:
             return
         steps = range(self.updates - self._every, self.updates)
         decay = math.prod(min(self._decay, (1 + n) / (10 + n)) for n in steps)
-        shadows, weights = list(self.shadow.values()), list(self._weights().values())
         if self._host is not None:
+            shadows, weights = list(self.shadow.values()), list(self._weights().values())
             self._host.move(shadows, weights, 1 - decay)
         else:
-            torch._foreach_lerp_(shadows, weights, 1 - decay)  # pyright: ignore
+            self.follow(decay)
 
     def before_change(self) -> None:
         """Let a copy of the weights that is under way end before the weights change."""
@@ -75,42 +131,22 @@ class Ema:
             self._host.wait()
 
     def snapshot(self, *, kept: bool = True) -> dict[str, Tensor]:
-        """Return whole shadows on the CPU, by name; all processes must call it.
-
-        Args:
-            kept: whether this process gets them; the others get empty tensors.
-        """
+        """Return whole shadows on the CPU, by name; all processes must call it."""
         self.settle()
-        return {
-            name: whole(united(shadow, self._parameters[name]), kept=kept)
-            for name, shadow in self.shadow.items()
-        }
+        return super().snapshot(kept=kept)
 
     def restore(self, shadows: Mapping[str, Tensor], updates: int) -> None:
         """Put a snapshot back."""
         self.settle()
         self.updates = updates
-        for name, shadow in self.shadow.items():
-            shadow.copy_(local(like(shadows[name], self._parameters[name])))
+        self.put_back(shadows)
 
     @contextmanager
-    @torch.no_grad()
     def shown(self) -> Iterator[None]:
         """Put the shadows in place of the weights, and the weights back at the end."""
-        if self._decay is None:
-            yield
-            return
         self.settle()
-        trained = {name: weight.clone() for name, weight in self._weights().items()}
-        self._write(self.shadow)
-        try:
+        with super().shown():
             yield
-        finally:
-            self._write(trained)
-
-    def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, weight in self._weights().items():
-            weight.copy_(values[name])
 
 
 @final

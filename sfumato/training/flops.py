@@ -121,6 +121,7 @@ class Meter:
         self, model: TextToImageModel, config: TrainingConfig, distribution: Distribution
     ) -> None:
         self.flops: float | None = None
+        self._beside = 0.0
         self._networks = [model.trained, *model.trained.children()]
         self._rows = config.micro_batch_size
         self._images = config.global_batch_size
@@ -136,10 +137,29 @@ class Meter:
         if self.flops is not None:
             yield
             return
+        with self._counted() as counter:
+            yield
+        self.flops = counter.flops / self._rows + self._beside
+
+    @contextmanager
+    def counting_beside(self, rows: int) -> Iterator[None]:
+        """Count what runs inside for later micro-batches, if no micro-batch was counted yet.
+
+        Args:
+            rows: of these micro-batches, over all inner epochs.
+        """
+        if self.flops is not None:
+            yield
+            return
+        with self._counted() as counter:
+            yield
+        self._beside = counter.flops / rows
+
+    @contextmanager
+    def _counted(self) -> Iterator[FlopCounter]:
         counter = FlopCounter(self._networks)
         with torch.compiler.set_stance("force_eager"), counter.counting():
-            yield
-        self.flops = counter.flops / self._rows
+            yield counter
 
     def rates(self, seconds: float) -> dict[str, float]:
         """Return the metrics of a step of so many seconds; FLOPs are of one device."""

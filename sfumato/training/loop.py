@@ -97,8 +97,10 @@ def fit(job: Job, folder: RunFolder, distribution: Distribution, watch: StopWatc
                 stopped_by = stopped_by or "another process"
                 break
             started = time.monotonic()
+            if state.source.collects(state.step):
+                bar.set_postfix_str("sampling")
             metrics = take_step(config, wrapped, state, distribution)
-            metrics |= state.meter.rates(time.monotonic() - started)
+            metrics |= state.meter.rates(time.monotonic() - started - state.source.saved)
             if state.step == 1 and metrics["grad_norm"] == 0 and active:
                 bar.write(f"step 1 has no gradient: {job.objective.why_idle}")
             bar.set_postfix_str(headline(metrics))
@@ -128,9 +130,7 @@ def take_step(
     training = config.training
     share = training.global_batch_size // distribution.world
     first = distribution.rank * share
-    started = time.monotonic()
-    batch = state.stream.next(training.global_batch_size, first, first + share)
-    waited = time.monotonic() - started
+    batch = state.source.next(state.model, state.step, state.meter)
     size = training.micro_batch_size
     losses: list[Loss] = []
     for start in range(0, share, size):
@@ -153,7 +153,7 @@ def take_step(
     state.move(metrics["learning_rate"])
     if losses[0].rows:
         state.objective.observe(gathered_rows([loss.rows for loss in losses], distribution))
-    metrics["data_wait"] = waited
+    metrics |= {**state.source.metrics, "data_wait": state.source.waited}
     if state.scaler.is_enabled():
         metrics["loss_scale"] = state.scaler.get_scale()
     return distribution.mean(metrics) | ratios([loss.partial for loss in losses], distribution)
@@ -273,7 +273,7 @@ def resume(state: TrainState, folder: RunFolder, distribution: Distribution) -> 
     with distribution.together():
         if checkpoints := list_checkpoints(folder.checkpoints):
             state.restore(read_checkpoint(checkpoints[-1]))
-    positions = distribution.gather([state.stream.state()])
+    positions = distribution.gather([state.source.stream.state()])
     if any(position != positions[0] for position in positions):
         raise ValueError(
             "the processes read different data; check that every machine sees the same files under "

@@ -12,8 +12,9 @@ from sfumato.data.stream import Stream
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.objective import Objective
 from sfumato.training.checkpoint import CheckpointError, Snapshot
+from sfumato.training.collection import Source
 from sfumato.training.distribution import Distribution, like, whole
-from sfumato.training.ema import Ema
+from sfumato.training.ema import Ema, Shadow
 from sfumato.training.flops import Meter
 from sfumato.training.optimizer import build_optimizer
 from sfumato.weights import differences
@@ -45,13 +46,16 @@ class TrainState:
         self.optimizer = build_optimizer(list(self.parameters.values()), config.optimizer)
         self.scaler = distribution.scaler
         self.meter = Meter(model, training, distribution)
-        self.stream = stream
+        self.source = Source(config, objective, stream, distribution)
+        self.old = Shadow(self.parameters) if objective.needs_old else None
+        objective.old = self.old
         self.step = 0
         self.best_step: int | None = None
         self.best_loss = math.inf
         self._keeps = distribution.is_main
         # The counted step runs uncompiled, so a resumed run must not count again.
-        self._keeps_flops = training.compile != "none"
+        # Neither must one that resumes between collections, which it would count without them.
+        self._keeps_flops = training.compile != "none" or objective.collecting is not None
 
     def move(self, rate: float) -> bool:
         """Take one optimiser step at this learning rate, and update the EMA.
@@ -92,12 +96,17 @@ class TrainState:
                 moments[f"{key}/{name}"] = whole(value, kept=kept)
         state: dict[str, Any] = {
             "ema_updates": self.ema.updates,
-            "data": self.stream.state(),
+            "data": self.source.stream.state(),
             "scaler": self.scaler.state_dict(),
             "best": [self.best_step, self.best_loss] if self.best_step else None,
         }
         if learned := self.objective.state():
             state["objective"] = learned
+        rows, collected = self.source.snapshot(self.step, kept=kept)
+        if collected:
+            state["collection"] = collected
+        old = {} if self.old is None else self.old.snapshot(kept=kept)
+        kinds = {"collection": rows, "old": old}
         if self._keeps_flops:
             state["flops"] = self.meter.flops
         return Snapshot(
@@ -106,6 +115,9 @@ class TrainState:
             ema=self.ema.snapshot(kept=kept),
             optimizer=moments,
             state=state,
+            objective={
+                f"{kind}/{name}": each for kind in kinds for name, each in kinds[kind].items()
+            },
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -128,9 +140,21 @@ class TrainState:
             parameter = self.parameters[name]
             moment = value.to(parameter.device) if value.ndim == 0 else like(value, parameter)
             self.optimizer.state[parameter][kind] = moment
-        self.stream.restore(snapshot.state["data"])
+        self.source.stream.restore(snapshot.state["data"])
         self.scaler.load_state_dict(snapshot.state["scaler"])
         self.objective.restore(snapshot.state.get("objective", {}))
+        rows, old = (
+            {
+                name.removeprefix(kind): each
+                for name, each in snapshot.objective.items()
+                if name.startswith(kind)
+            }
+            for kind in ("collection/", "old/")
+        )
+        self.source.restore(rows, snapshot.state.get("collection", {}))
+        if self.old is not None:
+            differences(old, self.parameters, {}).refuse("the old policy", ADVICE, CheckpointError)
+            self.old.put_back(old)
         if self._keeps_flops:
             self.meter.flops = snapshot.state.get("flops")
 

@@ -1,0 +1,223 @@
+"""Rewards without a gradient: sample groups of images, score and compare them, then train on them.
+
+An objective says how images are sampled and what of them is kept. All images of a collection are
+sampled, without a gradient, before the first step that trains on one of them.
+"""
+
+import abc
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.config import CollectedConfig, SamplerConfig
+from sfumato.diffusion.randomness import Rng
+from sfumato.diffusion.sampling import Denoiser, Reading
+from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
+from sfumato.models.model import Latents, Role, TextToImageModel
+from sfumato.objectives.advantages import Judge
+from sfumato.objectives.kl import KlForm, kl
+from sfumato.objectives.objective import Collected, Collecting, Loss, Peers, Rollout
+from sfumato.objectives.scoring import RewardedObjective
+from sfumato.rewards.reward import Reward
+
+Rows = Sequence[Rollout]
+
+
+class CollectedObjective(RewardedObjective[Rows]):
+    """An objective that learns from the rewards of groups of images; they need no gradient.
+
+    Attributes:
+        guided: whether training predicts with guidance, as sampling does.
+    """
+
+    needs_gradient = False
+    guided: bool = False
+    why_idle = (
+        "the images of each group have the same reward (no_signal is 1); give other prompts, more "
+        "objective.images_per_prompt, or a reward that tells these images apart"
+    )
+
+    def __init__(self, config: CollectedConfig, sampler: SamplerConfig, reward: Reward) -> None:
+        super().__init__(sampler, reward)
+        self.config = config
+        self.needs_reference = config.kl_coeff > 0
+        group = config.images_per_prompt
+        self.collecting = Collecting(config.batches, config.inner_epochs, group)
+        self._weights = dict(reward.weights) or {"reward": 1.0}
+        self._judge = Judge(config)
+        self._queries = 0
+        self._fault: Exception | None = None
+
+    @abc.abstractmethod
+    def roll_out(
+        self, model: TextToImageModel, prompts: Sequence[str], rng: Rng
+    ) -> tuple[Latents, Mapping[str, Tensor]]:
+        """Sample images without a gradient.
+
+        Returns:
+            Their latents; and what training needs, with one row an image.
+        """
+
+    def begin(self, model: TextToImageModel, rng: Rng) -> None:
+        """Prepare a collection; `rng.shared` is the same for all of its rows."""
+
+    def collect(
+        self, model: TextToImageModel, items: Sequence[Any], rng: Rng, peers: Peers
+    ) -> Collected:
+        """Sample an image of each prompt, and score and judge all of them.
+
+        Raises:
+            ValueError: if no image has a reward.
+        """
+        self.begin(model, rng)
+        tensors: list[Mapping[str, Tensor]] = []
+        scores: list[dict[str, float]] = []
+        size = self.config.rollout_batch_size
+        training = model.trained.training
+        model.trained.eval()
+        for start in range(0, len(items), size):
+            prompts, own = items[start : start + size], rng.rows(start, start + size)
+            made, images = self.rehearse(model, prompts, own)
+            tensors += [
+                {name: value[i].cpu() for name, value in made.items()} for i in range(len(prompts))
+            ]
+            scores += self._score(images, prompts)
+        model.trained.train(training)
+        table = peers.all(list(zip(items, scores, strict=True)))
+        return self._judged(items, tensors, table, peers)
+
+    @torch.no_grad()
+    def rehearse(
+        self, model: TextToImageModel, prompts: Sequence[str], rng: Rng
+    ) -> tuple[Mapping[str, Tensor], Float[Tensor, "b 3 H W"]]:
+        """Return what training needs of new images, and the images."""
+        latents, made = self.roll_out(model, prompts, rng)
+        return made, model.decode(latents).clamp(0, 1)
+
+    def _judged(
+        self,
+        items: Sequence[str],
+        tensors: Sequence[Mapping[str, Tensor]],
+        table: Sequence[tuple[str, Mapping[str, float]]],
+        peers: Peers,
+    ) -> Collected:
+        """Add advantages to the rows of this process; measure all rows."""
+        prompts, scores = zip(*table, strict=True)
+        rewards = {name: [row[name] for row in scores] for name in scores[0]}
+        used = {name: rewards[name] for name in self._weights}
+        if not any(map(math.isfinite, map(sum, zip(*used.values(), strict=True)))):
+            raise ValueError(
+                f"the reward {type(self.reward).__name__} gave no number for any of {len(prompts)} "
+                f"images ({self._fault or 'all are NaN or infinite'}); correct it"
+            )
+        judged = self._judge(prompts, used, self._weights)
+        self._queries += len(prompts)
+        kept = judged.kept.tolist()
+        metrics = {
+            name if name == "reward" else f"reward/{name}": math.fsum(
+                value for value, there in zip(values, kept, strict=True) if there
+            )
+            / sum(kept)
+            for name, values in rewards.items()
+        }
+        metrics |= {"no_signal": judged.idle, "left_out": float(len(kept) - sum(kept))}
+        metrics["reward_queries"] = float(self._queries)
+        own = peers.own(list(zip(judged.values.tolist(), kept, strict=True)))
+        rows = [
+            Rollout(prompt, {**made, "advantage": torch.tensor(a), "kept": torch.tensor(float(k))})
+            for prompt, made, (a, k) in zip(items, tensors, own, strict=True)
+        ]
+        return Collected(rows, metrics)
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> list[dict[str, float]]:
+        """Return value and parts of each image's reward; NaN where the reward fails."""
+        try:
+            score = self.reward.score(images, prompts)
+        except Exception as error:  # noqa: BLE001 -- a reward may be anybody's code
+            self._fault = error
+            if len(prompts) == 1:
+                return [dict.fromkeys({"reward", *self._weights}, math.nan)]
+            each = zip(images.split(1), prompts, strict=True)
+            return [row for image, prompt in each for row in self._score(image, [prompt])]
+        columns = {"reward": score.value, **score.parts}
+        values = {name: column.double().tolist() for name, column in columns.items()}
+        return [{name: values[name][i] for name in values} for i in range(len(prompts))]
+
+    def blank(self, model: TextToImageModel, prompts: Sequence[str], rng: Rng) -> Rows:
+        """Return rows without advantages, for a plan; they are made as those of training are."""
+        made, images = self.rehearse(model, prompts, rng)
+        self.reward.score(images, prompts)
+        zero = torch.zeros(len(prompts), device=model.device)
+        made = {**made, "advantage": zero, "kept": zero}
+        return [Rollout(p, {k: v[i] for k, v in made.items()}) for i, p in enumerate(prompts)]
+
+    def state(self) -> dict[str, Any]:
+        return {"queries": self._queries, "history": self._judge.history}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._queries = state.get("queries", 0)
+        self._judge.history = OrderedDict(state.get("history", {}))
+
+    def times(self, model: TextToImageModel) -> Sequence[float]:
+        """Return the times of a rollout."""
+        return rollout_times(model, self.sampler, *image_size(model, self.sampler))
+
+    def start(self, model: TextToImageModel, rng: Rng) -> Latents:
+        """Return the noise that images start from."""
+        shape = model.latent_shape(*image_size(model, self.sampler))
+        return rng.normal(*shape, device=model.device)
+
+    def denoiser(
+        self,
+        model: TextToImageModel,
+        prompts: Sequence[str],
+        role: Role = "policy",
+        *,
+        guided: bool,
+    ) -> Denoiser:
+        """Return a denoiser of prompts; networks with embedded guidance get it in any case."""
+        sampler = self.sampler
+        scale = sampler.guidance_scale
+        if guided:
+            found = encode_guided(model, prompts, scale, role, keep=sampler.prompt_cache)
+            return guided_denoiser(model, found, sampler, role)
+        cond = encode_guided(model, prompts, 1.0, role, keep=sampler.prompt_cache).cond
+        return model.denoiser(cond, guidance_scale=scale, role=role)
+
+    def finished(
+        self,
+        model: TextToImageModel,
+        batch: Rows,
+        reading: Reading,
+        losses: Float[Tensor, " b"],
+        metrics: Mapping[str, Tensor],
+        share: float,
+    ) -> Loss:
+        """Return a piece: its share of the mean loss of the rows that are kept, and of the KL."""
+        kept = column(batch, "kept", losses.device)
+        value = share * (losses * kept).mean()
+        found = {name: share * metric for name, metric in metrics.items()}
+        if self.config.kl_coeff:
+            role = partial(self._role, model, [row.prompt for row in batch])
+            distance = kl(model, [reading], role, cast(KlForm, self.config.kl_form))
+            found["kl"] = share * distance
+            value = value + self.config.kl_coeff * found["kl"]
+        found["loss"] = value
+        return Loss(value, {name: metric.detach() for name, metric in found.items()})
+
+    def _role(self, model: TextToImageModel, prompts: Sequence[str], role: Role) -> Denoiser:
+        return self.denoiser(model, prompts, role, guided=self.guided)
+
+
+def column(
+    batch: Rows, name: str, device: torch.device, index: int | None = None
+) -> Float[Tensor, "b *d"]:
+    """Return a tensor of all rows on a device; or of each only the entry at an index."""
+    values = [row.tensors[name] for row in batch]
+    return torch.stack(values if index is None else [value[index] for value in values]).to(device)
