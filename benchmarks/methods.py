@@ -9,6 +9,10 @@ seconds per step, which `time` measures in turns, so a busy minute does not fall
     python benchmarks/methods.py run --out methods       # seeds 1 to 3
     python benchmarks/methods.py time --out methods      # seconds a step, on a quiet machine
     python benchmarks/methods.py table --out methods     # the table and two pictures
+
+Rewards without a gradient, `--reward jpeg` or `reader`, are for the methods that need none:
+
+    python benchmarks/methods.py tune --out jpeg --reward jpeg      # then run and table, as above
 """
 
 import argparse
@@ -29,6 +33,8 @@ RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (1, 2, 3)
 TUNING_MARKS = (4, 8, 12)
 MARKS = (3, 6, 9, 12, 16, 20)  # steps that are evaluated
+LONG_TUNING_MARKS, LONG_MARKS = (10, 20, 30), (10, 20, 30, 45, 60)  # of methods without a gradient
+BATCH = 16  # images, and queries of the reward, in a step
 IMAGES = 8  # of each of six prompts
 LEVEL, DIVERSITY = 15.0, 0.50  # the reward to reach, and the diversity to keep
 KL = "objective.kl_coeff=10"
@@ -59,31 +65,73 @@ METHODS: dict[str, tuple[str, ...]] = {
         "objective.active_steps=2",
     ),
     "leap_kl_t5": ("method=leapalign", KL, FEW),
+    **{
+        name: (f"method={name}", "sampler.training_steps=5", *own)
+        for name, own in {
+            "ddpo": ("sampler.eta=0",),
+            "flow_grpo": (),
+            "nft": ("objective.trained_times=4",),
+            "awm": ("objective.trained_times=4",),
+        }.items()
+    },
 }
+SAMPLED = ("ddpo", "flow_grpo", "nft", "awm")  # they need no gradient of the reward
+REWARDS = ("preference", "jpeg", "reader")
 
 
 Curve = list[dict[str, float]]
 
 
-def config_of(name: str, rate: float, seed: int) -> Any:
+def config_of(name: str, rate: float, seed: int, reward: str) -> Any:
     from sfumato.compose import compose_train
 
+    none = ("reward.parts.preference=null", "reward.parts.redness=null")
+    # The reader is no reward of a run: it takes the place of the JPEG's size below.
+    own = () if reward == "preference" else (*none, "reward.parts.own={kind: jpeg}")
     overrides = [
         "recipe=demo_reward",
         *METHODS[name],
+        *own,
         f"optimizer.lr={rate}",
         f"training.seed={seed}",
-        f"training.max_steps={max(MARKS)}",
+        f"training.max_steps={max(marks_of(name)[1])}",
         "training.precision=no",
         f"name={name}",
     ]
     return compose_train(overrides)[0]
 
 
+def marks_of(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the steps that are evaluated while tuning, and in a run."""
+    return (LONG_TUNING_MARKS, LONG_MARKS) if name in SAMPLED else (TUNING_MARKS, MARKS)
+
+
+def reader() -> Any:
+    """Return the reward that reads attributes: the share of a prompt's words that a picture has."""
+    from sfumato.demo.reader import read_attributes
+    from sfumato.rewards.reward import Reward, Score
+
+    class Reader(Reward):
+        differentiable = False
+
+        def score(self, images: torch.Tensor, prompts: Sequence[str]) -> Score:
+            return Score(read_attributes(images.clamp(0, 1), prompts))
+
+    return Reader()
+
+
+def preference() -> Any:
+    """Return the demo's preference model alone."""
+    from sfumato.compose import compose_train
+    from sfumato.run.build import build_scorer
+
+    return build_scorer(compose_train(["recipe=demo_reward", "reward.parts.redness=null"])[0])
+
+
 class Trainee:
     """A method that is trained in this process, step by step, and evaluated between the steps."""
 
-    def __init__(self, name: str, rate: float, seed: int) -> None:
+    def __init__(self, name: str, rate: float, seed: int, reward: str = "preference") -> None:
         from sfumato.models.registry import load_model
         from sfumato.run.build import build_model, build_objective, build_scorer
         from sfumato.run.open_data import open_stream
@@ -91,9 +139,11 @@ class Trainee:
         from sfumato.training.module import TrainingModule
         from sfumato.training.state import TrainState
 
-        self.config = config_of(name, rate, seed)
+        self.config = config_of(name, rate, seed, reward)
         self.distribution = Distribution(self.config.training)
-        self.reward = build_scorer(self.config)
+        self.reward = reader() if reward == "reader" else build_scorer(self.config)
+        self.held_out = preference() if reward == "reader" else reader()
+        self.queries = 0
         objective = build_objective(self.config, self.reward)
         self.model = build_model(self.config, objective, load_model, self.distribution)
         self.model.trained.train()
@@ -110,13 +160,13 @@ class Trainee:
     def step(self) -> dict[str, float]:
         from sfumato.training.loop import take_step
 
+        self.queries += BATCH
         return take_step(self.config, self.module, self.state, self.distribution)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Return reward, held-out score and diversity, each a mean over six open prompts."""
         from sfumato.compose import DEMO_MODELS
-        from sfumato.demo.reader import read_attributes
         from sfumato.demo.world import SHAPES
         from sfumato.diffusion.randomness import derive
         from sfumato.evaluation.diversity import build_distance
@@ -130,14 +180,15 @@ class Trainee:
         self.model.trained.eval()
         images = generate_in_batches(self.model, texts, seeds, sampler, 21)
         self.model.trained.train()
-        assert self.reward is not None
-        rewards = [
-            float(self.reward(images[i : i + 21], texts[i : i + 21]).mean())
-            for i in range(0, len(texts), 21)
-        ]
+
+        def mean(reward: Any) -> float:
+            parts = [slice(i, i + 21) for i in range(0, len(texts), 21)]
+            return statistics.mean(v for p in parts for v in reward(images[p], texts[p]).tolist())
+
         return {
-            "reward": statistics.mean(rewards),
-            "held_out": float(read_attributes(images, texts).mean()),
+            "reward": mean(self.reward),
+            "held_out": mean(self.held_out),
+            "queries": self.queries,
             "diversity": statistics.mean(distance.mean(part) for part in images.split(IMAGES)),
         }
 
@@ -145,9 +196,9 @@ class Trainee:
         self.distribution.close()
 
 
-def trained(name: str, rate: float, seed: int, marks: Sequence[int]) -> list[dict[str, float]]:
+def trained(name: str, rate: float, seed: int, reward: str, marks: Sequence[int]) -> Curve:
     """Train, and return an evaluation at step 0 and at each mark."""
-    trainee = Trainee(name, rate, seed)
+    trainee = Trainee(name, rate, seed, reward)
     found = []
     try:
         for step in range(max(marks) + 1):
@@ -161,12 +212,13 @@ def trained(name: str, rate: float, seed: int, marks: Sequence[int]) -> list[dic
     return found
 
 
-def tune(out: Path, names: Sequence[str]) -> None:
+def tune(out: Path, names: Sequence[str], reward: str) -> None:
     for name in names:
         file = out / f"tune-{name}.json"
         if file.exists():
             continue
-        curves = {f"{rate:g}": trained(name, rate, 0, TUNING_MARKS) for rate in RATES}
+        marks = marks_of(name)[0]
+        curves = {f"{rate:g}": trained(name, rate, 0, reward, marks) for rate in RATES}
         best = max(curves, key=lambda rate: merit(curves[rate]))
         file.write_text(json.dumps({"best": float(best), "curves": curves}, indent=1))
         print(f"{name}: best {best}", *(f"\n  {c}" for c in curves.items()), flush=True)
@@ -174,19 +226,20 @@ def tune(out: Path, names: Sequence[str]) -> None:
 
 def merit(curve: Curve) -> tuple[float, float]:
     """Order curves: by steps to the level, then by the reward of the last point that is diverse."""
-    steps = seconds_to(curve, LEVEL, DIVERSITY, 1.0)
+    steps = steps_to(curve, LEVEL, DIVERSITY)
     diverse = [point["reward"] for point in curve if point["diversity"] >= DIVERSITY]
-    whole = len(curve) == len(TUNING_MARKS) + 1
+    whole = len(curve) == max(len(TUNING_MARKS), len(LONG_TUNING_MARKS)) + 1
     return (-steps if steps is not None else -1e9, diverse[-1] if whole else -1e9)
 
 
-def run(out: Path, names: Sequence[str]) -> None:
+def run(out: Path, names: Sequence[str], reward: str) -> None:
     for seed in SEEDS:
         for name in names:
             file, tuned = out / f"run-{name}-{seed}.json", out / f"tune-{name}.json"
             if file.exists() or not tuned.exists():
                 continue
-            curve = trained(name, json.loads(tuned.read_text())["best"], seed, MARKS)
+            best = json.loads(tuned.read_text())["best"]
+            curve = trained(name, best, seed, reward, marks_of(name)[1])
             file.write_text(json.dumps(curve, indent=1))
             last = curve[-1]
             print(f"{name} seed {seed}: " + json.dumps(last), flush=True)
@@ -242,38 +295,37 @@ def table(out: Path, names: Sequence[str], level: float, diversity: float) -> No
     times = json.loads((out / "time.json").read_text())["steps"]
     means: dict[str, list[dict[str, float]]] = {}
     for name, curves in curves_of(out, names):
-        steps = min(map(len, curves))
         means[name] = [
-            {key: statistics.mean(curve[i][key] for curve in curves) for key in curves[0][i]}
-            for i in range(steps)
+            {key: statistics.mean(point[key] for point in points) for key in points[0]}
+            for points in zip(*curves, strict=False)  # a curve ends where a loss is not finite
         ]
-    reach = f"seconds to reward {level:g} at diversity {diversity:g} or more"
-    last_step = f"reward, held-out, diversity at step {max(MARKS)}"
+    reach = f"seconds (queries) to {level:g} at diversity {diversity:g} or more"
+    last_step = "last step: reward, held-out, diversity"
     print(f"| method | lr | s/step | gradient passes | peak MiB | {last_step} | {reach} |")
     print("|---|---|---|---|---|---|---|")
     for name, curve in means.items():
         cost, last = times[name], curve[-1]
         rate = json.loads((out / f"tune-{name}.json").read_text())["best"]
-        reached = seconds_to(curve, level, diversity, cost["seconds"])
+        steps = steps_to(curve, level, diversity)
+        reached = None if steps is None else (cost["seconds"] * steps, BATCH * steps)
         print(
             f"| {name} | {rate:g} | {cost['seconds']:.2f} | {cost.get('gradient', 0):.0f} "
             f"| {cost['peak_mib']:.0f} "
-            f"| {last['reward']:.2f}, {last['held_out']:.2f}, {last['diversity']:.3f} "
-            f"| {'not reached' if reached is None else f'{reached:.0f}'} |"
+            f"| {last['step']:.0f}: {last['reward']:.2f}, {last['held_out']:.2f}, "
+            f"{last['diversity']:.3f} "
+            f"| {'not reached' if reached is None else '{:.0f} ({:.0f})'.format(*reached)} |"
         )
     draw(out, means, times)
 
 
-def seconds_to(
-    curve: Sequence[dict[str, float]], level: float, diversity: float, seconds: float
-) -> float | None:
-    """Return when the mean curve first has the reward, by lines between the evaluations."""
+def steps_to(curve: Sequence[dict[str, float]], level: float, diversity: float) -> float | None:
+    """Return after how many steps the curve has the reward, by lines between the evaluations."""
     for before, after in pairwise(curve):
         if before["reward"] < level <= after["reward"]:
             share = (level - before["reward"]) / (after["reward"] - before["reward"])
             there = before["diversity"] + share * (after["diversity"] - before["diversity"])
             step = before["step"] + share * (after["step"] - before["step"])
-            return seconds * step if there >= diversity else None
+            return step if there >= diversity else None
     return None
 
 
@@ -304,18 +356,21 @@ def main() -> None:
     parser.add_argument("action", choices=("tune", "run", "time", "table"))
     parser.add_argument("--out", type=Path, default=Path("methods"))
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--reward", choices=REWARDS, default="preference")
     parser.add_argument("--turns", type=int, default=3, help="of `time`")
     parser.add_argument("--level", type=float, default=LEVEL, help="reward of the table")
     parser.add_argument("--diversity", type=float, default=DIVERSITY)
     options = parser.parse_args()
+    if options.reward != "preference" and options.only == list(METHODS):
+        options.only = list(SAMPLED)
     options.out.mkdir(parents=True, exist_ok=True)
     quiet()
     torch.set_num_threads(1)
     match options.action:
         case "tune":
-            tune(options.out, options.only)
+            tune(options.out, options.only, options.reward)
         case "run":
-            run(options.out, options.only)
+            run(options.out, options.only, options.reward)
         case "time":
             measure(options.out, options.only, options.turns)
         case _:

@@ -152,7 +152,8 @@ class CollectedObjective(RewardedObjective[Rows]):
     def blank(self, model: TextToImageModel, prompts: Sequence[str], rng: Rng) -> Rows:
         """Return rows without advantages, for a plan; they are made as those of training are."""
         made, images = self.rehearse(model, prompts, rng)
-        self.reward.score(images, prompts)
+        if self.reward.differentiable:  # others read values, and a plan has none
+            self.reward.score(images, prompts)
         zero = torch.zeros(len(prompts), device=model.device)
         made = {**made, "advantage": zero, "kept": zero}
         return [Rollout(p, {k: v[i] for k, v in made.items()}) for i, p in enumerate(prompts)]

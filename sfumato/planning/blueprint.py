@@ -20,6 +20,7 @@ from sfumato.models.formats import read_model_index
 from sfumato.models.loading import load_on_meta
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import FAMILIES, find_family
+from sfumato.objectives.collected import CollectedObjective
 from sfumato.objectives.objective import Objective, Piece
 from sfumato.objectives.supervised import Supervised
 from sfumato.planning.described import describe_pipeline, is_described
@@ -27,6 +28,7 @@ from sfumato.planning.step import forward_flops
 from sfumato.rewards.reward import Reward
 from sfumato.run.build import build_objective, build_scorer
 from sfumato.run.open_data import frame_size, is_cached
+from sfumato.training.ema import Shadow
 
 PROMPT = " ".join("a" * 75)  # as long as CLIP reads
 
@@ -74,7 +76,10 @@ class Blueprint:
 
         def begin() -> list[Callable[[], Tensor]]:
             with _no_warnings():
-                found = self.objective.pieces(self.model, [self.row] * rows, rng)
+                batch = [self.row] * rows
+                if isinstance(self.objective, CollectedObjective):
+                    batch = self.objective.blank(self.model, batch, rng)
+                found = self.objective.pieces(self.model, batch, rng)
             return [partial(quiet, piece) for piece in found]
 
         return begin
@@ -124,6 +129,7 @@ def _blueprint(
     needs_reference = config.model.reference and objective.needs_reference
     model = load_on_meta(family, folder, replace(config.model, reference=needs_reference))
     model.trained.train()
+    objective.old = Shadow(model.trainable()) if objective.needs_old else None
     if isinstance(objective, Supervised):
         objective.check(model)
     if family.prompts_vary:
