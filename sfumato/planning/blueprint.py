@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import AdjointMatchingConfig, DirectConfig, DraftConfig, TrainConfig
-from sfumato.data.sample import Encoded, Sample
+from sfumato.data.sample import Encoded, Preference, Sample
 from sfumato.data.stream import Pair
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.formats import read_model_index
 from sfumato.models.loading import load_on_meta
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import FAMILIES, find_family
+from sfumato.objectives.dpo import Dpo
 from sfumato.objectives.objective import Objective, Piece
 from sfumato.objectives.supervised import Supervised
 from sfumato.planning.described import describe_pipeline, is_described
@@ -124,7 +125,7 @@ def _blueprint(
     needs_reference = config.model.reference and objective.needs_reference
     model = load_on_meta(family, folder, replace(config.model, reference=needs_reference))
     model.trained.train()
-    if isinstance(objective, Supervised):
+    if isinstance(objective, Supervised | Dpo):
         objective.check(model)
     if family.prompts_vary:
         tokens = max(model.tokens.values())
@@ -132,6 +133,9 @@ def _blueprint(
     size = frame_size(config, model.limits)
     rows: list[Any] = [PROMPT] if config.objective.reads_prompts else []
     rows += [_sample(config, model, size)] if config.objective.reads_images else []
+    if config.objective.reads_pairs:
+        sample = _sample(config, model, size)
+        rows = [Preference(sample, sample, 1.0)]
     row = rows[0] if len(rows) == 1 else Pair(*rows)
     return Blueprint(model, objective, reward, row, size, assumed)
 

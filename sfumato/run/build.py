@@ -11,6 +11,7 @@ from sfumato.config import (
     AdjointMatchingConfig,
     DirectAlignConfig,
     DirectConfig,
+    DpoConfig,
     DraftConfig,
     ModelConfig,
     NoRewardConfig,
@@ -27,6 +28,7 @@ from sfumato.models.registry import load_model
 from sfumato.objectives.adjoint_matching import AdjointMatching
 from sfumato.objectives.direct import Direct
 from sfumato.objectives.direct_align import DirectAlign
+from sfumato.objectives.dpo import Dpo
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.objective import Objective
 from sfumato.objectives.scoring import RewardedObjective
@@ -103,7 +105,7 @@ def build_job(
         )
     model = build_model(config, objective, own.load or load_model, distribution)
     held_out = None
-    if isinstance(objective, Supervised) and data.held_out:
+    if isinstance(objective, Supervised | Dpo) and data.held_out:
         held_out = HeldOut(objective, data.held_out)
     if distribution.is_main:
         cached = data.pictures is not None and data.pictures.cache is not None
@@ -122,6 +124,8 @@ def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any
     settings = config.objective
     if isinstance(settings, SupervisedConfig):
         return Supervised(settings)
+    if isinstance(settings, DpoConfig):
+        return Dpo(settings)
     assert isinstance(settings, RewardedConfig), "a script brings its own, as checked before"
     assert reward is not None, "checked with the settings"
     kind = REWARDED[type(settings)]
@@ -147,7 +151,7 @@ def build_model(
         settings = without_start(settings)  # the weights are in the checkpoints
     torch.manual_seed(derive(config.training.seed, "adapter"))  # peft draws A from it
     model = load(settings)
-    if isinstance(objective, Supervised):
+    if isinstance(objective, Supervised | Dpo):
         objective.check(model)
     model.to(distribution.device)
     arrange(model, config)
