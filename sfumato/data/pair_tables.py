@@ -183,7 +183,8 @@ def list_pairs(config: PairDataConfig, key: str, log: SkipLog) -> Iterator[PairS
         table = open_table(file)
         source = _source(table, base or file.parent, config, key)
         skips, ties = log.begin(file), config.ties == "keep"
-        if any(_holds_bytes(table, name, key) for name in source.images):
+        held = [_holds_bytes(table, name, key) for name in source.images]
+        if any(held):
             yield from _list_groups(source, _usable(table, source, (), skips, ties=ties))
         else:
             rows = _usable(table, source, source.images, skips, ties=ties)
@@ -205,12 +206,12 @@ def _files(path: str, key: str) -> Sequence[Path]:
 
 def _source(table: Table, base: Path, config: PairDataConfig, key: str) -> _Source:
     def choose(columns: Sequence[str], setting: str, holds: str) -> list[str]:
-        return [table.choose((name,), f"{holds} ({key}.{setting})") for name in columns]
+        return [table.choose((name,), f"{holds} (set {key}.{setting})") for name in columns]
 
     images = choose(config.image_columns, "image_columns", "pictures")
     labels = choose(config.label_columns, "label_columns", "labels")
     wanted = Columns(caption=config.caption_column).captions
-    caption = table.choose(wanted, f"captions ({key}.caption_column)")
+    caption = table.choose(wanted, f"captions (set {key}.caption_column)")
     return _Source(table.path, base, images, labels, caption)
 
 
