@@ -128,13 +128,14 @@ class VectorModel(TextToImageModel):
         network = self.trained if role == "policy" else self.reference
 
         def denoise(x_t: Tensor, t: Time) -> Prediction:
-            assert isinstance(t, float)
-            self.calls.append((role, t, torch.is_grad_enabled()))
+            if isinstance(t, float):
+                self.calls.append((role, t, torch.is_grad_enabled()))
             with torch.set_grad_enabled(
                 torch.is_grad_enabled() and (role == "policy" or self.records)
             ):
                 rows = x_t.flatten(1)
-                raw = network(torch.cat([rows, torch.full_like(rows[:, :1], t)], 1))
+                clock = torch.as_tensor(t).to(rows).expand(len(rows))[:, None]
+                raw = network(torch.cat([rows, clock], 1))
             return self.process.read(self.prediction_type, raw.reshape(x_t.shape), x_t, t)
 
         return denoise
