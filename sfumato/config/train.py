@@ -302,7 +302,7 @@ class ValidationConfig:
     seed: int = 1234
     images: ImageDataConfig = field(default_factory=ImageDataConfig)  # held out
     pairs: PairDataConfig = field(default_factory=PairDataConfig)  # held out
-    loss_images: int = setting(64, Rule(least=0, most=10**6))  # or pairs, for the loss; 0 is off
+    loss_images: int = setting(64, Rule(least=0, most=10**6))  # for its loss, or pairs; 0 is off
 
 
 @dataclass
