@@ -371,6 +371,18 @@ def test_a_killed_run_goes_on_bitwise_and_two_processes_are_one(
     assert_same_run(tmp_path / "two", tmp_path / "whole", 4)
 
 
+def test_a_sharded_transformer_is_a_whole_one(tmp_path: Path, table: Path) -> None:
+    """FSDP2, two processes: the reference predicts on the same shards."""
+    WRITERS["stable_diffusion_3"](tmp_path / "model")
+    size = (f"sampler.height={PIXELS}", f"sampler.width={PIXELS}", "model.lora.rank=2")
+    more = (*size, "training.keep_checkpoints=null", "validation.every_steps=0")
+    start(command(tmp_path, "one", table, str(tmp_path / "model"), *more))
+    sharded = (*more, "training.strategy=fsdp")
+    two = command(tmp_path, "two", table, str(tmp_path / "model"), *sharded)
+    in_processes(2, lambda _: start(two))
+    assert_same_run(tmp_path / "two", tmp_path / "one", 4)
+
+
 def test_validation_pairs_are_held_out(tmp_path: Path, table: Path) -> None:
     named = as_files(tmp_path / "held", [{**row, "caption": "held out"} for row in rows_of(4)])
     held = write_jsonl(tmp_path / "held" / "metadata.jsonl", named).parent

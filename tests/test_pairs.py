@@ -176,6 +176,21 @@ def test_paths_start_from_base_path(tmp_path: Path) -> None:
         opened(config_of(write_jsonl(table, named)))
 
 
+def test_a_caption_of_several_lines_is_one_caption(tmp_path: Path) -> None:
+    row = {**rows_of(1)[0], "caption": " a star\non a hill "}
+    for write in ("parquet of bytes", "jsonl"):
+        stream = opened(config_of(WRITERS[write](tmp_path, [row])))
+        assert stream.next(1, 0, 1)[0].first.caption == "a star\non a hill"
+        assert not stream.skipped
+
+
+def test_ties_are_left_out_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(config_of(write_parquet(tmp_path / "a.parquet", rows_of(10))))
+    assert not caplog.records
+
+
 def test_ties_are_kept_if_asked(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", rows_of(10))
     stream = opened(config_of(file, ties="keep"))

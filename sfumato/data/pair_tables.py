@@ -169,7 +169,7 @@ class _Group(PairShard):
         group = groups.get(source.path, self._number, columns)
         values, position = group.row(number - self._first), f"row {number}"
         quiet = SkipLog(warns=False).begin(source.path)  # it was checked when it was listed
-        captions = captions_of(values[source.caption], position, quiet)
+        captions = captions_of(values[source.caption], position, quiet, "all")
         return source.entries(values, position, captions)
 
 
@@ -277,11 +277,11 @@ def _usable(
         values = [row[name] for name in source.labels]
         label, fault = _label(values)
         if not fault and label == 0.5 and not ties:
-            fault = "tie (ties=keep keeps it)"
-        if fault:
+            skips.add("tie (ties=keep keeps it)", where, quiet=True)
+        elif fault:
             shown = zip(source.labels, (repr(value)[:_SHOWN] for value in values), strict=True)
             skips.add(fault, f"{where} ({', '.join(f'{n}={v}' for n, v in shown)})")
-        elif captions := captions_of(row[source.caption], where, skips):
+        elif captions := captions_of(row[source.caption], where, skips, "all"):
             yield _UsableRow(number, where, row, label, captions)
 
 
