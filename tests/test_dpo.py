@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from families import PIXELS, WRITERS
+from image_files import encode
+from PIL import Image
 from refusals import assert_explained
 from runs import assert_same_state, in_child, in_processes, kill, metrics, on_call, start
 from scipy.optimize import approx_fprime
@@ -396,6 +398,37 @@ def test_validation_pairs_are_held_out(tmp_path: Path, table: Path) -> None:
     assert len(held_out_samples(config, None)) == 3
     config.validation.loss_images = 0
     assert held_out_samples(config, None) == []
+
+
+def coloured(count: int, first: int) -> list[dict[str, Any]]:
+    """Return pairs of a red and a blue picture, of which the red one is preferred."""
+    rows = rows_of(count)
+    for i, row in enumerate(rows):
+        is_first = i % 2 == 0
+        for name, red in (("jpg_0", is_first), ("jpg_1", not is_first)):
+            other = first + i
+            row[name] = encode(
+                Image.new("RGB", (8, 8), (200, 40, other) if red else (other, 40, 200))
+            )
+        row |= {"label_0": float(is_first), "label_1": float(not is_first)}
+    return rows
+
+
+def test_a_preference_is_learned_and_holds_for_other_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_toy(monkeypatch)
+    pairs = write_parquet(tmp_path / "a.parquet", coloured(16, 0))
+    held_out = write_parquet(tmp_path / "b.parquet", coloured(8, 100))
+    more = (f"validation.pairs.path={held_out}", "training.max_steps=40", "optimizer.lr=1e-3")
+    some = ("objective.beta=1", "validation.every_steps=20", "validation.loss_images=8")
+    start(command(tmp_path, "run", pairs, "toy", *TOY, *more, *some, "training.ema_decay=null"))
+    found = [row for row in metrics(tmp_path / "run") if "validation/loss" in row]
+    first, last = found[0], found[-1]
+    assert first["validation/accuracy"] == 0.5
+    assert last["validation/accuracy"] == 1.0
+    assert last["validation/loss"] < 0.9 * first["validation/loss"]
+    assert last["validation/margin"] > 0.1
 
 
 def test_the_best_checkpoint_is_of_the_pairs_loss(
