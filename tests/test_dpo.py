@@ -236,7 +236,7 @@ def pictured(count: int = 2) -> list[Preference]:
             Sample(images[2 * i + j], captions[i % 2], (PIXELS + 8 * j, PIXELS), (j, 0), str(j))
             for j in range(2)
         ]
-        pairs.append(Preference(*sides, float(i % 2)))
+        pairs.append(Preference(sides[0], sides[1], float(i % 2)))
     return pairs
 
 
