@@ -121,6 +121,7 @@ def test_the_loss_and_what_is_reported_are_the_formulas(kind: str) -> None:
         "mse_other": other,
     }
     assert found.metrics.keys() == expected.keys()
+    assert not any(value.requires_grad for value in found.metrics.values())
     for name, rows in expected.items():
         assert float(found.metrics[name]) == pytest.approx(sum(rows) / 4, rel=1e-6), name
 

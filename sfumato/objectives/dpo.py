@@ -93,7 +93,7 @@ class Dpo(Objective[Sequence[Preference]]):
         value, (first, second), y = found.loss.mean(), found.errors.detach(), found.labels
         metrics = {
             "loss": value.detach(),
-            "accuracy": found.accuracy.mean(),
+            "accuracy": found.accuracy.detach().mean(),
             "margin": found.margin.detach().mean(),
             "mse": (first + second).mean() / 2,
             "mse_preferred": (y * first + (1 - y) * second).mean(),
