@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from sfumato.check_objective import check_objective
+from sfumato.check_objective import check_dpo, check_objective
 from sfumato.config import (
+    DpoConfig,
     RewardedConfig,
     SamplerConfig,
     SupervisedConfig,
@@ -37,12 +38,14 @@ def check_train(config: TrainConfig, processes: int) -> None:
     _check_lora_files(config)
     if len(config.optimizer.betas) != 2:
         raise ValueError(f"optimizer.betas={config.optimizer.betas} are not two numbers; give two")
-    measured = isinstance(config.objective, SupervisedConfig) and config.validation.loss_images
-    if config.export == "best" and not measured:
+    with_loss = isinstance(config.objective, SupervisedConfig | DpoConfig)
+    if config.export == "best" and not (with_loss and config.validation.loss_images):
         raise ValueError(
-            "export=best chooses by the validation loss, which needs objective=supervised and "
-            "validation.loss_images above 0; use export=last"
+            "export=best chooses by the validation loss, which needs objective=supervised or dpo, "
+            "and validation.loss_images above 0; use export=last"
         )
+    if isinstance(config.objective, DpoConfig):
+        check_dpo(config)
     if isinstance(config.objective, RewardedConfig):
         check_objective(config, config.objective)
 
@@ -114,6 +117,13 @@ def _check_data(config: TrainConfig) -> None:
 
         for key, each in given.items():
             checked_sources(key, each)
+    paired = {"data.pairs": data.pairs, "validation.pairs": config.validation.pairs}
+    if any(each.path for each in paired.values()):
+        from sfumato.data.settings import check_pairs
+
+        for key, pairs in paired.items():
+            if pairs.path:
+                check_pairs(key, pairs)
     if prepared and shards.cached:
         _check_frozen(
             config,

@@ -67,6 +67,15 @@ def check_objective(config: TrainConfig, objective: RewardedConfig) -> None:
         )
 
 
+def check_dpo(config: TrainConfig) -> None:
+    """Refuse DPO without its reference with a ValueError."""
+    if config.model.trainable == "full" and not config.model.reference:
+        raise ValueError(
+            "objective=dpo compares with a frozen copy, and model.reference=false keeps none; set "
+            "model.reference=true"
+        )
+
+
 def _check_reward(reward: RewardConfig, objective: str, *, differentiable: bool) -> None:
     rewards: Mapping[str, RewardConfig] = {"reward": reward}
     if isinstance(reward, WeightedRewardConfig):

@@ -130,6 +130,8 @@ def _unread(config: DictConfig) -> list[str]:
     prompts = objective.reads_prompts and not isinstance(objective, OwnConfig)
     if prompts and _is_open(data, "prompts", None):
         missing.append("data.prompts")
+    if objective.reads_pairs and _is_open(data.pairs, "path", None, ""):
+        missing.append("data.pairs.path")
     rooms = (data.images, data.shards) if objective.reads_images else ()
     if rooms and all(_is_open(room, "path", None, "") and not room.sources for room in rooms):
         missing.append("data.shards.path" if data.shards.cached else "data.images.path")

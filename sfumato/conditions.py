@@ -22,7 +22,12 @@ _MODELS = ("pretrained", "processor", "autoencoder", "text_encoder", "tokenizer"
 STARTS = ("model.lora.start", "model.network.from_pretrained")
 
 _READS_PROMPTS, _READS_IMAGES = "objective.reads_prompts", "objective.reads_images"
-_INSTEAD = {_READS_PROMPTS: "objective=draft", _READS_IMAGES: "objective=supervised"}
+_READS_PAIRS = "objective.reads_pairs"
+_INSTEAD = {
+    _READS_PROMPTS: "objective=draft",
+    _READS_IMAGES: "objective=supervised",
+    _READS_PAIRS: "objective=dpo",
+}
 
 # What a command reads only under a condition, as rows of a pattern of keys and the condition. All
 # rows of a key have to hold; a key without a row is always read. A pattern KEY=VALUE is of a value.
@@ -57,7 +62,7 @@ _PLANNED: Sequence[Row] = (
     (r"objective\.kl_form", "objective.kl_coeff>0"),
     (r"objective\.logit_(mean|std)", "objective.timesteps=logit_normal"),
     (r"objective\.snr_gamma", "objective.weighting=min_snr"),
-    (r"reward\.(parts\..+\.)?gradient_checkpointing", "objective!=supervised"),
+    (r"reward\.(parts\..+\.)?gradient_checkpointing", "objective!=supervised|dpo"),
     (r"training\.ema_(every_steps|on_cpu)", "training.ema_decay!=null"),
     (r"training\.shard_size", "training.strategy=hsdp"),
 )
@@ -71,6 +76,10 @@ _DATA: Sequence[Row] = (
     (rf"data\.shards\.({_SHARED}|buffer)", _SHARDS),
     (r"data\.images\.(base_path|image_column|caption_column|repeats)", "data.images.path"),
     (r"data\.shards\.(selection|repeats)", "data.shards.path"),
+    (r"data\.pairs\..+", _READS_PAIRS),
+    (r"data\.pairs\.(?!path).+", "data.pairs.path"),
+    (r"data\.pairs\.prefetch", "data.pairs.workers"),
+    (r"data\.pairs\.buffer", "data.pairs.shuffle"),
     (r"data\.images\.weight", _ALONE.format("images")),
     (r"data\.shards\.weight", _ALONE.format("shards")),
     (r"data\.images\.prefetch", "data.images.workers"),
@@ -79,7 +88,11 @@ _DATA: Sequence[Row] = (
     (r"data\.verify", _SHARDS),
     (r"data\.verify", "data.shards.cached=false"),
     (r"validation\.column", "validation.prompts"),
-    (r"validation\.(loss_images|images\..+)", "objective=supervised"),
+    (r"validation\.images\..+", "objective=supervised"),
+    (r"validation\.pairs\..+", "objective=dpo"),
+    (r"validation\.loss_images", "objective=supervised|dpo"),
+    (r"validation\.pairs\.(?!path).+", "validation.pairs.path"),
+    (r"validation\.pairs\.(crop|flip|shuffle|buffer|workers|prefetch)", _IN_ORDER),
     (r"validation\.images\.(cache|crop|flip|captions|buckets|shuffle|workers|prefetch)", _IN_ORDER),
     (r"validation\.images\.(sources\..+\.)?(repeats|weight)", _IN_ORDER),
     (
@@ -191,7 +204,8 @@ def is_path(key: str, value: object) -> bool:
         return True
     if room.startswith(("model", "reward")):
         return name in _MODELS or (room.startswith("model.merge.") and name == "path")
-    return name == "path" and room.startswith(("data.images", "validation.images"))
+    rooms = ("data.images", "data.pairs", "validation.images", "validation.pairs")
+    return name == "path" and room.startswith(rooms)
 
 
 def check_allowed(allowed: Sequence[str], settings: TrainConfig) -> None:

@@ -38,7 +38,8 @@ TRAIN = f"""
     objective.{{reward_scale,trained_steps,source,noise_levels,stride,inverse,positive,negative}}
     objective.{{images_per_prompt,batches,inner_epochs,rollout_batch_size,statistics,deviation}}
     objective.{{advantage_clip,eta,window,clip_range,beta,trained_times,old_decay,old_decay_rise}}
-    objective.{{likelihood,timesteps,weighting,caption_dropout,noise_offset,sample_latents,guidance_scale}}
+    objective.{{likelihood,timesteps,weighting,caption_dropout,noise_offset,sample_latents}}
+    objective.guidance_scale
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
     optimizer.{{lr,betas,eps,weight_decay,warmup_steps,schedule,max_grad_norm}}
     training.{{max_steps,micro_batch_size,global_batch_size,precision,strategy,compile,ema_decay}}
@@ -73,6 +74,7 @@ ALWAYS = {
 }
 DRAFT = ("model.pretrained=M", "data.prompts=P", "reward=color")
 IMAGES = ("model.pretrained=M", "objective=supervised", "data.images.path=P")
+PAIRS = ("model.pretrained=M", "objective=dpo", "data.pairs.path=P")
 SHARDS = ("model.pretrained=M", "objective=supervised", "data.shards.path=P")
 RANDOM = ("model.pretrained=null", "model.network.config=sd1", "model.trainable=full",
           "model.autoencoder=A", "model.text_encoder=T")  # fmt: skip
@@ -112,6 +114,7 @@ def test_conditions_speak_of_settings(command: str) -> None:
                 *known_keys(command),
                 "objective.reads_prompts",
                 "objective.reads_images",
+                "objective.reads_pairs",
             }
             assert set(read) <= known, condition
 
@@ -167,6 +170,16 @@ IN_VAIN: list[tuple[Sequence[str], str, str]] = [
     (IMAGES, "validation.images.min_size=9", "without validation.images.path"),
     (IMAGES, "validation.images.path=V validation.images.caption_lines=random", "its first line"),
     (IMAGES, "validation.images.sources.a.path=V validation.images.caption_lines=random", "first"),
+    (IMAGES, "data.pairs.path=P", "set objective=dpo"),
+    (PAIRS, "data.images.path=P", "with objective=dpo"),
+    (PAIRS, "data.prompts=P", "with objective=dpo"),
+    (PAIRS, "validation.images.path=V", "with objective=dpo"),
+    (IMAGES, "validation.pairs.path=V", "with objective=supervised"),
+    ((*PAIRS, "data.pairs.shuffle=false"), "data.pairs.buffer=9", "data.pairs.shuffle=false"),
+    ((*PAIRS, "data.pairs.workers=0"), "data.pairs.prefetch=9", "with data.pairs.workers=0"),
+    (PAIRS, "validation.pairs.ties=keep", "without validation.pairs.path"),
+    (PAIRS, "validation.pairs.path=V validation.pairs.flip=true", "held-out pictures"),
+    (PAIRS, "reward=clip reward.pretrained=R reward.gradient_checkpointing=true", "objective=dpo"),
     (IMAGES, "data.images.weight=2", "see data.images.sources.NAME.weight"),
     (SHARDS, "data.shards.weight=0.5", "see data.shards.sources.NAME.weight"),
     (IMAGES[:2], "data.images.sources.a.path=P data.images.weight=2", "images.sources.NAME.weight"),

@@ -15,6 +15,7 @@ from sfumato.config import ModelConfig, SupervisedConfig
 from sfumato.data.sample import Sample
 from sfumato.diffusion.process import RectifiedFlow, VariancePreserving
 from sfumato.diffusion.randomness import Rng
+from sfumato.objectives.noised import draw_noised
 from sfumato.objectives.supervised import Supervised, binned, bump, min_snr
 
 CAPTIONS = ["a red star", "a small blue ring on a yellow background", "a cross"]
@@ -137,7 +138,7 @@ def test_noise_offset_moves_whole_channels():
 
 def drawn(config: SupervisedConfig, count: int = 4000) -> Tensor:
     model = ToyModel(ModelConfig("toy"))
-    return Supervised(config)._times(model, samples(1, 4), Rng(range(count)))
+    return draw_noised(config, model, (4, 4), Rng(range(count))).t
 
 
 def test_flow_times_are_uniform_or_logit_normal():

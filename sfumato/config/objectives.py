@@ -34,6 +34,11 @@ class ObjectiveConfig:
         """Whether rows of training are images of `data.images` or `data.shards`."""
         return False
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether rows of training are preference pairs of `data.pairs`."""
+        return False
+
 
 @dataclass
 class RewardedConfig(ObjectiveConfig):
@@ -178,22 +183,40 @@ class AwmConfig(CollectedConfig):
 
 
 @dataclass
-class SupervisedConfig(ObjectiveConfig):
-    """Regression of the network's prediction, on images with captions."""
+class NoisedConfig(ObjectiveConfig):
+    """An objective that predicts once for each image, at a random time."""
 
-    kind: str = "supervised"
     timesteps: str = choice("uniform", "logit_normal", "table")  # table: the family's, shifted
     logit_mean: float = 0.0
     logit_std: float = setting(1.0, POSITIVE)
-    weighting: str = choice("none", "min_snr", "bump")  # bump is DiffSynth-Studio's
-    snr_gamma: float = setting(5.0, POSITIVE)
     caption_dropout: float = setting(0.0, UNIT)  # share of captions replaced by the empty prompt
     noise_offset: float = setting(0.0, NOT_NEGATIVE)
     sample_latents: bool = True  # draw latents from the posterior; false takes its mean
     guidance_scale: float = 1.0  # input of networks with embedded guidance
 
+
+@dataclass
+class SupervisedConfig(NoisedConfig):
+    """Regression of the network's prediction, on images with captions."""
+
+    kind: str = "supervised"
+    weighting: str = choice("none", "min_snr", "bump")  # bump is DiffSynth-Studio's
+    snr_gamma: float = setting(5.0, POSITIVE)
+
     @property
     def reads_images(self) -> bool:
+        return True
+
+
+@dataclass
+class DpoConfig(NoisedConfig):
+    """Diffusion-DPO: of two images, the preferred one gains more likelihood than the other."""
+
+    kind: str = "dpo"
+    beta: float = setting(5000.0, POSITIVE)  # more stays nearer to the reference
+
+    @property
+    def reads_pairs(self) -> bool:
         return True
 
 
@@ -218,5 +241,6 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "nft": NftConfig,
     "awm": AwmConfig,
     "supervised": SupervisedConfig,
+    "dpo": DpoConfig,
     "own": OwnConfig,
 }

@@ -28,6 +28,7 @@ CONF = Path(__file__).parents[1] / "conf"
 MAX_PIXELS = 178_956_970  # Pillow refuses more as a decompression bomb
 PIXELS = Rule(least=1, most=MAX_PIXELS)
 LAYERS = Rule(regex=True, filled=True)
+FILLED = Rule(filled=True)
 SOLVERS = ("first_order", "dpmpp_2m")
 SPACINGS = ("leading", "trailing")
 
@@ -79,7 +80,7 @@ class ModelConfig:
     image_size: int | None = setting(None, SIDE)  # pixels of a side
     family: str | None = None  # refuse a folder of another family; null accepts any
     trainable: str = choice("lora", "full")  # adapters, or all weights
-    parts: list[str] = setting(["network"], Rule(filled=True))  # and text encoders, by name
+    parts: list[str] = setting(["network"], FILLED)  # and text encoders, by name
     lora: LoraConfig = field(default_factory=LoraConfig)
     reference: bool = True  # keep a frozen copy, if the objective needs one
     dtype: str = choice(*DTYPES)  # of frozen weights
@@ -244,8 +245,28 @@ class ShardDataConfig(ShardSourceConfig):
 
 
 @dataclass
+class PairDataConfig:
+    """Preference pairs: two images of one caption, and which of them is preferred."""
+
+    path: str | None = None  # tables, or a folder with metadata.jsonl; also a glob or brace pattern
+    base_path: str | None = None  # folder that a table's paths start from; null is the table's own
+    image_columns: list[str] = setting(["jpg_0", "jpg_1"], FILLED)  # of bytes or paths
+    label_columns: list[str] = setting(["label_0", "label_1"], FILLED)  # 1 and 0, or .5 and .5
+    caption_column: str | None = None  # null is the first of caption, text, prompt
+    ties: str = choice("drop", "keep")  # pairs of labels .5 and .5
+    crop: str = choice("center", "random")  # random: alike in both images
+    flip: bool = False  # mirror both images of every second pair, at random
+    min_size: int | None = setting(None, COUNT)  # pixels; smaller ones are left out; null: enlarged
+    max_pixels: int = setting(MAX_PIXELS, PIXELS)  # leave out larger images; Pillow's limit
+    shuffle: bool = True
+    buffer: int = setting(1000, COUNT)  # pairs of the window in which pairs are shuffled
+    workers: int = setting(4, NOT_NEGATIVE)  # threads that decode; 0 decodes when asked
+    prefetch: int = setting(2, NOT_NEGATIVE)  # batches decoded ahead
+
+
+@dataclass
 class DataConfig:
-    """Training data: prompts (DRaFT) or images with captions (supervised)."""
+    """Training data: prompts (DRaFT), images with captions (supervised) or pairs (DPO)."""
 
     prompts: str | None = None  # .txt, tables, .tar; a folder, glob or brace pattern
     column: str | None = None  # of prompts in a table
@@ -253,6 +274,7 @@ class DataConfig:
     buffer: int = setting(10_000, COUNT)  # prompts held for shuffling
     images: ImageDataConfig = field(default_factory=ImageDataConfig)
     shards: ShardDataConfig = field(default_factory=ShardDataConfig)  # instead of images
+    pairs: PairDataConfig = field(default_factory=PairDataConfig)
     verify: bool = False  # tars of data.shards by SHA-256 before they are read; caches always are
 
 
@@ -271,7 +293,7 @@ class OptimizerConfig:
 
 @dataclass
 class ValidationConfig:
-    """Pairs (tuned, base) of fixed prompts and fixed noise, and the loss of held-out images."""
+    """Pairs (tuned, base) of fixed prompts and fixed noise, and the loss of held-out data."""
 
     prompts: str | None = None  # null: the first of data.prompts, or captions of the data
     column: str | None = None  # of validation.prompts in a table
@@ -279,7 +301,8 @@ class ValidationConfig:
     every_steps: int = setting(100, NOT_NEGATIVE)  # 0 is off
     seed: int = 1234
     images: ImageDataConfig = field(default_factory=ImageDataConfig)  # held out
-    loss_images: int = setting(64, Rule(least=0, most=10**6))  # for the validation loss; 0 is off
+    pairs: PairDataConfig = field(default_factory=PairDataConfig)  # held out
+    loss_images: int = setting(64, Rule(least=0, most=10**6))  # for its loss, or pairs; 0 is off
 
 
 @dataclass

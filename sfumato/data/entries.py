@@ -235,6 +235,8 @@ def inside(base: Path, path: str, row: str) -> Path:
         ValueError: the path leaves the base; `row` names the row.
     """
     folder = os.path.abspath(base)  # noqa: PTH100, Path keeps `..`
+    if "\\" in path and not os.path.lexists(os.path.join(folder, path)):  # noqa: PTH118
+        path = path.replace("\\", "/")  # written on Windows
     whole = os.path.normpath(os.path.join(folder, path))  # noqa: PTH118
     if not Path(whole).is_relative_to(folder):
         raise ValueError(

@@ -91,14 +91,21 @@ class SkipLog:
         self.note(path, reason, len(positions), where, remark=remark)
 
     def note(
-        self, path: Path, reason: str, count: int, position: str, *, remark: bool = False
+        self,
+        path: Path,
+        reason: str,
+        count: int,
+        position: str,
+        *,
+        remark: bool = False,
+        quiet: bool = False,
     ) -> None:
         """Record that one pass over `path` met `reason` for the `count`-th time, at `position`."""
         entries = self._remarks if remark else self._skips
         known = entries.get((path, reason))
         if known is None:
             entries[path, reason] = Skip(reason, count, 1, (position,))
-            if self._warns:
+            if self._warns and not quiet:
                 fate = "" if remark else "left out, "
                 message = "%s: %s; %sas are others like it in this file"
                 _LOGGER.warning(message, position, reason, fate)
@@ -130,20 +137,27 @@ class FileSkips:
         return bool(self._counts)
 
     def add(
-        self, reason: str, position: int | str = "", *, rows: int = 1, last: int | None = None
+        self,
+        reason: str,
+        position: int | str = "",
+        *,
+        rows: int = 1,
+        last: int | None = None,
+        quiet: bool = False,
     ) -> None:
         """Count one skip; `position` is a line number, a member's name or a remark.
 
         Args:
             rows: how many rows it took.
             last: number of the last line, if it took several.
+            quiet: whether it is what the settings ask for, of which nobody is warned.
         """
         self._counts[reason] += rows
         where = f"line {position}" if isinstance(position, int) else position
         if last is not None and last != position:
             where = f"lines {position} to {last}"
         name = printable(f"{self._path} {where}".strip())
-        self._log.note(self._path, reason, self._counts[reason], name)
+        self._log.note(self._path, reason, self._counts[reason], name, quiet=quiet)
 
     def remark(self, remark: str, position: int | str = "") -> None:
         """Count a row that is read, but not as it lies there."""

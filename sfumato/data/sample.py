@@ -79,6 +79,18 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """Two samples of one size and caption, and the probability that the first is preferred."""
+
+    first: Sample
+    second: Sample
+    label: float
+
+    def __str__(self) -> str:
+        return str(self.first)
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where the crop lies, as fractions of what may be cut off at top and left; and the mirror."""
 

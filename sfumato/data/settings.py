@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sfumato.config import ImageDataConfig, ShardDataConfig, check_values
+from sfumato.config import ImageDataConfig, PairDataConfig, ShardDataConfig, check_values
 from sfumato.data.decode import Bounds
 from sfumato.data.pools import bucket_sizes, check_size
 from sfumato.data.sample import Choices
@@ -43,6 +43,27 @@ def checked_sources(key: str, config: ImageDataConfig | ShardDataConfig) -> dict
                 "often it is drawn; leave one of them out"
             )
     return named
+
+
+def check_pairs(key: str, config: PairDataConfig) -> None:
+    """Refuse impossible settings of pairs.
+
+    Args:
+        key: of the settings, such as data.pairs.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    check_values(config, f"{key}.")
+    if not config.path:
+        raise ValueError(f"{key}.path is missing; name a table of pairs")
+    for name in ("image_columns", "label_columns"):
+        columns = vars(config)[name]
+        if len(columns) != 2 or columns[0] == columns[1]:
+            raise ValueError(
+                f"{key}.{name}={columns} are not two columns; name that of the first image and "
+                "that of the second"
+            )
 
 
 def choices_of(

@@ -39,7 +39,7 @@ _IN_PARQUET = (
 )
 _NAMED = 5
 # Hugging Face's imagefolder, and what DiffSynth's examples have.
-_FOLDER_TABLES = tuple(
+FOLDER_TABLES = tuple(
     f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".json", ".parquet", ".tsv")
 )
 
@@ -106,7 +106,7 @@ def find_files_of(path: str, key: str) -> tuple[Path, ...]:
         return find_files(path, key, (*WITH_COLUMNS, ".tar"))
     if is_dataset(folder):
         return ()
-    tables = (folder / name for name in _FOLDER_TABLES if (folder / name).is_file())
+    tables = (folder / name for name in FOLDER_TABLES if (folder / name).is_file())
     if (table := next(tables, None)) is not None:
         return (table,)
     captioned, tables, parquet = _survey(folder)
@@ -143,7 +143,7 @@ def _survey(folder: Path) -> tuple[Path | None, list[Path], Path | None]:
     parquet: Path | None = None
     for path, files in _folders(folder, SkipLog(warns=False).begin(folder)):
         names = set(files)
-        if table := next((name for name in _FOLDER_TABLES if name in names), None):
+        if table := next((name for name in FOLDER_TABLES if name in names), None):
             tables.append(folder / path / table)
         for name in files:
             if _suffix(name) in SUFFIXES and f"{Path(name).stem}.txt" in names:
@@ -189,8 +189,6 @@ def _list_table(table: Table, base: Path, columns: Columns, log: SkipLog) -> Ite
             if "\0" in blob:
                 skips.add(f"{what} with zero bytes", position)
                 continue
-            if "\\" in blob and not os.path.lexists(base / blob):  # written on Windows
-                blob = blob.replace("\\", "/")
             blob = FileBlob(inside(base, blob, f"{path} {line}"))
             name = os.path.relpath(blob.path, base)
         else:

@@ -23,6 +23,7 @@ from sfumato.diffusion.sampling import Reading, sample
 from sfumato.diffusion.solvers import Solver
 from sfumato.models.model import Latents, TextToImageModel
 from sfumato.objectives.collected import CollectedObjective, Rows, column
+from sfumato.objectives.noised import errors_at
 from sfumato.objectives.objective import Loss, Piece
 from sfumato.objectives.policy_gradient import clipped_loss
 
@@ -68,8 +69,7 @@ class AdvantageWeightedMatching(CollectedObjective):
         noise: Float[Tensor, "b *d"],
         t: Float[Tensor, " b"],
     ) -> Float[Tensor, " b"]:
-        target = model.process.target(model.prediction_type, x0, noise, t)
-        errors = (said.raw - target).square().flatten(1).mean(1)
+        errors = errors_at(model, said, x0, noise, t)
         if self.config.likelihood == "mse":
             return -errors
         return -((errors + FLOOR) ** POWER - FLOOR**POWER) * t / POWER

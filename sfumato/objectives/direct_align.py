@@ -24,9 +24,9 @@ from sfumato.diffusion.sampling import Denoiser, sample
 from sfumato.diffusion.solvers import Solver
 from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
 from sfumato.models.model import Latents, TextToImageModel
+from sfumato.objectives.noised import latents_of
 from sfumato.objectives.objective import Loss, Piece
 from sfumato.objectives.scoring import RewardedObjective, decoded, score_metrics
-from sfumato.objectives.supervised import latents_of
 from sfumato.rewards.reward import Reward, Score
 
 

@@ -135,6 +135,13 @@ class Objective(abc.ABC, Generic[Batch]):
     collecting: Collecting | None = None
     why_idle: str = "the loss does not depend on what is trained"
 
+    def check(self, model: TextToImageModel) -> None:
+        """Refuse settings that do not fit a model.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+
     def loss(self, model: TextToImageModel, batch: Batch, rng: Rng) -> Loss:
         """Return the loss of a micro-batch; `rng` has one stream per row."""
         raise NotImplementedError(f"{type(self).__name__} has no loss in one piece: use `pieces`")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import AdjointMatchingConfig, DirectConfig, DraftConfig, TrainConfig
-from sfumato.data.sample import Encoded, Sample
+from sfumato.data.sample import Encoded, Preference, Sample
 from sfumato.data.stream import Pair
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.formats import read_model_index
@@ -22,7 +22,6 @@ from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import FAMILIES, find_family
 from sfumato.objectives.collected import CollectedObjective
 from sfumato.objectives.objective import Objective, Piece
-from sfumato.objectives.supervised import Supervised
 from sfumato.planning.described import describe_pipeline, is_described
 from sfumato.planning.step import forward_flops
 from sfumato.rewards.reward import Reward
@@ -130,14 +129,16 @@ def _blueprint(
     model = load_on_meta(family, folder, replace(config.model, reference=needs_reference))
     model.trained.train()
     objective.old = Shadow(model.trainable()) if objective.needs_old else None
-    if isinstance(objective, Supervised):
-        objective.check(model)
+    objective.check(model)
     if family.prompts_vary:
         tokens = max(model.tokens.values())
         assumed = (*assumed, f"prompts of {tokens} tokens; shorter ones cost less")
     size = frame_size(config, model.limits)
     rows: list[Any] = [PROMPT] if config.objective.reads_prompts else []
     rows += [_sample(config, model, size)] if config.objective.reads_images else []
+    if config.objective.reads_pairs:
+        sample = _sample(config, model, size)
+        rows = [Preference(sample, sample, 1.0)]
     row = rows[0] if len(rows) == 1 else Pair(*rows)
     return Blueprint(model, objective, reward, row, size, assumed)
 

@@ -125,7 +125,7 @@ def schedule(plan: Plan) -> Iterator[str]:
 
 def storage(plan: Plan) -> Iterator[str]:
     if _samples(plan):
-        return  # prompts take no room
+        return  # prompts take no room, and pairs lie in tables of their own
     yield f"data, {plan.samples / 1e6:,.1f} M samples"
     yield row("", "KB a sample", "TB in all", "MB/s and GPU")
     kinds = {
@@ -169,7 +169,7 @@ def remarks(plan: Plan) -> Iterator[str]:
 
 
 def _samples(plan: Plan) -> bool:
-    """Say whether training makes its images itself."""
+    """Say whether training makes its images itself, or reads pairs."""
     return not plan.config.objective.reads_images
 
 

@@ -68,6 +68,8 @@ class RunRecord:
             return f"Supervised, {trained}" if trained else "Supervised"
         if self.setting("objective", "kind") == "own":
             return "Custom objective"
+        if self.setting("objective", "kind") == "dpo":
+            return f"Diffusion-DPO, beta {self.setting('objective', 'beta'):g}"
         if self.kl_coeff is None:
             return "unknown"
         return f"DRaFT+, kl_coeff {self.kl_coeff:g}" if self.kl_coeff else "DRaFT"

@@ -12,6 +12,7 @@ from sfumato.config import (
     AwmConfig,
     DirectAlignConfig,
     DirectConfig,
+    DpoConfig,
     DraftConfig,
     ModelConfig,
     NftConfig,
@@ -32,6 +33,7 @@ from sfumato.objectives.adjoint_matching import AdjointMatching
 from sfumato.objectives.awm import AdvantageWeightedMatching
 from sfumato.objectives.direct import Direct
 from sfumato.objectives.direct_align import DirectAlign
+from sfumato.objectives.dpo import Dpo
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.nft import DiffusionNft
 from sfumato.objectives.objective import Objective
@@ -113,7 +115,7 @@ def build_job(
         )
     model = build_model(config, objective, own.load or load_model, distribution)
     held_out = None
-    if isinstance(objective, Supervised) and data.held_out:
+    if isinstance(objective, Supervised | Dpo) and data.held_out:
         held_out = HeldOut(objective, data.held_out)
     if distribution.is_main:
         cached = data.pictures is not None and data.pictures.cache is not None
@@ -132,6 +134,8 @@ def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any
     settings = config.objective
     if isinstance(settings, SupervisedConfig):
         return Supervised(settings)
+    if isinstance(settings, DpoConfig):
+        return Dpo(settings)
     assert isinstance(settings, RewardedConfig), "a script brings its own, as checked before"
     assert reward is not None, "checked with the settings"
     kind = REWARDED[type(settings)]
@@ -159,8 +163,7 @@ def build_model(
         settings = without_start(settings)  # the weights are in the checkpoints
     torch.manual_seed(derive(config.training.seed, "adapter"))  # peft draws A from it
     model = load(settings)
-    if isinstance(objective, Supervised):
-        objective.check(model)
+    objective.check(model)
     model.to(distribution.device)
     arrange(model, config)
     return model

@@ -4,13 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.config import ImageDataConfig, SupervisedConfig, TrainConfig
+from sfumato.config import (
+    DpoConfig,
+    ImageDataConfig,
+    PairDataConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
 from sfumato.data.encoded import Pictures
 from sfumato.data.images import open_pictures, validation_samples
+from sfumato.data.pairs import first_pairs, open_pairs, pair_captions
 from sfumato.data.prepared.format import CacheIdentity
 from sfumato.data.prepared.open import first_captions, first_samples, open_shards
 from sfumato.data.prompts import open_prompts, read_prompts
-from sfumato.data.sample import Sample
+from sfumato.data.sample import Preference, Sample
 from sfumato.data.stream import PairedStream, Stream
 from sfumato.models.limits import Limits
 from sfumato.preparation.encoder_hash import cache_identity, text_merge
@@ -22,7 +29,7 @@ class Data:
 
     stream: Stream[Any]
     prompts: list[str]  # one per validation image
-    held_out: Sequence[Sample]
+    held_out: Sequence[Sample] | Sequence[Preference]
     pictures: Pictures | None = None  # of `stream`, where they are no prepared ones
 
 
@@ -57,6 +64,10 @@ def open_stream(config: TrainConfig, limits: Limits | None) -> Stream[Any]:
 
 
 def _open_rows(config: TrainConfig, limits: Limits | None) -> tuple[Stream[Any], Pictures | None]:
+    if config.objective.reads_pairs:
+        height, width = frame_size(config, limits)
+        pairs, seed = config.data.pairs, config.training.seed
+        return open_pairs(pairs, height=height, width=width, seed=seed), None
     if not config.objective.reads_images:
         return _open_prompts(config), None
     images, pictures = _open_images(config, limits)
@@ -149,12 +160,19 @@ def bucket_step(limits: Limits | None, height: int, width: int) -> int:
     return max((s for s in steps if height % s == width % s == 0), default=multiple)
 
 
-def held_out_samples(config: TrainConfig, limits: Limits | None) -> Sequence[Sample]:
-    """Return the samples of the validation loss: held-out images, or the first training rows."""
+def held_out_samples(
+    config: TrainConfig, limits: Limits | None
+) -> Sequence[Sample] | Sequence[Preference]:
+    """Return the rows of the validation loss: held-out ones, or the first of training."""
     count = config.validation.loss_images
-    if not isinstance(config.objective, SupervisedConfig) or not count:
+    if not isinstance(config.objective, SupervisedConfig | DpoConfig) or not count:
         return []
-    (height, width), (key, images) = frame_size(config, limits), validation_images(config)
+    height, width = frame_size(config, limits)
+    if isinstance(config.objective, DpoConfig):
+        key, pairs = validation_pairs(config)
+        own = pairs is not config.data.pairs
+        return first_pairs(pairs, count, height=height, width=width, key=key, warns=own)
+    key, images = validation_images(config)
     if images.path or images.sources:
         own = images is not config.data.images
         return validation_samples(images, count, height=height, width=width, key=key, warns=own)
@@ -172,6 +190,13 @@ def validation_images(config: TrainConfig) -> tuple[str, ImageDataConfig]:
     return "data.images", config.data.images
 
 
+def validation_pairs(config: TrainConfig) -> tuple[str, PairDataConfig]:
+    """Return key and value of the pairs of validation, or training's if validation has none."""
+    if config.validation.pairs.path:
+        return "validation.pairs", config.validation.pairs
+    return "data.pairs", config.data.pairs
+
+
 def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None) -> list[str]:
     """Return one prompt per validation image; fewer prompts repeat in a circle.
 
@@ -183,12 +208,16 @@ def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None
     """
     count = config.validation.num_images
     own, data, (key, images) = config.validation, config.data, validation_images(config)
+    supervised = isinstance(config.objective, SupervisedConfig)
     if brought:
         prompts = list(brought)
-    elif own.prompts or (data.prompts and not isinstance(config.objective, SupervisedConfig)):
+    elif own.prompts or (data.prompts and not (supervised or config.objective.reads_pairs)):
         chosen, room = (own, "validation") if own.prompts else (data, "data")
         path, column = str(chosen.prompts), chosen.column
         prompts = read_prompts(path, key=f"{room}.prompts", column=column, limit=count)
+    elif config.objective.reads_pairs:
+        key, pairs = validation_pairs(config)
+        prompts = pair_captions(pairs, count, key)
     elif images.path or images.sources:
         samples = validation_samples(images, count, height=8, width=8, key=key, warns=False)
         prompts = [sample.caption for sample in samples]

@@ -1,4 +1,4 @@
-"""Validation: pairs (tuned, base) of fixed prompts and noise, and the loss of held-out images."""
+"""Validation: pairs (tuned, base) of fixed prompts and noise, and the loss of held-out rows."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.config import TrainConfig
-from sfumato.data.sample import Sample
+from sfumato.data.sample import Preference, Sample
 from sfumato.diffusion.randomness import derive
 from sfumato.files import new_folder
 from sfumato.images import load_images, save_image
 from sfumato.models.generate import generate_in_batches
 from sfumato.models.model import TextToImageModel
+from sfumato.objectives.dpo import Dpo
 from sfumato.objectives.supervised import Supervised
 from sfumato.rewards.reward import Reward
 from sfumato.training.distribution import Distribution
@@ -37,10 +38,10 @@ class Pictures:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Images with captions, whose loss is always measured at the same noise and times."""
+    """Images or pairs, whose loss is always measured at the same noise and times."""
 
-    objective: Supervised
-    samples: Sequence[Sample]
+    objective: Supervised | Dpo
+    samples: Sequence[Sample] | Sequence[Preference]
 
 
 @final
@@ -75,7 +76,7 @@ class Validation:
         """Make and record the pairs; return the mean rewards of both sides, and the loss."""
         metrics = {}
         if self._held_out is not None:
-            metrics["validation/loss"] = self._stable_loss(self._held_out, model)
+            metrics |= self._stable_metrics(self._held_out, model)
         tuned = self._pictures(model, "draft")
         if self._base is None:
             if model.has_reference:
@@ -137,18 +138,23 @@ class Validation:
         rank, world = self._distribution.rank, self._distribution.world
         return [i % total for i in range(rank, -(-total // world) * world, world)]
 
-    def _stable_loss(self, held_out: HeldOut, model: TextToImageModel) -> float:
+    def _stable_metrics(self, held_out: HeldOut, model: TextToImageModel) -> dict[str, float]:
         size, samples = self._config.training.micro_batch_size, held_out.samples
         mine = self._mine(len(samples))
-        errors: list[float] = []
+        measured: list[dict[str, list[float]]] = []
         with self._distribution.autocast():
             for start in range(0, len(mine), size):
                 rows = mine[start : start + size]
-                batch = [samples[i] for i in rows]
+                batch: Any = [samples[i] for i in rows]
                 seed = self._config.validation.seed
-                errors += held_out.objective.stable_errors(model, batch, rows, seed).tolist()
-        gathered = dict(self._distribution.gather(list(zip(mine, errors, strict=True))))
-        return math.fsum(gathered.values()) / len(gathered)
+                found = held_out.objective.stable_metrics(model, batch, rows, seed)
+                measured.append({name: values.tolist() for name, values in found.items()})
+        metrics = {}
+        for name in measured[0]:
+            values = [value for each in measured for value in each[name]]
+            gathered = dict(self._distribution.gather(list(zip(mine, values, strict=True))))
+            metrics[f"validation/{name}"] = math.fsum(gathered.values()) / len(gathered)
+        return metrics
 
     @torch.no_grad()
     def _pictures(self, model: TextToImageModel, schedule: str) -> Pictures:
