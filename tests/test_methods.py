@@ -111,6 +111,29 @@ def test_each_method_on_each_family(
     assert not has_kl or total.metrics["kl"] == 0
 
 
+@pytest.mark.parametrize("method", ["flowbp_lagrange", "rsm"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_steps_in_one_call_are_steps_one_by_one_on_each_family(
+    models: Mapping[str, TextToImageModel], family: str, method: str
+) -> None:
+    """With guidance and prompts of their own in each row; the KL's reference is stacked too."""
+    size = [f"sampler.height={PIXELS}", f"sampler.width={PIXELS}", "sampler.guidance_scale=2"]
+    size += [f"sampler.num_inference_steps={STEPS}", "objective.kl_coeff=1"]
+    found: list[torch.Tensor] = []
+    for stacked in (1, 3):
+        config = composed(method, *size, f"objective.stacked_steps={stacked}")
+        objective, model = build_objective(config, ColorReward("red")), models[family]
+        parameters = model.trainable().values()
+        for parameter in parameters:
+            parameter.grad = None
+        pieces = objective.pieces(model, PROMPTS, Rng([1, 2]))
+        for piece in pieces:
+            piece().value.backward()
+        found.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+    assert float(found[0].norm()) > 0
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 1e-4
+
+
 def run_of(folder: Path, name: str, method: str, *overrides: str) -> list[str]:
     extra = [f"method={method}", f"sampler.num_inference_steps={STEPS}", "optimizer.eps=1e-4"]
     if method == "ddrl":

@@ -55,9 +55,8 @@ def train(
     folder = RunFolder.of(config)
     check_trackers(config.training)
     check_own(config, own)
-    limits = None
-    if own.load is None:
-        limits = check_model(config, folder, typed, say=distribution.is_main)
+    say = distribution.is_main
+    limits = check_model(config, folder, typed, say=say) if own.load is None else None
     data = open_data(config, limits, own.stream, own.prompts)
     with exclusive(folder, distribution):
         with distribution.together():
