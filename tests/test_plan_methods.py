@@ -1,5 +1,6 @@
 """`sfumato plan` of every method: passes of the network counted by hand, and memory."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from sfumato.planning.plan import cost_of, make_plan
 from sfumato.planning.step import StepCost, forward_flops
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # tests/test_plan_step.py checks them
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+METHODS = sorted(  # those that learn from a reward's gradient
+    path.stem
+    for path in (CONF / "method").glob("*.yaml")
+    if re.search(r"objective: (draft|direct|direct_align|adjoint_matching)\n", path.read_text())
+)
 STEPS, PIXELS = 5, 16
 
 # Passes of the policy with its guidance, and of the reference, of STEPS sampling steps. A pass
