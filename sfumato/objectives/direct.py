@@ -12,7 +12,7 @@ those of `stacked_steps`, which one call of the network predicts as rows of thei
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast, final
+from typing import Any, cast, final
 
 import torch
 from jaxtyping import Float
@@ -24,13 +24,7 @@ from sfumato.diffusion.linear import FORMS, output
 from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Denoiser, Reading, Trajectory, Visit, sample
 from sfumato.diffusion.solvers import Solver
-from sfumato.models.generate import (
-    Guided,
-    encode_guided,
-    guided_denoiser,
-    image_size,
-    rollout_times,
-)
+from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
 from sfumato.models.model import Role, TextToImageModel
 from sfumato.objectives.kl import KlForm, kl
 from sfumato.objectives.objective import Loss, Piece
@@ -70,7 +64,7 @@ class Direct(RewardedObjective[Sequence[str]]):
         chain = _Chain(self.config, model, denoiser, run.visits, gradient)
         return chain.pieces(surrogate, first)
 
-    def _prompts(self, model: TextToImageModel, batch: Sequence[str]) -> Guided | None:
+    def _prompts(self, model: TextToImageModel, batch: Sequence[str]) -> Any:
         """Encode the prompts once, if no step's gradient goes through the encoders."""
         if model.trains_text:
             return None
@@ -78,13 +72,7 @@ class Direct(RewardedObjective[Sequence[str]]):
         return encode_guided(model, batch, sampler.guidance_scale, keep=sampler.prompt_cache)
 
     def _denoiser(
-        self,
-        model: TextToImageModel,
-        batch: Sequence[str],
-        role: Role,
-        *,
-        shared: Guided | None,
-        times: int = 1,
+        self, model: TextToImageModel, batch: Sequence[str], role: Role, shared: Any, times: int = 1
     ) -> Denoiser:
         scale = self.sampler.guidance_scale
         prompts = encode_guided(model, batch, scale, role) if shared is None else shared

@@ -75,14 +75,10 @@ def train(
 def check_model(
     config: TrainConfig, folder: RunFolder, typed: Collection[str] = (), *, say: bool = False
 ) -> Limits:
-    """Return the limits of the model's family, read from JSON files.
-
-    Args:
-        say: whether to print what a recipe sets without effect on the model.
+    """Return the limits of the model's family, read from JSON files; say what is set in vain.
 
     Raises:
-        ValueError: if the model, or the weights to start from, cannot be used; or if a typed
-            setting has no effect on the model.
+        ValueError: if the model, the weights to start from, or a typed setting cannot be used.
     """
     begins, key = not list_checkpoints(folder.checkpoints), "objective.cfg_gradient"
     if begins:
