@@ -160,6 +160,11 @@ def _check_direct(direct: DirectConfig, sampler: SamplerConfig) -> None:
             f"{'sampler.eta=0' if noisy else 'sampler.solver=first_order'}, or objective.path=sum "
             "with objective.weights=sigma, alpha, posterior or constant"
         )
+    if direct.stacked_steps > 1 and sampler.guidance_interval is not None:
+        raise ValueError(
+            f"objective.stacked_steps={direct.stacked_steps} predicts steps at once that "
+            f"sampler.guidance_interval={sampler.guidance_interval} treats apart; leave one out"
+        )
     if direct.path == "bridge" and direct.steps not in ("late", "uniform"):
         raise ValueError(
             f"objective.steps={direct.steps} chooses no steps around a bridge; use late or uniform"

@@ -224,7 +224,7 @@ def dispatch(command: str, config: Any) -> None:
 
     from sfumato.check import check_train
     from sfumato.compose import read_settings, swept_name
-    from sfumato.conditions import shown, unread
+    from sfumato.conditions import shown, typed_keys, unread
 
     overrides = HydraConfig.get().overrides.task
     typed: Any = OmegaConf.to_container(overrides, resolve=False)  # a text may hold ${
@@ -240,7 +240,7 @@ def dispatch(command: str, config: Any) -> None:
 
         distribution = Distribution(settings.training)
         try:
-            outcome = train(settings, plain, distribution)
+            outcome = train(settings, plain, distribution, typed=typed_keys(typed))
         finally:
             distribution.close()
         if outcome.stopped_by is not None and HydraConfig.get().mode is RunMode.MULTIRUN:

@@ -51,7 +51,7 @@ _PLANNED: Sequence[Row] = (
     (r"sampler\.training_(steps|spacing)", _READS_PROMPTS),
     (r"objective\.steps", "objective.path!=lagrange"),
     (r"objective\.(active_steps|late_bias|listed)", "objective.path!=lagrange"),
-    (r"objective\.active_steps", "objective.path!=leap"),
+    (r"objective\.(active_steps|stacked_steps)", "objective.path!=leap"),
     (r"objective\.active_steps", "objective.steps!=all|listed"),
     (r"objective\.late_bias", "objective.steps=late"),
     (r"objective\.listed", "objective.steps=listed"),

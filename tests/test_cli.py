@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -22,6 +23,9 @@ from tiny_clip import write_tiny_clip
 from sfumato.cli import main
 from sfumato.compose import compose_train
 from sfumato.config import CONF, TrainConfig
+from sfumato.data.entries import Columns
+from sfumato.data.left_out import SkipLog
+from sfumato.data.sources import list_source
 from sfumato.evaluation import commands
 from sfumato.run import run as training_run
 from sfumato.training.distribution import Distribution
@@ -291,13 +295,21 @@ def test_prompts_of_a_cut_tar_are_used_and_the_rest_counted(
     assert f"{files}/cut.tar (at byte 2048)" in answer.out
 
 
+NOTES = ["metadata.jsonl", "sample.json"]
+
+
+def captions(folder: Path) -> list[tuple[str, str]]:
+    lines = (folder / "metadata.jsonl").open(encoding="utf-8")
+    return [(row["file_name"], row["text"]) for row in map(json.loads, lines)]
+
+
 def test_sample_writes_pictures_of_a_run(call: Call, run_folder: Path, tmp_path: Path):
     sampling = ["num_images=2", "sampler.num_inference_steps=2", "schedule=linear"]
     answer = call("sample", f"run={run_folder}", "prompt=a star, red", *sampling)
     assert answer.code == 0
     assert answer.out.count("a star, red") == 2
     written = {p.name: p.read_bytes() for p in (tmp_path / "samples").iterdir()}
-    assert sorted(written) == ["000-00.png", "000-01.png", "sample.json"]
+    assert sorted(written) == ["000-00.png", "000-01.png", *NOTES]
     notes = json.loads(written["sample.json"])
     with Image.open(tmp_path / "samples" / "000-01.png") as picture:
         note = json.loads(picture.text["sfumato"])  # pyright: ignore[reportAttributeAccessIssue]
@@ -367,8 +379,9 @@ def test_a_disk_that_fills_up_leaves_a_record_of_the_pictures_there_are(
     assert "samples/001/000-02.png could not be written: no space is left" in answer.err
     folder = tmp_path / "samples" / "001"
     names = ["000-00.png", "000-01.png"]
-    assert sorted(path.name for path in folder.iterdir()) == [*names, "sample.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, *NOTES]
     assert sorted(json.loads((folder / "sample.json").read_text())) == names
+    assert [name for name, _ in captions(folder)] == names
     assert call("sample", *given).code == 2  # no picture can be written: no folder is left
     found = {path.name for path in (tmp_path / "samples").iterdir()}
     assert found == {"mine.txt", "001"}
@@ -383,6 +396,60 @@ def test_a_picture_that_cannot_be_made_leaves_no_folder(
     monkeypatch.setattr(commands, "generate", fails)
     assert_mistake(call("sample", f"run={run_folder}", "prompt=a"), "NaN")
     assert list((tmp_path / "samples").iterdir()) == []
+
+
+ODD = ['a "red" star', "ein rotes Ä, {x}", "a\\ring\u2028on a line", "  star  ", "星"]
+
+
+def test_samples_are_read_as_images_with_captions(call: Call, sd_folder: Path, tmp_path: Path):
+    """By data.images.path, and by Hugging Face's reader of the form."""
+    import datasets
+
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps({'text': t})}\n" for t in ODD))
+    given = [f"pretrained={sd_folder}", "sampler.num_inference_steps=1", "num_images=2"]
+    call("sample", *given, "prompts=prompts.jsonl", "out=own")
+    assert call("sample", *given, "prompt=mine", "out=own").code == 0  # to own/001
+    expected = [text.strip() for text in ODD for _ in range(2)]
+    for folder, texts in (("own", expected), ("own/001", ["mine", "mine"])):
+        log = SkipLog()
+        entries = list_source(folder, None, Columns(), log)
+        assert [entry.captions for entry in entries] == [(text,) for text in texts]
+        names = [entry.name.rpartition(" ")[2] for entry in entries]
+        assert names == [name for name, _ in captions(Path(folder))]
+        assert not log.report().skips
+    shutil.rmtree("own/001")
+    theirs: Any = datasets.load_dataset(
+        "imagefolder", data_dir="own", cache_dir="hub", split="train"
+    )
+    assert [row["text"].strip() for row in theirs] == expected
+
+
+@pytest.mark.parametrize("cache", ["off", "auto"])
+def test_the_base_models_samples_are_the_data_of_ddrl(
+    call: Call, sd_folder: Path, files: Path, tmp_path: Path, cache: str
+):
+    """By the two commands at the head of the method, made small."""
+    head = (CONF / "method" / "ddrl.yaml").read_text().replace("\n#         ", " ")
+    sample, train = re.findall(r"sfumato (.+)", head)
+    (tmp_path / "REWARD").mkdir()
+    write_tiny_clip(tmp_path / "REWARD")
+    small = ["sampler.height=32", "sampler.width=32", "sampler.num_inference_steps=2"]
+    whole = ["model.dtype=float32", "training.precision=no", "model.gradient_checkpointing=false"]
+    one = [*QUICK[2:], f"data.images.cache={cache}", "reward.gradient_checkpointing=false"]
+
+    def run(command: str, *overrides: str) -> Answer:
+        given = command.replace("DIR", str(sd_folder)).replace("FILE", f"{files}/good.txt").split()
+        answer = call(*{text.partition("=")[0]: text for text in [*given, *overrides]}.values())
+        assert answer.code == 0, answer.err
+        return answer
+
+    run(sample, *small)
+    answer = run(train, *small, *whole, *one)
+    (metrics,) = (tmp_path / "runs").rglob("metrics.jsonl")
+    assert any("mse" in json.loads(line) for line in metrics.open())
+    said = "data.images.cache=auto: 3 pictures, encoded in"
+    assert (said in answer.out) == (cache == "auto")
+    assert "left out" not in answer.out
 
 
 @pytest.mark.parametrize("folder", ["runs", "out", "."])

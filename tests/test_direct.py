@@ -187,6 +187,63 @@ def test_inactive_steps_have_no_gradient_and_the_reward_sees_the_rollout(kind: s
     assert float(loss.metrics["reward"]) == float(Curved()(run.x0, PROMPTS).mean())
 
 
+STACKED: list[tuple[dict[str, Any], tuple[int, ...]]] = [  # with the steps that may be one call
+    ({"active_steps": 5}, (5,)),
+    ({"active_steps": 5, "kl_coeff": 3.0}, (5,)),
+    (
+        {
+            **{"active_steps": 4, "weights": "sigma", "gain": 0.5},
+            **{"kl_coeff": 3.0, "kl_form": "output", "hinge": 2.0},
+        },
+        (4,),
+    ),
+    # The state where two legs meet is alone, as its gradient is complete only then.
+    ({"path": "bridge", "active_steps": 6, "nested": 0.5, "kl_coeff": 2.0}, (1, 1, 4)),
+    ({"path": "lagrange", "nested": 0.3, "kl_coeff": 2.0, "distance_floor": 0.1}, (1, 1, 2)),
+]
+
+
+@pytest.mark.parametrize("size", [2, 3, 9])
+@pytest.mark.parametrize(("settings", "groups"), STACKED)
+@pytest.mark.parametrize("kind", CASES)
+def test_steps_in_one_call_are_steps_one_by_one(
+    kind: str, settings: dict[str, Any], groups: tuple[int, ...], size: int
+) -> None:
+    model = model_of(kind)
+    expected, same_loss = differentiate(direct(**settings), model)
+    alone = model.asked[T:]
+    model = model_of(kind)
+    found, loss = differentiate(direct(**settings, stacked_steps=size), model)
+    same(found, expected)
+    assert loss.metrics.keys() == same_loss.metrics.keys()
+    for name, metric in same_loss.metrics.items():
+        assert float(loss.metrics[name]) == pytest.approx(float(metric), rel=1e-12)
+    counts = [min(size, n - start) for n in groups for start in range(0, n, size)]
+    for role in ("policy", "reference") if "kl_coeff" in settings else ("policy",):
+        calls = [times_of(t) for whose, t in model.asked[T:] if whose == role]
+        assert [len(each) for each in calls] == counts
+        assert [t for each in calls for t in each] == [t for whose, t in alone if whose == role]
+    assert all(grad for role, _, grad in model.calls[T:] if role == "policy")
+    assert len(model.calls) == T + len(counts) * (2 if "kl_coeff" in settings else 1)
+
+
+def times_of(t: Any) -> list[float]:
+    """Return the times of a call, each of which has all rows of the batch."""
+    if isinstance(t, float):
+        return [t]
+    blocks = t.reshape(-1, ROWS)
+    assert (blocks == blocks[:, :1]).all()
+    return blocks[:, 0].tolist()
+
+
+def test_one_step_at_a_time_is_the_same_bitwise() -> None:
+    model, settings = model_of("epsilon"), {"active_steps": 5, "kl_coeff": 3.0}
+    found, _ = differentiate(direct(**settings, stacked_steps=1), model)
+    assert all(isinstance(t, float) for _, t in model.asked)
+    expected, _ = differentiate(direct(**settings), model)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("kind", ["flow", "epsilon", "v"])
 def test_all_steps_point_where_full_backpropagation_does(kind: str) -> None:
     model = model_of(kind)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from runs import start_cli
 from tiny_flux import CHANNELS, FACTOR, reference_flux, write_tiny_flux
 from torch import Tensor
 from trajectories import PROMPTS, our_run, their_run
 
 from sfumato.compose import compose_train
-from sfumato.config import LoraConfig, ModelConfig, SamplerConfig
+from sfumato.conditions import typed_keys
+from sfumato.config import CONF, LoraConfig, ModelConfig, SamplerConfig
 from sfumato.diffusion.sampling import Denoiser, sample
 from sfumato.models.flux import Flux, pack, unpack
 from sfumato.models.loading import check_family, load_family
@@ -125,15 +127,16 @@ def test_guidance_is_embedded_or_takes_a_second_prediction(dev: Path, schnell: P
 
 
 @pytest.mark.parametrize("mode", ["rescale", "detach_uncond"])
+@pytest.mark.parametrize("objective", ["draft", "direct", "direct_align"])
 def test_a_gradient_through_guidance_needs_guidance(
-    dev: Path, schnell: Path, tmp_path: Path, mode: str
+    dev: Path, schnell: Path, tmp_path: Path, objective: str, mode: str
 ):
-    given = ["data.prompts=P", "reward=color", f"runs_dir={tmp_path}"]
+    given = ["data.prompts=P", "reward=color", f"runs_dir={tmp_path}", f"objective={objective}"]
 
     def check(folder: Path, mode: str) -> None:
         typed = [*given, f"model.pretrained={folder}", f"objective.cfg_gradient={mode}"]
         config, _ = compose_train(typed)
-        check_model(config, RunFolder.of(config))
+        check_model(config, RunFolder.of(config), typed_keys(typed))
 
     with pytest.raises(ValueError, match=rf"objective\.cfg_gradient={mode} has no effect on this"):
         check(dev, mode)
@@ -141,6 +144,42 @@ def test_a_gradient_through_guidance_needs_guidance(
     check(schnell, mode)
     (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
     check(dev, mode)  # a run that began with it goes on
+
+
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+DETACHED = {"flowbp_bridge", "flowbp_lagrange", "flowbp_sparse", "rsm"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_goes_with_embedded_guidance(
+    dev: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+):
+    """What a method says of guidance is no mistake of the user's: it is said, once."""
+    given = ["recipe=flux_reward", f"method={method}", "data.prompts=P", "reward.pretrained=R"]
+    given += ["data.images.path=I"] if method == "ddrl" else []
+    typed = [*given, f"model.pretrained={dev}", f"runs_dir={tmp_path}"]
+    config, _ = compose_train(typed)
+    for process in range(2):
+        check_model(config, RunFolder.of(config), typed_keys(typed), say=process == 0)
+    said = "the recipe's objective.cfg_gradient=detach_uncond has no effect on this model"
+    assert capsys.readouterr().out.count(said) == (method in DETACHED)
+
+
+def test_the_command_knows_what_was_typed(
+    dev: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.argv", [])  # what the command line sets, it leaves
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    given = ["recipe=flux_reward", "method=rsm", "data.prompts=P", "reward.pretrained=R"]
+    given += [f"model.pretrained={dev}", f"runs_dir={tmp_path}", "training.precision=no"]
+    with pytest.raises(SystemExit):
+        start_cli([*given, "objective.cfg_gradient=rescale"])
+    assert "objective.cfg_gradient=rescale has no effect on this model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # there is no file P
+        start_cli(given)
+    out, err = capsys.readouterr()
+    assert "the recipe's objective.cfg_gradient=detach_uncond has no effect on this model" in out
+    assert "cfg_gradient" not in err
 
 
 # --- Times and sizes

@@ -20,6 +20,7 @@ from tiny_sd import load_tiny_sd, write_tiny_sd
 
 from sfumato.compose import compose_train
 from sfumato.config import (
+    CONF,
     DataConfig,
     ImageDataConfig,
     MergeConfig,
@@ -514,6 +515,22 @@ def test_others_files_are_not_touched(tmp_path: Path, pictures: Path, sd_folder:
 
 
 # --- What a cache cannot hold
+
+
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_sft_*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_goes_with_a_cache_and_none_sets_it(recipe: str) -> None:
+    """A default of a recipe would change the losses of runs that began without."""
+    given = [f"recipe={recipe}", "model.pretrained=M", "data.images.path=I"]
+    assert compose_train(given)[0].data.images.cache == "off"
+    given += ["data.images.cache=auto"]
+    if recipe.startswith("sdxl"):
+        with pytest.raises(ValueError, match=r"cache=auto has no effect with .+crop=random"):
+            compose_train(given)
+        given += ["data.images.crop=center"]
+    assert why_uncached(compose_train(given)[0]) is None
 
 
 def test_settings_that_a_cache_cannot_hold_are_refused_where_both_are_typed() -> None:

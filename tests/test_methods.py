@@ -1,5 +1,7 @@
 """Every published method on every family; killed and resumed; on two processes as on one."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ from runs import assert_same_state, command, in_child, in_processes, kill, metri
 from test_collected import Alone
 from test_distributed import SAME, flat, state_at
 from toy import use_toy
+from vectors import Curved, VectorModel, differentiate
 
 from sfumato.compose import compose_train
 from sfumato.config import CONF, LoraConfig, ModelConfig, TrainConfig
 from sfumato.data.images import open_images
 from sfumato.data.stream import Pair
+from sfumato.diffusion.process import RectifiedFlow
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import load_model
@@ -109,6 +113,72 @@ def test_each_method_on_each_family(
     has_kl = method in ("draft_plus", "rsm", "flow_grpo", "nft", "awm")
     assert ("kl" in total.metrics) == has_kl
     assert not has_kl or total.metrics["kl"] == 0
+
+
+@pytest.mark.parametrize("method", ["flowbp_lagrange", "rsm"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_steps_in_one_call_are_steps_one_by_one_on_each_family(
+    models: Mapping[str, TextToImageModel], family: str, method: str
+) -> None:
+    """With guidance and prompts of their own in each row; the KL's reference is stacked too."""
+    size = [f"sampler.height={PIXELS}", f"sampler.width={PIXELS}", "sampler.guidance_scale=2"]
+    size += [f"sampler.num_inference_steps={STEPS}", "objective.kl_coeff=1"]
+    found: list[torch.Tensor] = []
+    for stacked in (1, 3):
+        config = composed(method, *size, f"objective.stacked_steps={stacked}")
+        objective, model = build_objective(config, ColorReward("red")), models[family]
+        parameters = model.trainable().values()
+        for parameter in parameters:
+            parameter.grad = None
+        pieces = objective.pieces(model, PROMPTS, Rng([1, 2]))
+        for piece in pieces:
+            piece().value.backward()
+        found.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+    assert float(found[0].norm()) > 0
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 1e-4
+
+
+ROLLOUT = 10
+PAGE = (CONF.parents[1] / "docs" / "which_method.md").read_text(encoding="utf-8")
+COSTS = re.findall(r"^\| `(\w+)`.*? \| (.+?) \| (.+?) \| .+ \|$", PAGE, flags=re.M)
+
+
+@pytest.mark.parametrize(("method", "without", "with_gradient"), COSTS)
+def test_a_step_calls_the_network_as_often_as_the_page_says(
+    method: str, without: str, with_gradient: str
+) -> None:
+    """Of ten sampling steps; where a number is drawn, within the range that the page gives."""
+    config = composed(method, f"sampler.num_inference_steps={ROLLOUT}", "sampler.guidance_scale=1")
+    model = VectorModel(RectifiedFlow(), "flow")
+    for seed in range(20):
+        model.calls.clear()
+        differentiate(build_objective(config, Curved()), model, seed)
+        found = Counter((role, grad) for role, _, grad in model.calls)
+        rollout, learning = found["policy", False], found["policy", True]
+        inputs = found["reference", True] if method == "adjoint_matching" else 0
+        frozen = found.total() - rollout - learning - inputs
+        if "K" in without:
+            assert (rollout, without) == (ROLLOUT - learning, f"{ROLLOUT} - K")
+        else:
+            low, high = bounds(without.partition(",")[0])
+            assert low <= rollout + frozen <= high
+        first, _, second = with_gradient.rpartition(", ")
+        low, high = bounds(second)
+        assert low <= learning <= high
+        if inputs:
+            assert inputs <= bounds(first)[1]
+
+
+def bounds(text: str) -> tuple[int, int]:
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    return numbers[0], numbers[-1]
+
+
+def test_the_page_has_what_each_method_costs() -> None:
+    kinds = {method: composed(method).objective.kind for method in METHODS}
+    gradient = {"draft", "direct", "direct_align", "adjoint_matching"}
+    learning = [method for method, kind in kinds.items() if kind in gradient]
+    assert sorted({*(method for method, _, _ in COSTS), "ddrl"} & {*learning}) == learning
 
 
 def run_of(folder: Path, name: str, method: str, *overrides: str) -> list[str]:

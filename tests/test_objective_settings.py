@@ -48,6 +48,12 @@ WRONG = [
     ([*DIRECT, "objective.path=bridge", "objective.steps=all"], "no steps around a bridge"),
     ([*DIRECT, "objective.path=bridge", "objective.active_steps=1"], "give 2 or more"),
     ([*DIRECT, "objective.path=leap", "objective.steps=all"], "no leap"),
+    ([*DIRECT, "objective.stacked_steps=0"], "stacked_steps"),
+    ([*DIRECT, "objective.path=leap", "objective.stacked_steps=2"], "stacked_steps=2 has no eff"),
+    (
+        [*DIRECT, "objective.stacked_steps=2", "sampler.guidance_interval=[0.2,0.8]"],
+        r"stacked_steps=2 predicts steps at once that sampler.guidance_interval=\[0.2, 0.8\]",
+    ),
     (
         [*DIRECT, "objective.path=leap", "objective.steps=listed", "objective.listed=[1]"],
         "not two steps",

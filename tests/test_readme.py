@@ -1,5 +1,6 @@
-"""The README: its commands compose, its targets and the files it links exist."""
+"""The README: its commands compose, its targets and files exist, its tour is short."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -52,3 +53,25 @@ def test_files_that_the_readme_links_exist() -> None:
     links = re.findall(r"\]\(([^)h][^)]*)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []
+
+
+def lines_to_read(stop: str) -> int:
+    """Return the lines of the file that a stop of the tour links, or of the functions it names."""
+    links = re.findall(r"\]\((.+?)\)", stop)
+    assert len(links) == 1, stop
+    text = (ROOT / links[0]).read_text(encoding="utf-8")
+    functions = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.end_lineno
+    }
+    named = re.findall(r"`(\w+)`", stop.partition(". ")[2].partition("](")[0])
+    return sum(functions[name] for name in named) if named else len(text.splitlines())
+
+
+def test_the_tour_of_the_code_is_under_700_lines() -> None:
+    tour = README.partition("## A tour of the code")[2].partition("\n\nFrom there")[0]
+    stops = re.findall(r"^\d\. .+(?:\n   .+)*", tour, flags=re.M)
+    assert len(stops) == 5
+    assert "under 700 lines" in tour
+    assert sum(map(lines_to_read, stops)) < 700

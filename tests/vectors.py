@@ -79,6 +79,7 @@ class VectorModel(TextToImageModel):
         self.has_cfg, self.trains_text = False, False
         self.records = False
         self.calls: list[tuple[Role, float, bool]] = []
+        self.asked: list[tuple[Role, Time]] = []  # beside `calls`, with a time of each row
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +133,9 @@ class VectorModel(TextToImageModel):
             times = (
                 t[:, None].to(rows) if isinstance(t, Tensor) else torch.full_like(rows[:, :1], t)
             )
+            assert not isinstance(t, Tensor) or len(t) == len(cond)
             self.calls.append((role, float(times[0]), torch.is_grad_enabled()))
+            self.asked.append((role, t))
             with torch.set_grad_enabled(
                 torch.is_grad_enabled() and (role == "policy" or self.records)
             ):

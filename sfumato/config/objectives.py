@@ -95,6 +95,7 @@ class DirectConfig(RewardGradientConfig):
     clip_quantile: float | None = setting(None, FRACTION)  # of the reward gradient's norm, running
     kl_coeff: float = setting(0.0, NOT_NEGATIVE)  # on the active steps
     kl_form: str = choice("noise", "output")  # what is compared with the reference
+    stacked_steps: int = setting(1, FEW)  # active steps that one call of the network predicts
     cfg_gradient: str = choice("full", "detach_uncond", "rescale")  # gradient through guidance
     clamp_images: bool = True  # clip to [0, 1]: saturated pixels then carry no gradient
     visits_on_cpu: bool = False  # keep the rollout's states off the device

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.diffusion.process import DiffusionProcess, Prediction, PredictionType
+from sfumato.diffusion.process import DiffusionProcess, Prediction, PredictionType, Time
 
 # The form of an output whose weights are finite, and not all in the last step.
 FORMS: dict[PredictionType, PredictionType] = {
@@ -70,7 +70,7 @@ def output(
     prediction_type: PredictionType,
     form: PredictionType,
     prediction: Prediction,
-    t: float,
+    t: Time,
 ) -> Float[Tensor, "b *d"]:
     """Return a prediction in a form; it is the network's own output where the form is its type."""
     if form == prediction_type:

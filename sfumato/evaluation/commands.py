@@ -48,6 +48,7 @@ from sfumato.training.state import load_weights
 from sfumato.training.validation import PAIRS
 
 SAMPLED = "sample.json"
+CAPTIONS = "metadata.jsonl"  # of Hugging Face's imagefolder, which data.images.path reads
 LONGEST = 10_000  # characters of a prompt
 
 
@@ -77,10 +78,11 @@ def default_device() -> torch.device:
 
 
 def sample_images(config: SampleConfig) -> None:
-    """Write PROMPT-IMAGE.png for each prompt and seed, and sample.json, into a new folder.
+    """Write PROMPT-IMAGE.png for each prompt and seed into a new folder, and say what they are.
 
-    The folder is `out` if that is empty, or else out/001, out/002 and so on. Each PNG holds its
-    prompt, seed, model and settings as text.
+    The folder is `out` if that is empty, or else out/001, out/002 and so on. sample.json and each
+    PNG's text hold prompt, seed, model and settings. metadata.jsonl has the prompts as captions, so
+    that training reads the folder as data.images.path.
 
     Raises:
         ValueError: if the settings name no model or no prompt, or a picture cannot be written.
@@ -137,13 +139,17 @@ def _write_pictures(images: Iterator[Tensor], notes: Mapping[str, Any], out: Pat
             with suppress(ValueError):  # the disk may be full
                 _write_notes(folder, written)
         else:
-            (folder / SAMPLED).unlink(missing_ok=True)
+            for name in (CAPTIONS, SAMPLED):
+                (folder / name).unlink(missing_ok=True)
             if folder != out:
                 folder.rmdir()
         raise
 
 
 def _write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
+    captions = ({"file_name": name, "text": note["prompt"]} for name, note in notes.items())
+    lines = (f"{json.dumps(caption, ensure_ascii=False)}\n" for caption in captions)
+    write_text(folder / CAPTIONS, "".join(lines))
     write_text(folder / SAMPLED, json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
 
 

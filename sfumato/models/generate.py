@@ -24,6 +24,11 @@ class Guided:
     cond: Conditioning
     uncond: Conditioning | None
 
+    def repeat(self, times: int) -> "Guided":
+        """Return the whole batch stacked `times` times, one after another."""
+        uncond = self.uncond.repeat(times) if self.uncond is not None else None
+        return Guided(self.cond.repeat(times), uncond)
+
 
 def encode_guided(
     model: TextToImageModel,

@@ -9,10 +9,10 @@ state; it has no guidance in adjoint and loss. The adjoint costs one product a s
 the frozen reference's Jacobian, and no gradient of weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ from sfumato.objectives.objective import Loss, Piece
 from sfumato.objectives.scoring import RewardedObjective, reward_gradient, score_metrics
 from sfumato.rewards.reward import Reward
 
-EARLY, MEMORY = 0.6, 0.9  # share of the first steps, of which half are drawn; of the quantile
+EARLY = 0.6  # share of the first steps, of which half are drawn
 
 
 @final
@@ -37,9 +37,8 @@ class AdjointMatching(RewardedObjective[Sequence[str]]):
     def __init__(
         self, config: AdjointMatchingConfig, sampler: SamplerConfig, reward: Reward
     ) -> None:
-        super().__init__(sampler, reward)
+        super().__init__(sampler, reward, config.clip_quantile)
         self.config = config
-        self._limit: float | None = None
 
     def pieces(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Sequence[Piece]:
         height, width = image_size(model, self.sampler)
@@ -66,22 +65,6 @@ class AdjointMatching(RewardedObjective[Sequence[str]]):
             shared = None if model.trains_text else prompts
             calls.append(partial(self._match, model, batch, shared, *step, len(chosen), first))
         return calls
-
-    def observe(self, rows: Mapping[str, Sequence[float]]) -> None:
-        """Move the limit of the terms towards this batch's quantile."""
-        assert self.config.clip_quantile is not None, "otherwise there are no rows"
-        values = [v for name, each in rows.items() if name.startswith("drift/") for v in each]
-        quantile = float(
-            torch.tensor(values, dtype=torch.float64).quantile(self.config.clip_quantile)
-        )
-        before = quantile if self._limit is None else self._limit
-        self._limit = MEMORY * before + (1 - MEMORY) * quantile
-
-    def state(self) -> dict[str, Any]:
-        return {} if self._limit is None else {"limit": self._limit}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._limit = state.get("limit")
 
     def _choose(
         self, model: TextToImageModel, times: Sequence[float], generator: torch.Generator

@@ -5,10 +5,11 @@
 
 A rollout without a graph visits all states. The reward is differentiated once, at its end. Then
 each active step i predicts its output n_i again and is differentiated alone, with the weight w_i
-of objectives/surrogates.py. So one step's activations are in memory, however many are active.
+of objectives/surrogates.py. So one step's activations are in memory, however many are active; or
+those of `stacked_steps`, which one call of the network predicts as rows of their own times.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast, final
@@ -21,7 +22,7 @@ from sfumato.config import DirectConfig, SamplerConfig
 from sfumato.diffusion.guidance import CfgGradient
 from sfumato.diffusion.linear import FORMS, output
 from sfumato.diffusion.randomness import Rng
-from sfumato.diffusion.sampling import Denoiser, Trajectory, Visit, sample
+from sfumato.diffusion.sampling import Denoiser, Reading, Trajectory, Visit, sample
 from sfumato.diffusion.solvers import Solver
 from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
 from sfumato.models.model import Role, TextToImageModel
@@ -36,18 +37,15 @@ from sfumato.objectives.scoring import (
 from sfumato.objectives.surrogates import Leg, legs
 from sfumato.rewards.reward import Reward
 
-MEMORY = 0.9  # of the running quantile
-
 
 @final
 class Direct(RewardedObjective[Sequence[str]]):
     """Maximise a differentiable reward; a batch is a list of prompts."""
 
     def __init__(self, config: DirectConfig, sampler: SamplerConfig, reward: Reward) -> None:
-        super().__init__(sampler, reward)
+        super().__init__(sampler, reward, config.clip_quantile)
         self.config = config
         self.needs_reference = config.kl_coeff > 0
-        self._limit: float | None = None
         if config.hinge is not None:
             self.why_idle = (
                 f"every reward is above objective.hinge={config.hinge:g}; raise it above the "
@@ -66,20 +64,6 @@ class Direct(RewardedObjective[Sequence[str]]):
         chain = _Chain(self.config, model, denoiser, run.visits, gradient)
         return chain.pieces(surrogate, first)
 
-    def observe(self, rows: Mapping[str, Sequence[float]]) -> None:
-        """Move the limit of the gradient's norm towards this batch's quantile."""
-        assert self.config.clip_quantile is not None, "otherwise there are no rows"
-        norms = torch.tensor(rows["reward_gradient"], dtype=torch.float64)
-        quantile = float(norms.quantile(self.config.clip_quantile))
-        before = quantile if self._limit is None else self._limit
-        self._limit = MEMORY * before + (1 - MEMORY) * quantile
-
-    def state(self) -> dict[str, Any]:
-        return {} if self._limit is None else {"limit": self._limit}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._limit = state.get("limit")
-
     def _prompts(self, model: TextToImageModel, batch: Sequence[str]) -> Any:
         """Encode the prompts once, if no step's gradient goes through the encoders."""
         if model.trains_text:
@@ -88,10 +72,11 @@ class Direct(RewardedObjective[Sequence[str]]):
         return encode_guided(model, batch, sampler.guidance_scale, keep=sampler.prompt_cache)
 
     def _denoiser(
-        self, model: TextToImageModel, batch: Sequence[str], role: Role, *, shared: Any
+        self, model: TextToImageModel, batch: Sequence[str], role: Role, shared: Any, times: int = 1
     ) -> Denoiser:
         scale = self.sampler.guidance_scale
         prompts = encode_guided(model, batch, scale, role) if shared is None else shared
+        prompts = prompts.repeat(times) if times > 1 else prompts
         gradient = cast(CfgGradient, self.config.cfg_gradient)
         return guided_denoiser(model, prompts, self.sampler, role, gradient)
 
@@ -178,65 +163,65 @@ class _Link:
 
 
 @final
+@dataclass
 class _Chain:
     """Carrier of the gradient at the end of a rollout to its active steps, last leg first."""
 
-    def __init__(
-        self,
-        config: DirectConfig,
-        model: TextToImageModel,
-        denoiser: Callable[[Role], Denoiser],
-        visits: Sequence[Visit],
-        gradient: Float[Tensor, "b *d"],
-    ) -> None:
-        self._config = config
-        self._model = model
-        self._denoiser = denoiser
-        self._visits = visits
-        self._gradient = gradient
-        self._link: _Link | None = None
+    config: DirectConfig
+    model: TextToImageModel
+    denoiser: Callable[..., Denoiser]  # of a role, for the batch `times` times
+    visits: Sequence[Visit]
+    gradient: Float[Tensor, "b *d"]
+    link: _Link | None = None
 
     def pieces(self, surrogate: Sequence[Leg], first: Loss) -> list[Piece]:
-        """Return a call for each active step; the first one adds the loss of the reward."""
+        """Return a call for each active step, or several; the first adds the loss of the reward."""
         count = sum(len(leg.active) for leg in surrogate)
-        calls: list[Piece] = []
+        calls, size = list[Piece](), self.config.stacked_steps
         for leg in reversed(surrogate):
-            meets = leg is not surrogate[0]
-            # The state that two legs share comes last: then all of its gradient is known.
-            for i in sorted(leg.active, reverse=True):
-                extra = first if not calls else None
-                meet = meets and i == leg.start
-                calls.append(partial(self._step, leg, i, extra, meets=meet, share=1 / count))
+            # The state that two legs share comes last, alone: then all of its gradient is known.
+            met = leg.start if leg is not surrogate[0] else None
+            others = sorted(leg.active.keys() - {met}, reverse=True)
+            groups = [others[k : k + size] for k in range(0, len(others), size)]
+            for steps in groups if met is None else [*groups, [met]]:
+                extra, share = None if calls else first, len(steps) / count
+                calls.append(partial(self._step, leg, steps, share, extra, meets=met in steps))
         return calls
 
-    def _step(self, leg: Leg, i: int, first: Loss | None, *, meets: bool, share: float) -> Loss:
-        model, visit = self._model, self._visits[i]
+    def _step(
+        self, leg: Leg, steps: Sequence[int], share: float, first: Loss | None, *, meets: bool
+    ) -> Loss:
+        model, visits = self.model, [self.visits[i] for i in steps]
         self._pass_link()
-        x_t, t = visit.x_t.to(model.device).detach(), visit.t
+        x_t, t = torch.cat([visit.x_t.to(model.device).detach() for visit in visits]), visits[0].t
+        if len(steps) > 1:
+            each = torch.tensor([visit.t for visit in visits], dtype=x_t.dtype, device=x_t.device)
+            t = each.repeat_interleave(len(self.gradient))
         if meets:
-            x_t = x_t.requires_grad_(self._config.nested > 0)
-        said = self._denoiser("policy")(x_t, t)
+            x_t = x_t.requires_grad_(self.config.nested > 0)
+        denoiser = partial(self.denoiser, times=len(steps))
+        said = denoiser("policy")(x_t, t)
         n = output(model.process, model.prediction_type, FORMS[model.prediction_type], said, t)
-        inner = (self._gradient * leg.active[i] * n).sum()
+        inner = (torch.cat([self.gradient * leg.active[i] for i in steps]) * n).sum()
         value, metrics = inner - inner.detach(), {}
-        if self._config.kl_coeff:
-            form = cast(KlForm, self._config.kl_form)
-            metrics["kl"] = share * kl(model, [Visit(t, x_t, said)], self._denoiser, form)
-            metrics["loss"] = self._config.kl_coeff * metrics["kl"]
+        if self.config.kl_coeff:
+            form = cast(KlForm, self.config.kl_form)
+            metrics["kl"] = share * kl(model, [Reading(t, x_t, said)], denoiser, form)
+            metrics["loss"] = self.config.kl_coeff * metrics["kl"]
             value = value + metrics["loss"]
         if meets:
-            self._link = _Link(leg, x_t, torch.zeros_like(value, requires_grad=True))
-            value = value + self._link.probe
+            self.link = _Link(leg, x_t, torch.zeros_like(value, requires_grad=True))
+            value = value + self.link.probe
         loss = Loss(value, {name: metric.detach() for name, metric in metrics.items()})
         return loss if first is None else loss + first
 
     def _pass_link(self) -> None:
         """Go on to the leg before, once the state where the two meet has its gradient."""
-        if self._link is None:
+        if self.link is None:
             return
-        leg, x_t, probe = self._link.leg, self._link.x_t, self._link.probe
-        self._gradient = leg.scale * self._gradient
+        leg, x_t, probe = self.link.leg, self.link.x_t, self.link.probe
+        self.gradient = leg.scale * self.gradient
         if x_t.grad is not None:
             assert probe.grad is not None, "both were differentiated together"
-            self._gradient = self._gradient + self._config.nested * x_t.grad / probe.grad
-        self._link = None
+            self.gradient = self.gradient + self.config.nested * x_t.grad / probe.grad
+        self.link = None

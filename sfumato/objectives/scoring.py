@@ -1,7 +1,8 @@
 """Scores of decoded latents, and the reward's gradient at them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,12 +13,15 @@ from sfumato.models.model import Images, Latents, TextToImageModel
 from sfumato.objectives.objective import Batch, Objective
 from sfumato.rewards.reward import Reward, Score
 
+MEMORY = 0.9  # of the running quantile
+
 
 class RewardedObjective(Objective[Batch]):
     """An objective that learns from a reward.
 
     Args:
         reward: frozen.
+        clip_quantile: of the rows of a step; their running quantile is the limit of what it clips.
 
     Attributes:
         needs_gradient: whether it learns from the reward's gradient with respect to the images.
@@ -28,7 +32,9 @@ class RewardedObjective(Objective[Batch]):
 
     needs_gradient: bool = True
 
-    def __init__(self, sampler: SamplerConfig, reward: Reward) -> None:
+    def __init__(
+        self, sampler: SamplerConfig, reward: Reward, clip_quantile: float | None = None
+    ) -> None:
         if self.needs_gradient and not reward.differentiable:
             raise ValueError(
                 f"the reward {type(reward).__name__} is not differentiable, and the objective "
@@ -38,6 +44,23 @@ class RewardedObjective(Objective[Batch]):
             )
         self.sampler = sampler
         self.reward = reward
+        self._clip_quantile = clip_quantile
+        self._limit: float | None = None
+
+    def observe(self, rows: Mapping[str, Sequence[float]]) -> None:
+        """Move the limit towards the quantile of all these numbers."""
+        if self._clip_quantile is None:
+            return
+        values = torch.tensor([v for each in rows.values() for v in each], dtype=torch.float64)
+        quantile = float(values.quantile(self._clip_quantile))
+        before = quantile if self._limit is None else self._limit
+        self._limit = MEMORY * before + (1 - MEMORY) * quantile
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._limit is None else {"limit": self._limit}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._limit = state.get("limit")
 
 
 def decoded(model: TextToImageModel, x0: Latents, *, clamp: bool) -> Images:

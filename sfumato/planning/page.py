@@ -39,15 +39,14 @@ def heading(plan: Plan) -> Iterator[str]:
         f"on {config.gpus} x {plan.gpu.name}, training.strategy={config.training.strategy}, "
         f"training.precision={config.training.precision}"
     )
+    steps, scale = config.sampler.rollout_steps, config.sampler.guidance_scale
     if isinstance(config.objective, DraftConfig):
-        steps, scale = config.sampler.rollout_steps, config.sampler.guidance_scale
         window = config.objective.truncation_range or config.objective.truncation_steps
         yield (
             f"objective=draft: {steps} sampling steps at guidance {scale:g}, a gradient through "
             f"the last {window}"
         )
     elif isinstance(config.objective, RewardedConfig):
-        steps, scale = config.sampler.num_inference_steps, config.sampler.guidance_scale
         yield f"objective={config.objective.kind}: {steps} sampling steps at guidance {scale:g}"
 
 

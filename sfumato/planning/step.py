@@ -144,27 +144,22 @@ def measure_pieces(
     ledger, precision = Ledger([*parameters, *networks.buffers()]), MetaPrecision()
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     hooks = [each.register_post_accumulate_grad_hook(ledger.gained) for each in learning]
-    forward = 0
 
-    def count(run: Callable[[], T]) -> T:
-        nonlocal forward
-        before = counter.flops
+    def run(part: Callable[[], T]) -> T:
         with precision.autocast(dtype), MetaValues():
-            done = run()
-        forward += counter.flops - before
-        return done
+            return part()
 
     try:
         with ledger, counter.counting(), precision.inside(networks):
-            for piece in count(pieces):
-                count(piece).backward()
+            for piece in run(pieces):
+                run(piece).backward()
     finally:
         for hook in hooks:
             hook.remove()
         for parameter in learning:
             parameter.grad = None
     return StepCost(
-        forward=forward,
+        forward=counter.flops - counter.backward,
         flops=counter.flops,
         others=counter.others,
         executed=counter.executed + counter.others,

@@ -1,12 +1,12 @@
 """A whole training run: check, open the data, build, train, export."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from sfumato.conditions import leaves_of, why_unread
-from sfumato.config import DraftConfig, ModelConfig, TrainConfig
+from sfumato.config import ModelConfig, TrainConfig
 from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
 from sfumato.files import lock, refuse_link, write_text
@@ -38,6 +38,7 @@ def train(
     settings: dict[str, Any],
     distribution: Distribution,
     own: Own | None = None,
+    typed: Collection[str] = (),
 ) -> Outcome:
     """Train as configured, into runs_dir/name, going on where an earlier call stopped.
 
@@ -45,6 +46,7 @@ def train(
         config: checked by `check_train`.
         settings: the same as plain data, for config.yaml and the trackers.
         own: parts that the settings do not name.
+        typed: keys that were typed: refused if they have no effect on the model. Others are said.
 
     Raises:
         ValueError: for every mistake of the user's, the cheap checks before any weight is loaded.
@@ -53,7 +55,8 @@ def train(
     folder = RunFolder.of(config)
     check_trackers(config.training)
     check_own(config, own)
-    limits = check_model(config, folder) if own.load is None else None
+    say = distribution.is_main
+    limits = check_model(config, folder, typed, say=say) if own.load is None else None
     data = open_data(config, limits, own.stream, own.prompts)
     with exclusive(folder, distribution):
         with distribution.together():
@@ -69,23 +72,26 @@ def train(
     return outcome
 
 
-def check_model(config: TrainConfig, folder: RunFolder) -> Limits:
-    """Return the limits of the model's family, read from JSON files.
+def check_model(
+    config: TrainConfig, folder: RunFolder, typed: Collection[str] = (), *, say: bool = False
+) -> Limits:
+    """Return the limits of the model's family, read from JSON files; say what is set in vain.
 
     Raises:
-        ValueError: if the model, or the weights to start from, cannot be used.
+        ValueError: if the model, the weights to start from, or a typed setting cannot be used.
     """
-    begins, objective = not list_checkpoints(folder.checkpoints), config.objective
+    begins, key = not list_checkpoints(folder.checkpoints), "objective.cfg_gradient"
     if begins:
         check_start(config.model)
     family, path = find_family(config.model, config.sampler)
     limits = family.read_limits(path)
-    mode = objective.cfg_gradient if isinstance(objective, DraftConfig) else "full"
+    mode = vars(config.objective).get("cfg_gradient", "full")
     if begins and mode != "full" and not limits.has_cfg:
-        raise ValueError(
-            f"objective.cfg_gradient={mode} has no effect on this model, whose network takes "
-            "guidance as an input; leave it out"
-        )
+        vain = f"{key}={mode} has no effect on this model, whose network takes guidance as an input"
+        if key in typed:
+            raise ValueError(f"{vain}; leave it out")
+        if say:
+            print(f"the recipe's {vain}", flush=True)
     return limits
 
 

@@ -34,13 +34,14 @@ class FlopCounter(TorchDispatchMode):
 
     Attributes:
         flops: of the model so far.
+        backward: the part of backwards.
         executed: with what is computed again.
         others: of forwards outside of the networks.
     """
 
     def __init__(self, networks: Sequence[nn.Module] = ()) -> None:
         super().__init__()
-        self.flops = self.executed = self.others = 0
+        self.flops = self.backward = self.executed = self.others = 0
         self._networks = networks
         self._inside = 0 if networks else 1
 
@@ -59,6 +60,7 @@ class FlopCounter(TorchDispatchMode):
             # In a backward, only what is computed again records a graph.
             if not (in_backward and torch.is_grad_enabled()):
                 self.flops += flops
+                self.backward += flops * in_backward
         else:
             self.others += flops
         return out
