@@ -25,7 +25,7 @@ from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import Trackers
 from sfumato.training.validation import Validation
 
-HEADLINE = ("reward", "kl", "mse")  # what the progress bar shows
+HEADLINE = ("reward", "kl", "mse", "accuracy")  # what the progress bar shows
 
 
 class TrainingError(ValueError):
