@@ -24,6 +24,7 @@ MAY_CHANGE = (
         "allow_changed",
         "validation.every_steps",
         "objective.visits_on_cpu",
+        "objective.rollout_batch_size",
     ),
     *("training.max_steps", "training.max_time", "training.micro_batch_size"),
     *("training.checkpoint_every_steps", "training.keep_checkpoints"),
