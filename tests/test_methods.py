@@ -97,7 +97,9 @@ def test_each_method_on_each_family(
     for parameter in parameters.values():
         parameter.grad = None
     if method in COLLECTED:
-        objective.old = Shadow(parameters) if objective.needs_old else None
+        if objective.needs_old:
+            objective.old = Shadow(parameters)
+            assert objective.old.shadow.keys() == parameters.keys()  # adapters, not the network
         with torch.no_grad():
             rows = list(objective.collect(model, rows, Rng([3, 4]), Alone()).rows)
     total = None

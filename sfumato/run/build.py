@@ -120,6 +120,8 @@ def build_job(
     if distribution.is_main:
         cached = data.pictures is not None and data.pictures.cache is not None
         describe(config, model, reward, distribution.world, cached=cached)
+        if objective.needs_old:
+            print("the old policy keeps a copy of these parameters", flush=True)
     validation = Validation(config, data.prompts, reward, held_out, distribution)
     return Job(config, settings, model, objective, data.stream, validation)
 
