@@ -3,7 +3,8 @@
 All methods train the same adapters from the same prompts and seeds, and are evaluated with the same
 sampler and noise. The learning rate of each is chosen from one grid on seed 0, by the steps to a
 reward at a diversity; the other seeds see no choice. Seconds are steps times the method's own
-seconds per step, which `time` measures in turns, so a busy minute does not fall on one method.
+CPU seconds per step on one thread, which `time` measures in turns: a busy minute does not fall on
+one method.
 
     python benchmarks/methods.py tune --out methods      # learning rates, seed 0
     python benchmarks/methods.py run --out methods       # seeds 1 to 3
@@ -258,9 +259,9 @@ def measure(out: Path, names: Sequence[str], turns: int) -> None:
         for name, trainee in trainees.items():
             reset_peak()
             before = resident()
-            started = time.perf_counter()
+            started = time.process_time()  # of one thread: a busy neighbour counts little
             trainee.step()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
             peaks[name] = max(peaks.get(name, 0), peak_of_process() - before)
     found = {
         name: {
