@@ -5,8 +5,7 @@
 
 A rollout without a graph visits all states. The reward is differentiated once, at its end. Then
 each active step i predicts its output n_i again and is differentiated alone, with the weight w_i
-of objectives/surrogates.py. So one step's activations are in memory, however many are active; or
-those of `stacked_steps`, which one call of the network predicts as rows of their own times.
+of objectives/surrogates.py. So one step's activations are in memory, or those of `stacked_steps`.
 """
 
 from collections.abc import Callable, Sequence

@@ -33,8 +33,7 @@ class FlopCounter(TorchDispatchMode):
         networks: whose forwards count, beside every backward; without any, all forwards count.
 
     Attributes:
-        flops: of the model so far.
-        backward: the part of backwards.
+        flops: of the model so far; `backward` is the backwards' part.
         executed: with what is computed again.
         others: of forwards outside of the networks.
     """
