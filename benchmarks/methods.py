@@ -19,6 +19,8 @@ Rewards without a gradient, `--reward jpeg` or `reader`, are for the methods tha
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -247,26 +249,22 @@ def run(out: Path, names: Sequence[str], reward: str) -> None:
 
 
 def measure(out: Path, names: Sequence[str], turns: int) -> None:
-    """Time one step of each method by turns; count passes and the peak of memory."""
+    """Time one step of each method by turns; count passes, and the peak of memory."""
     trainees = {}
     for name in names:
         trainee = trainees[name] = Trainee(name, 1e-4, 0)
         trainee.step()
         trainee.passes.clear()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    peaks: dict[str, float] = {}
     for _ in range(turns):
         for name, trainee in trainees.items():
-            reset_peak()
-            before = resident()
             started = time.process_time()  # of one thread: a busy neighbour counts little
             trainee.step()
             seconds[name].append(time.process_time() - started)
-            peaks[name] = max(peaks.get(name, 0), peak_of_process() - before)
     found = {
         name: {
             "seconds": statistics.median(seconds[name]),
-            "peak_mib": peaks[name] / 1024,
+            "peak_mib": peak_of(name),
             **{kind: n / turns for kind, n in trainees[name].passes.items()},
         }
         for name in names
@@ -277,9 +275,20 @@ def measure(out: Path, names: Sequence[str], turns: int) -> None:
     print(json.dumps(found, indent=1))
 
 
-def resident() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+def peak_of(name: str) -> float:
+    """Return by how many MiB the first step of a method raises the memory of a new process."""
+    command = [sys.executable, __file__, "peak", "--only", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def peak(names: Sequence[str]) -> None:
+    for name in names:
+        trainee = Trainee(name, 1e-4, 0)
+        reset_peak()
+        before = peak_of_process()
+        trainee.step()
+        print((peak_of_process() - before) / 1024)
 
 
 def curves_of(
@@ -354,7 +363,7 @@ def draw(out: Path, means: dict[str, list[dict[str, float]]], times: dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=("tune", "run", "time", "table"))
+    parser.add_argument("action", choices=("tune", "run", "time", "peak", "table"))
     parser.add_argument("--out", type=Path, default=Path("methods"))
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--reward", choices=REWARDS, default="preference")
@@ -372,6 +381,8 @@ def main() -> None:
             tune(options.out, options.only, options.reward)
         case "run":
             run(options.out, options.only, options.reward)
+        case "peak":
+            peak(options.only)
         case "time":
             measure(options.out, options.only, options.turns)
         case _:
