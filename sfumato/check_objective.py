@@ -99,7 +99,7 @@ def _check_reward(reward: RewardConfig, objective: str, *, differentiable: bool)
 
 
 def _check_groups(objective: CollectedConfig, config: TrainConfig) -> None:
-    """Refuse groups that tell nothing, or that a batch does not hold whole."""
+    """Refuse groups that tell nothing or do not fit, and images that teach nothing."""
     group, size = objective.images_per_prompt, config.training.global_batch_size
     if group == 1 and objective.statistics == "group":
         raise ValueError(
@@ -111,6 +111,16 @@ def _check_groups(objective: CollectedConfig, config: TrainConfig) -> None:
             f"training.global_batch_size={size} does not divide into groups of "
             f"objective.images_per_prompt={group}; the nearest that does is "
             f"{max(group, round(size / group) * group)}"
+        )
+    if config.sampler.rollout_steps < 2 and objective.kind != "awm":
+        raise ValueError(
+            f"{_steps_key(config.sampler)}=1 is too few for objective={objective.kind}, which "
+            "learns from the steps between noise and image; give 2 or more"
+        )
+    if config.model.trainable == "lora" and config.model.lora.dropout:
+        raise ValueError(
+            f"model.lora.dropout={config.model.lora.dropout:g} changes the policy between sampling "
+            f"and training, and objective={objective.kind} compares the two; use 0"
         )
 
 
@@ -125,11 +135,6 @@ def _check_policy_gradient(objective: PolicyGradientConfig, config: TrainConfig)
         raise ValueError(
             f"sampler.solver={sampler.solver} is deterministic, and objective=policy_gradient "
             "draws noise at each step; use first_order"
-        )
-    if config.model.trainable == "lora" and config.model.lora.dropout:
-        raise ValueError(
-            f"model.lora.dropout={config.model.lora.dropout:g} changes the policy between sampling "
-            "and training, and objective=policy_gradient compares the two; use 0"
         )
     for name in ("window", "trained_steps"):
         if (count := vars(objective)[name]) is not None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, final
 
 import pytest
@@ -384,6 +385,28 @@ def test_the_old_policy_samples() -> None:
     assert not torch.equal(third[0].tensors["x0"], second[0].tensors["x0"])
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("moved", [0.0, 0.2])
+def test_old_policy_and_policy_are_two_under_autocast(bfloat16: bool, moved: float) -> None:
+    """Autocast keeps casts of weights, which have to go when other values are put in place."""
+    network = torch.nn.Linear(4, 4)
+    shadow = Shadow(dict(network.named_parameters()))
+    with torch.no_grad():
+        network.weight.add_(moved)
+    x = torch.ones(1, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+        before = network(x) if moved else None
+        with shadow.shown(), torch.no_grad():
+            old = network(x)
+        said = network(x)
+        (4 * moved - (said - old)).abs().sum().backward()
+    change = (said - old).float()
+    torch.testing.assert_close(change, torch.full((1, 4), 4 * moved), atol=0.05, rtol=0)
+    assert before is None or torch.equal(before, said)
+    assert said.requires_grad
+    assert network.weight.grad is not None
+
+
 # --- advantages
 
 
@@ -506,3 +529,94 @@ def test_a_composed_reward_is_judged_part_by_part() -> None:
     assert found.metrics["reward_queries"] == ROWS
     total = 2 * found.metrics["reward/one"] + found.metrics["reward/two"]
     assert found.metrics["reward"] == pytest.approx(total)
+
+
+@final
+class Talkative(Reward):
+    """Gives parts that have no weight, and fails for some images."""
+
+    differentiable = False
+
+    def __init__(self, bad: Sequence[int]) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
+        if any(int(prompt.split()[1]) in self.bad for prompt in prompts):
+            raise RuntimeError("no such picture")
+        value = images.flatten(1).sum(1)
+        return Score(value, {"part": 2 * value})
+
+
+@pytest.mark.parametrize("bad", [[0], [5], [0, 1, 2]])
+def test_parts_without_a_weight_are_measured_where_the_reward_fails(bad: list[int]) -> None:
+    config = PolicyGradientConfig(images_per_prompt=3, rollout_batch_size=2)
+    found = collect(PolicyGradient(config, SAMPLER, Talkative(bad)), model_of("flow"))
+    assert found.metrics["left_out"] == len(bad)
+    assert found.metrics["reward/part"] == pytest.approx(2 * found.metrics["reward"])
+
+
+@final
+class Misshapen(Reward):
+    """Gives another shape than one number for each image."""
+
+    differentiable = False
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Any:
+        value = images.flatten(1).sum(1)
+        shapes = {
+            "scalar": value.sum(),
+            "column": value[:, None],
+            "fewer": value[1:],
+            "more": torch.cat([value, value]),
+        }
+        parts = {"part": value[:, None]} if self.kind == "part" else {}
+        # A Score checks shapes, but only in tests.
+        return SimpleNamespace(value=shapes.get(self.kind, value), parts=parts)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "column", "fewer", "more", "part"])
+def test_a_reward_of_another_shape_is_refused(kind: str) -> None:
+    config = PolicyGradientConfig(images_per_prompt=3, rollout_batch_size=3)
+    objective = PolicyGradient(config, SAMPLER, Misshapen(kind))
+    with pytest.raises(ValueError, match=r"gave \w+ of shape .+one number.+Misshapen"):
+        collect(objective, model_of("flow"))
+
+
+# --- what a checkpoint brings
+
+
+@pytest.mark.parametrize("kind", ["policy_gradient", "window", "nft", "awm"])
+def test_rows_have_their_shapes_and_hold_no_more_than_themselves(kind: str) -> None:
+    """A view of all rows would be sent to the other processes once for each row."""
+    objectives = {
+        "policy_gradient": policy_gradient(),
+        "window": policy_gradient(window=2),
+        "nft": nft(),
+        "awm": AdvantageWeightedMatching(AwmConfig(images_per_prompt=3), SAMPLER, Curved()),
+    }
+    objective, model = objectives[kind], model_of("flow")
+    row = collect(objective, model).rows[0]
+    found = {name: tuple(tensor.shape) for name, tensor in row.tensors.items()}
+    assert objective.row_shapes(model) == found
+    for tensor in row.tensors.values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"queries": "many"}, "queries"),
+        ({"queries": -1}, "queries"),
+        ({"collections": None}, "collections"),
+        ({"history": [1]}, "history"),
+        ({"history": {"a": {"reward": ["x"]}}}, "history"),
+    ],
+)
+def test_nonsense_in_the_state_is_refused(state: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"objective in state.json is damaged: {said}.+remove"):
+        nft().restore(state)

@@ -119,6 +119,7 @@ def test_shown_swaps_and_swaps_back_whatever_happens() -> None:
     nn.init.constant_(weights["0"], 5.0)
     with pytest.raises(RuntimeError, match="in between"), ema.shown():
         assert [parameter[0].item() for parameter in weights.values()] == [1.0, 2.0]
+        assert ema.shadow["0"][0].item() == 5.0  # the weights lie there; there is no third copy
         raise RuntimeError("in between")
     assert [parameter[0].item() for parameter in weights.values()] == [5.0, 2.0]
     assert ema.shadow["0"][0].item() == 1.0

@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sfumato.models.model import TextToImageModel
 from sfumato.models.registry import load_model
 from sfumato.rewards.simple import ColorReward
 from sfumato.run.build import build_objective
+from sfumato.training.checkpoint import read_checkpoint, write_checkpoint
 from sfumato.training.ema import Shadow
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -218,6 +220,73 @@ def test_a_killed_run_goes_on_bitwise(
     assert_same_state(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of NFT that ended inside a collection."""
+    folder = tmp_path_factory.mktemp("halted")
+    with pytest.MonkeyPatch.context() as patch:
+        use_toy(patch)
+        start(run_of(folder, "run", "nft", "training.max_steps=3", "validation.every_steps=0"))
+    return folder
+
+
+def drop(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda there: there.pop(name)
+
+
+def put(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda there: there.update({name: value})
+
+
+DAMAGES: Mapping[str, tuple[Callable[[dict[str, Any]], object] | None, Any, str]] = {
+    "no beginning": (drop("began"), None, "began"),
+    "a text as beginning": (put("began", "0"), None, "began = '0'"),
+    "a later beginning": (put("began", 9), None, "from step 9 on"),
+    "an earlier beginning": (put("began", -1), None, "began = -1"),
+    "fewer prompts": (put("prompts", ["a", "b"]), None, "2 prompts"),
+    "prompts are a text": (put("prompts", "abcdefgh"), None, "prompts"),
+    "metrics are texts": (put("metrics", {"reward": "x"}), None, "metrics"),
+    "one row less": (None, lambda t: t.update({"collection/x0": t["collection/x0"][1:]}), "x0"),
+    "a flat image": (
+        None,
+        lambda t: t.update({"collection/x0": t["collection/kept"].clone()}),
+        "x0",
+    ),
+    "no advantages": (None, lambda t: t.pop("collection/advantage"), "rows of"),
+    "another tensor": (
+        None,
+        lambda t: t.update({"collection/a": t["collection/kept"].clone()}),
+        "'a'",
+    ),
+    "no old policy": (None, lambda t: t.pop("old/out.bias"), "old policy"),
+    "a wide old policy": (None, lambda t: t.update({"old/out.bias": torch.ones(3)}), "old policy"),
+}
+
+
+@pytest.mark.parametrize(("state", "tensors", "said"), DAMAGES.values(), ids=list(DAMAGES))
+def test_a_collection_that_does_not_fit_is_refused(
+    halted: Path, monkeypatch: pytest.MonkeyPatch, state: Any, tensors: Any, said: str
+) -> None:
+    """The manifest fits: somebody wrote this checkpoint so."""
+    use_toy(monkeypatch)
+    path = halted / "run" / "checkpoints" / "step-000003"
+    before = {file: file.read_bytes() for file in path.iterdir()}
+    snapshot = read_checkpoint(path)
+    collection, objective = dict(snapshot.state["collection"]), dict(snapshot.objective)
+    if state is not None:
+        state(collection)
+    if tensors is not None:
+        tensors(objective)
+    changed = {**snapshot.state, "collection": collection}
+    write_checkpoint(path.parent, replace(snapshot, state=changed, objective=objective))
+    try:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            start(run_of(halted, "run", "nft", "training.max_steps=4", "validation.every_steps=0"))
+    finally:
+        for file, content in before.items():
+            file.write_bytes(content)
+
+
 def assert_same_run(found: Path, expected: Path, steps: int) -> None:
     ours, theirs = state_at(found, steps), state_at(expected, steps)
     for part in ("weights", "ema"):
@@ -240,6 +309,26 @@ def test_two_processes_are_one(
     two = run_of(tmp_path, "two", method, *small)
     in_processes(2, lambda _: start(two))
     assert_same_run(tmp_path / "two", tmp_path / "one", 4)
+
+
+@pytest.mark.parametrize("method", COLLECTED)
+def test_a_group_may_lie_across_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """One group of four images a step, on two processes; prompts of any script."""
+    use_toy(monkeypatch)
+    prompts = ["ein gr\u00fcner Stern", "\u8d64\u3044\u661f \U0001f31f", "e\u0301toile", "a star"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    small = ("training.max_steps=4", "validation.every_steps=0")
+    for name, processes in (("one", 1), ("two", 2)):
+        given = run_of(tmp_path, name, method, *small)
+        given = [text.replace("images_per_prompt=2", "images_per_prompt=4") for text in given]
+        in_processes(processes, lambda _, given=given: start(given))
+    assert_same_run(tmp_path / "two", tmp_path / "one", 4)
+    collection = state_at(tmp_path / "two", 2).state["collection"]
+    assert [len(set(collection["prompts"][i : i + 4])) for i in (0, 4)] == [1, 1]
+    assert len(set(collection["prompts"])) == 2
+    assert set(collection["prompts"]) <= {*prompts}
 
 
 @pytest.mark.parametrize("method", COLLECTED)

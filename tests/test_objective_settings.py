@@ -109,6 +109,16 @@ WRONG = [
     ([*POLICY, "objective.trained_steps=9"], r"trained_steps=9 is more.+give 8"),
     ([*POLICY, "sampler.solver=dpmpp_2m"], "draws noise at each step; use first_order"),
     ([*POLICY, "model.lora.dropout=0.1"], "dropout=0.1 changes the policy"),
+    *(
+        (
+            [*POLICY[1:], f"objective={kind}", "model.lora.dropout=0.2"],
+            f"dropout=0.2 changes the policy .+objective={kind} compares",
+        )
+        for kind in ("nft", "awm")
+    ),
+    ([*POLICY, "sampler.num_inference_steps=1"], "num_inference_steps=1 is too few.+2 or more"),
+    ([*POLICY, "sampler.training_steps=1"], "sampler.training_steps=1 is too few"),
+    ([*POLICY[1:], "objective=nft", "sampler.training_steps=1"], "training_steps=1 is too few"),
     ([*POLICY, "reward=none"], "maximises a reward"),
     ([*POLICY, "data.images.path=I"], "data.images.path=I has no effect"),
     ([*POLICY, "objective.kl_form=output"], "kl_form=output has no effect"),

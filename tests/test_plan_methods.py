@@ -1,6 +1,7 @@
 """`sfumato plan` of every method: passes of the network counted by hand, and memory."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from test_plan_draft import composed
 from sfumato.config import CONF, PlanConfig
 from sfumato.models.model import Role
 from sfumato.planning.blueprint import read_blueprint
+from sfumato.planning.memory import held
 from sfumato.planning.page import page
 from sfumato.planning.plan import cost_of, make_plan
 from sfumato.planning.step import StepCost, forward_flops
@@ -78,6 +80,20 @@ def test_passes_are_those_of_a_count_by_hand(sd_folder: Path, method: str) -> No
     text = page(plan)
     assert f"objective={config.objective.kind}: {STEPS} sampling steps at guidance 2" in text
     assert ("KB a sample" in text) == (method == "ddrl")
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("method", ["nft", "awm"])
+def test_an_old_policy_is_one_more_copy_of_what_is_trained(
+    sd_folder: Path, method: str, trainable: str
+) -> None:
+    settings = [f"model.trainable={trainable}", "model.reference=true"]
+    config = of_method(sd_folder, method, *settings, "training.global_batch_size=16")
+    blueprint = read_blueprint(config)
+    found = held(blueprint, config.training, 1, 1)
+    size = sum(4 * parameter.numel() for parameter in blueprint.model.trainable().values())
+    assert found.old == (size if method == "nft" else 0)
+    assert found.total == replace(found, old=0).total + found.old
 
 
 def cost(folder: Path, *settings: str) -> StepCost:

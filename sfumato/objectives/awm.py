@@ -74,6 +74,11 @@ class AdvantageWeightedMatching(CollectedObjective):
             return -errors
         return -((errors + FLOOR) ** POWER - FLOOR**POWER) * t / POWER
 
+    def row_shapes(self, model: TextToImageModel) -> dict[str, Sequence[int]]:
+        shape, times = self._latent_shape(model), (self.config.trained_times,)
+        own = {"x0": shape, "t": times, "noise": (*times, *shape), "log_likelihoods": times}
+        return {**super().row_shapes(model), **own}
+
     def pieces(self, model: TextToImageModel, batch: Rows, rng: Rng) -> Sequence[Piece]:
         count = self.config.trained_times
         return [partial(self._at, model, batch, k, 1 / count) for k in range(count)]

@@ -8,6 +8,7 @@ import abc
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -24,9 +25,17 @@ from sfumato.objectives.advantages import Judge
 from sfumato.objectives.kl import KlForm, kl
 from sfumato.objectives.objective import Collected, Collecting, Loss, Peers, Rollout
 from sfumato.objectives.scoring import RewardedObjective
+from sfumato.records import Count, Finite, convert
 from sfumato.rewards.reward import Reward
 
 Rows = Sequence[Rollout]
+
+
+@dataclass(frozen=True)
+class _Learned:
+    queries: Count = 0
+    collections: Count = 0
+    history: dict[str, dict[str, list[Finite]]] = field(default_factory=dict)
 
 
 class CollectedObjective(RewardedObjective[Rows]):
@@ -51,7 +60,7 @@ class CollectedObjective(RewardedObjective[Rows]):
         self.collecting = Collecting(config.batches, config.inner_epochs, group)
         self._weights = dict(reward.weights) or {"reward": 1.0}
         self._judge = Judge(config)
-        self._queries = 0
+        self._queries = self._done = 0
         self._fault: Exception | None = None
 
     @abc.abstractmethod
@@ -85,7 +94,8 @@ class CollectedObjective(RewardedObjective[Rows]):
             prompts, own = items[start : start + size], rng.rows(start, start + size)
             made, images = self.rehearse(model, prompts, own)
             tensors += [
-                {name: value[i].cpu() for name, value in made.items()} for i in range(len(prompts))
+                {name: value[i].to("cpu", copy=True) for name, value in made.items()}
+                for i in range(len(prompts))
             ]
             scores += self._score(images, prompts)
         model.trained.train(training)
@@ -109,7 +119,8 @@ class CollectedObjective(RewardedObjective[Rows]):
     ) -> Collected:
         """Add advantages to the rows of this process; measure all rows."""
         prompts, scores = zip(*table, strict=True)
-        rewards = {name: [row[name] for row in scores] for name in scores[0]}
+        names = dict.fromkeys(["reward", *self._weights, *(name for row in scores for name in row)])
+        rewards = {name: [row.get(name, math.nan) for row in scores] for name in names}
         used = {name: rewards[name] for name in self._weights}
         if not any(map(math.isfinite, map(sum, zip(*used.values(), strict=True)))):
             raise ValueError(
@@ -118,6 +129,7 @@ class CollectedObjective(RewardedObjective[Rows]):
             )
         judged = self._judge(prompts, used, self._weights)
         self._queries += len(prompts)
+        self._done += 1
         kept = judged.kept.tolist()
         metrics = {
             name if name == "reward" else f"reward/{name}": math.fsum(
@@ -136,16 +148,22 @@ class CollectedObjective(RewardedObjective[Rows]):
         return Collected(rows, metrics)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> list[dict[str, float]]:
-        """Return value and parts of each image's reward; NaN where the reward fails."""
+        """Return value and parts of each image's reward; nothing where the reward fails."""
         try:
             score = self.reward.score(images, prompts)
         except Exception as error:  # noqa: BLE001 -- a reward may be anybody's code
             self._fault = error
             if len(prompts) == 1:
-                return [dict.fromkeys({"reward", *self._weights}, math.nan)]
+                return [{}]
             each = zip(images.split(1), prompts, strict=True)
             return [row for image, prompt in each for row in self._score(image, [prompt])]
         columns = {"reward": score.value, **score.parts}
+        for name, column in columns.items():
+            if (shape := list(column.shape)) != [len(prompts)]:
+                raise ValueError(
+                    f"the reward gave {name} of shape {shape} for {len(prompts)} images; it has to "
+                    f"give one number for each; correct {type(self.reward).__name__}"
+                )
         values = {name: column.double().tolist() for name, column in columns.items()}
         return [{name: values[name][i] for name in values} for i in range(len(prompts))]
 
@@ -159,11 +177,18 @@ class CollectedObjective(RewardedObjective[Rows]):
         return [Rollout(p, {k: v[i] for k, v in made.items()}) for i, p in enumerate(prompts)]
 
     def state(self) -> dict[str, Any]:
-        return {"queries": self._queries, "history": self._judge.history}
+        return {"queries": self._queries, "collections": self._done, "history": self._judge.history}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._queries = state.get("queries", 0)
-        self._judge.history = OrderedDict(state.get("history", {}))
+        learned = convert(state, _Learned, "objective in state.json", "remove the checkpoint")
+        self._queries, self._done = learned.queries, learned.collections
+        self._judge.history = OrderedDict(learned.history)
+
+    def row_shapes(self, model: TextToImageModel) -> dict[str, Sequence[int]]:
+        return {"advantage": (), "kept": ()}
+
+    def _latent_shape(self, model: TextToImageModel) -> tuple[int, int, int]:
+        return model.latent_shape(*image_size(model, self.sampler))
 
     def times(self, model: TextToImageModel) -> Sequence[float]:
         """Return the times of a rollout."""
@@ -171,8 +196,7 @@ class CollectedObjective(RewardedObjective[Rows]):
 
     def start(self, model: TextToImageModel, rng: Rng) -> Latents:
         """Return the noise that images start from."""
-        shape = model.latent_shape(*image_size(model, self.sampler))
-        return rng.normal(*shape, device=model.device)
+        return rng.normal(*self._latent_shape(model), device=model.device)
 
     def denoiser(
         self,

@@ -11,20 +11,19 @@ The old policy samples; after each collection it moves towards the policy.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast, final
+from typing import cast, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.config import NftConfig, SamplerConfig
+from sfumato.config import NftConfig
 from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Reading, sample
 from sfumato.diffusion.solvers import Solver
 from sfumato.models.model import Latents, TextToImageModel
 from sfumato.objectives.collected import CollectedObjective, Rows, column
 from sfumato.objectives.objective import Loss, Piece
-from sfumato.rewards.reward import Reward
 
 LEAST_ERROR = 1e-5
 
@@ -36,16 +35,11 @@ class DiffusionNft(CollectedObjective):
     config: NftConfig
     needs_old = True
 
-    def __init__(self, config: NftConfig, sampler: SamplerConfig, reward: Reward) -> None:
-        super().__init__(config, sampler, reward)
-        self._collections = 0
-
     def begin(self, model: TextToImageModel, rng: Rng) -> None:
         """Move the old policy; before the first step it is the policy."""
         assert self.old is not None, "the training state brings it"
-        rise = self.config.old_decay_rise * self._collections
+        rise = self.config.old_decay_rise * self._done
         self.old.follow(min(rise, self.config.old_decay))
-        self._collections += 1
 
     def roll_out(
         self, model: TextToImageModel, prompts: Sequence[str], rng: Rng
@@ -99,12 +93,8 @@ class DiffusionNft(CollectedObjective):
         metrics = {"old_distance": (said.x0 - old).square().mean()}
         return self.finished(model, batch, Reading(t, x_t, said), losses, metrics, share)
 
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "collections": self._collections}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
-        self._collections = state.get("collections", 0)
+    def row_shapes(self, model: TextToImageModel) -> dict[str, Sequence[int]]:
+        return {**super().row_shapes(model), "x0": self._latent_shape(model)}
 
 
 def share_of(advantage: Float[Tensor, " b"], bound: float) -> Float[Tensor, " b"]:

@@ -167,6 +167,10 @@ class Objective(abc.ABC, Generic[Batch]):
         """
         raise NotImplementedError(f"{type(self).__name__} trains on the rows of the data")
 
+    def row_shapes(self, model: TextToImageModel) -> Mapping[str, Sequence[int]]:
+        """Return the shape of each tensor of a collected row, to check saved ones; {} is any."""
+        return {}
+
     def observe(self, rows: Mapping[str, Sequence[float]]) -> None:
         """Learn from the `rows` of a step's global batch, which are the same on all processes."""
 

@@ -78,6 +78,12 @@ class PolicyGradient(CollectedObjective):
             "times": torch.tensor(times[ends], dtype=torch.float64).expand(len(prompts), -1),
         }
 
+    def row_shapes(self, model: TextToImageModel) -> dict[str, Sequence[int]]:
+        noisy, shape = len(self._noisy(model)), self._latent_shape(model)
+        n = min(self.config.window or noisy, noisy)
+        own = {"log_densities": (n,), "times": (n + 1,), "states": (n + 1, *shape)}
+        return {**super().row_shapes(model), **own}
+
     def pieces(self, model: TextToImageModel, batch: Rows, rng: Rng) -> Sequence[Piece]:
         noisy = batch[0].tensors["log_densities"].numel()
         count = min(self.config.trained_steps or noisy, noisy)

@@ -28,6 +28,7 @@ class Held:
         reward: weights of the reward.
         gathered: under fsdp and hsdp, blocks that are whole while they run.
         gradients: None if they are allocated while activations are freed (no accumulation).
+        old: values of an old policy, if the loss needs one; shared as well.
     """
 
     weights: int
@@ -38,11 +39,12 @@ class Held:
     gradients: int | None
     optimizer: int
     ema: int
+    old: int
 
     @property
     def total(self) -> int:
-        shared = self.weights + self.reference + self.gathered + self.optimizer + self.ema
-        return shared + self.frozen + self.reward + (self.gradients or 0)
+        shared = self.weights + self.reference + self.gathered + self.optimizer
+        return shared + self.ema + self.old + self.frozen + self.reward + (self.gradients or 0)
 
     def peak(self, cost: StepCost) -> int:
         """Return the bytes at the peak of a step."""
@@ -74,6 +76,7 @@ def held(blueprint: Blueprint, training: TrainingConfig, gpus: int, accumulation
         gradients=_gradients(4 * trained, gpus, copies, accumulation),
         optimizer=_share(4 * MOMENTS * trained, copies),
         ema=0 if off_device else _share(4 * trained, copies),
+        old=_share(4 * trained, copies) if blueprint.objective.needs_old else 0,
     )
 
 

@@ -91,6 +91,7 @@ def _held(first: Memory, second: Memory) -> dict[str, tuple[int, int]]:
         "gradients": "gradients",
         "AdamW's moments": "optimizer",
         "moving average": "ema",
+        "old policy": "old",
     }
     table = {name: (vars(first.held)[key], vars(second.held)[key]) for name, key in parts.items()}
     shown = {name: sizes for name, sizes in table.items() if any(sizes)}

@@ -18,10 +18,19 @@ from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import Rng, derive
 from sfumato.models.model import TextToImageModel
 from sfumato.objectives.objective import Collecting, Objective, Rollout
+from sfumato.records import Count, convert
+from sfumato.training.checkpoint import CheckpointError
 from sfumato.training.distribution import Distribution
 from sfumato.training.flops import Meter
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Saved:
+    began: Count
+    metrics: dict[str, float]
+    prompts: list[str]
 
 
 @final
@@ -160,15 +169,28 @@ class Source:
         names = rows[0].tensors if kept else ()
         return {name: torch.stack([row.tensors[name] for row in rows]) for name in names}, state
 
-    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Put back what `snapshot` returned."""
+    def restore(
+        self, model: TextToImageModel, step: int, tensors: Mapping[str, Tensor], state: Any
+    ) -> None:
+        """Put back what `snapshot` returned at a step, or raise a CheckpointError."""
         self._rows = []
         if not state:
             return
-        self._began, self.metrics = state["began"], dict(state["metrics"])
+        saved = convert(state, _Saved, "the collection", "remove the checkpoint", CheckpointError)
+        count, steps = (self._plan.batches * n for n in (self._places.size, self._plan.epochs))
+        shapes = self._objective.row_shapes(model) or {n: t.shape[1:] for n, t in tensors.items()}
+        expected = {name: (count, *shape) for name, shape in shapes.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if (len(saved.prompts), found) != (count, expected) or not 0 <= step - saved.began < steps:
+            raise CheckpointError(
+                f"the collection of the checkpoint has {len(saved.prompts)} prompts from step "
+                f"{saved.began} on and rows of {found}; step {step} of this run needs {count} for "
+                f"{steps} steps and rows of {expected}; remove the checkpoint"
+            )
+        self._began, self.metrics = saved.began, saved.metrics
         whole = [
-            Rollout(prompt, {name: tensor[i] for name, tensor in tensors.items()})
-            for i, prompt in enumerate(state["prompts"])
+            Rollout(prompt, {name: tensor[i].clone() for name, tensor in tensors.items()})
+            for i, prompt in enumerate(saved.prompts)
         ]
         self._rows = self._places.own(whole)
 

@@ -58,21 +58,20 @@ class Shadow:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Put the values in place of the weights, and the weights back at the end."""
-        if not self.shadow:
-            yield
-            return
-        trained = {name: weight.clone() for name, weight in self._weights().items()}
-        self._write(self.shadow)
+        """Exchange the values with the weights until the end; there is no third copy."""
+        self._exchange()
         try:
             yield
         finally:
-            self._write(trained)
+            self._exchange()
 
     @torch.no_grad()
-    def _write(self, values: Mapping[str, Tensor]) -> None:
+    def _exchange(self) -> None:
         for name, weight in self._weights().items():
-            weight.copy_(values[name])
+            before = weight.clone()
+            weight.copy_(self.shadow[name])
+            self.shadow[name].copy_(before)
+        torch.clear_autocast_cache()  # it holds casts of the values that stood here before
 
 
 @final

@@ -151,7 +151,7 @@ class TrainState:
             }
             for kind in ("collection/", "old/")
         )
-        self.source.restore(rows, snapshot.state.get("collection", {}))
+        self.source.restore(self.model, self.step, rows, snapshot.state.get("collection", {}))
         if self.old is not None:
             differences(old, self.parameters, {}).refuse("the old policy", ADVICE, CheckpointError)
             self.old.put_back(old)
