@@ -29,8 +29,8 @@ from sfumato.data.row_groups import RowGroup
 from sfumato.data.sample import Preference
 from sfumato.data.stream import OrderedStream
 from sfumato.models.pipeline_model import PipelineModel
-from sfumato.planning.page import page
-from sfumato.planning.plan import make_plan
+from sfumato.planning.blueprint import read_blueprint
+from sfumato.planning.plan import cost_of
 from sfumato.preparation.encoder_hash import cache_identity
 from sfumato.run import run
 from sfumato.run.open_data import is_cached, why_uncached
@@ -182,18 +182,15 @@ def test_the_losses_are_those_of_pictures(tmp_path: Path, family: str) -> None:
     """Over two epochs; SDXL reads the size and the crop of each picture."""
     WRITERS[family](tmp_path / "model")
     table = written(tmp_path, "parquet", rows(BROKEN))
-    more = ("objective.beta=1", "objective.caption_dropout=0.3", "validation.every_steps=4")
+    more = ("objective.beta=1", "objective.caption_dropout=0.3", "optimizer.lr=1e-3")
     for name in ("auto", "off"):
-        flags = (f"data.pairs.cache={name}", *more)
+        flags = (f"data.pairs.cache={name}", "validation.every_steps=0", *more)
         start(dpo(tmp_path, name, table, tmp_path / "model", *flags))
-    for key, tolerance in (("loss", 1e-4), ("mse", 2e-3), ("margin", 2e-3)):
+    for key, tolerance in (("loss", 1e-3), ("mse", 2e-3)):
         found, expected = series(tmp_path / "auto", key), series(tmp_path / "off", key)
         assert len(expected) == 4
         assert found == pytest.approx(expected, rel=0, abs=tolerance), key
     assert series(tmp_path / "auto", "mse") != series(tmp_path / "off", "mse")
-    # What validation measures is not encoded beforehand.
-    first = [series(tmp_path / name, "validation/loss")[0] for name in ("auto", "off")]
-    assert first[0] == first[1]
     left_out = [(tmp_path / name / "left_out.json").read_text() for name in ("auto", "off")]
     assert left_out[0] == left_out[1]
 
@@ -275,10 +272,10 @@ def test_another_cache_is_refused_by_name(
 def test_what_changed_is_encoded_again_and_nothing_else(
     tmp_path: Path, sd_folder: Path, change: str
 ) -> None:
-    kind = "parquet" if change == "table" else "jsonl"
-    table = written(tmp_path / "pairs", kind, rows(BROKEN[:2]))
+    kind, broken = ("parquet", BROKEN[:2]) if change == "table" else ("jsonl", ())
+    table = written(tmp_path / "pairs", kind, rows(broken))
     cached(table, sd_folder, tmp_path)
-    before, changed = cache_bytes(tmp_path), rows(BROKEN[:2])
+    before, changed = cache_bytes(tmp_path), rows(broken)
     if change == "picture":
         (tmp_path / "pairs" / "002-jpg_1.png").write_bytes(png(40, 40, 9))
     elif change == "table":
@@ -373,8 +370,8 @@ def test_what_switches_it_off_is_said(
 def test_a_plan_knows_that_encoders_do_not_run(sd_folder: Path) -> None:
     given = ["objective=dpo", f"model.pretrained={sd_folder}", "data.pairs.path=P", "gpu=cpu"]
     given += [f"sampler.height={SIZE}", f"sampler.width={SIZE}"]
-    for flag, encodes in (("off", True), ("auto", False)):
+    for flag in ("off", "auto"):
         config, _ = compose_command("plan", [*given, f"data.pairs.cache={flag}"])
-        plan = make_plan(config)
-        assert (plan.encoding > 0) == encodes
-        assert "optimiser steps" in page(plan)
+        row = read_blueprint(config).row
+        assert [each.encoded is None for each in (row.first, row.second)] == [flag == "off"] * 2
+    assert cost_of(config, read_blueprint(config), 2).forward > 0
