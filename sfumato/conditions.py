@@ -80,6 +80,8 @@ _DATA: Sequence[Row] = (
     (r"data\.pairs\.(?!path).+", "data.pairs.path"),
     (r"data\.pairs\.prefetch", "data.pairs.workers"),
     (r"data\.pairs\.buffer", "data.pairs.shuffle"),
+    (r"data\.pairs\.cache", "data.pairs.crop=center"),
+    (r"data\.pairs\.cache", "data.pairs.flip=false"),
     (r"data\.images\.weight", _ALONE.format("images")),
     (r"data\.shards\.weight", _ALONE.format("shards")),
     (r"data\.images\.prefetch", "data.images.workers"),
@@ -92,7 +94,7 @@ _DATA: Sequence[Row] = (
     (r"validation\.pairs\..+", "objective=dpo"),
     (r"validation\.loss_images", "objective=supervised|dpo"),
     (r"validation\.pairs\.(?!path).+", "validation.pairs.path"),
-    (r"validation\.pairs\.(crop|flip|shuffle|buffer|workers|prefetch)", _IN_ORDER),
+    (r"validation\.pairs\.(cache|crop|flip|shuffle|buffer|workers|prefetch)", _IN_ORDER),
     (r"validation\.images\.(cache|crop|flip|captions|buckets|shuffle|workers|prefetch)", _IN_ORDER),
     (r"validation\.images\.(sources\..+\.)?(repeats|weight)", _IN_ORDER),
     (

@@ -254,6 +254,7 @@ class PairDataConfig:
     label_columns: list[str] = setting(["label_0", "label_1"], FILLED)  # 1 and 0, or .5 and .5
     caption_column: str | None = None  # null is the first of caption, text, prompt
     ties: str = choice("drop", "keep")  # pairs of labels .5 and .5
+    cache: str = choice("off", "auto")  # auto: encode all once, into runs_dir/NAME/cache
     crop: str = choice("center", "random")  # random: alike in both images
     flip: bool = False  # mirror both images of every second pair, at random
     min_size: int | None = setting(None, COUNT)  # pixels; smaller ones are left out; null: enlarged

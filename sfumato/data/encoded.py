@@ -21,6 +21,7 @@ from sfumato.data.prepared.folder import EMPTY, PreparedFolder
 from sfumato.data.prepared.format import CachedRecord, PreparedError, cache_key
 from sfumato.data.prepared.tars import LruCache
 from sfumato.data.prepared.tensors import BrokenFileError, ShardFiles, open_shard, read_empty
+from sfumato.data.row_groups import RowBlob
 from sfumato.data.sample import Choices, Sample, Size, central_crop
 from sfumato.data.stream import BrokenRowError
 from sfumato.files import digest
@@ -41,6 +42,8 @@ class Pictures:
         buckets: index of the size that each is cropped to.
         choices: how samples are made of them.
         cache: in place of the pictures, once it is made.
+        key: of the settings, for messages.
+        per_caption: how many in a row share their captions, of which the first one's are encoded.
     """
 
     entries: Sequence[Entry]
@@ -48,6 +51,8 @@ class Pictures:
     buckets: Sequence[int]
     choices: Choices
     cache: "PictureCache | None" = None
+    key: str = "data.images"
+    per_caption: int = 1
 
     @property
     def used(self) -> list[int]:
@@ -66,7 +71,9 @@ class Pictures:
         return self.choices.sample(self.entries[pick.row], pick.bucket, pick.seed)
 
     def captions(self, number: int) -> tuple[str, ...]:
-        """Return the captions of a picture that a row may take."""
+        """Return the captions that are encoded with a picture, as a row may take them."""
+        if number % self.per_caption:
+            return ()
         captions = self.entries[number].captions
         return captions if self.choices.random_caption else captions[:1]
 
@@ -150,7 +157,7 @@ def _state(entry: Entry) -> tuple[int | str, ...]:
     """Return what changes when the bytes of a picture do, without reading files of their own."""
     blob = entry.blob
     with suppress(OSError):
-        if isinstance(blob, FileBlob | SpanBlob):
+        if isinstance(blob, FileBlob | SpanBlob | RowBlob):
             about = os.stat(blob.path)  # noqa: PTH116, quicker by the million
             span = (blob.offset, blob.size) if isinstance(blob, SpanBlob) else ()
             return about.st_size, about.st_mtime_ns, *span
@@ -204,7 +211,7 @@ class PictureCache:
         shard, index = divmod(number, SHARD)
         caption, size = choices.caption(entry.captions, pick.seed), choices.sizes[pick.bucket]
         encoded = self._files.get(shard, pick.bucket).read(
-            (row, index),
+            (row, index - number % pictures.per_caption),
             caption,
             mirrored=choices.placement(pick.seed).mirrored,
             empty=self._empty,

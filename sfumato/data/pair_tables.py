@@ -7,12 +7,13 @@ Of a row group only positions and labels are kept.
 import abc
 import io
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, TypeAlias, final
+from typing import IO, Any, final
 
 import numpy as np
 
@@ -20,8 +21,7 @@ from sfumato.config import PairDataConfig
 from sfumato.data.entries import Blob, Columns, Entry, FileBlob, captions_of, inside
 from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.paths import find_files, is_folder
-from sfumato.data.prepared.tars import LruCache
-from sfumato.data.row_groups import RowGroup, group_sizes
+from sfumato.data.row_groups import Groups, RowBlob, group_sizes
 from sfumato.data.settings import check_pairs
 from sfumato.data.sources import FOLDER_TABLES
 from sfumato.data.stream import BrokenRowError
@@ -31,12 +31,11 @@ EQUAL = "two equal pictures"
 LARGEST_GROUP = 2**31  # bytes
 _BYTES = ("binary", "large_binary", "binary_view", "fixed_size_binary")
 _SHOWN = 20  # characters of a label
-Groups: TypeAlias = LruCache[RowGroup]
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class _BytesBlob(Blob):
+class BytesBlob(Blob):
     """Bytes in memory."""
 
     data: bytes
@@ -86,7 +85,9 @@ class _Source:
         for name in self.images:
             blob = _blob(row[name], self.base, where)
             place = f"{position} {name}"
-            entries.append(Entry(self.path, place, tuple(captions), blob or _BytesBlob(b"")))
+            if isinstance(blob, FileBlob):
+                place = f"{place} {os.path.relpath(blob.path, self.base)}"
+            entries.append(Entry(self.path, place, tuple(captions), blob or BytesBlob(b"")))
             if blob is None:
                 raise BrokenRowError(entries[-1], "no picture")
         if entries[0].blob == entries[1].blob:
@@ -123,6 +124,10 @@ class PairShard(abc.ABC):
         Raises:
             BrokenRowError: one is missing, or both are equal.
         """
+
+    def lasting(self, row: int, groups: Groups) -> list[Entry]:
+        """Return what `entries` does; bytes are not kept, but read whenever they are opened."""
+        return self.entries(row, groups)
 
 
 @final
@@ -171,6 +176,16 @@ class _Group(PairShard):
         quiet = SkipLog(warns=False).begin(source.path)  # it was checked when it was listed
         captions = captions_of(values[source.caption], position, quiet, "all")
         return source.entries(values, position, captions)
+
+    def lasting(self, row: int, groups: Groups) -> list[Entry]:
+        columns = (*self.source.images, self.source.caption)
+        place = self.source.path, self._number, columns, int(self.rows[row]) - self._first
+        return [
+            replace(entry, blob=RowBlob(*place, name, groups))
+            if isinstance(entry.blob, BytesBlob)
+            else entry
+            for name, entry in zip(self.source.images, self.entries(row, groups), strict=True)
+        ]
 
 
 def list_pairs(config: PairDataConfig, key: str, log: SkipLog) -> Iterator[PairShard]:
@@ -304,7 +319,7 @@ def _blob(value: object, base: Path, where: str) -> Blob | None:
         data = value.get("bytes")
         value = value.get("path") if data is None else data
     if isinstance(value, bytes):
-        return _BytesBlob(value)
+        return BytesBlob(value)
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         return None
     return FileBlob(inside(base, value, where))

@@ -8,24 +8,37 @@ import io
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import accumulate, chain
+from typing import final
 
 from sfumato.config import PairDataConfig
-from sfumato.data.decode import Bounds
-from sfumato.data.entries import Blob
+from sfumato.data.ahead import ahead
+from sfumato.data.decode import Bounds, RefusedImageError, read_size
+from sfumato.data.encoded import Pictures
+from sfumato.data.entries import Blob, Entry
 from sfumato.data.epochs import RowPick, ShardEpochs
 from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Guard, Pool, PoolOrder
-from sfumato.data.pair_tables import EQUAL, Groups, PairShard, list_pairs
+from sfumato.data.pair_tables import EQUAL, BytesBlob, PairShard, list_pairs
 from sfumato.data.pools import check_size
 from sfumato.data.prepared.tars import LruCache
-from sfumato.data.row_groups import RowGroup
-from sfumato.data.sample import Choices, Preference
+from sfumato.data.row_groups import Groups, RowGroup
+from sfumato.data.sample import Choices, Preference, Size
 from sfumato.data.stream import BrokenRowError, OrderedStream
+
+_THREADS, _AHEAD = 4, 256  # that read headers, and the pairs read ahead
 
 
 def open_pairs(
     config: PairDataConfig, *, height: int, width: int, seed: int, key: str = "data.pairs"
 ) -> OrderedStream[RowPick, Preference]:
+    """Open pairs for training, as `open_pictured_pairs`; the stream alone."""
+    return open_pictured_pairs(config, height=height, width=width, seed=seed, key=key)[0]
+
+
+def open_pictured_pairs(
+    config: PairDataConfig, *, height: int, width: int, seed: int, key: str = "data.pairs"
+) -> tuple[OrderedStream[RowPick, Preference], Pictures | None]:
     """Open pairs for training: endless, shuffled, resumable at the exact pair.
 
     Captions and labels are read now, so that rows without them are left out before training.
@@ -40,6 +53,10 @@ def open_pairs(
         seed: decides order, crops and mirrors.
         key: of the settings, for messages.
 
+    Returns:
+        The stream; with cache=auto also the pictures that it reads, which may be given a cache:
+        number 2i and 2i + 1 of pair i. Their headers are read now.
+
     Raises:
         ValueError: a setting is impossible, a table cannot be read, or no pair is usable.
     """
@@ -53,11 +70,40 @@ def open_pairs(
     # While one window ends, prefetching is in the next: so no row group is read twice.
     groups = LruCache(RowGroup, len, 2 * (buffer + max(totals)))
     order = PoolOrder([Pool("", 0, epochs, 1.0)], guards=_guards(config, shards, seed))
+    pictures = _pictures(shards, groups, choices, key) if config.cache == "auto" else None
+    read = _Reader(shards, groups, choices, pictures)
+    stream = OrderedStream(order, read, log, workers=config.workers, prefetch=config.prefetch)
+    return stream, pictures
 
-    def read(pick: RowPick) -> Preference:
-        return _read(shards[pick.shard], pick.row, groups, choices, pick.seed)
 
-    return OrderedStream(order, read, log, workers=config.workers, prefetch=config.prefetch)
+@final
+class _Reader:
+    """Reader of pairs, out of the cache of their pictures once that is made."""
+
+    def __init__(
+        self,
+        shards: Sequence[PairShard],
+        groups: Groups,
+        choices: Choices,
+        pictures: Pictures | None,
+    ) -> None:
+        self._shards, self._groups, self._choices = shards, groups, choices
+        self._pictures = pictures
+        self._firsts = list(accumulate(map(len, shards), initial=0))
+
+    def __call__(self, pick: RowPick) -> Preference:
+        """Read a pair; raises as `_read`, or as `PictureCache.read`."""
+        shard, cache = self._shards[pick.shard], self._pictures and self._pictures.cache
+        if cache is None:
+            return _read(shard, pick.row, self._groups, self._choices, pick.seed)
+        number = 2 * (self._firsts[pick.shard] + pick.row)
+        try:
+            one, other = (cache.read(RowPick(0, number + i, pick.seed)) for i in range(2))
+        except BrokenRowError:
+            # It says why, as without a cache.
+            _read(shard, pick.row, self._groups, self._choices, pick.seed)
+            raise
+        return Preference(one, other, float(shard.labels[pick.row]))
 
 
 def first_pairs(
@@ -131,11 +177,40 @@ def _nothing(config: PairDataConfig, key: str, log: SkipLog) -> ValueError:
 
 
 def _read(shard: PairShard, row: int, groups: Groups, choices: Choices, seed: int) -> Preference:
-    first, second = shard.entries(row, groups)
-    if _same_bytes(first.blob, second.blob):
-        raise BrokenRowError(first, EQUAL)
-    one, other = (choices.sample(entry, 0, seed) for entry in (first, second))
+    entries = _different(shard.entries(row, groups))
+    one, other = (choices.sample(entry, 0, seed) for entry in entries)
     return Preference(one, other, float(shard.labels[row]))
+
+
+def _pictures(shards: Sequence[PairShard], groups: Groups, choices: Choices, key: str) -> Pictures:
+    """List both pictures of each pair with their sizes; those of a broken pair have no bytes."""
+
+    def measure(place: tuple[PairShard, int]) -> list[tuple[Entry, Size]]:
+        shard, row = place
+        try:
+            pair = _different(shard.lasting(row, groups))
+            return [(entry, _size(entry, choices.bounds)) for entry in pair]
+        except BrokenRowError as error:
+            return [(replace(error.entry, blob=BytesBlob(b"")), (1, 1))] * 2
+
+    places = ((shard, row) for shard in shards for row in range(len(shard)))
+    found = list(chain.from_iterable(ahead(measure, places, _THREADS, _AHEAD)))
+    entries, originals = [entry for entry, _ in found], [size for _, size in found]
+    return Pictures(entries, originals, [0] * len(found), choices, key=key, per_caption=2)
+
+
+def _size(entry: Entry, bounds: Bounds) -> Size:
+    try:
+        return read_size(entry.blob, bounds)
+    except RefusedImageError as error:
+        raise BrokenRowError(entry, str(error)) from None
+
+
+def _different(pair: Sequence[Entry]) -> Sequence[Entry]:
+    """Return both pictures of a pair, unless they have the same bytes."""
+    if _same_bytes(pair[0].blob, pair[1].blob):
+        raise BrokenRowError(pair[0], EQUAL)
+    return pair
 
 
 def _same_bytes(first: Blob, second: Blob) -> bool:

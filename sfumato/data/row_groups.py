@@ -1,9 +1,14 @@
-"""Row groups of parquet files, of which one is in memory at a time."""
+"""Row groups of parquet files, of which a few are in memory at a time."""
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import IO, Any, TypeAlias, final
 
+from sfumato.data.entries import Blob
+from sfumato.data.prepared.tars import LruCache
 from sfumato.data.tables import UnreadableTableError, arrow_values
 
 
@@ -35,6 +40,35 @@ class RowGroup:
         """Return the fields of a row."""
         one = self._rows.slice(index, 1)
         return {name: arrow_values(one.column(name))[0] for name in one.column_names}
+
+
+Groups: TypeAlias = LruCache[RowGroup]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RowBlob(Blob):
+    """Bytes in a row group, which is read unless it is in memory.
+
+    Attributes:
+        path: of the file.
+        number: of the row group.
+        columns: that are read of it.
+        row: in the row group.
+        column: holds the bytes, or Hugging Face's pair of bytes and path.
+    """
+
+    path: Path
+    number: int
+    columns: tuple[str, ...]
+    row: int
+    column: str
+    groups: Groups
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        value = self.groups.get(self.path, self.number, self.columns).row(self.row)[self.column]
+        yield io.BytesIO((value["bytes"] if isinstance(value, Mapping) else value) or b"")
 
 
 def group_sizes(path: Path) -> list[tuple[int, int]]:

@@ -24,7 +24,6 @@ from sfumato.training.distribution import Distribution
 _DTYPE = "float16"
 _MOST_LOST = 0.5  # of the pictures of a size: a replacement is then found among the others
 _AT_ONCE, _PIXELS = 16, 16 * 512**2  # pictures that are encoded together, and their pixels at most
-_OTHERWISE = "set data.images.cache=off"
 
 
 def cache_pictures(
@@ -116,7 +115,8 @@ def _encoder(pictures: Pictures, model: TextToImageModel, bucket: int, workers: 
     height, width = size = choices.sizes[bucket]
     settings = PrecacheConfig(flip=choices.flip, dtype=_DTYPE, workers=workers)
     settings.batch_size = max(1, min(_AT_ONCE, _PIXELS // (height * width)))
-    return Encoder(model, settings, size, bounds=choices.bounds, otherwise=_OTHERWISE)
+    otherwise = f"set {pictures.key}.cache=off"
+    return Encoder(model, settings, size, bounds=choices.bounds, otherwise=otherwise)
 
 
 def _picture(pictures: Pictures, number: int) -> Picture:

@@ -13,7 +13,7 @@ from sfumato.config import (
 )
 from sfumato.data.encoded import Pictures
 from sfumato.data.images import open_pictures, validation_samples
-from sfumato.data.pairs import first_pairs, open_pairs, pair_captions
+from sfumato.data.pairs import first_pairs, open_pictured_pairs, pair_captions
 from sfumato.data.prepared.format import CacheIdentity
 from sfumato.data.prepared.open import first_captions, first_samples, open_shards
 from sfumato.data.prompts import open_prompts, read_prompts
@@ -67,7 +67,7 @@ def _open_rows(config: TrainConfig, limits: Limits | None) -> tuple[Stream[Any],
     if config.objective.reads_pairs:
         height, width = frame_size(config, limits)
         pairs, seed = config.data.pairs, config.training.seed
-        return open_pairs(pairs, height=height, width=width, seed=seed), None
+        return open_pictured_pairs(pairs, height=height, width=width, seed=seed)
     if not config.objective.reads_images:
         return _open_prompts(config), None
     images, pictures = _open_images(config, limits)
@@ -109,13 +109,16 @@ def _open_images(
 
 
 def why_uncached(config: TrainConfig) -> str | None:
-    """Return why a run with data.images.cache=auto has no cache; None if it has one.
+    """Return why a run whose own pictures have cache=auto has no cache; None if it has one.
 
     Raises:
         ValueError: if a merged LoRA file is missing.
     """
-    if config.data.images.crop == "random":
-        return "data.images.crop=random cuts each picture anew"
+    key, data = own_pictures(config)
+    if data.crop == "random":
+        return f"{key}.crop=random cuts each picture anew"
+    if isinstance(data, PairDataConfig) and data.flip:
+        return f"{key}.flip=true mirrors pairs, and a cache keeps none mirrored"
     if config.model.parts not in (["network"], ["unet"], ["transformer"]):
         return f"model.parts={config.model.parts} trains a text encoder, whose states change"
     return text_merge(config.model)
@@ -123,8 +126,15 @@ def why_uncached(config: TrainConfig) -> str | None:
 
 def is_cached(config: TrainConfig) -> bool:
     """Say whether training reads what was encoded beforehand."""
-    auto = config.data.images.cache == "auto"
+    auto = own_pictures(config)[1].cache == "auto"
     return config.data.shards.cached or (auto and why_uncached(config) is None)
+
+
+def own_pictures(config: TrainConfig) -> tuple[str, ImageDataConfig | PairDataConfig]:
+    """Return key and value of the pictures that training reads, unless they were prepared."""
+    if config.objective.reads_pairs:
+        return "data.pairs", config.data.pairs
+    return "data.images", config.data.images
 
 
 def _identity(config: TrainConfig, height: int, width: int, *, flip: bool) -> CacheIdentity | None:

@@ -24,7 +24,7 @@ from sfumato.run.identity import (
     repeated_pictures,
     write_began,
 )
-from sfumato.run.open_data import Data, open_data, why_uncached
+from sfumato.run.open_data import Data, open_data, own_pictures, why_uncached
 from sfumato.training.checkpoint import list_checkpoints, tidy
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
@@ -157,12 +157,12 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
 def cache_images(
     config: TrainConfig, own: Own, data: Data, folder: RunFolder, distribution: Distribution
 ) -> None:
-    """Let training read moments and states in place of pictures, if data.images.cache=auto.
+    """Let training read moments and states in place of pictures, if these have cache=auto.
 
     Raises:
         ValueError: as `cache_pictures`.
     """
-    images, pictures = config.data.images, data.pictures
+    (key, images), pictures = own_pictures(config), data.pictures
     if images.cache == "off" or pictures is None:
         return
     why = "a script brings the model" if own.load is not None else why_uncached(config)
@@ -170,7 +170,7 @@ def cache_images(
         why = cache_pictures(pictures, config.model, folder.path, images.workers, distribution)
     if distribution.is_main:
         where = f"{len(pictures.cache or [])} pictures, encoded in {folder.path / 'cache'}"
-        print(f"data.images.cache=auto: {where if why is None else f'off, as {why}'}", flush=True)
+        print(f"{key}.cache=auto: {where if why is None else f'off, as {why}'}", flush=True)
 
 
 def way_on(model: ModelConfig, folder: RunFolder) -> str:
