@@ -276,7 +276,7 @@ def test_a_sweep_ends_where_one_of_its_runs_is_stopped(
 ):
     started: list[str] = []
 
-    def stopped(config: TrainConfig, plain: object, distribution: object) -> Outcome:
+    def stopped(config: TrainConfig, *_: object, **__: object) -> Outcome:
         started.append(config.name)
         return Outcome(step=0, stopped_by="SIGTERM")
 
