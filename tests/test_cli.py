@@ -819,7 +819,7 @@ def test_the_same_holds_in_a_process_of_its_own(tmp_path: Path):
 
 
 def raising(error: BaseException) -> Callable[..., None]:
-    def act(*_: object) -> None:
+    def act(*_: object, **__: object) -> None:
         raise error
 
     return act

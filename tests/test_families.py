@@ -315,9 +315,14 @@ def test_every_family_has_its_recipes():
 
 @pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
 def test_a_recipe_fits_its_family(folders: dict[str, Path], recipe: str):
+    content = next(path for path in RECIPES if path.stem == recipe).read_text()
     given = ["model.pretrained=M"]
-    rewarded = "draft" in recipe or "reward" in recipe
-    given += ["data.prompts=P", "reward.pretrained=R"] if rewarded else ["data.images.path=I"]
+    if "override /reward" not in content or "override /reward: none" in content:
+        pairs = "override /objective: dpo" in content
+        given.append("data.pairs.path=I" if pairs else "data.images.path=I")
+    else:
+        given.append("data.prompts=P")
+        given += ["reward.pretrained=R"] if "override /reward: clip" in content else []
     config, _ = compose_train([f"recipe={recipe}", *given])
     name = config.model.family
     assert name is not None
