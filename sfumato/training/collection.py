@@ -60,8 +60,10 @@ class Places:
     def own(self, values: Sequence[T]) -> list[T]:
         return [values[number] for number in self.numbers()]
 
-    def all(self, values: Sequence[T]) -> list[T]:
-        gathered = self.distribution.gather(values)
+    def all(self, values: Sequence[T], *, main_only: bool = False) -> list[T]:
+        gathered = self.distribution.gather(values, main_only=main_only)
+        if main_only and not self.distribution.is_main:
+            return []
         held = self.batches * self.share  # by one process
         order = [
             rank * held + batch * self.share + i
@@ -156,17 +158,16 @@ class Source:
             for i in range(share)
         ]
 
-    def snapshot(self, step: int, *, kept: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def snapshot(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the rows that steps after `step` need: tensors by name, and the rest for JSON.
 
-        Args:
-            kept: whether this process gets the tensors.
+        All processes must call it; the main process alone gets the rows.
         """
         if self._left(step) <= 0:
             return {}, {}
-        rows = self._places.all(self._rows)
+        rows = self._places.all(self._rows, main_only=True)
         state = {"began": self._began, "metrics": self.metrics, "prompts": [r.prompt for r in rows]}
-        names = rows[0].tensors if kept else ()
+        names = rows[0].tensors if rows else ()
         return {name: torch.stack([row.tensors[name] for row in rows]) for name in names}, state
 
     def restore(

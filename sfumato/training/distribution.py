@@ -130,12 +130,15 @@ class Distribution:
         if self.any(error is not None):
             raise error or ValueError("another process failed; it says why")
 
-    def gather(self, items: Sequence[T]) -> list[T]:
-        """Return the items of all processes, by rank."""
+    def gather(self, items: Sequence[T], *, main_only: bool = False) -> list[T]:
+        """Return the items of all processes, by rank; the main process alone may get them."""
         if self.world == 1:
             return list(items)
         gathered: list[list[T]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(gathered, list(items))
+        if main_only:
+            dist.gather_object(list(items), gathered if self.is_main else None)
+        else:
+            dist.all_gather_object(gathered, list(items))
         return [item for part in gathered for item in part]
 
     def close(self) -> None:

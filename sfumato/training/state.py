@@ -102,7 +102,7 @@ class TrainState:
         }
         if learned := self.objective.state():
             state["objective"] = learned
-        rows, collected = self.source.snapshot(self.step, kept=kept)
+        rows, collected = self.source.snapshot(self.step)
         if collected:
             state["collection"] = collected
         old = {} if self.old is None else self.old.snapshot(kept=kept)
