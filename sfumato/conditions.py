@@ -81,7 +81,6 @@ _DATA: Sequence[Row] = (
     (r"data\.pairs\.prefetch", "data.pairs.workers"),
     (r"data\.pairs\.buffer", "data.pairs.shuffle"),
     (r"data\.pairs\.cache", "data.pairs.crop=center"),
-    (r"data\.pairs\.cache", "data.pairs.flip=false"),
     (r"data\.images\.weight", _ALONE.format("images")),
     (r"data\.shards\.weight", _ALONE.format("shards")),
     (r"data\.images\.prefetch", "data.images.workers"),

@@ -177,7 +177,6 @@ IN_VAIN: list[tuple[Sequence[str], str, str]] = [
     (IMAGES, "validation.pairs.path=V", "with objective=supervised"),
     ((*PAIRS, "data.pairs.shuffle=false"), "data.pairs.buffer=9", "data.pairs.shuffle=false"),
     ((*PAIRS, "data.pairs.workers=0"), "data.pairs.prefetch=9", "with data.pairs.workers=0"),
-    ((*PAIRS, "data.pairs.flip=true"), "data.pairs.cache=auto", "with data.pairs.flip=true"),
     ((*PAIRS, "data.pairs.crop=random"), "data.pairs.cache=auto", "with data.pairs.crop=random"),
     (IMAGES, "data.pairs.cache=auto", "objective=dpo"),
     (PAIRS, "validation.pairs.path=V validation.pairs.cache=auto", "held-out pictures"),

@@ -73,8 +73,9 @@ def test_links_lead_somewhere(page: str) -> None:
         target, _, place = link.partition("#")
         file = (ROOT / page).parent / target if target else ROOT / page
         assert file.exists(), link
-        headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.M)
-        assert not place or place in map(anchor, headings), link
+        if place:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.M)
+            assert place in map(anchor, headings), link
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -38,7 +38,7 @@ from sfumato.training.distribution import Distribution
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 KILLED, SIZE = -9, 32
-CACHE = ("data.pairs.cache=auto", "data.pairs.flip=false")
+CACHE = ("data.pairs.cache=auto",)
 BROKEN: list[tuple[int, Row, str]] = [
     (1, {"jpg_0": None}, "no picture"),
     (3, {"jpg_0": png(8, 8, 3), "jpg_1": png(8, 8, 3)}, "two equal pictures"),
@@ -93,16 +93,16 @@ def cached(
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "flip"), [(0, False), (2, False), (0, True)])
 @torch.no_grad()
 def test_rows_are_the_encodings_of_the_same_pairs(
-    tmp_path: Path, sd_folder: Path, kind: str, workers: int
+    tmp_path: Path, sd_folder: Path, kind: str, workers: int, flip: bool
 ) -> None:
     """Order, labels, captions, framing and what is left out stay; moments are of the pixels."""
     table = written(tmp_path / "pairs", kind, rows(BROKEN))
-    plain, nothing = opened(table, ties="keep")
+    plain, nothing = opened(table, ties="keep", flip=flip)
     assert nothing is None
-    stream, _ = cached(table, sd_folder, tmp_path / "run", ties="keep", workers=workers)
+    stream, _ = cached(table, sd_folder, tmp_path / "run", ties="keep", workers=workers, flip=flip)
     model = load_tiny_sd(sd_folder)
     for _ in range(2 * 13):
         (left,), (right,) = stream.next(1, 0, 1), plain.next(1, 0, 1)
@@ -328,18 +328,15 @@ def test_values_beyond_float16_say_which_setting_to_change(
 
 
 @pytest.mark.parametrize("recipe", ["sd15_dpo", "sdxl_dpo", "sd35_dpo"])
-def test_every_recipe_goes_with_a_cache_without_mirrors(recipe: str) -> None:
+def test_every_recipe_goes_with_a_cache(recipe: str) -> None:
     given = [f"recipe={recipe}", "model.pretrained=M", "data.pairs.path=P"]
     assert compose_train(given)[0].data.pairs.cache == "off"
-    with pytest.raises(ValueError, match=r"pairs\.cache=auto has no effect with .+flip=true"):
-        compose_train([*given, "data.pairs.cache=auto"])
     assert why_uncached(compose_train([*given, *CACHE])[0]) is None
 
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("flip", True, "off, as data.pairs.flip=true mirrors pairs"),
         ("crop", "random", "off, as data.pairs.crop=random cuts each picture anew"),
         ("none", None, "22 pictures, encoded in"),
     ],

@@ -176,14 +176,17 @@ class Curved(Reward):
 
 
 def differentiate(
-    objective: Objective[Any], model: VectorModel, seed: int = 3
+    objective: Objective[Any],
+    model: VectorModel,
+    seed: int = 3,
+    rows: Sequence[Any] | None = None,
 ) -> tuple[Tensor, Loss]:
     """Return the gradient of an objective's pieces, in one vector, and their summed loss."""
     model.trained.zero_grad()
     rng = DoubleRng.of_step(seed, 0, range(ROWS))
     rng = DoubleRng([seed + i for i in range(ROWS)], seed)
     total = None
-    for piece in objective.pieces(model, PROMPTS, rng):
+    for piece in objective.pieces(model, rows or PROMPTS, rng):
         loss = piece()
         loss.value.backward()
         total = loss if total is None else total + loss

@@ -117,8 +117,6 @@ def why_uncached(config: TrainConfig) -> str | None:
     key, data = own_pictures(config)
     if data.crop == "random":
         return f"{key}.crop=random cuts each picture anew"
-    if isinstance(data, PairDataConfig) and data.flip:
-        return f"{key}.flip=true mirrors pairs, and a cache keeps none mirrored"
     if config.model.parts not in (["network"], ["unet"], ["transformer"]):
         return f"model.parts={config.model.parts} trains a text encoder, whose states change"
     return text_merge(config.model)
