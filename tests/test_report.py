@@ -551,6 +551,37 @@ def test_a_run_of_the_same_seed_is_the_baseline(tmp_path: Path) -> None:
     assert [one.baseline for one in compare(records, records[0].base)] == ["d1"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "coeff", "name"),
+    [
+        ("policy_gradient", 0.0, "Policy gradient"),
+        ("nft", 0.5, "DiffusionNFT, kl_coeff 0.5"),
+        ("direct", 2.0, "Direct gradients, kl_coeff 2"),
+        ("draft", 2.0, "DRaFT+, kl_coeff 2"),
+        ("draft", 0.0, "DRaFT"),
+    ],
+)
+def test_an_objective_has_its_name(tmp_path: Path, kind: str, coeff: float, name: str) -> None:
+    run = write_draft(tmp_path / "run", coeff, {0: BASE, **DRAFT})
+    set_kind(run, kind)
+    assert read_runs([run])[0].objective == name
+
+
+def set_kind(run: RunFolder, kind: str) -> None:
+    file = run.path / "config.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["objective"]["kind"] = kind
+    file.write_text(yaml.safe_dump(content))
+
+
+def test_a_run_is_compared_with_one_of_each_objective(tmp_path: Path) -> None:
+    runs = [write_draft(tmp_path / f"d{i}", 0.0, {0: BASE, **DRAFT}, seed=i) for i in (0, 1)]
+    set_kind(runs[0], "policy_gradient")
+    plus = write_draft(tmp_path / "plus", 1.0, {0: BASE, **PLUS}, seed=1)
+    records = read_runs([*runs, plus])
+    assert [one.baseline for one in compare(records, records[0].base)] == ["d0", "d1"]
+
+
 def test_runs_of_equal_diversity_are_called_so(tmp_path: Path) -> None:
     runs = [write_draft(tmp_path / f"kl{kl:g}", kl, {0: BASE, **DRAFT}) for kl in (0.0, 1.0)]
     text = " ".join(report(runs, tmp_path).html.split())

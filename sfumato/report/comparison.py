@@ -1,4 +1,4 @@
-"""Comparison of DRaFT+ with DRaFT at equal reward: the pairs of runs and their curves."""
+"""Comparison of runs with and without a KL at equal reward: the pairs of runs and their curves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,17 +17,16 @@ class Comparison:
 
 
 def compare(records: Sequence[RunRecord], base: Evaluation | None) -> list[Comparison]:
-    """Compare each run with KL to one without, of the same seed if there is one."""
+    """Compare each run with KL to one of each objective without, of its seed if there is one."""
     plain = [r for r in records if r.kl_coeff == 0 and r.final is not None]
     comparisons = []
-    for record in records:
-        if not record.kl_coeff or record.final is None or not plain:
-            continue
+    for record in (r for r in records if r.kl_coeff and r.final is not None):
         seed = record.setting("training", "seed")
-        same_seed = [r for r in plain if r.setting("training", "seed") == seed]
-        baseline = (same_seed or plain)[0]
-        result = at_equal_reward(from_base(baseline, base), from_base(record, base))
-        comparisons.append(Comparison(baseline.name, record.name, result))
+        for objective in dict.fromkeys(r.objective for r in plain):
+            own = [r for r in plain if r.objective == objective]
+            baseline = ([r for r in own if r.setting("training", "seed") == seed] or own)[0]
+            result = at_equal_reward(from_base(baseline, base), from_base(record, base))
+            comparisons.append(Comparison(baseline.name, record.name, result))
     return comparisons
 
 

@@ -17,6 +17,15 @@ from sfumato.training.folder import RunFolder
 
 _RESTORE = "restore the file that the run wrote"
 _LARGEST, _SHOWN = 1e100, 80  # of a metric; characters of a value in messages
+NAMES = {
+    "own": "Custom objective",
+    "direct": "Direct gradients",
+    "adjoint_matching": "Adjoint Matching",
+    "direct_align": "Direct-Align",
+    "policy_gradient": "Policy gradient",
+    "nft": "DiffusionNFT",
+    "awm": "Advantage-weighted matching",
+}
 
 
 @dataclass(frozen=True)
@@ -66,10 +75,12 @@ class RunRecord:
             lora = f"LoRA rank {self.setting('model', 'lora', 'rank')}"
             trained = {"lora": lora, "full": "all weights"}.get(self.setting("model", "trainable"))
             return f"Supervised, {trained}" if trained else "Supervised"
-        if self.setting("objective", "kind") == "own":
-            return "Custom objective"
-        if self.setting("objective", "kind") == "dpo":
+        kind = self.setting("objective", "kind")
+        if kind == "dpo":
             return f"Diffusion-DPO, beta {self.setting('objective', 'beta'):g}"
+        if kind in NAMES:
+            name = NAMES[kind]
+            return f"{name}, kl_coeff {self.kl_coeff:g}" if self.kl_coeff else name
         if self.kl_coeff is None:
             return "unknown"
         return f"DRaFT+, kl_coeff {self.kl_coeff:g}" if self.kl_coeff else "DRaFT"
