@@ -10,7 +10,7 @@ the policy that sampled, are asked the same. Training predicts without classifie
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import cast, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -19,8 +19,7 @@ from torch import Tensor
 from sfumato.config import AwmConfig
 from sfumato.diffusion.process import Prediction
 from sfumato.diffusion.randomness import Rng
-from sfumato.diffusion.sampling import Reading, sample
-from sfumato.diffusion.solvers import Solver
+from sfumato.diffusion.sampling import Reading
 from sfumato.models.model import Latents, TextToImageModel
 from sfumato.objectives.collected import CollectedObjective, Rows, column
 from sfumato.objectives.noised import errors_at
@@ -39,18 +38,8 @@ class AdvantageWeightedMatching(CollectedObjective):
     def roll_out(
         self, model: TextToImageModel, prompts: Sequence[str], rng: Rng
     ) -> tuple[Latents, Mapping[str, Tensor]]:
-        with model.rolling_out():
-            run = sample(
-                self.denoiser(model, prompts, guided=True),
-                model.process,
-                self.start(model, rng),
-                self.times(model),
-                solver=cast(Solver, self.sampler.solver),
-                eta=self.sampler.eta,
-                rng=rng,
-            )
-        count = self.config.trained_times
-        x0, policy = run.x, self.denoiser(model, prompts, guided=False)
+        x0 = self.sampled(model, prompts, rng)
+        count, policy = self.config.trained_times, self.denoiser(model, prompts, guided=False)
         made: dict[str, list[Tensor]] = {"t": [], "noise": [], "log_likelihoods": []}
         for k in range(count):
             t = model.process.on_grid((k + rng.uniform()) / count).to(model.device)
@@ -59,7 +48,7 @@ class AdvantageWeightedMatching(CollectedObjective):
             found = self._log_likelihood(model, policy(x_t, t), x0, noise, t)
             for name, value in zip(made, (t, noise, found), strict=True):
                 made[name].append(value)
-        return run.x, {"x0": x0, **{name: torch.stack(each, 1) for name, each in made.items()}}
+        return x0, {"x0": x0, **{name: torch.stack(each, 1) for name, each in made.items()}}
 
     def _log_likelihood(
         self,

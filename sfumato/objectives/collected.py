@@ -18,13 +18,14 @@ from torch import Tensor
 
 from sfumato.config import CollectedConfig, SamplerConfig
 from sfumato.diffusion.randomness import Rng
-from sfumato.diffusion.sampling import Denoiser, Reading
+from sfumato.diffusion.sampling import Denoiser, Reading, sample
+from sfumato.diffusion.solvers import Solver
 from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
 from sfumato.models.model import Latents, Role, TextToImageModel
 from sfumato.objectives.advantages import Judge
 from sfumato.objectives.kl import KlForm, kl
 from sfumato.objectives.objective import Collected, Collecting, Loss, Peers, Rollout
-from sfumato.objectives.scoring import RewardedObjective
+from sfumato.objectives.scoring import RewardedObjective, score_rows
 from sfumato.records import Count, Finite, convert
 from sfumato.rewards.reward import Reward
 
@@ -61,7 +62,7 @@ class CollectedObjective(RewardedObjective[Rows]):
         self._weights = dict(reward.weights) or {"reward": 1.0}
         self._judge = Judge(config)
         self._queries = self._done = 0
-        self._fault: Exception | None = None
+        self._faults: list[Exception] = []
 
     @abc.abstractmethod
     def roll_out(
@@ -84,6 +85,7 @@ class CollectedObjective(RewardedObjective[Rows]):
         Raises:
             ValueError: if no image has a reward.
         """
+        self._faults.clear()
         self.begin(model, rng)
         tensors: list[Mapping[str, Tensor]] = []
         scores: list[dict[str, float]] = []
@@ -97,7 +99,7 @@ class CollectedObjective(RewardedObjective[Rows]):
                 {name: value[i].to("cpu", copy=True) for name, value in made.items()}
                 for i in range(len(prompts))
             ]
-            scores += self._score(images, prompts)
+            scores += score_rows(self.reward, images, prompts, self._faults)
         model.trained.train(training)
         table = peers.all(list(zip(items, scores, strict=True)))
         return self._judged(items, tensors, table, peers)
@@ -125,7 +127,7 @@ class CollectedObjective(RewardedObjective[Rows]):
         if not any(map(math.isfinite, map(sum, zip(*used.values(), strict=True)))):
             raise ValueError(
                 f"the reward {type(self.reward).__name__} gave no number for any of {len(prompts)} "
-                f"images ({self._fault or 'all are NaN or infinite'}); correct it"
+                f"images ({[*self._faults, 'all are NaN or infinite'][0]}); correct it"
             )
         judged = self._judge(prompts, used, self._weights)
         self._queries += len(prompts)
@@ -146,26 +148,6 @@ class CollectedObjective(RewardedObjective[Rows]):
             for prompt, made, (a, k) in zip(items, tensors, own, strict=True)
         ]
         return Collected(rows, metrics)
-
-    def _score(self, images: Tensor, prompts: Sequence[str]) -> list[dict[str, float]]:
-        """Return value and parts of each image's reward; nothing where the reward fails."""
-        try:
-            score = self.reward.score(images, prompts)
-        except Exception as error:  # noqa: BLE001 -- a reward may be anybody's code
-            self._fault = error
-            if len(prompts) == 1:
-                return [{}]
-            each = zip(images.split(1), prompts, strict=True)
-            return [row for image, prompt in each for row in self._score(image, [prompt])]
-        columns = {"reward": score.value, **score.parts}
-        for name, column in columns.items():
-            if (shape := list(column.shape)) != [len(prompts)]:
-                raise ValueError(
-                    f"the reward gave {name} of shape {shape} for {len(prompts)} images; it has to "
-                    f"give one number for each; correct {type(self.reward).__name__}"
-                )
-        values = {name: column.double().tolist() for name, column in columns.items()}
-        return [{name: values[name][i] for name in values} for i in range(len(prompts))]
 
     def blank(self, model: TextToImageModel, prompts: Sequence[str], rng: Rng) -> Rows:
         """Return rows without advantages, for a plan; they are made as those of training are."""
@@ -197,6 +179,14 @@ class CollectedObjective(RewardedObjective[Rows]):
     def start(self, model: TextToImageModel, rng: Rng) -> Latents:
         """Return the noise that images start from."""
         return rng.normal(*self._latent_shape(model), device=model.device)
+
+    def sampled(self, model: TextToImageModel, prompts: Sequence[str], rng: Rng) -> Latents:
+        """Return latents of new images, sampled as the settings of the sampler say."""
+        with model.rolling_out():
+            policy, start = self.denoiser(model, prompts, guided=True), self.start(model, rng)
+            solver, eta = cast(Solver, self.sampler.solver), self.sampler.eta
+            times = self.times(model)
+            return sample(policy, model.process, start, times, solver=solver, eta=eta, rng=rng).x
 
     def denoiser(
         self,

@@ -11,7 +11,7 @@ The old policy samples; after each collection it moves towards the policy.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import cast, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from sfumato.config import NftConfig
 from sfumato.diffusion.randomness import Rng
-from sfumato.diffusion.sampling import Reading, sample
-from sfumato.diffusion.solvers import Solver
+from sfumato.diffusion.sampling import Reading
 from sfumato.models.model import Latents, TextToImageModel
 from sfumato.objectives.collected import CollectedObjective, Rows, column
 from sfumato.objectives.objective import Loss, Piece
@@ -45,18 +44,9 @@ class DiffusionNft(CollectedObjective):
         self, model: TextToImageModel, prompts: Sequence[str], rng: Rng
     ) -> tuple[Latents, Mapping[str, Tensor]]:
         assert self.old is not None, "the training state brings it"
-        sampler = self.sampler
-        with self.old.shown(), model.rolling_out():
-            run = sample(
-                self.denoiser(model, prompts, guided=True),
-                model.process,
-                self.start(model, rng),
-                self.times(model),
-                solver=cast(Solver, sampler.solver),
-                eta=sampler.eta,
-                rng=rng,
-            )
-        return run.x, {"x0": run.x}
+        with self.old.shown():
+            x0 = self.sampled(model, prompts, rng)
+        return x0, {"x0": x0}
 
     def pieces(self, model: TextToImageModel, batch: Rows, rng: Rng) -> Sequence[Piece]:
         times = [t for t in self.times(model)[:-1] if float(model.process.alpha(t)) > 0]
