@@ -7,7 +7,6 @@ from sfumato.config import (
     DpoConfig,
     RewardedConfig,
     SamplerConfig,
-    SupervisedConfig,
     TrainConfig,
     TrainingConfig,
     check_values,
@@ -38,7 +37,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
     _check_lora_files(config)
     if len(config.optimizer.betas) != 2:
         raise ValueError(f"optimizer.betas={config.optimizer.betas} are not two numbers; give two")
-    with_loss = isinstance(config.objective, SupervisedConfig | DpoConfig)
+    with_loss = config.objective.has_validation_loss
     if config.export == "best" and not (with_loss and config.validation.loss_images):
         raise ValueError(
             "export=best chooses by the validation loss, which needs objective=supervised or dpo, "

@@ -583,7 +583,7 @@ class Misshapen(Reward):
 def test_a_reward_of_another_shape_is_refused(kind: str) -> None:
     config = PolicyGradientConfig(images_per_prompt=3, rollout_batch_size=3)
     objective = PolicyGradient(config, SAMPLER, Misshapen(kind))
-    with pytest.raises(ValueError, match=r"gave \w+ of shape .+one number.+Misshapen"):
+    with pytest.raises(ValueError, match=r"Misshapen gave no number.+has shape .+one number"):
         collect(objective, model_of("flow"))
 
 

@@ -1,6 +1,7 @@
 """What a run shows: pairs of fixed prompts and noise, made and exported with the average."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -211,3 +212,48 @@ def test_a_reward_of_a_script_scores_validation_too(
     rows = metrics(tmp_path / "run")
     assert {row["validation/reward"] for row in rows if "validation/reward" in row} == {7.0}
     assert "validation scores by Seven, which the script brought" in capfd.readouterr().out
+
+
+@final
+class Picky(Reward):
+    """Gives no number for a broken ring, and fails for a square."""
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
+        if "a square" in prompts:
+            raise RuntimeError("a square is no ring")
+        lost = torch.tensor([math.nan if "broken" in prompt else 0.0 for prompt in prompts])
+        return Score(images.mean((1, 2, 3)) + lost)
+
+
+def test_validation_leaves_out_what_the_reward_cannot_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing number neither ends the run nor spoils the mean, also where the base is read."""
+    monkeypatch.setattr(build, "build_reward", lambda config: Picky())
+    shown = tmp_path / "shown.txt"
+    shown.write_text("a ring\na broken ring\na square\na star\n")
+    given = [f"validation.prompts={shown}", "validation.num_images=4", "objective.kl_coeff=0"]
+    given += ["model.reference=false"]
+    with pytest.warns(UserWarning, match="leaves out 2 of 4 rewards: a square is no ring"):
+        start(command(tmp_path, "run", *given, "training.max_steps=3"))
+    with pytest.warns(UserWarning, match="leaves out 2 of 4"):
+        start(command(tmp_path, "run", *given))
+    for step in (0, 3, 6):
+        rows = pairs(tmp_path / "run", step)
+        there = ["reward_tuned" in row and "reward_base" in row for row in rows]
+        assert there == [True, False, False, True]
+        assert not any("reward_tuned" in rows[i] or "reward_base" in rows[i] for i in (1, 2))
+        logged = next(row for row in metrics(tmp_path / "run") if row["step"] == step)
+        mean = (rows[0]["reward_tuned"] + rows[3]["reward_tuned"]) / 2
+        assert logged["validation/reward"] == pytest.approx(mean)
+
+
+def test_validation_without_any_number_has_no_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "build_reward", lambda config: Picky())
+    shown = tmp_path / "shown.txt"
+    shown.write_text("a square\n")
+    with pytest.warns(UserWarning, match="leaves out 3 of 3"):
+        start(command(tmp_path, "run", f"validation.prompts={shown}", "training.max_steps=2"))
+    assert not any("validation/reward" in row for row in metrics(tmp_path / "run"))

@@ -39,6 +39,11 @@ class ObjectiveConfig:
         """Whether rows of training are preference pairs of `data.pairs`."""
         return False
 
+    @property
+    def has_validation_loss(self) -> bool:
+        """Whether validation can measure the loss of held-out rows."""
+        return False
+
 
 @dataclass
 class RewardedConfig(ObjectiveConfig):
@@ -194,6 +199,10 @@ class NoisedConfig(ObjectiveConfig):
     noise_offset: float = setting(0.0, NOT_NEGATIVE)
     sample_latents: bool = True  # draw latents from the posterior; false takes its mean
     guidance_scale: float = 1.0  # input of networks with embedded guidance
+
+    @property
+    def has_validation_loss(self) -> bool:
+        return True
 
 
 @dataclass

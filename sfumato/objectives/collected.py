@@ -25,9 +25,9 @@ from sfumato.models.model import Latents, Role, TextToImageModel
 from sfumato.objectives.advantages import Judge
 from sfumato.objectives.kl import KlForm, kl
 from sfumato.objectives.objective import Collected, Collecting, Loss, Peers, Rollout
-from sfumato.objectives.scoring import RewardedObjective, score_rows
+from sfumato.objectives.scoring import RewardedObjective
 from sfumato.records import Count, Finite, convert
-from sfumato.rewards.reward import Reward
+from sfumato.rewards.reward import Reward, score_rows
 
 Rows = Sequence[Rollout]
 
@@ -149,14 +149,14 @@ class CollectedObjective(RewardedObjective[Rows]):
         ]
         return Collected(rows, metrics)
 
-    def blank(self, model: TextToImageModel, prompts: Sequence[str], rng: Rng) -> Rows:
+    def blank(self, model: TextToImageModel, items: Sequence[Any], rng: Rng) -> Rows:
         """Return rows without advantages, for a plan; they are made as those of training are."""
-        made, images = self.rehearse(model, prompts, rng)
+        made, images = self.rehearse(model, items, rng)
         if self.reward.differentiable:  # others read values, and a plan has none
-            self.reward.score(images, prompts)
-        zero = torch.zeros(len(prompts), device=model.device)
+            self.reward.score(images, items)
+        zero = torch.zeros(len(items), device=model.device)
         made = {**made, "advantage": zero, "kept": zero}
-        return [Rollout(p, {k: v[i] for k, v in made.items()}) for i, p in enumerate(prompts)]
+        return [Rollout(p, {k: v[i] for k, v in made.items()}) for i, p in enumerate(items)]
 
     def state(self) -> dict[str, Any]:
         return {"queries": self._queries, "collections": self._done, "history": self._judge.history}

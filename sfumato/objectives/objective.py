@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -116,6 +116,17 @@ class Slot(Protocol):
         ...
 
 
+@runtime_checkable
+class StableLoss(Protocol):
+    """An objective whose loss of a row can be measured at a noise and a time always the same."""
+
+    def stable_metrics(
+        self, model: TextToImageModel, batch: Any, positions: Sequence[int], seed: int
+    ) -> Mapping[str, Float[Tensor, " b"]]:
+        """Return numbers of each row by name; row i depends on `seed` and its position alone."""
+        ...
+
+
 class Objective(abc.ABC, Generic[Batch]):
     """Something to minimise, of settings and frozen networks.
 
@@ -166,6 +177,10 @@ class Objective(abc.ABC, Generic[Batch]):
             items: batch after batch; `rng` has a stream for each.
         """
         raise NotImplementedError(f"{type(self).__name__} trains on the rows of the data")
+
+    def blank(self, model: TextToImageModel, items: Sequence[Any], rng: Rng) -> Batch:
+        """Return a batch of the shapes that training has, for a plan; by default the items."""
+        return cast(Batch, items)
 
     def row_shapes(self, model: TextToImageModel) -> Mapping[str, Sequence[int]]:
         """Return the shape of each tensor of a collected row, to check saved ones; {} is any."""

@@ -78,38 +78,6 @@ def score_metrics(scores: Sequence[Score]) -> dict[str, Float[Tensor, ""]]:
     }
 
 
-def score_rows(
-    reward: Reward, images: Images, prompts: Sequence[str], faults: list[Exception]
-) -> list[dict[str, float]]:
-    """Return value and parts of each image's reward; nothing where the reward fails.
-
-    Args:
-        faults: gets what the reward raised.
-
-    Raises:
-        ValueError: if the reward does not give one number for each image.
-    """
-    try:
-        score = reward.score(images, prompts)
-    except Exception as error:  # noqa: BLE001 -- a reward may be anybody's code
-        faults.append(error)
-        if len(prompts) == 1:
-            return [{}]
-        each = zip(images.split(1), prompts, strict=True)
-        return [
-            row for image, prompt in each for row in score_rows(reward, image, [prompt], faults)
-        ]
-    columns = {"reward": score.value, **score.parts}
-    for name, column in columns.items():
-        if (shape := list(column.shape)) != [len(prompts)]:
-            raise ValueError(
-                f"the reward gave {name} of shape {shape} for {len(prompts)} images; it has to "
-                f"give one number for each; correct {type(reward).__name__}"
-            )
-    values = {name: column.double().tolist() for name, column in columns.items()}
-    return [{name: values[name][i] for name in values} for i in range(len(prompts))]
-
-
 @dataclass(frozen=True)
 class Scored:
     """Rewards of a batch, and the gradient of each at its own latents."""

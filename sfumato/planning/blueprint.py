@@ -20,7 +20,6 @@ from sfumato.models.formats import read_model_index
 from sfumato.models.loading import load_on_meta
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import FAMILIES, find_family
-from sfumato.objectives.collected import CollectedObjective
 from sfumato.objectives.objective import Objective, Piece
 from sfumato.planning.described import describe_pipeline, is_described
 from sfumato.planning.step import forward_flops
@@ -75,9 +74,7 @@ class Blueprint:
 
         def begin() -> list[Callable[[], Tensor]]:
             with _no_warnings():
-                batch = [self.row] * rows
-                if isinstance(self.objective, CollectedObjective):
-                    batch = self.objective.blank(self.model, batch, rng)
+                batch = self.objective.blank(self.model, [self.row] * rows, rng)
                 found = self.objective.pieces(self.model, batch, rng)
             return [partial(quiet, piece) for piece in found]
 

@@ -40,3 +40,34 @@ class Reward(nn.Module, abc.ABC):
     ) -> Float[Tensor, " b"]:
         """Return only the value of `score`."""
         return self.score(images, prompts).value
+
+
+def score_rows(
+    reward: Reward,
+    images: Float[Tensor, "b 3 h w"],
+    prompts: Sequence[str],
+    faults: list[Exception],
+) -> list[dict[str, float]]:
+    """Return value and parts of each image's reward, by name; nothing where the reward fails.
+
+    Args:
+        faults: gets what the reward raised, or a ValueError where it has not one number an image.
+    """
+    try:
+        score = reward.score(images, prompts)
+    except Exception as error:  # noqa: BLE001 -- a reward may be anybody's code
+        faults.append(error)
+        if len(prompts) == 1:
+            return [{}]
+        each = zip(images.split(1), prompts, strict=True)
+        return [
+            row for image, prompt in each for row in score_rows(reward, image, [prompt], faults)
+        ]
+    columns = {"reward": score.value, **score.parts}
+    for name, column in columns.items():
+        if (shape := list(column.shape)) != [len(prompts)]:
+            fault = f"{name} has shape {shape} for {len(prompts)} images, not one number for each"
+            faults.append(ValueError(fault))
+            return [{} for _ in prompts]
+    values = {name: column.double().tolist() for name, column in columns.items()}
+    return [{name: values[name][i] for name in values} for i in range(len(prompts))]

@@ -36,7 +36,7 @@ from sfumato.objectives.direct_align import DirectAlign
 from sfumato.objectives.dpo import Dpo
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.nft import DiffusionNft
-from sfumato.objectives.objective import Objective
+from sfumato.objectives.objective import Objective, StableLoss
 from sfumato.objectives.policy_gradient import PolicyGradient
 from sfumato.objectives.scoring import RewardedObjective
 from sfumato.objectives.supervised import Supervised
@@ -115,7 +115,7 @@ def build_job(
         )
     model = build_model(config, objective, own.load or load_model, distribution)
     held_out = None
-    if isinstance(objective, Supervised | Dpo) and data.held_out:
+    if isinstance(objective, StableLoss) and data.held_out:
         held_out = HeldOut(objective, data.held_out)
     if distribution.is_main:
         cached = data.pictures is not None and data.pictures.cache is not None

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.config import (
-    DpoConfig,
     ImageDataConfig,
     PairDataConfig,
-    SupervisedConfig,
     TrainConfig,
 )
 from sfumato.data.encoded import Pictures
@@ -173,10 +171,10 @@ def held_out_samples(
 ) -> Sequence[Sample] | Sequence[Preference]:
     """Return the rows of the validation loss: held-out ones, or the first of training."""
     count = config.validation.loss_images
-    if not isinstance(config.objective, SupervisedConfig | DpoConfig) or not count:
+    if not config.objective.has_validation_loss or not count:
         return []
     height, width = frame_size(config, limits)
-    if isinstance(config.objective, DpoConfig):
+    if config.objective.reads_pairs:
         key, pairs = validation_pairs(config)
         own = pairs is not config.data.pairs
         return first_pairs(pairs, count, height=height, width=width, key=key, warns=own)
@@ -216,10 +214,10 @@ def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None
     """
     count = config.validation.num_images
     own, data, (key, images) = config.validation, config.data, validation_images(config)
-    supervised = isinstance(config.objective, SupervisedConfig)
+    own_captions = config.objective.has_validation_loss
     if brought:
         prompts = list(brought)
-    elif own.prompts or (data.prompts and not (supervised or config.objective.reads_pairs)):
+    elif own.prompts or (data.prompts and not own_captions):
         chosen, room = (own, "validation") if own.prompts else (data, "data")
         path, column = str(chosen.prompts), chosen.column
         prompts = read_prompts(path, key=f"{room}.prompts", column=column, limit=count)

@@ -1,6 +1,7 @@
 """Validation: pairs (tuned, base) of fixed prompts and noise, and the loss of held-out rows."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,8 @@ from sfumato.files import new_folder
 from sfumato.images import load_images, save_image
 from sfumato.models.generate import generate_in_batches
 from sfumato.models.model import TextToImageModel
-from sfumato.objectives.dpo import Dpo
-from sfumato.objectives.supervised import Supervised
-from sfumato.rewards.reward import Reward
+from sfumato.objectives.objective import StableLoss
+from sfumato.rewards.reward import Reward, score_rows
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder, json_lines, read_rows
 from sfumato.training.tracking import Trackers
@@ -33,14 +33,14 @@ class Pictures:
     """Images and their rewards, on the CPU."""
 
     images: Float[Tensor, "b 3 H W"]
-    rewards: Float[Tensor, " b"] | None
+    rewards: Float[Tensor, " b"] | None  # NaN where the reward gives no number
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Images or pairs, whose loss is always measured at the same noise and times."""
 
-    objective: Supervised | Dpo
+    objective: StableLoss
     samples: Sequence[Sample] | Sequence[Preference]
 
 
@@ -84,8 +84,8 @@ class Validation:
             else:
                 self._base = self._first(folder) if step else tuned
         for name, pictures in (("reward", tuned), ("reward_base", self._base)):
-            if pictures.rewards is not None:
-                metrics[f"validation/{name}"] = pictures.rewards.mean().item()
+            if pictures.rewards is not None and not pictures.rewards.isnan().all():
+                metrics[f"validation/{name}"] = pictures.rewards.nanmean().item()
         with self._distribution.together():
             if self._distribution.is_main:
                 self._record(folder.samples(step), step, trackers, (tuned, self._base))
@@ -98,18 +98,18 @@ class Validation:
         for i, prompt in enumerate(self._prompts):
             records.append({"index": i, "prompt": prompt, "seed": self._seeds[i]})
             for name, side in zip(SIDES, sides, strict=True):
-                if side.rewards is not None:
+                if side.rewards is not None and side.rewards[i].isfinite():
                     records[i][f"reward_{name}"] = side.rewards[i].item()
         with new_folder(path, older=_OLDER) as folder:
             for name, side in zip(SIDES, sides, strict=True):
                 for i, image in enumerate(side.images):
                     save_image(image, folder / f"{i:03d}-{name}.png")
             (folder / PAIRS).write_text(json_lines(records), encoding="utf-8")
-        scored = SIDES if self._reward else ()
-        captions = [
-            " | ".join([row["prompt"], *(f"{k} {row[f'reward_{k}']:.3f}" for k in scored)])
+        scores = [
+            [f"{k} {row[f'reward_{k}']:.3f}" for k in SIDES if f"reward_{k}" in row]
             for row in records
         ]
+        captions = [" | ".join([p, *own]) for p, own in zip(self._prompts, scores, strict=True)]
         images = torch.cat([side.images for side in sides], dim=3)
         trackers.images(step, "validation/tuned_base", images, captions)
 
@@ -123,7 +123,8 @@ class Validation:
         files = [path / f"{i:03d}-base.png" for i in range(len(self._prompts))]
         try:
             rows = read_rows(path / PAIRS)
-            rewards = torch.tensor([row["reward_base"] for row in rows]) if self._reward else None
+            found = torch.tensor([row.get("reward_base", math.nan) for row in rows])
+            rewards = found if self._reward else None
             if len(rows) != len(files):
                 raise ValueError(f"{PAIRS} has {len(rows)} rows instead of {len(files)}")
             return Pictures(load_images(files), rewards)
@@ -181,8 +182,15 @@ class Validation:
     ) -> list[float]:
         if self._reward is None:
             return [math.nan] * len(prompts)
-        scores: list[float] = []
+        scores: list[dict[str, float]] = []
+        faults: list[Exception] = []
         for i in range(0, len(prompts), size):
             rows = slice(i, i + size)
-            scores += self._reward(images[rows].to(model.device), prompts[rows]).tolist()
-        return scores
+            scores += score_rows(self._reward, images[rows].to(model.device), prompts[rows], faults)
+        values = [score.get("reward", math.nan) for score in scores]
+        if lost := sum(not math.isfinite(value) for value in values):
+            why = [*faults, "they are NaN or infinite"][0]
+            warnings.warn(
+                f"validation leaves out {lost} of {len(values)} rewards: {why}", stacklevel=2
+            )
+        return [value if math.isfinite(value) else math.nan for value in values]
