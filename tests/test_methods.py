@@ -61,14 +61,17 @@ def test_the_method_of_the_seeds_is_that_of_their_recipe() -> None:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, TextToImageModel]]:
-    found: dict[str, TextToImageModel] = {}
+def models(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Mapping[tuple[str, str], TextToImageModel]]:
+    found: dict[tuple[str, str], TextToImageModel] = {}
     for name, write in WRITERS.items():
         folder = tmp_path_factory.mktemp("families") / name
         write(folder)
-        torch.manual_seed(0)
-        config = ModelConfig(pretrained=str(folder), lora=LoraConfig(rank=2))
-        found[name] = load_model(config)
+        for trainable in ("lora", "full"):
+            torch.manual_seed(0)
+            config = ModelConfig(pretrained=str(folder), lora=LoraConfig(rank=2))
+            found[name, trainable] = load_model(replace(config, trainable=trainable))
     yield found
 
 
@@ -77,10 +80,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("pictures") / "files")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "trainable"),
+    [*((method, "lora") for method in METHODS), *((method, "full") for method in COLLECTED)],
+)
 @pytest.mark.parametrize("family", WRITERS)
 def test_each_method_on_each_family(
-    models: Mapping[str, TextToImageModel], pictures: Path, family: str, method: str
+    models: Mapping[tuple[str, str], TextToImageModel],
+    pictures: Path,
+    family: str,
+    method: str,
+    trainable: str,
 ) -> None:
     """All gradients are finite and some are not zero; a KL is 0 at the start."""
     few = ["objective.images_per_prompt=2", "training.global_batch_size=2"]
@@ -89,7 +99,7 @@ def test_each_method_on_each_family(
     size += ["sampler.training_steps=null"]
     size += few if method in COLLECTED else ["objective.clamp_images=false"]
     config = composed(method, f"sampler.num_inference_steps={STEPS}", *size)
-    model = models[family]
+    model = models[family, trainable]
     objective = build_objective(config, ColorReward("red"))
     rows: list[Any] = list(PROMPTS)
     if config.objective.reads_images:
@@ -102,7 +112,7 @@ def test_each_method_on_each_family(
     if method in COLLECTED:
         if objective.needs_old:
             objective.old = Shadow(parameters)
-            assert objective.old.shadow.keys() == parameters.keys()  # adapters, not the network
+            assert objective.old.shadow.keys() == parameters.keys()  # what is trained, no more
         with torch.no_grad():
             rows = list(objective.collect(model, rows, Rng([3, 4]), Alone()).rows)
     total = None
@@ -123,7 +133,7 @@ def test_each_method_on_each_family(
 @pytest.mark.parametrize("method", ["flowbp_lagrange", "rsm"])
 @pytest.mark.parametrize("family", WRITERS)
 def test_steps_in_one_call_are_steps_one_by_one_on_each_family(
-    models: Mapping[str, TextToImageModel], family: str, method: str
+    models: Mapping[tuple[str, str], TextToImageModel], family: str, method: str
 ) -> None:
     """With guidance and prompts of their own in each row; the KL's reference is stacked too."""
     size = [f"sampler.height={PIXELS}", f"sampler.width={PIXELS}", "sampler.guidance_scale=2"]
@@ -131,7 +141,7 @@ def test_steps_in_one_call_are_steps_one_by_one_on_each_family(
     found: list[torch.Tensor] = []
     for stacked in (1, 3):
         config = composed(method, *size, f"objective.stacked_steps={stacked}")
-        objective, model = build_objective(config, ColorReward("red")), models[family]
+        objective, model = build_objective(config, ColorReward("red")), models[family, "lora"]
         parameters = model.trainable().values()
         for parameter in parameters:
             parameter.grad = None
