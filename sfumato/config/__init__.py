@@ -6,4 +6,5 @@ conf/ is checked against these classes. `???` marks what the user must state.
 from sfumato.config.commands import *  # noqa: F403
 from sfumato.config.fields import *  # noqa: F403
 from sfumato.config.objectives import *  # noqa: F403
+from sfumato.config.rewards import *  # noqa: F403
 from sfumato.config.train import *  # noqa: F403

@@ -10,6 +10,7 @@ from typing import Any
 
 Number = int | float
 MISSING: Any = "???"  # a value that the user must give
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
