@@ -214,6 +214,27 @@ def test_trained_steps_are_drawn_alike_for_all_rows() -> None:
     assert len(set(drawn)) > 1
 
 
+@pytest.mark.parametrize("case", NOISY)
+@pytest.mark.parametrize("window", [None, 2])
+def test_steps_may_be_weighted_by_their_noise(case: str, window: int | None) -> None:
+    """The loss of each step is multiplied by its deviation over the mean of the window's."""
+    model = model_of(case)
+    plain, weighted = (
+        policy_gradient(window=window),
+        policy_gradient(window=window, step_weights="std"),
+    )
+    rows = replaced(collect(plain, model).rows, advantage=1.0)
+    times = rows[0].tensors["times"].tolist()
+    stds = [float(model.process.std(t, s, 1.0)) for t, s in pairwise(times)]
+    pieces = [objective.pieces(model, rows, DoubleRng([1])) for objective in (plain, weighted)]
+    values = [[piece().value.item() for piece in each] for each in pieces]
+    assert len(stds) == len(values[0]) == (window or len(stds))
+    for std, one, other in zip(stds, *values, strict=True):
+        assert other == pytest.approx(one * std * len(stds) / sum(stds), rel=1e-9)
+    assert max(stds) / min(stds) > 1.05
+    assert values[0] != values[1]
+
+
 @pytest.mark.parametrize("dt", [1e-3, 1e-4])
 def test_flow_grpos_step_is_ours_to_first_order(dt: float) -> None:
     """Its noise a is eta = a / sqrt(2); its mean and ours differ by O(dt^2)."""

@@ -38,7 +38,7 @@ TRAIN = f"""
     objective.{{reward_scale,trained_steps,source,noise_levels,stride,inverse,positive,negative}}
     objective.{{images_per_prompt,batches,inner_epochs,rollout_batch_size,statistics,deviation}}
     objective.{{advantage_clip,eta,window,clip_range,beta,trained_times,old_decay,old_decay_rise}}
-    objective.{{likelihood,timesteps,weighting,caption_dropout,noise_offset,sample_latents}}
+    objective.{{step_weights,shared_start,likelihood,timesteps,weighting,caption_dropout,noise_offset,sample_latents}}
     objective.guidance_scale
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
     optimizer.{{lr,betas,eps,weight_decay,warmup_steps,schedule,max_grad_norm}}

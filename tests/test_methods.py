@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,27 @@ def test_a_group_may_lie_across_processes(
     assert [len(set(collection["prompts"][i : i + 4])) for i in (0, 4)] == [1, 1]
     assert len(set(collection["prompts"])) == 2
     assert set(collection["prompts"]) <= {*prompts}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_group_may_share_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """The first states of a group are equal, the later ones are not; two processes are one."""
+    use_toy(monkeypatch)
+    small = ("training.max_steps=1", "validation.every_steps=0", f"objective.shared_start={shared}")
+    for name, processes in (("one", 1), ("two", 2)):
+        given = run_of(tmp_path, name, "ddpo", *small)
+        given = [text.replace("images_per_prompt=2", "images_per_prompt=4") for text in given]
+        in_processes(processes, lambda _, given=given: start(given))
+    found = (state_at(tmp_path / name, 1).objective for name in ("one", "two"))
+    one, two = (next(v for k, v in each.items() if k.endswith("states")) for each in found)
+    assert torch.equal(one, two)
+    for group in one.split(4):
+        starts, ends = ([row[i].tolist() for row in group] for i in (0, -1))
+        assert all(a == b for a, b in pairwise(starts)) is shared
+        assert not any(a == b for a, b in pairwise(ends))
+    assert not torch.equal(one[0, 0], one[4, 0])
 
 
 @pytest.mark.parametrize("method", COLLECTED)

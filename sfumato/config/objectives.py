@@ -165,6 +165,8 @@ class PolicyGradientConfig(CollectedConfig):
     window: int | None = setting(None, FEW)  # noisy steps next to each other; null is all
     trained_steps: int | None = setting(None, FEW)  # of the noisy ones, drawn anew; null is all
     clip_range: float = setting(1e-4, POSITIVE)  # of the ratio, whose logarithm is a mean
+    step_weights: str = choice("constant", "std")  # std: of each step's noise, with mean 1
+    shared_start: bool = False  # the images of a group start from the same noise
 
 
 @dataclass

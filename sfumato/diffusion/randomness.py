@@ -24,7 +24,10 @@ class Rng:
 
     Attributes:
         shared: the generator that all rows and processes share.
+        groups: a stream per row that all rows of its group have alike, where rows have groups.
     """
+
+    groups: "Rng | None" = None
 
     def __init__(self, seeds: Sequence[int], shared: int = 0) -> None:
         self._rows = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -39,6 +42,7 @@ class Rng:
         """Return the randomness of rows start to stop - 1; their streams go on where they are."""
         part = copy(self)
         part._rows = self._rows[start:stop]
+        part.groups = self.groups and self.groups.rows(start, stop)
         return part
 
     def normal(self, *shape: int, device: torch.device | str = "cpu") -> Float[Tensor, "b *d"]:

@@ -7,7 +7,9 @@
 p_old is the policy that sampled, and p a normal density: of DDIM's step with eta (arXiv 2305.13301)
 or of the same step of a flow. Flow-GRPO's noise a (arXiv 2505.05470) is eta = a / sqrt(2), in a
 form that keeps the marginals of finite steps. With a window only some steps are noisy, and the
-others deterministic (MixGRPO, arXiv 2507.21802).
+others deterministic (MixGRPO, arXiv 2507.21802). A step of little noise has a large gradient, which
+tells little; weights in proportion to the deviation even it out, and a start that a group shares
+leaves only the noise of the steps to tell its images apart (TempFlow-GRPO, arXiv 2508.04324).
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,7 +63,7 @@ class PolicyGradient(CollectedObjective):
         etas = [self.config.eta * (i in window) for i in range(len(times) - 1)]
         with model.rolling_out():
             policy = self.denoiser(model, prompts, guided=True)
-            start = self.start(model, rng)
+            start = self.start(model, (self.config.shared_start and rng.groups) or rng)
             run = sample(policy, model.process, start, times, eta=etas, rng=rng, keep="cpu")
         states = [*(visit.x_t for visit in run.visits), run.x.to("cpu")]
         densities = []
@@ -91,7 +93,8 @@ class PolicyGradient(CollectedObjective):
         return [partial(self._step, model, batch, i, 1 / count) for i in sorted(chosen)]
 
     def _step(self, model: TextToImageModel, batch: Rows, i: int, share: float) -> Loss:
-        t, s = batch[0].tensors["times"][i : i + 2].tolist()
+        times = batch[0].tensors["times"].tolist()
+        t, s = times[i : i + 2]
         x_t, x_s = (column(batch, "states", model.device, k) for k in (i, i + 1))
         said = self.denoiser(model, [row.prompt for row in batch], guided=True)(x_t, t)
         mean, std = model.process.transition(said, t, s, eta=self.config.eta)
@@ -100,6 +103,10 @@ class PolicyGradient(CollectedObjective):
         losses, clipped = clipped_loss(
             change, column(batch, "advantage", model.device), self.config.clip_range
         )
+        if self.config.step_weights == "std":
+            eta = self.config.eta
+            stds = [float(model.process.std(*span, eta)) for span in pairwise(times)]
+            losses = losses * (stds[i] * len(stds) / sum(stds))
         metrics = {"clipped": clipped, "old_kl": 0.5 * change.square().mean()}
         return self.finished(model, batch, Reading(t, x_t, said), losses, metrics, share)
 

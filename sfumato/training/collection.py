@@ -143,7 +143,10 @@ class Source:
     def _collect(self, model: TextToImageModel, step: int, meter: Meter) -> None:
         places, distribution = self._places, self._places.distribution
         items = [item for _ in range(places.batches) for item in self._read()]
-        rng = Rng.of_step(derive(self._seed, "collection"), step, places.numbers())
+        numbers, seed = places.numbers(), derive(self._seed, "collection")
+        rng = Rng.of_step(seed, step, numbers)
+        groups = [number // self._plan.group for number in numbers]
+        rng.groups = Rng.of_step(derive(seed, "groups"), step, groups)
         with meter.counting_beside(len(items) * self._plan.epochs), distribution.autocast():
             found = self._objective.collect(model, items, rng, places)
         self._began, self._rows = step, list(found.rows)
