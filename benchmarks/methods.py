@@ -14,6 +14,7 @@ one method.
 Rewards without a gradient, `--reward jpeg` or `reader`, are for the methods that need none:
 
     python benchmarks/methods.py tune --out jpeg --reward jpeg      # then run and table, as above
+    python benchmarks/methods.py run --out reader --reward reader --rates jpeg
 """
 
 import argparse
@@ -36,12 +37,15 @@ RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (1, 2, 3)
 TUNING_MARKS = (4, 8, 12)
 MARKS = (3, 6, 9, 12, 16, 20)  # steps that are evaluated
-LONG_TUNING_MARKS, LONG_MARKS = (10, 20, 30), (10, 20, 30, 45, 60)  # of methods without a gradient
+# Of methods without a gradient: policy gradients, and regressions of images.
+POLICY_RATES, POLICY_TUNING, POLICY_MARKS = (1e-3, 2e-3), (5, 10, 15), (10, 20, 40)
+IMAGE_RATES, IMAGE_TUNING, IMAGE_MARKS = (1e-3, 2e-3), (4, 8, 12), (5, 10, 20)
 BATCH = 16  # images, and queries of the reward, in a step
 IMAGES = 8  # of each of six prompts
 LEVEL, DIVERSITY = 15.0, 0.50  # the reward to reach, and the diversity to keep
 KL = "objective.kl_coeff=10"
 FEW = "sampler.num_inference_steps=5"
+GROUPS = ("objective.images_per_prompt=8", "objective.statistics=group")
 # Name: overrides of recipe=demo_reward. All but the first two train at 10 steps unless said.
 METHODS: dict[str, tuple[str, ...]] = {
     "ddim50": ("method=draft_plus", KL, "sampler.num_inference_steps=50"),
@@ -71,14 +75,20 @@ METHODS: dict[str, tuple[str, ...]] = {
     **{
         name: (f"method={name}", "sampler.training_steps=5", *own)
         for name, own in {
-            "ddpo": ("sampler.eta=0",),
-            "flow_grpo": (),
+            "ddpo": ("sampler.eta=0", *GROUPS, "objective.step_weights=std"),
+            # At its own noise, eta .5, five steps tell too little: the reward did not move.
+            "flow_grpo": (
+                "objective.step_weights=std",
+                "objective.eta=1",
+                "objective.kl_coeff=5e-4",
+            ),
             "nft": ("objective.trained_times=4",),
             "awm": ("objective.trained_times=4",),
         }.items()
     },
 }
-SAMPLED = ("ddpo", "flow_grpo", "nft", "awm")  # they need no gradient of the reward
+POLICY, IMAGES_ALONE = ("ddpo", "flow_grpo"), ("nft", "awm")
+SAMPLED = (*POLICY, *IMAGES_ALONE)  # they need no gradient of the reward
 REWARDS = ("preference", "jpeg", "reader")
 
 
@@ -97,16 +107,20 @@ def config_of(name: str, rate: float, seed: int, reward: str) -> Any:
         *own,
         f"optimizer.lr={rate}",
         f"training.seed={seed}",
-        f"training.max_steps={max(marks_of(name)[1])}",
+        f"training.max_steps={max(plan_of(name)[2])}",
         "training.precision=no",
         f"name={name}",
     ]
     return compose_train(overrides)[0]
 
 
-def marks_of(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the steps that are evaluated while tuning, and in a run."""
-    return (LONG_TUNING_MARKS, LONG_MARKS) if name in SAMPLED else (TUNING_MARKS, MARKS)
+def plan_of(name: str) -> tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return learning rates, and the steps that are evaluated while tuning, and in a run."""
+    if name in POLICY:
+        return POLICY_RATES, POLICY_TUNING, POLICY_MARKS
+    if name in IMAGES_ALONE:
+        return IMAGE_RATES, IMAGE_TUNING, IMAGE_MARKS
+    return RATES, TUNING_MARKS, MARKS
 
 
 def reader() -> Any:
@@ -202,7 +216,7 @@ class Trainee:
 def trained(name: str, rate: float, seed: int, reward: str, marks: Sequence[int]) -> Curve:
     """Train, and return an evaluation at step 0 and at each mark."""
     trainee = Trainee(name, rate, seed, reward)
-    found = []
+    found: Curve = []
     try:
         for step in range(max(marks) + 1):
             if step:
@@ -220,8 +234,8 @@ def tune(out: Path, names: Sequence[str], reward: str) -> None:
         file = out / f"tune-{name}.json"
         if file.exists():
             continue
-        marks = marks_of(name)[0]
-        curves = {f"{rate:g}": trained(name, rate, 0, reward, marks) for rate in RATES}
+        rates, marks, _ = plan_of(name)
+        curves = {f"{rate:g}": trained(name, rate, 0, reward, marks) for rate in rates}
         best = max(curves, key=lambda rate: merit(curves[rate]))
         file.write_text(json.dumps({"best": float(best), "curves": curves}, indent=1))
         print(f"{name}: best {best}", *(f"\n  {c}" for c in curves.items()), flush=True)
@@ -231,18 +245,18 @@ def merit(curve: Curve) -> tuple[float, float]:
     """Order curves: by steps to the level, then by the reward of the last point that is diverse."""
     steps = steps_to(curve, LEVEL, DIVERSITY)
     diverse = [point["reward"] for point in curve if point["diversity"] >= DIVERSITY]
-    whole = len(curve) == max(len(TUNING_MARKS), len(LONG_TUNING_MARKS)) + 1
+    whole = len(curve) == len(TUNING_MARKS) + 1
     return (-steps if steps is not None else -1e9, diverse[-1] if whole else -1e9)
 
 
-def run(out: Path, names: Sequence[str], reward: str) -> None:
+def run(out: Path, names: Sequence[str], reward: str, rates: Path) -> None:
     for seed in SEEDS:
         for name in names:
-            file, tuned = out / f"run-{name}-{seed}.json", out / f"tune-{name}.json"
+            file, tuned = out / f"run-{name}-{seed}.json", rates / f"tune-{name}.json"
             if file.exists() or not tuned.exists():
                 continue
             best = json.loads(tuned.read_text())["best"]
-            curve = trained(name, best, seed, reward, marks_of(name)[1])
+            curve = trained(name, best, seed, reward, plan_of(name)[2])
             file.write_text(json.dumps(curve, indent=1))
             last = curve[-1]
             print(f"{name} seed {seed}: " + json.dumps(last), flush=True)
@@ -367,6 +381,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("methods"))
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--reward", choices=REWARDS, default="preference")
+    parser.add_argument("--rates", type=Path, help="folder of `tune`, if it is not --out")
     parser.add_argument("--turns", type=int, default=3, help="of `time`")
     parser.add_argument("--level", type=float, default=LEVEL, help="reward of the table")
     parser.add_argument("--diversity", type=float, default=DIVERSITY)
@@ -380,7 +395,7 @@ def main() -> None:
         case "tune":
             tune(options.out, options.only, options.reward)
         case "run":
-            run(options.out, options.only, options.reward)
+            run(options.out, options.only, options.reward, options.rates or options.out)
         case "peak":
             peak(options.only)
         case "time":
