@@ -46,8 +46,9 @@ QUOTES = "'\""
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
+@cache
 def register(command: str) -> None:
-    """Make dataclasses known to Hydra: the root of a command, and one node per group choice.
+    """Make dataclasses known to Hydra, once: the root of a command, and one node per group choice.
 
     `${demo:base}` in a recipe is the folder of a shipped model, `${demo_images:moons}` one of
     shipped images; `${demo_images:prompts.txt}` has the prompts of `sfumato demo`.
