@@ -38,7 +38,7 @@ SEEDS = (1, 2, 3)
 TUNING_MARKS = (4, 8, 12)
 MARKS = (3, 6, 9, 12, 16, 20)  # steps that are evaluated
 # Of methods without a gradient: policy gradients, and regressions of images.
-POLICY_RATES, POLICY_TUNING, POLICY_MARKS = (1e-3, 2e-3), (5, 10, 15), (10, 20, 40)
+POLICY_RATES, POLICY_TUNING, POLICY_MARKS = (1e-3, 2e-3), (5, 10, 15), (10, 20, 30)
 IMAGE_RATES, IMAGE_TUNING, IMAGE_MARKS = (1e-3, 2e-3), (4, 8, 12), (5, 10, 20)
 BATCH = 16  # images, and queries of the reward, in a step
 IMAGES = 8  # of each of six prompts

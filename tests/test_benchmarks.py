@@ -69,6 +69,7 @@ def gpu_parts(out: Path, *arguments: str) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.nightly
 def test_every_part_of_the_gpu_script_runs_on_a_cpu(tmp_path: Path):
     """In float32 our loops and the bare ones have the same gradients."""
     results = gpu_parts(tmp_path / "out.json", "--dtype", "float32")

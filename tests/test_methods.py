@@ -406,7 +406,13 @@ def test_a_collection_survives(
         assert_same_run(tmp_path / "run", tmp_path / "whole", 7)
 
 
-@pytest.mark.parametrize("method", ["rsm", "leapalign", "adjoint_matching", "nft", "ddpo"])
+NIGHTLY = [
+    pytest.param(name, marks=pytest.mark.nightly)
+    for name in ("leapalign", "adjoint_matching", "nft")
+]
+
+
+@pytest.mark.parametrize("method", ["rsm", "ddpo", *NIGHTLY])
 def test_a_sharded_transformer_is_a_whole_one(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, method: str
 ) -> None:

@@ -126,7 +126,10 @@ def ladder(place: Path, runs: Path, cached: bool, *more: str) -> list[list[str]]
     return [first, stage(place, runs, "second", 64, cached, start, *more)]
 
 
-@pytest.mark.parametrize(("cached", "world", "kills"), [(False, 1, [3]), (True, 2, [4, 2])])
+@pytest.mark.parametrize(
+    ("cached", "world", "kills"),
+    [pytest.param(False, 1, [3], marks=pytest.mark.nightly), (True, 2, [4, 2])],
+)
 def test_a_ladder_that_is_killed_twice_ends_bitwise_equal(
     place: Path, tmp_path: Path, cached: bool, world: int, kills: list[int]
 ) -> None:
