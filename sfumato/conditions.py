@@ -63,6 +63,7 @@ _PLANNED: Sequence[Row] = (
     (r"objective\.logit_(mean|std)", "objective.timesteps=logit_normal"),
     (r"objective\.snr_gamma", "objective.weighting=min_snr"),
     (r"reward\.(parts\..+\.)?gradient_checkpointing", "objective!=supervised|dpo"),
+    (r"reward\.(standardise|gradients)", "objective=draft|direct|adjoint_matching|direct_align"),
     (r"training\.ema_(every_steps|on_cpu)", "training.ema_decay!=null"),
     (r"training\.shard_size", "training.strategy=hsdp"),
 )
