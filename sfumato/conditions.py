@@ -204,7 +204,7 @@ def is_path(key: str, value: object) -> bool:
         return False
     if key in (*STARTS, "model.network.config", "data.prompts", "validation.prompts"):
         return True
-    if room.startswith(("model", "reward")):
+    if room.startswith(("model", "reward", "validation.rewards.")):
         return name in _MODELS or (room.startswith("model.merge.") and name == "path")
     rooms = ("data.images", "data.pairs", "validation.images", "validation.pairs")
     return name == "path" and room.startswith(rooms)

@@ -1,13 +1,24 @@
 """Balance of a reward's parts: closed forms in float64, finite differences, and runs of the toy."""
 
 import json
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import pytest
 import torch
-from runs import assert_same_state, command, in_processes, last_state, metrics, start
+from runs import (
+    assert_same_state,
+    command,
+    in_child,
+    in_processes,
+    kill,
+    last_state,
+    metrics,
+    on_call,
+    start,
+)
 from torch import Tensor
 from toy import use_toy
 from vectors import CASES, PROMPTS, ROWS, WIDTH, Curved, DoubleRng, VectorModel, differentiate
@@ -231,7 +242,7 @@ def test_without_a_balance_the_gradient_is_bitwise_that_of_the_plain_sum(name: s
         found, loss = differentiate(MAKERS[name](reward), model())
         assert torch.equal(found, expected)
         assert torch.equal(loss.value, before.value)
-        assert not loss.rows
+        assert not any(key.startswith("reward/") for key in loss.rows)
         measured = [key for key in loss.metrics if key.startswith(("reward_g", "reward_c"))]
         assert ({*measured} >= {"reward_gradient/a", "reward_cosine/a/b"}) == (how == "measured")
 
@@ -284,10 +295,10 @@ def test_the_first_step_measures_and_the_next_is_standardised(name: str, how: st
     found, loss = differentiate(objective, toy)
     still, _ = differentiate(MAKERS[name](Linear(0.0, 0.0, 0.0)), model())
     torch.testing.assert_close(found, still, rtol=1e-12, atol=1e-12)
-    assert list(loss.rows) == ["reward/small", "reward/large"]
+    rows = {key: loss.rows[key] for key in ("reward/small", "reward/large")}
     assert "deviations" in objective.why_idle
-    objective.observe({key: values.tolist() for key, values in loss.rows.items()})
-    sizes = [float(values.std()) for values in loss.rows.values()]
+    objective.observe({key: values.tolist() for key, values in rows.items()})
+    sizes = [float(values.std()) for values in rows.values()]
     factors = [0.5 / sizes[0], 2 * 100 / sizes[1]]
     mean = (abs(factors[0]) + abs(factors[1])) / 2.5
     factors = [0.5 * mean, 2 * mean] if how == "equalised" else factors
@@ -348,8 +359,13 @@ def test_a_run_goes_on_with_its_deviations(
 ) -> None:
     use_toy(monkeypatch)
     start(command(tmp_path, "whole", *BALANCED))
-    start(command(tmp_path, "run", *BALANCED, "training.max_steps=2"))
-    start(command(tmp_path, "run", *BALANCED))
+
+    def die() -> None:
+        on_call(4, kill, "Balance.observe")
+        start(command(tmp_path, "run", *BALANCED))
+
+    assert in_child(die) == -signal.SIGKILL
+    assert in_child(lambda: start(command(tmp_path, "run", *BALANCED))) == 0
     assert_same_state(tmp_path / "run", tmp_path / "whole")
     learned = last_state(tmp_path / "run").state["objective"]
     assert learned["steps"] == 6
