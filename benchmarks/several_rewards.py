@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from measure import quiet
+from methods import Trainee
 
 SEEDS = (0, 1, 2)
 STEPS, BATCH, RATE = 12, 8, 2e-3
@@ -39,32 +39,14 @@ TIMED = {
 }
 
 
-class Trainee:
-    """A run of recipe=demo_reward with overrides, step by step in this process."""
+class Colors(Trainee):
+    """A run of recipe=demo_reward with overrides, evaluated by both colours."""
 
     def __init__(self, *overrides: str) -> None:
         from sfumato.compose import compose_train
-        from sfumato.models.registry import load_model
-        from sfumato.run.build import build_model, build_objective, build_scorer
-        from sfumato.run.open_data import open_stream
-        from sfumato.training.distribution import Distribution
-        from sfumato.training.module import TrainingModule
-        from sfumato.training.state import TrainState
 
         given = ("recipe=demo_reward", "method=draft_k", "training.precision=no", *overrides)
-        self.config = compose_train(given)[0]
-        self.distribution = Distribution(self.config.training)
-        objective = build_objective(self.config, build_scorer(self.config))
-        self.model = build_model(self.config, objective, load_model, self.distribution)
-        self.model.trained.train()
-        self.module = TrainingModule(self.model, objective)
-        stream = open_stream(self.config, None)
-        self.state = TrainState(self.config, self.model, objective, stream, self.distribution)
-
-    def step(self) -> dict[str, float]:
-        from sfumato.training.loop import take_step
-
-        return take_step(self.config, self.module, self.state, self.distribution)
+        super().__init__(compose_train(given)[0])
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -87,16 +69,16 @@ class Trainee:
 def trained(scales: tuple[int, int], way: Sequence[str], seed: int) -> dict[str, float]:
     """Return both rewards after training."""
     parts = [
-        "reward.parts.red={kind: color, color: red, scale: %g}" % scales[0],
-        "reward.parts.light={kind: brightness, scale: %g}" % scales[1],
+        f"reward.parts.red={{kind: color, color: red, scale: {scales[0]}.0}}",
+        f"reward.parts.light={{kind: brightness, scale: {scales[1]}.0}}",
     ]
     size = [f"training.{key}_batch_size={BATCH}" for key in ("micro", "global")]
     numbers = [f"training.max_steps={STEPS}", f"training.seed={seed}", f"optimizer.lr={RATE}"]
-    trainee = Trainee(*COLORS, *parts, *CHEAP, *size, *numbers, *way)
+    trainee = Colors(*COLORS, *parts, *CHEAP, *size, *numbers, *way)
     for _ in range(STEPS):
         trainee.step()
     found = trainee.evaluate()
-    trainee.distribution.close()
+    trainee.close()
     return found
 
 
@@ -114,7 +96,7 @@ def run(out: Path) -> None:
                 print(f"{file.name}: {found['after']}, {seconds:.0f} s", flush=True)
     base = out / "base.json"
     if not base.exists():
-        base.write_text(json.dumps(Trainee(*COLORS[:1], *CHEAP).evaluate()))
+        base.write_text(json.dumps(Colors(*COLORS[:1], *CHEAP).evaluate()))
 
 
 def table(out: Path) -> None:
@@ -139,7 +121,7 @@ def shown(values: Sequence[float]) -> str:
 
 def measured(turns: int) -> Iterator[tuple[str, float]]:
     """Yield CPU seconds of a step of recipe=demo_reward (CLIP and redness), by turns."""
-    trainees = {way: Trainee("objective.truncation_steps=1", *more) for way, more in TIMED.items()}
+    trainees = {way: Colors("objective.truncation_steps=1", *more) for way, more in TIMED.items()}
     seconds: dict[str, list[float]] = {way: [] for way in trainees}
     for turn in range(turns + 1):
         for way, trainee in trainees.items():

@@ -354,9 +354,7 @@ SUM = (
 BALANCED = (*SUM, "reward.standardise=true", "reward.gradients=equalised", "optimizer.eps=1e-4")
 
 
-def test_a_run_goes_on_with_its_deviations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_with_its_deviations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_toy(monkeypatch)
     start(command(tmp_path, "whole", *BALANCED))
 

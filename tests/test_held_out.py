@@ -87,9 +87,7 @@ def test_held_out_rewards_change_no_training(
     ours, theirs = last_state(with_them), last_state(without)
     assert ours.state == theirs.state
     assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in theirs.weights)
-    left = [
-        {k: v for k, v in row.items() if "held_out" not in k} for row in metrics(with_them)
-    ]
+    left = [{k: v for k, v in row.items() if "held_out" not in k} for row in metrics(with_them)]
     assert left == metrics(without)
     assert not any("held_out" in key for row in pairs(without, 2) for key in row)
 

@@ -307,9 +307,7 @@ def _rewards(score: Score, step: int, texts: Sequence[str]) -> list[dict[str, An
     ]
 
 
-def _refuse_non_finite(
-    values: Sequence[float], what: str, step: int, texts: Sequence[str]
-) -> None:
+def _refuse_non_finite(values: Sequence[float], what: str, step: int, texts: Sequence[str]) -> None:
     if not np.isfinite(values).all():
         raise ValueError(f"at step {step} the {what} of {texts} are {values}; leave the step out")
 

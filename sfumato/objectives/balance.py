@@ -76,9 +76,11 @@ class Balance:
             own = torch.tensor(values, dtype=torch.float64)
             found = (own.mean().item(), own.var().item() if len(values) > 1 else 0.0)
             name = row.removeprefix(PART)
-            before = self._known.get(name, found)
-            mean, variance = ((1 - share) * b + share * f for b, f in zip(before, found, strict=True))
-            self._known[name] = (mean, variance)
+            mean, variance = self._known.get(name, found)
+            self._known[name] = (
+                (1 - share) * mean + share * found[0],
+                (1 - share) * variance + share * found[1],
+            )
 
     def state(self) -> dict[str, Any]:
         return {"steps": self._steps, "parts": self._known} if self._steps else {}
