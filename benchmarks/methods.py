@@ -150,7 +150,7 @@ def preference() -> Any:
 class Trainee:
     """A method that is trained in this process, step by step, and evaluated between the steps."""
 
-    def __init__(self, name: str, rate: float, seed: int, reward: str = "preference") -> None:
+    def __init__(self, config: Any, reward: str = "preference") -> None:
         from sfumato.models.registry import load_model
         from sfumato.run.build import build_model, build_objective, build_scorer
         from sfumato.run.open_data import open_stream
@@ -158,7 +158,7 @@ class Trainee:
         from sfumato.training.module import TrainingModule
         from sfumato.training.state import TrainState
 
-        self.config = config_of(name, rate, seed, reward)
+        self.config = config
         self.distribution = Distribution(self.config.training)
         self.reward = reader() if reward == "reader" else build_scorer(self.config)
         self.held_out = preference() if reward == "reader" else reader()
@@ -217,7 +217,7 @@ class Trainee:
 
 def trained(name: str, rate: float, seed: int, reward: str, marks: Sequence[int]) -> Curve:
     """Train, and return an evaluation at step 0 and at each mark."""
-    trainee = Trainee(name, rate, seed, reward)
+    trainee = Trainee(config_of(name, rate, seed, reward), reward)
     found: Curve = []
     try:
         for step in range(max(marks) + 1):
@@ -268,7 +268,7 @@ def measure(out: Path, names: Sequence[str], turns: int) -> None:
     """Time one step of each method by turns; count passes, and the peak of memory."""
     trainees = {}
     for name in names:
-        trainee = trainees[name] = Trainee(name, 1e-4, 0)
+        trainee = trainees[name] = Trainee(config_of(name, 1e-4, 0, "preference"))
         trainee.step()
         trainee.passes.clear()
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -300,7 +300,7 @@ def peak_of(name: str) -> float:
 
 def peak(names: Sequence[str]) -> None:
     for name in names:
-        trainee = Trainee(name, 1e-4, 0)
+        trainee = Trainee(config_of(name, 1e-4, 0, "preference"))
         reset_peak()
         before = peak_of_process()
         trainee.step()

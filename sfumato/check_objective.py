@@ -30,6 +30,8 @@ def check_objective(config: TrainConfig, objective: RewardedConfig) -> None:
     sampler = config.sampler
     collects = isinstance(objective, CollectedConfig)
     _check_reward(config.reward, objective.kind, differentiable=not collects)
+    if not collects:
+        _check_deviations(config)
     if isinstance(objective, CollectedConfig):
         _check_groups(objective, config)
     match objective:
@@ -48,10 +50,13 @@ def check_objective(config: TrainConfig, objective: RewardedConfig) -> None:
                 )
         case DirectAlignConfig():
             _check_range("objective.noise_levels", objective.noise_levels, 1.0, "times")
-    scaled = isinstance(objective, DraftConfig | CollectedConfig)
+    reward = config.reward
+    equal = isinstance(reward, WeightedRewardConfig) and reward.gradients == "equalised"
+    scaled = collects or (isinstance(objective, DraftConfig) and not equal)
     if not scaled and config.training.precision == "fp16":
+        what = "reward.gradients=equalised" if equal else f"objective={objective.kind}"
         raise ValueError(
-            f"objective={objective.kind} differentiates the reward before the loss is scaled, "
+            f"{what} differentiates the reward before the loss is scaled, "
             "where small gradients vanish under training.precision=fp16; use bf16 or no"
         )
     match objective:
@@ -81,6 +86,8 @@ def _check_reward(reward: RewardConfig, objective: str, *, differentiable: bool)
     if isinstance(reward, WeightedRewardConfig):
         if not any(part.weight for part in reward.parts.values()):
             raise ValueError("each reward.parts.NAME.weight is 0: nothing is learned; give others")
+        if "reward" in reward.parts:
+            raise ValueError("reward.parts: a part is named 'reward', as the sum is; rename it")
         rewards = {f"reward.parts.{name}": part.reward for name, part in reward.parts.items()}
     for key, each in rewards.items():
         if isinstance(each, NoRewardConfig):
@@ -96,6 +103,15 @@ def _check_reward(reward: RewardConfig, objective: str, *, differentiable: bool)
                 "the reward's gradient; choose a differentiable one (reward=clip, reward=color), "
                 "or an objective that needs no gradient (objective=policy_gradient, nft or awm)"
             )
+
+
+def _check_deviations(config: TrainConfig) -> None:
+    alone = config.training.global_batch_size == 1
+    if alone and isinstance(config.reward, WeightedRewardConfig) and config.reward.standardise:
+        raise ValueError(
+            "training.global_batch_size=1 has no deviation between its images, by which "
+            "reward.standardise=true divides; give 2 or more, or reward.standardise=false"
+        )
 
 
 def _check_groups(objective: CollectedConfig, config: TrainConfig) -> None:

@@ -33,6 +33,7 @@ from sfumato.config import (
     RewardConfig,
     TrainConfig,
     WeightedPartConfig,
+    WeightedRewardConfig,
     check_values,
     rule_of,
 )
@@ -109,10 +110,12 @@ def _resolve_entries(settings: Any, prefix: str) -> None:
         if is_dataclass(value):
             _resolve_entries(value, f"{key}.")
             continue
-        if kind is RewardConfig and not value:
+        weighted = isinstance(settings, WeightedRewardConfig)
+        if weighted and kind is RewardConfig and not value:
             raise ValueError(f"{key} is empty; write '{key}.NAME={{kind: clip, weight: 1.0, ...}}'")
         if is_dataclass(kind):
-            resolve = _resolve_part if kind is RewardConfig else partial(_resolve, kind=kind)
+            one = _resolve_part if weighted else _resolve_reward
+            resolve = one if kind is RewardConfig else partial(_resolve, kind=kind)
             vars(settings)[item.name] = {
                 name: None if entry is None else resolve(f"{key}.{name}", entry)
                 for name, entry in value.items()
@@ -342,13 +345,22 @@ def _resolve_part(key: str, entry: Any) -> WeightedPartConfig:
     if not isinstance(entry, dict):
         raise ValueError(f"{key} = {entry!r}; write {{kind: ..., weight: ...}}")
     settings: dict[str, Any] = dict(entry)
-    kind, weight = settings.pop("kind", None), settings.pop("weight", WeightedPartConfig.weight)
+    weight = settings.pop("weight", WeightedPartConfig.weight)
+    reward = _resolve_reward(key, settings)
+    if type(weight) not in (int, float) or not math.isfinite(weight):
+        raise ValueError(f"{key}.weight = {weight!r} is not a finite number; give one")
+    return WeightedPartConfig(reward, float(weight))
+
+
+def _resolve_reward(key: str, entry: Any) -> RewardConfig:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{key} = {entry!r}; write {{kind: ..., ...}}")
+    settings: dict[str, Any] = dict(entry)
+    kind = settings.pop("kind", None)
     choices = [name for name in REWARDS if name not in ("none", "weighted")]
     if kind not in choices:
         raise ValueError(f"{key}.kind = {kind!r}; choose one of {', '.join(choices)}")
-    if type(weight) not in (int, float) or not math.isfinite(weight):
-        raise ValueError(f"{key}.weight = {weight!r} is not a finite number; give one")
-    return WeightedPartConfig(_resolve(key, settings, REWARDS[kind]), float(weight))
+    return _resolve(key, settings, REWARDS[kind])
 
 
 def _resolve(key: str, entry: Any, kind: type) -> Any:

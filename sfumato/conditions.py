@@ -63,6 +63,7 @@ _PLANNED: Sequence[Row] = (
     (r"objective\.logit_(mean|std)", "objective.timesteps=logit_normal"),
     (r"objective\.snr_gamma", "objective.weighting=min_snr"),
     (r"reward\.(parts\..+\.)?gradient_checkpointing", "objective!=supervised|dpo"),
+    (r"reward\.(standardise|gradients)", "objective=draft|direct|adjoint_matching|direct_align"),
     (r"training\.ema_(every_steps|on_cpu)", "training.ema_decay!=null"),
     (r"training\.shard_size", "training.strategy=hsdp"),
 )
@@ -203,7 +204,7 @@ def is_path(key: str, value: object) -> bool:
         return False
     if key in (*STARTS, "model.network.config", "data.prompts", "validation.prompts"):
         return True
-    if room.startswith(("model", "reward")):
+    if room.startswith(("model", "reward", "validation.rewards.")):
         return name in _MODELS or (room.startswith("model.merge.") and name == "path")
     rooms = ("data.images", "data.pairs", "validation.images", "validation.pairs")
     return name == "path" and room.startswith(rooms)

@@ -83,6 +83,13 @@ class RewardFiles:
 
 
 @dataclass
+class ValidationFiles:
+    """Where the models of a run's held-out rewards lie now."""
+
+    rewards: dict[str, Any] = entries(PartFiles)  # NAME: {pretrained: ...}
+
+
+@dataclass
 class SampleConfig:
     """`sfumato sample`: images of a run, or of a model."""
 
@@ -119,6 +126,7 @@ class EvaluateConfig:
     features: str = "pixels"  # for diversity: pixels, lpips, a CLIP folder or hub id
     model: ModelFiles = field(default_factory=ModelFiles)  # of a run that has moved
     reward: RewardFiles = field(default_factory=RewardFiles)
+    validation: ValidationFiles = field(default_factory=ValidationFiles)
     allow_changed: list[str] = field(default_factory=list)  # settings whose files may be others
     allow_pickle: bool = False  # pickled weights can run code; a run's own setting is not believed
 

@@ -71,6 +71,8 @@ class WeightedRewardConfig(RewardConfig):
 
     kind: str = "weighted"
     parts: dict[str, Any] = entries(RewardConfig)  # NAME: {kind: ..., weight: ..., ...}
+    standardise: bool = False  # divide each part by its running deviation
+    gradients: str = choice("summed", "measured", "equalised")  # at x0: log, or equalise, norms
 
 
 REWARDS: dict[str, type[RewardConfig]] = {

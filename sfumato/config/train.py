@@ -232,6 +232,7 @@ class ValidationConfig:
     images: ImageDataConfig = field(default_factory=ImageDataConfig)  # held out
     pairs: PairDataConfig = field(default_factory=PairDataConfig)  # held out
     loss_images: int = setting(64, Rule(least=0, most=10**6))  # for its loss, or pairs; 0 is off
+    rewards: dict[str, Any] = entries(RewardConfig)  # NAME: {kind: ..., ...}; never trained on
 
 
 @dataclass

@@ -35,6 +35,7 @@ from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
 from sfumato.models.registry import find_family, load_model
 from sfumato.records import read_rows
+from sfumato.rewards.build import build_reward
 from sfumato.run.build import build_scorer
 from sfumato.run.identity import contents_of, digests
 from sfumato.training.checkpoint import (
@@ -49,6 +50,7 @@ from sfumato.training.validation import PAIRS
 
 SAMPLED = "sample.json"
 CAPTIONS = "metadata.jsonl"  # of Hugging Face's imagefolder, which data.images.path reads
+MEASURED = ("model", "reward", "validation.rewards")  # sections of the settings
 LONGEST = 10_000  # characters of a prompt
 
 
@@ -282,7 +284,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     find_family(trained.model, trained.sampler)
     writable = os.access(run.path, os.W_OK)  # else it can show what was evaluated before
     with hold(run) if writable else nullcontext():  # before weights are loaded
-        opened.contents("model", "reward")
+        opened.contents(*MEASURED)
         device = default_device()
         reward = build_scorer(trained)
         if reward is not None:
@@ -293,7 +295,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
         model.to(device)
         # Once more, as a hub's models may be here only now. Of a run that may come from a stranger,
         # only what the numbers depend on is looked at.
-        contents = contents_of(trained, run.path, started=True, sections=("model", "reward"))
+        contents = contents_of(trained, run.path, started=True, sections=MEASURED)
         contents |= digests({"features": config.features}, run.path)
         study = Study(
             model,
@@ -304,11 +306,16 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
             seed=config.seed,
             batch_size=config.batch_size,
             features=config.features,
+            held_out={
+                name: build_reward(each).to(device)
+                for name, each in trained.validation.rewards.items()
+            },
             contents=contents,
         )
         results = evaluate(run, study, steps, held=writable)
     for result in results:
         measured = [f"{result.diversity_label} {result.diversity:.4f}"]
+        measured += [f"{name} {value:.4f}" for name, value in result.held_out.items()]
         if result.reward is not None:
             measured.insert(0, f"reward {result.reward:.4f} +- {result.reward_error:.4f}")
         print(f"step {result.step}: {', '.join(measured)}")

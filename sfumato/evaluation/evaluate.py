@@ -74,7 +74,8 @@ class Study:
         """Return the settings that the numbers depend on, except the step, as read from JSON."""
         config, model = self.config, self.config.model
         scored = {"kind": type(config.reward).__name__, **asdict(config.reward)}
-        scored.pop("gradient_checkpointing", None)
+        for training in ("gradient_checkpointing", "standardise", "gradients"):
+            scored.pop(training, None)
         parts = [asdict(model.network), model.autoencoder, model.text_encoder]
         parts.append(model.prediction_type)
         plain = {
@@ -90,6 +91,9 @@ class Study:
             "held_out": sorted(self.held_out),
             "contents": dict(self.contents),
         }
+        rewards = {n: asdict(v) for n, v in config.validation.rewards.items() if n in self.held_out}
+        if rewards:  # evaluations of older versions have none
+            plain["rewards"] = _by_content(rewards, "validation.rewards.", self.contents)
         if "model.pretrained" in self.contents:
             plain["pretrained"] = "by content"
         return json.loads(json.dumps(plain))
@@ -276,6 +280,8 @@ def _generate_batch(
         score = study.reward.score(images, texts) if study.reward is not None else None
     rewards = _rewards(score, step, texts) if score is not None else [{} for _ in texts]
     held = {name: rate(images, texts).float().tolist() for name, rate in study.held_out.items()}
+    for name, values in held.items():
+        _refuse_non_finite(values, f"scores {name}", step, texts)
     records = [
         {
             "prompt": texts[row],
@@ -293,13 +299,17 @@ def _generate_batch(
 
 def _rewards(score: Score, step: int, texts: Sequence[str]) -> list[dict[str, Any]]:
     values = score.value.float().tolist()
-    if not np.isfinite(values).all():
-        raise ValueError(f"at step {step} the rewards of {texts} are {values}; leave the step out")
+    _refuse_non_finite(values, "rewards", step, texts)
     parts = {name: part.float().tolist() for name, part in score.parts.items()}
     return [
         {"reward": value, "parts": {name: part[row] for name, part in parts.items()}}
         for row, value in enumerate(values)
     ]
+
+
+def _refuse_non_finite(values: Sequence[float], what: str, step: int, texts: Sequence[str]) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(f"at step {step} the {what} of {texts} are {values}; leave the step out")
 
 
 def _means(rows: Sequence[Mapping[str, Any]], num_images: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from sfumato.config.saved import flatten
 from sfumato.run.identity import changed, contents_of, read_notes, typed
 from sfumato.training.folder import RunFolder
 
-ROOMS = ("model", "reward")  # whose files a run needs after its training
+ROOMS = ("model", "reward", "validation")  # whose files a run needs after its training
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def open_run(request: SampleConfig | EvaluateConfig) -> OpenedRun:
     named, started = named_paths(request), read_notes(folder.path).started
     unused = dict(named)
     texts = [*_texts(settings.model, "model"), *_texts(settings.reward, "reward")]
+    for name, reward in settings.validation.rewards.items():
+        texts += _texts(reward, f"validation.rewards.{name}")
     for key, owner, name in texts:
         if key in named:
             owner[name] = unused.pop(key)

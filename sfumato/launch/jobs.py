@@ -35,7 +35,7 @@ FILES = {
         r"(data|validation)\.prompts|(data|validation)\.images\.(sources\..+\.)?(path|base_path)",
         r"data\.shards\.(sources\..+\.)?path|model\.(lora\.start|scheduler|merge\..+\.path)",
         r"model\.(pretrained|autoencoder|text_encoder|tokenizer|network\.(config|from_pretrained))",
-        r"reward\.(parts\..+\.)?(pretrained|processor)",
+        r"(reward\.(parts\..+\.)?|validation\.rewards\..+\.)(pretrained|processor)",
     ),
     "prepare": (
         r"pack\.(path|base_path)|download\.table|model\.(scheduler|network\.config)",
@@ -45,7 +45,8 @@ FILES = {
     "sample": ("run|prompts|pretrained",),
 }
 OR_HUB = (
-    r"(model|reward)\..*(pretrained|processor|autoencoder|text_encoder|tokenizer|network\.config)"
+    r"(model|reward|validation\.rewards)\."
+    r".*(pretrained|processor|autoencoder|text_encoder|tokenizer|network\.config)"
     r"|download\.table|pretrained|features"
 )
 # Settings whose files a job starts from, often another job's result. A changed file is noticed.

@@ -24,7 +24,7 @@ from sfumato.diffusion.sampling import Visit, sample
 from sfumato.models.generate import encode_guided, guided_denoiser, image_size, rollout_times
 from sfumato.models.model import Conditioning, TextToImageModel
 from sfumato.objectives.objective import Loss, Piece
-from sfumato.objectives.scoring import RewardedObjective, reward_gradient, score_metrics
+from sfumato.objectives.scoring import RewardedObjective, score_metrics
 from sfumato.rewards.reward import Reward
 
 EARLY = 0.6  # share of the first steps, of which half are drawn
@@ -50,7 +50,7 @@ class AdjointMatching(RewardedObjective[Sequence[str]]):
             start = rng.normal(*model.latent_shape(height, width), device=model.device)
             run = sample(policy, model.process, start, times, eta=1.0, rng=rng, keep=model.device)
         clamp = self.config.clamp_images
-        scored = reward_gradient(model, self.reward, run.x, batch, clamp=clamp)
+        scored = self.reward_gradient(model, run.x, batch, clamp=clamp)
         chosen = self._choose(model, times, rng.shared)
         prompts = guided.cond
         if model.trains_text:
@@ -60,7 +60,8 @@ class AdjointMatching(RewardedObjective[Sequence[str]]):
         metrics = score_metrics([scored.score])
         calls: list[Piece] = []
         for i in chosen:
-            first = Loss(torch.zeros((), device=model.device), metrics) if not calls else None
+            zero = torch.zeros((), device=model.device)
+            first = None if calls else Loss(zero, metrics, rows=self.balance.rows(scored.score))
             step = (run.visits[i], times[i + 1], *targets[i])
             shared = None if model.trains_text else prompts
             calls.append(partial(self._match, model, batch, shared, *step, len(chosen), first))

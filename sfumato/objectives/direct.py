@@ -27,12 +27,7 @@ from sfumato.models.generate import encode_guided, guided_denoiser, image_size, 
 from sfumato.models.model import Role, TextToImageModel
 from sfumato.objectives.kl import KlForm, kl
 from sfumato.objectives.objective import Loss, Piece
-from sfumato.objectives.scoring import (
-    RewardedObjective,
-    Scored,
-    reward_gradient,
-    score_metrics,
-)
+from sfumato.objectives.scoring import RewardedObjective, Scored, score_metrics
 from sfumato.objectives.surrogates import Leg, legs
 from sfumato.rewards.reward import Reward
 
@@ -56,7 +51,7 @@ class Direct(RewardedObjective[Sequence[str]]):
         with torch.no_grad(), model.rolling_out():
             times, run = self._roll_out(model, denoiser("policy"), rng)
         end = run.x0 if self.config.reward_at == "x0" else run.x
-        scored = reward_gradient(model, self.reward, end, batch, clamp=self.config.clamp_images)
+        scored = self.reward_gradient(model, end, batch, clamp=self.config.clamp_images)
         form = FORMS[model.prediction_type]
         surrogate = legs(self.config, model.process, form, times, rng.shared)
         gradient, first = self._objective(model, scored, surrogate, run, end)
@@ -114,7 +109,7 @@ class Direct(RewardedObjective[Sequence[str]]):
         rewards, gradient = scored.score.value, scored.gradient
         norms = gradient.flatten(1).norm(dim=1)
         metrics = score_metrics([scored.score]) | {"reward_gradient": norms.mean()}
-        rows, factor = {}, torch.ones_like(norms)
+        rows, factor = self.balance.rows(scored.score), torch.ones_like(norms)
         if self.config.clip_quantile is not None:
             rows["reward_gradient"] = norms
             if self._limit is not None:

@@ -97,13 +97,15 @@ class DirectAlign(RewardedObjective[Sequence[Any]]):
         name: str,
     ) -> Loss:
         found = recovered(model, self._denoiser(model, prompts), x0, noise, start, end)
-        score = self._score(decoded(model, found, clamp=self.config.clamp_images), prompts)
+        images = decoded(model, found, clamp=self.config.clamp_images)
+        score = self.balance(self._score(images, prompts), found)
         rewards = score.value
         learned = rewards if self.config.hinge is None else rewards.clamp(max=self.config.hinge)
         value = -sign * learned.mean()
         metrics = score_metrics([score]) if sign > 0 else {name: rewards.mean()}
         metrics["loss"] = value
-        return Loss(value, {key: metric.detach() for key, metric in metrics.items()})
+        metrics = {key: metric.detach() for key, metric in metrics.items()}
+        return Loss(value, metrics, rows=self.balance.rows(score) if sign > 0 else {})
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Score:
         """Score images; relative to the negative words, if there are any."""
@@ -113,8 +115,11 @@ class DirectAlign(RewardedObjective[Sequence[Any]]):
         if not negative:
             return score
         disliked = self.reward.score(images, [f"{negative} {prompt}" for prompt in prompts])
-        parts = {name: score.parts[name] - disliked.parts[name] for name in score.parts}
-        return Score(score.value - disliked.value, parts)
+        parts, terms = (
+            {name: ours[name] - theirs[name] for name in ours}
+            for ours, theirs in ((score.parts, disliked.parts), (score.terms, disliked.terms))
+        )
+        return Score(score.value - disliked.value, parts, terms)
 
 
 def recovered(

@@ -28,7 +28,7 @@ from sfumato.models.generate import (
 from sfumato.models.model import Role, TextToImageModel
 from sfumato.objectives.kl import kl
 from sfumato.objectives.objective import Loss
-from sfumato.objectives.scoring import RewardedObjective, decoded, score_metrics
+from sfumato.objectives.scoring import RewardedObjective, score_metrics
 from sfumato.rewards.reward import Reward
 
 
@@ -64,7 +64,7 @@ class Draft(RewardedObjective[Sequence[str]]):
             finals.append(visits[-1].prediction.x0)
 
         clamp = self.config.clamp_images
-        scores = [self.reward.score(decoded(model, x0, clamp=clamp), batch) for x0 in finals]
+        scores = [self.scored(model, x0, batch, clamp=clamp) for x0 in finals]
         metrics = score_metrics(scores)
         loss = -metrics["reward"]
         if self.config.kl_coeff:
@@ -72,7 +72,8 @@ class Draft(RewardedObjective[Sequence[str]]):
             metrics["kl"] = distance = kl(model, visits, denoiser)
             loss = loss + self.config.kl_coeff * distance
         metrics["loss"] = loss
-        return Loss(loss, {name: value.detach() for name, value in metrics.items()})
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        return Loss(loss, metrics, rows=self.balance.rows(scores[0]))
 
     def _denoiser(self, model: TextToImageModel, prompts: Guided, role: Role) -> Denoiser:
         gradient = cast(CfgGradient, self.config.cfg_gradient)

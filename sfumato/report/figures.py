@@ -15,7 +15,7 @@ from sfumato.evaluation.results import Evaluation
 from sfumato.report.comparison import from_base
 from sfumato.report.losses import loss_by_t, validation_loss
 from sfumato.report.records import RunRecord
-from sfumato.report.tables import held_out_names
+from sfumato.report.tables import VALIDATED, held_out_names, validated_names
 
 # Okabe and Ito's palette, which readers with any colour vision can distinguish on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -103,6 +103,8 @@ def training_panels(records: Sequence[RunRecord], base: Evaluation | None) -> li
         panels.append(_evaluated("reward", scored, lambda one: one.reward, base))
     else:
         panels += rewards("reward of validation images", "validation/reward")
+    for name in validated_names(records):
+        panels += rewards(f"{name} of validation images (held out)", f"{VALIDATED}{name}")
     if any(curves):
         label = next(curve[0].diversity_label for curve in curves if curve)
         for name in held_out_names(records):

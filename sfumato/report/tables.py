@@ -11,6 +11,7 @@ from sfumato.report.records import RunRecord
 
 MINUS, PLUS_MINUS, NONE = "−", "±", "–"
 HELD_OUT = "held-out score "  # distinguishes a score's column from others of the same name
+VALIDATED = "validation/held_out/"  # begins the metric of a score
 LOSSES = ("images seen", "validation loss before", "lowest validation loss", "last validation loss")
 
 
@@ -116,6 +117,13 @@ def difference_table(records: Sequence[RunRecord]) -> Table | None:
 def held_out_names(records: Sequence[RunRecord]) -> list[str]:
     """Return the names of the held-out scores of all runs."""
     return list(dict.fromkeys(n for r in records for one in r.evaluations for n in one.held_out))
+
+
+def validated_names(records: Sequence[RunRecord]) -> list[str]:
+    """Return the names of the held-out scores that validation alone measured."""
+    keys = dict.fromkeys(key for r in records for row in r.metrics for key in row)
+    names = [key.removeprefix(VALIDATED) for key in keys if key.startswith(VALIDATED)]
+    return [name for name in names if name not in held_out_names(records)]
 
 
 def _scores(one: Evaluation, base: Evaluation | None, label: str) -> dict[str, Cell]:

@@ -41,6 +41,8 @@ def build_reward(config: RewardConfig) -> Reward:
         case WeightedRewardConfig():
             parts = config.parts.items()
             return WeightedSum(
-                {name: (part.weight, build_reward(part.reward)) for name, part in parts}
+                {name: (part.weight, build_reward(part.reward)) for name, part in parts},
+                standardise=config.standardise,
+                gradients=config.gradients,
             )
     raise AssertionError(f"no builder for {type(config).__name__}")

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Score:
-    """A batch of rewards and, for a composed reward, its parts by name (detached, unweighted)."""
+    """A batch of rewards and, for a composed reward, its parts by name (detached, unweighted).
+
+    Attributes:
+        terms: the parts with their graphs, of a reward that asks for a balance of them.
+        measures: numbers about the parts' gradients, by the names of their metrics.
+    """
 
     value: Float[Tensor, " b"]
     parts: Mapping[str, Float[Tensor, " b"]] = field(default_factory=dict)
+    terms: Mapping[str, Float[Tensor, " b"]] = field(default_factory=dict)
+    measures: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
 
 
 class Reward(nn.Module, abc.ABC):
@@ -25,11 +32,15 @@ class Reward(nn.Module, abc.ABC):
         scale: what the raw score (a cosine, a mean of pixels) is multiplied by. `kl_coeff` is
             calibrated to it, so it is recorded with every run.
         weights: of the parts of a composed reward, by name.
+        standardise: whether who learns from gradients divides each part by its running deviation.
+        gradients: whether the parts' gradients at x0 are summed, measured too, or equalised.
     """
 
     differentiable: bool = True
     scale: float = 1.0
     weights: Mapping[str, float] = MappingProxyType({})
+    standardise: bool = False
+    gradients: str = "summed"
 
     @abc.abstractmethod
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:

@@ -122,7 +122,11 @@ def build_job(
         describe(config, model, reward, distribution.world, cached=cached)
         if objective.needs_old:
             print("the old policy keeps a copy of these parameters", flush=True)
-    validation = Validation(config, data.prompts, reward, held_out, distribution)
+    others = {
+        name: build_reward(each).to(distribution.device)
+        for name, each in config.validation.rewards.items()
+    }
+    validation = Validation(config, data.prompts, reward, held_out, distribution, others)
     return Job(config, settings, model, objective, data.stream, validation)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.conditions import STARTS, named_files
-from sfumato.config import TrainConfig
+from sfumato.config import RewardConfig, RewardedConfig, TrainConfig, WeightedRewardConfig
 from sfumato.data.paths import expand_pattern
 from sfumato.files import digest, sha256_of, write_text
 from sfumato.records import read_record
@@ -20,6 +20,7 @@ MEMORY = "contents.json"  # in a run folder
 MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 BESIDE = ("adapter_config.json", "open_clip_config.json")  # state how a file's weights are meant
 DATA = ("data.", "validation.")  # settings of pictures and prompts
+SCALING = ("scale", "dtype", "gradient_checkpointing")  # what is measured stays the same
 THREADS = 4
 READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are compared
 
@@ -41,7 +42,8 @@ def contents_of(
         started: leave out the weights that a run needs only to begin.
         sections: of the settings; the files of other sections are not looked at.
     """
-    named = {k: v for k, v in named_files(config).items() if k.partition(".")[0] in sections}
+    rooms = tuple(f"{section}." for section in sections)
+    named = {k: v for k, v in named_files(config).items() if k.startswith(rooms)}
     return digests({k: v for k, v in named.items() if not (started and k in STARTS)}, run)
 
 
@@ -105,6 +107,31 @@ def repeated_pictures(config: TrainConfig, run: Path) -> tuple[int, int]:
     return len(rooms[0] & rooms[1]), len(rooms[0])
 
 
+def trained_rewards(config: TrainConfig, contents: Mapping[str, str]) -> list[str]:
+    """Return the names of held-out rewards that training learns from too, also at other paths."""
+    reward = config.reward
+    trained: dict[str, RewardConfig] = {"reward": reward}
+    if isinstance(reward, WeightedRewardConfig):
+        parts = reward.parts.items()
+        trained = {f"reward.parts.{name}": part.reward for name, part in parts if part.weight}
+    if not isinstance(config.objective, RewardedConfig):
+        trained = {}
+    known = [_measure(each, key, contents) for key, each in trained.items()]
+    held_out = config.validation.rewards.items()
+    measures = {n: _measure(each, f"validation.rewards.{n}", contents) for n, each in held_out}
+    return [name for name, measure in measures.items() if measure in known]
+
+
+def _measure(reward: RewardConfig, key: str, contents: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings that say what a reward measures, up to a scale."""
+    settings = {k: contents.get(f"{key}.{k}", v) for k, v in asdict(reward).items()}
+    return {k: v for k, v in settings.items() if k not in SCALING}
+
+
+def _is_data(key: str) -> bool:
+    return key.startswith(DATA) and not key.startswith("validation.rewards.")
+
+
 def _digest_of(value: str, key: str, sums: dict[str, Any]) -> str | None:
     """Return the digest of a path; a file as `sums` has it (size, time, inode) is not read."""
     files = {path: state for path in _paths_of(value, key) if (state := _state(path))}
@@ -113,7 +140,7 @@ def _digest_of(value: str, key: str, sums: dict[str, Any]) -> str | None:
     top = _local(value).absolute()
     names = [path[len(str(top)) + 1 :] if top.is_dir() else Path(path).name for path in files]
     names = names if top.is_dir() or len(names) > 1 else [""]
-    if key.startswith(DATA) and sum(size for size, *_ in files.values()) > READ_WHOLE:
+    if _is_data(key) and sum(size for size, *_ in files.values()) > READ_WHOLE:
         return digest([(name, state[0]) for name, state in zip(names, files.values(), strict=True)])
     others = [path for path, state in files.items() if sums.get(path, ())[:-1] != state]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -124,7 +151,7 @@ def _digest_of(value: str, key: str, sums: dict[str, Any]) -> str | None:
 
 def _paths_of(value: str, key: str) -> list[str]:
     """Return what lies at the path of a setting, hidden files left out, as nothing reads them."""
-    top, is_data = _local(value).absolute(), key.startswith(DATA)
+    top, is_data = _local(value).absolute(), _is_data(key)
     if top.is_dir():
         paths: list[str] = []
         real: set[str] = set()  # a link may lead back

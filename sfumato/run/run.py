@@ -22,6 +22,7 @@ from sfumato.run.identity import (
     contents_of,
     read_notes,
     repeated_pictures,
+    trained_rewards,
     write_began,
 )
 from sfumato.run.open_data import Data, open_data, own_pictures, why_uncached
@@ -152,6 +153,12 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
     repeated, total = repeated_pictures(config, folder.path)
     if repeated:
         print(f"validation: training reads {repeated} of its {total} pictures too", flush=True)
+    for name in trained_rewards(config, contents):
+        print(
+            f"warning: validation.rewards.{name} is a reward that training learns from, so it "
+            "does not show whether training exploits that reward; choose another",
+            flush=True,
+        )
 
 
 def cache_images(

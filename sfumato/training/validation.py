@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -33,7 +34,7 @@ class Pictures:
     """Images and their rewards, on the CPU."""
 
     images: Float[Tensor, "b 3 H W"]
-    rewards: Float[Tensor, " b"] | None  # NaN where the reward gives no number
+    rewards: Mapping[str, Float[Tensor, " b"]]  # by metric; NaN where a reward gives no number
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Validation:
         prompts: one per image.
         reward: scores each image with its own prompt; None leaves scores out.
         held_out: samples of the validation loss; None leaves the loss out.
+        rewards: score the images too, by name; no training sees them.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class Validation:
         reward: Reward | None,
         held_out: HeldOut | None,
         distribution: Distribution,
+        rewards: Mapping[str, Reward] = MappingProxyType({}),
     ) -> None:
         self._config = config
         self._prompts = list(prompts)
         self._seeds = [derive(config.validation.seed, i) for i in range(len(prompts))]
-        self._reward = reward
+        trained = {} if reward is None else {"reward": reward}
+        self._rewards = trained | {f"held_out/{name}": each for name, each in rewards.items()}
         self._held_out = held_out
         self._distribution = distribution
         self._base: Pictures | None = None
@@ -83,9 +87,10 @@ class Validation:
                 self._base = self._pictures(model, "base")
             else:
                 self._base = self._first(folder) if step else tuned
-        for name, pictures in (("reward", tuned), ("reward_base", self._base)):
-            if pictures.rewards is not None and not pictures.rewards.isnan().all():
-                metrics[f"validation/{name}"] = pictures.rewards.nanmean().item()
+        for end, pictures in (("", tuned), ("_base", self._base)):
+            for name, values in pictures.rewards.items():
+                if not values.isnan().all():
+                    metrics[f"validation/{_named(name, end)}"] = values.nanmean().item()
         with self._distribution.together():
             if self._distribution.is_main:
                 self._record(folder.samples(step), step, trackers, (tuned, self._base))
@@ -97,9 +102,10 @@ class Validation:
         records: list[dict[str, Any]] = []
         for i, prompt in enumerate(self._prompts):
             records.append({"index": i, "prompt": prompt, "seed": self._seeds[i]})
-            for name, side in zip(SIDES, sides, strict=True):
-                if side.rewards is not None and side.rewards[i].isfinite():
-                    records[i][f"reward_{name}"] = side.rewards[i].item()
+            for end, side in zip(SIDES, sides, strict=True):
+                for name, values in side.rewards.items():
+                    if values[i].isfinite():
+                        records[i][_named(name, f"_{end}")] = values[i].item()
         with new_folder(path, older=_OLDER) as folder:
             for name, side in zip(SIDES, sides, strict=True):
                 for i, image in enumerate(side.images):
@@ -123,8 +129,10 @@ class Validation:
         files = [path / f"{i:03d}-base.png" for i in range(len(self._prompts))]
         try:
             rows = read_rows(path / PAIRS)
-            found = torch.tensor([row.get("reward_base", math.nan) for row in rows])
-            rewards = found if self._reward else None
+            rewards = {
+                name: torch.tensor([row.get(_named(name, "_base"), math.nan) for row in rows])
+                for name in self._rewards
+            }
             if len(rows) != len(files):
                 raise ValueError(f"{PAIRS} has {len(rows)} rows instead of {len(files)}")
             return Pictures(load_images(files), rewards)
@@ -169,28 +177,45 @@ class Validation:
             images = generate_in_batches(
                 model, prompts, seeds, self._config.sampler, size, schedule=schedule
             )
-            rewards = self._scores(model, images, prompts, size)
-        gathered = self._distribution.gather(list(zip(mine, images, rewards, strict=True)))
-        rows = {index: (image, reward) for index, image, reward in gathered}
+            rewards = [
+                self._scores(name, reward, model, images, prompts, size)
+                for name, reward in self._rewards.items()
+            ]
+        gathered = self._distribution.gather(list(zip(mine, images, *rewards, strict=True)))
+        rows = {index: (image, values) for index, image, *values in gathered}
         return Pictures(
             torch.stack([rows[i][0] for i in range(total)]),
-            torch.tensor([rows[i][1] for i in range(total)]) if self._reward else None,
+            {
+                name: torch.tensor([rows[i][1][k] for i in range(total)])
+                for k, name in enumerate(self._rewards)
+            },
         )
 
     def _scores(
-        self, model: TextToImageModel, images: Tensor, prompts: Sequence[str], size: int
+        self,
+        name: str,
+        reward: Reward,
+        model: TextToImageModel,
+        images: Tensor,
+        prompts: Sequence[str],
+        size: int,
     ) -> list[float]:
-        if self._reward is None:
-            return [math.nan] * len(prompts)
         scores: list[dict[str, float]] = []
         faults: list[Exception] = []
         for i in range(0, len(prompts), size):
             rows = slice(i, i + size)
-            scores += score_rows(self._reward, images[rows].to(model.device), prompts[rows], faults)
+            scores += score_rows(reward, images[rows].to(model.device), prompts[rows], faults)
         values = [score.get("reward", math.nan) for score in scores]
         if lost := sum(not math.isfinite(value) for value in values):
             why = [*faults, "they are NaN or infinite"][0]
+            whose = "" if name == "reward" else f" of {name}"
             warnings.warn(
-                f"validation leaves out {lost} of {len(values)} rewards: {why}", stacklevel=2
+                f"validation leaves out {lost} of {len(values)} rewards{whose}: {why}", stacklevel=2
             )
         return [value if math.isfinite(value) else math.nan for value in values]
+
+
+def _named(name: str, end: str) -> str:
+    """Return reward + end, or held_out + end/NAME."""
+    kind, slash, rest = name.partition("/")
+    return f"{kind}{end}{slash}{rest}"
