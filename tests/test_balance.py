@@ -19,6 +19,7 @@ from runs import (
     on_call,
     start,
 )
+from tiny_clip import write_tiny_clip
 from torch import Tensor
 from toy import use_toy
 from vectors import CASES, PROMPTS, ROWS, WIDTH, Curved, DoubleRng, VectorModel, differentiate
@@ -38,7 +39,9 @@ from sfumato.objectives.direct import Direct
 from sfumato.objectives.direct_align import DirectAlign
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.scoring import RewardedObjective
+from sfumato.rewards.clip import ClipReward
 from sfumato.rewards.reward import Reward, Score
+from sfumato.rewards.simple import ColorReward
 from sfumato.rewards.weighted import WeightedSum
 
 T = 4
@@ -228,6 +231,26 @@ def test_the_gradient_through_the_rollout_is_a_finite_difference() -> None:
                 weight -= sign * step * move.reshape(weight.shape)
     slope = (values[0] - values[1]) / (2 * step)
     assert float(found @ along) == pytest.approx(slope, rel=1e-6)
+
+
+def test_layers_that_are_computed_again_give_each_part_the_same_gradient(tmp_path: Path) -> None:
+    """The graph of a CLIP with gradient checkpointing is differentiated once for each part."""
+    write_tiny_clip(tmp_path)
+    images = DoubleRng(range(2)).normal(3, 32, 32).float().requires_grad_()
+    found = []
+    for again in (False, True):
+        clip = ClipReward.from_pretrained(str(tmp_path), gradient_checkpointing=again)
+        parts: dict[str, tuple[float, Reward]] = {
+            "clip": (1.0, clip),
+            "red": (0.5, ColorReward("red")),
+        }
+        reward = WeightedSum(parts, gradients="equalised")
+        score = Balance(reward)(reward.score(images, ["a star", "a ring"]), images)
+        found.append(torch.autograd.grad(score.value.sum(), images)[0])
+        own = torch.autograd.grad(clip(images, ["a star", "a ring"]).sum(), images)[0]
+        norms = own.flatten(1).norm(dim=1)
+        assert float(score.measures["reward_gradient/clip"]) == pytest.approx(float(norms.mean()))
+    torch.testing.assert_close(found[1], found[0])
 
 
 # --- Off
