@@ -13,7 +13,12 @@ from sfumato.clip.open_clip import (
     read_open_clip,
     renamed,
 )
-from sfumato.clip.preprocessing import ImageSettings, preprocess, read_processor
+from sfumato.clip.preprocessing import (
+    ImageSettings,
+    first_sentence,
+    preprocess,
+    read_processor,
+)
 from sfumato.clip.tensor_files import check_suffix, read_files, read_tensors
 from sfumato.clip.tensors import weight_files
 
@@ -25,6 +30,7 @@ __all__ = [
     "OpenClip",
     "check_suffix",
     "fetch_open_clip",
+    "first_sentence",
     "is_open_clip",
     "load_clip",
     "model_folder",

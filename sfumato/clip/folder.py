@@ -78,7 +78,7 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
 
 
 def model_folder(path_or_hub_id: str, model_types: Collection[str] = ()) -> Path:
-    """Return the folder of a model of transformers that is no CLIPModel, with its preprocessing.
+    """Return the folder of a model of transformers that is no CLIPModel.
 
     Inside `torch.device("meta")` the weights need not be there.
 
@@ -136,14 +136,15 @@ _CONFIG = _Files(
     "choose the folder of a CLIPModel as transformers saves it",
 )
 _STATED = _Files(
-    ("config.json", "preprocessor_config.json"),
-    (("config.json", "preprocessor_config.json"),),
-    "choose the folder of a model as transformers saves it, with its image processor",
+    ("config.json",),
+    (("config.json",),),
+    "choose the folder of a model as transformers saves it",
 )
 _IMAGE_PROCESSOR = _Files(
     ("config.json", "preprocessor_config.json"),
     (("preprocessor_config.json",),),
-    "choose the folder of an image processor as transformers saves it",
+    "save the model's image processor there, or name a folder or hub id that has one as "
+    "`processor`",
 )
 _PROCESSOR = _Files(
     (

@@ -75,7 +75,7 @@ class ImageSettings:
 
 def preprocess(
     images: Float[Tensor, "b 3 h w"], settings: ImageSettings
-) -> Float[Tensor, "b 3 s s"]:
+) -> Float[Tensor, "b 3 H W"]:
     """Resize, crop the centre, scale and normalise, differentiably.
 
     Sizes are rounded as transformers' CLIPImageProcessor rounds them; values are neither clamped
@@ -141,8 +141,9 @@ def read_processor(folder: Path, image_size: int | None = None) -> ImageSettings
             folder, backend="pil", local_files_only=True, trust_remote_code=False
         )
     except (OSError, TypeError, ValueError, LookupError, AttributeError, ImportError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read by transformers ({reason}); {_OWN}") from error
+        raise ValueError(
+            f"{path} cannot be read by transformers ({first_sentence(error)}); {_OWN}"
+        ) from error
     if (kind := type(stated).__name__) not in (*IN_ORDER, CONVNEXT):
         known = ", ".join(name.removesuffix("Pil") for name in (*IN_ORDER, CONVNEXT))
         raise ValueError(
@@ -152,6 +153,11 @@ def read_processor(folder: Path, image_size: int | None = None) -> ImageSettings
     if kind == CONVNEXT and stated.do_resize:
         _crop_share(path, stated)
     return _settings(path, raw, stated, image_size)
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the beginning of a message of transformers, which may have pages."""
+    return " ".join(str(error).split()).partition(". ")[0]
 
 
 def _crop_share(path: Path, stated: Any) -> None:
@@ -294,7 +300,8 @@ def _check_sides(path: Path, settings: ImageSettings, image_size: int | None) ->
     """Refuse settings by which some image would not have the size that the tower takes."""
     size, crop = settings.size, settings.crop
     taken = f"the {image_size} x {image_size} px of the image tower" if image_size else "one size"
-    if crop is None and (not isinstance(size, tuple) or {*size} != {image_size or size[0]}):
+    square = size if image_size is None else (image_size, image_size)
+    if crop is None and (not isinstance(size, tuple) or size != square):
         resize = "do_resize = False" if size is None else f"size = {size}"
         raise ValueError(
             f"{path} states do_center_crop = False and {resize}, so that images would not have "

@@ -44,7 +44,7 @@ def read_tensors(
             allowed.
     """
     if not file.is_file():
-        raise ValueError(f"{setting}: there is no file {file}")
+        raise ValueError(f"{setting}: there is no file {file}; correct the path")
     check_suffix(file, setting, allow_pickle=allow_pickle)
     if file.suffix == ".safetensors":
         try:

@@ -53,6 +53,7 @@ class ClassifierRewardConfig(RewardConfig):
     kind: str = "classifier"
     pretrained: str = MISSING  # an image classifier: folder or hub id
     label: str = MISSING  # the text of a label, or its index
+    processor: str | None = None  # folder or hub id of the preprocessing, if elsewhere
     dtype: str = choice(*DTYPES)
 
 

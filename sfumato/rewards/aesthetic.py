@@ -32,9 +32,8 @@ VERSIONS: Mapping[str, Mapping[str, int]] = {
     "2.5": {f"scoring_head.{i}.": width for i, width in zip(range(0, 9, 2), WIDTHS, strict=True)},
 }
 ADVICE = (
-    "give the file of LAION's version 1 (sa_0_4_vit_l_14_linear.pth) or 2 "
-    "(sac+logos+ava1-l14-linearMSE.pth) with its CLIP, or of version 2.5 "
-    "(aesthetic_predictor_v2_5.pth) with its SigLIP"
+    "on a CLIP, give LAION's sa_0_4_vit_l_14_linear.pth or sac+logos+ava1-l14-linearMSE.pth; on a "
+    "SigLIP, give aesthetic_predictor_v2_5.pth"
 )
 
 
@@ -138,7 +137,7 @@ class SiglipTower(nn.Module):
         folder = model_folder(path_or_hub_id, ("siglip", "siglip_vision_model"))
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         config = config.vision_config if config.model_type == "siglip" else config
-        place = folder if processor is None else processor_folder(processor)
+        place = processor_folder(processor or path_or_hub_id)
         settings = read_processor(place, config.image_size)
         if torch.get_default_device().type == "meta":
             return cls(SiglipVisionModel(config), settings)

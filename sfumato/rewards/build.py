@@ -46,8 +46,12 @@ def build_reward(config: RewardConfig) -> Reward:
                 gradient_checkpointing=config.gradient_checkpointing,
             )
         case ClassifierRewardConfig():
-            dtype = DTYPES[config.dtype]
-            return ClassifierReward.from_pretrained(config.pretrained, config.label, dtype=dtype)
+            return ClassifierReward.from_pretrained(
+                config.pretrained,
+                config.label,
+                processor=config.processor,
+                dtype=DTYPES[config.dtype],
+            )
         case ColorRewardConfig():
             return ColorReward(config.color, scale=config.scale)
         case BrightnessRewardConfig():

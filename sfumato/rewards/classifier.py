@@ -1,6 +1,7 @@
 """Log-probability of a label by an image classifier of transformers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -9,13 +10,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.clip import ImageSettings, model_folder, preprocess, read_processor
+from sfumato.clip import (
+    ImageSettings,
+    first_sentence,
+    model_folder,
+    preprocess,
+    processor_folder,
+    read_processor,
+)
 from sfumato.precision import without_autocast
 from sfumato.rewards.reward import Reward, Score
-from sfumato.weights import ADVICE, load_whole
+from sfumato.weights import load_whole
 
 if TYPE_CHECKING:
     import transformers
+
+ONE_OF_MANY = (None, "single_label_classification")  # of a config's problem_type
 
 
 @final
@@ -38,7 +48,12 @@ class ClassifierReward(Reward):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str, label: str, *, dtype: torch.dtype = torch.float32
+        cls,
+        path_or_hub_id: str,
+        label: str,
+        *,
+        processor: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> "ClassifierReward":
         """Load a classifier from a folder of transformers, or from a hub id.
 
@@ -46,6 +61,7 @@ class ClassifierReward(Reward):
 
         Args:
             label: its text, or one of its texts between commas, or its index.
+            processor: folder or hub id of preprocessor_config.json, by default `path_or_hub_id`.
             dtype: of the frozen weights; preprocessing and softmax stay in float32 or better.
 
         Raises:
@@ -56,8 +72,7 @@ class ClassifierReward(Reward):
 
         source = f"reward.pretrained = {path_or_hub_id!r}"
         folder = model_folder(path_or_hub_id)
-        settings = read_processor(folder)
-        model = _blank(folder, source, settings)
+        model, settings = _blank(folder, processor_folder(processor or path_or_hub_id), source)
         index = find_label(label, model.config.id2label, source)
         if torch.get_default_device().type != "meta":
             model = load_whole(
@@ -114,33 +129,38 @@ def find_label(label: str, names: Mapping[int, str], source: str) -> int:
     return found[0]
 
 
-def _blank(folder: Path, source: str, settings: ImageSettings) -> Any:
-    """Return the classifier without memory, after it has taken a picture of the stated size."""
+def _blank(folder: Path, processor: Path, source: str) -> tuple[Any, ImageSettings]:
+    """Return a classifier without memory and its preprocessing, which has given it a picture."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
-    side = settings.crop or settings.size
-    sides = (side, side) if isinstance(side, int) else side
-    assert sides is not None, "checked with the image processor"
-    try:
-        config: Any = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+    own = {"trust_remote_code": False}
+    with _explained(source):
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, **own)
         with torch.device("meta"):
-            model: Any = AutoModelForImageClassification.from_config(
-                config, trust_remote_code=False
-            )
-            shape = model.eval()(pixel_values=torch.empty(1, 3, *sides)).logits.shape
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{source} is no image classifier that can be read ({reason})") from error
+            model: Any = AutoModelForImageClassification.from_config(config, **own)
+    settings = read_processor(processor)
+    side = settings.crop or settings.size
+    assert side is not None, "all images get one size, as checked with the image processor"
+    pixels = torch.empty(1, 3, *((side, side) if isinstance(side, int) else side), device="meta")
+    with _explained(source):
+        shape = model.eval()(pixel_values=pixels).logits.shape
     count = len(config.id2label)
-    if list(shape) != [1, count] or count < 2 or config.problem_type not in _ONE_OF_MANY:
+    if list(shape) != [1, count] or count < 2 or config.problem_type not in ONE_OF_MANY:
         raise ValueError(
             f"{source} states {count} labels, logits of shape {list(shape)} and problem_type = "
             f"{config.problem_type!r}, and only a choice among labels has log-probabilities; "
-            f"{ADVICE}, or choose another"
+            "choose another classifier"
         )
-    return model
+    return model, settings
 
 
-_ONE_OF_MANY = (None, "single_label_classification")
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Give what transformers raises about a folder as a sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise ValueError(
+            f"{source} is no image classifier that can be read ({first_sentence(error)}); choose "
+            "the folder of one as transformers saves it"
+        ) from error
