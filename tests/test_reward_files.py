@@ -1,6 +1,5 @@
 """Files of rewards with weights: a run trains on them, knows them again, and no others."""
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +96,7 @@ def test_an_evaluation_finds_a_head_that_has_moved(place: Path, sd_folder: Path)
     start(draft(place, sd_folder, CLIP, "training.max_steps=1", "validation.every_steps=0"))
     run = str(place / "run")
     first = evaluate_run(EvaluateConfig(run=run, num_images=2))
-    os.rename(place / "2.pth", place / "moved.pth")
+    (place / "2.pth").rename(place / "moved.pth")
     with pytest.raises(ValueError, match=r"reward\.predictor = .* there is no file"):
         evaluate_run(EvaluateConfig(run=run, num_images=2))
     moved = RewardFiles(predictor=str(place / "moved.pth"))
@@ -112,8 +111,8 @@ def test_a_plan_counts_the_reward_and_reads_none_of_its_weights(
     place: Path, sd_folder: Path, case: Case
 ):
     (place / case.files["reward.pretrained"] / "model.safetensors").write_bytes(b"damaged")
-    given = ["recipe=sd15_draft", f"model.pretrained={sd_folder}", "data.prompts=p.txt"]
-    config = compose_command("plan", [*given[:2], *case.overrides(place)])[0]
+    given = ["recipe=sd15_draft", f"model.pretrained={sd_folder}"]
+    config = compose_command("plan", [*given, *case.overrides(place)])[0]
     assert isinstance(config, PlanConfig)
     reward = read_blueprint(config).frozen["reward"]
     assert sum(parameter.numel() for parameter in reward.parameters()) > 1000
@@ -122,10 +121,13 @@ def test_a_plan_counts_the_reward_and_reads_none_of_its_weights(
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_a_launch_refuses_files_that_are_not_there(place: Path, sd_folder: Path, case: Case):
+    prompts = place / "prompts.txt"
+    prompts.write_text("a star\n")
     for key, name in case.files.items():
         here = [f"{k}={place / n}" for k, n in case.files.items() if k != key]
         settings = [*case.settings, *here, f"{key}={place / 'no' / name}"]
-        settings += ["recipe=sd15_draft", f"model.pretrained={sd_folder}", "data.prompts=null"]
+        settings += ["recipe=sd15_draft", f"model.pretrained={sd_folder}"]
+        settings += [f"data.prompts={prompts}"]
         listed = ", ".join(f"'{text}'" for text in settings)
         config = compose_command("launch", [f"jobs.a={{command: train, settings: [{listed}]}}"])[0]
         with pytest.raises(ValueError, match=f"job a: {key} = .*does not exist"):
