@@ -115,7 +115,7 @@ def published(state: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def main() -> None:
     """Convert, compare, score."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("folder", type=Path, help="of the unpacked wheels")
     folder = parser.parse_args().folder
     quiet()

@@ -29,7 +29,7 @@ from sfumato.clip import ImageSettings, preprocess, read_processor
 from sfumato.rewards.aesthetic import AestheticReward, read_head
 
 VERSIONS = ["1", "2", "2.5"]
-SIGLIP = ImageSettings((SIGLIP_SIZE, SIGLIP_SIZE), None, (0.5,) * 3, (0.5,) * 3)
+SIGLIP = ImageSettings((SIGLIP_SIZE, SIGLIP_SIZE), None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NO_PROMPTS = ["", "", ""]
 
 
@@ -66,10 +66,10 @@ def published(models: Path, version: str, images: Tensor, *, squash: bool = Fals
         settings = ImageSettings(None, None, settings.mean, settings.std)
     pixels = preprocess(images, settings)
     if version == "2.5":
-        tower = SiglipVisionModel.from_pretrained(models / "siglip").eval().to(images.dtype)
+        tower: Any = SiglipVisionModel.from_pretrained(models / "siglip").eval().to(images.dtype)
         embedding = tower(pixel_values=pixels).pooler_output
     else:
-        clip = CLIPModel.from_pretrained(models / "clip").eval().to(images.dtype)
+        clip: Any = CLIPModel.from_pretrained(models / "clip").eval().to(images.dtype)
         embedding = clip.get_image_features(pixel_values=pixels).pooler_output
     return head(embedding / embedding.norm(dim=-1, keepdim=True))
 
@@ -200,7 +200,7 @@ def test_another_folder_gives_siglips_preprocessing(models: Path, tmp_path: Path
 class Runs:
     """An object whose pickle runs code."""
 
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Path]]:
         return (Path.touch, (Path("ran"),))
 
 
@@ -208,7 +208,7 @@ def save(content: object) -> Callable[[Path], object]:
     return lambda file: torch.save(content, file)
 
 
-def edit(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def act(file: Path) -> None:
         content = dict(torch.load(file, weights_only=True))
         change(content)

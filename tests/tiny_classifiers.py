@@ -50,7 +50,7 @@ def write_classifier(folder: Path, kind: str) -> Path:
                 sizes = {"image_size": SIDE, "patch_size": 8, "intermediate_size": 64}
                 config = ViTConfig(**small, **sizes, **names, hidden_dropout_prob=0.5)
                 model = ViTForImageClassification(config)
-            case "mobilenet_v2":
+            case _:
                 config = MobileNetV2Config(depth_multiplier=0.1, min_depth=4, **names)
                 model = MobileNetV2ForImageClassification(config)
         for name, tensor in model.named_parameters():

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,9 @@ from sfumato.precision import without_autocast
 from sfumato.rewards.clip import ClipReward, recompute_layers, unit
 from sfumato.rewards.reward import Reward, Score
 from sfumato.weights import differences, load_whole, refuse_non_finite
+
+if TYPE_CHECKING:
+    import transformers
 
 WIDTHS = (1024, 128, 64, 16, 1)  # of the layers of versions 2 and 2.5, from the embedding on
 # By version, the names before `weight` and `bias` in a file, with the width of each layer. There
@@ -96,14 +99,14 @@ class AestheticReward(Reward):
         head = read_head(predictor)
         if head.version == "2.5":
             tower = SiglipTower.from_pretrained(path_or_hub_id, processor)
-            width = tower.model.config.hidden_size
+            width = tower.width
             if gradient_checkpointing:
                 recompute_layers(tower.model.encoder)
         else:
             parts = load_clip(path_or_hub_id, processor)
             tower = ClipReward(parts, gradient_checkpointing=gradient_checkpointing)
             tower.model.set_submodule("text_model", nn.Identity())  # unread, a third of a CLIP-L
-            width = parts.model.config.projection_dim
+            width = parts.model.visual_projection.out_features
         head.check(width)
         if squash:
             tower.image_settings = tower.image_settings.squashed()
@@ -123,10 +126,13 @@ class AestheticReward(Reward):
 class SiglipTower(nn.Module):
     """Frozen image tower of a SigLIP."""
 
-    def __init__(self, model: nn.Module, image_settings: ImageSettings) -> None:
-        """Take over and freeze a SiglipVisionModel."""
+    def __init__(
+        self, model: "transformers.SiglipVisionModel", image_settings: ImageSettings
+    ) -> None:
+        """Take over and freeze a model."""
         super().__init__()
         self.model = model.requires_grad_(False)
+        self.width = model.config.hidden_size
         self.image_settings = image_settings
 
     @classmethod
@@ -135,7 +141,7 @@ class SiglipTower(nn.Module):
         from transformers import AutoConfig, SiglipVisionModel
 
         folder = model_folder(path_or_hub_id, ("siglip", "siglip_vision_model"))
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
         config = config.vision_config if config.model_type == "siglip" else config
         place = processor_folder(processor or path_or_hub_id)
         settings = read_processor(place, config.image_size)
@@ -178,7 +184,7 @@ class Head:
         """Return the weight and the bias of the product of all layers, in float64."""
         exact = {"dtype": torch.float64, "device": "cpu"}  # a plan builds on the meta device
         weight, bias = torch.ones(1, 1, **exact), torch.zeros(1, **exact)
-        for name in reversed(VERSIONS[self.version]):
+        for name in reversed([*VERSIONS[self.version]]):
             bias = bias + weight @ self.tensors[f"{name}bias"].double()
             weight = weight @ self.tensors[f"{name}weight"].double()
         return weight[0], bias[0]
