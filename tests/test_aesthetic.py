@@ -58,7 +58,7 @@ def random_images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def published(models: Path, version: str, images: Tensor, *, squash: bool = False) -> Tensor:
     """Return the score as it is published: preprocessing, tower, norm, and layer by layer."""
-    head = write_head(models / f"{version}.pth", version).to(images.dtype)
+    head = write_head(models / f"{version}.pth", version)
     side = SIGLIP_SIZE if version == "2.5" else IMAGE_SIZE
     settings = SIGLIP if version == "2.5" else ImageSettings(side, side)
     if squash:
@@ -66,10 +66,10 @@ def published(models: Path, version: str, images: Tensor, *, squash: bool = Fals
         settings = ImageSettings(None, None, settings.mean, settings.std)
     pixels = preprocess(images, settings)
     if version == "2.5":
-        tower: Any = SiglipVisionModel.from_pretrained(models / "siglip").eval().to(images.dtype)
+        tower: Any = SiglipVisionModel.from_pretrained(models / "siglip").eval()
         embedding = tower(pixel_values=pixels).pooler_output
     else:
-        clip: Any = CLIPModel.from_pretrained(models / "clip").eval().to(images.dtype)
+        clip: Any = CLIPModel.from_pretrained(models / "clip").eval()
         embedding = clip.get_image_features(pixel_values=pixels).pooler_output
     return head(embedding / embedding.norm(dim=-1, keepdim=True))
 
