@@ -18,7 +18,10 @@ _ENCODERS = "never: sfumato prepare runs encoders alone, in float32"
 _ALONE = "never: a weight divides the draws among sources; see data.{}.sources.NAME.weight"
 
 # Settings that name the files of a model, and what is read of them before the first step alone.
-_MODELS = ("pretrained", "processor", "autoencoder", "text_encoder", "tokenizer", "scheduler")
+_MODELS = (
+    *("pretrained", "processor", "predictor", "autoencoder", "text_encoder", "tokenizer"),
+    "scheduler",
+)
 STARTS = ("model.lora.start", "model.network.from_pretrained")
 
 _READS_PROMPTS, _READS_IMAGES = "objective.reads_prompts", "objective.reads_images"

@@ -23,6 +23,7 @@ WRAPPERS = {
 }
 # Published files hold these beside the weights of the class, and the class does not read them.
 UNREAD = {
+    "SiglipVisionModel": r"text_model\..+|logit_(scale|bias)",
     "CLIPTextModel": r"vision_model\..+|(visual|text)_projection\..+|logit_scale",
     "CLIPTextModelWithProjection": r"vision_model\..+|visual_projection\..+|logit_scale",
     "T5EncoderModel": r"decoder\..+|lm_head\..+",
@@ -137,7 +138,7 @@ def load_whole(kind: Any, folder: Path, component: str, **options: Any) -> Any:
         sorted(name for name in report["unexpected_keys"] if not re.fullmatch(unread, name)),
         {name: (found, expected) for name, found, expected in report["mismatched_keys"]},
     ).refuse(source, ADVICE)
-    refuse_non_finite(network.named_parameters(), source)
+    refuse_non_finite(network.state_dict().items(), source)
     return network
 
 

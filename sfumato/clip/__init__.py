@@ -3,7 +3,7 @@
 Other rooms import from this package only, never from its modules.
 """
 
-from sfumato.clip.folder import ClipParts, load_clip
+from sfumato.clip.folder import ClipParts, load_clip, model_folder, processor_folder
 from sfumato.clip.open_clip import CONFIG as OPEN_CLIP_CONFIG
 from sfumato.clip.open_clip import WEIGHTS as OPEN_CLIP
 from sfumato.clip.open_clip import (
@@ -13,7 +13,13 @@ from sfumato.clip.open_clip import (
     read_open_clip,
     renamed,
 )
-from sfumato.clip.preprocessing import ImageSettings, preprocess
+from sfumato.clip.preprocessing import (
+    ImageSettings,
+    first_sentence,
+    preprocess,
+    read_processor,
+)
+from sfumato.clip.tensor_files import check_suffix, read_files, read_tensors
 from sfumato.clip.tensors import weight_files
 
 __all__ = [
@@ -22,11 +28,18 @@ __all__ = [
     "ClipParts",
     "ImageSettings",
     "OpenClip",
+    "check_suffix",
     "fetch_open_clip",
+    "first_sentence",
     "is_open_clip",
     "load_clip",
+    "model_folder",
     "preprocess",
+    "processor_folder",
+    "read_files",
     "read_open_clip",
+    "read_processor",
+    "read_tensors",
     "renamed",
     "weight_files",
 ]

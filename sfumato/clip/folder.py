@@ -1,5 +1,6 @@
 """Reader of CLIP models: a folder or a hub id, checked before weights are read."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,6 +77,34 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     return ClipParts(model, tokenizer, image_settings, text.max_position_embeddings)
 
 
+def model_folder(path_or_hub_id: str, model_types: Collection[str] = ()) -> Path:
+    """Return the folder of a model of transformers that is no CLIPModel.
+
+    Inside `torch.device("meta")` the weights need not be there.
+
+    Args:
+        path_or_hub_id: as in `load_clip`.
+        model_types: that its config.json may state; all where none are named.
+
+    Raises:
+        ValueError: if a file is missing, or the model is of another kind.
+    """
+    folder = _fetch(path_or_hub_id, _STATED)
+    stated = read_object(folder / "config.json", _AGAIN).get("model_type")
+    if model_types and stated not in model_types:
+        raise ValueError(
+            f"reward.pretrained = {path_or_hub_id!r} holds a model of model_type {stated!r}, not "
+            f"{' or '.join(map(repr, model_types))}; choose a folder that has one"
+        )
+    is_meta = torch.get_default_device().type == "meta"
+    return folder if is_meta else _fetch(path_or_hub_id, _WEIGHTS)
+
+
+def processor_folder(path_or_hub_id: str) -> Path:
+    """Return the folder of an image processor; raises as `model_folder`."""
+    return _fetch(path_or_hub_id, _IMAGE_PROCESSOR, "reward.processor")
+
+
 def _is_transformers(folder: Path, *, is_local: bool) -> bool:
     """Say in which of two layouts a model is read: transformers', if the folder has it whole.
 
@@ -105,6 +134,17 @@ _CONFIG = _Files(
     ("config.json", OPEN_CLIP_CONFIG),
     (("config.json",), (OPEN_CLIP_CONFIG,)),
     "choose the folder of a CLIPModel as transformers saves it",
+)
+_STATED = _Files(
+    ("config.json",),
+    (("config.json",),),
+    "choose the folder of a model as transformers saves it",
+)
+_IMAGE_PROCESSOR = _Files(
+    ("config.json", "preprocessor_config.json"),
+    (("preprocessor_config.json",),),
+    "save the model's image processor there, or name a folder or hub id that has one as "
+    "`processor`",
 )
 _PROCESSOR = _Files(
     (

@@ -5,7 +5,7 @@ x = (factor * crop(resize(image)) - mean) / std
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from sfumato.files import read_object
 from sfumato.precision import without_autocast
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,6 +27,14 @@ PROCESSORS = (
     *("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
     "CLIPFeatureExtractor",
 )
+# Classes of transformers that resize, crop the centre, scale and normalise, in this order.
+IN_ORDER = (
+    *("BitImageProcessorPil", "CLIPImageProcessorPil", "DeiTImageProcessorPil"),
+    *("MobileNetV1ImageProcessorPil", "MobileNetV2ImageProcessorPil", "PvtImageProcessorPil"),
+    *("SiglipImageProcessorPil", "ViTImageProcessorPil"),
+)
+CONVNEXT = "ConvNextImageProcessorPil"  # crops a share of the image, if it is small
+CONVNEXT_SQUASHES = 384  # pixels per side from which on it changes the shape instead
 _OWN = "name the model's own `processor`"
 WHOLE = "state one whole number of pixels, as published CLIP models do"
 _LARGEST = 2**16  # pixels per side
@@ -43,6 +52,7 @@ class ImageSettings:
         mean, std: per channel; the mean is subtracted, then the std divided by.
         factor: by which images in [0, 1] are multiplied before.
         mode: torch's name of the filter.
+        antialias: whether the filter widens where an image shrinks.
         rounds: a crop that begins at half a pixel begins at the even one (torchvision, OpenCLIP);
             else at the one before (transformers).
     """
@@ -53,12 +63,19 @@ class ImageSettings:
     std: tuple[float, float, float] = CLIP_STD
     factor: float = 1.0
     mode: str = "bicubic"
+    antialias: bool = True
     rounds: bool = False
+
+    def squashed(self) -> "ImageSettings":
+        """Return settings that bring all images to the same square without crop or antialias."""
+        side = self.crop or self.size
+        size = (side, side) if isinstance(side, int) else side
+        return replace(self, size=size, crop=None, mode="bicubic", antialias=False)
 
 
 def preprocess(
     images: Float[Tensor, "b 3 h w"], settings: ImageSettings
-) -> Float[Tensor, "b 3 s s"]:
+) -> Float[Tensor, "b 3 H W"]:
     """Resize, crop the centre, scale and normalise, differentiably.
 
     Sizes are rounded as transformers' CLIPImageProcessor rounds them; values are neither clamped
@@ -74,7 +91,7 @@ def preprocess(
             short = min(height, width)
             if isinstance(size, int):
                 size = int(size * height / short), int(size * width / short)
-            images = F.interpolate(images, size, mode=settings.mode, antialias=True)
+            images = F.interpolate(images, size, mode=settings.mode, antialias=settings.antialias)
         if settings.crop is not None:
             images = _crop(images, settings.crop, rounds=settings.rounds)
         if settings.factor != 1:
@@ -102,7 +119,70 @@ def processor_settings(path: Path, raw: Mapping[str, Any], image_size: int) -> I
     Raises:
         ValueError: naming the key that cannot be computed as stated.
     """
-    stated = _with_defaults(path, raw, image_size)
+    return _settings(path, raw, _with_defaults(path, raw, image_size), image_size)
+
+
+def read_processor(folder: Path, image_size: int | None = None) -> ImageSettings:
+    """Return the settings of a folder's image processor, of any class that is computed here.
+
+    Args:
+        image_size: pixels that the image tower takes; None for any square.
+
+    Raises:
+        ValueError: naming the class, or the key, that cannot be computed as stated.
+    """
+    from transformers import AutoImageProcessor
+
+    path = folder / "preprocessor_config.json"
+    raw = read_object(path, "copy or download it again")
+    try:
+        # Another package's class, or another backend, may round otherwise.
+        stated: Any = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, TypeError, ValueError, LookupError, AttributeError, ImportError) as error:
+        raise ValueError(
+            f"{path} cannot be read by transformers ({first_sentence(error)}); {_OWN}"
+        ) from error
+    if (kind := type(stated).__name__) not in (*IN_ORDER, CONVNEXT):
+        known = ", ".join(name.removesuffix("Pil") for name in (*IN_ORDER, CONVNEXT))
+        raise ValueError(
+            f"{path} states {kind.removesuffix('Pil')}, and only {known} are computed; choose a "
+            "model that has one of these"
+        )
+    if kind == CONVNEXT and stated.do_resize:
+        _crop_share(path, stated)
+    return _settings(path, raw, stated, image_size)
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the beginning of a message of transformers, which may have pages."""
+    return " ".join(str(error).split()).partition(". ")[0]
+
+
+def _crop_share(path: Path, stated: Any) -> None:
+    """State ConvNext's resize as others do: by its size, and a crop if it is small."""
+    side, share = stated.size.shortest_edge, stated.crop_pct
+    if not isinstance(side, int) or stated.do_center_crop:
+        raise ValueError(
+            f"{path} states size = {dict(stated.size)} and do_center_crop = "
+            f"{stated.do_center_crop}, and only a shortest_edge without another crop is computed; "
+            f"{_OWN}"
+        )
+    (share,) = _numbers(path, "crop_pct", share, 1, nonzero=True)
+    square = {"height": side, "width": side}
+    small = side < CONVNEXT_SQUASHES
+    stated.size = {"shortest_edge": int(side / share)} if small else square
+    stated.do_center_crop, stated.crop_size = small, square
+
+
+def _settings(
+    path: Path, raw: Mapping[str, Any], stated: Any, image_size: int | None
+) -> ImageSettings:
+    if stated.do_pad:
+        raise ValueError(
+            f"{path} states do_pad = {raw.get('do_pad')}, which is not computed; {_OWN}"
+        )
     resample, mean, std, factor = stated.resample, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 1.0
     if stated.do_resize and resample not in FILTERS:
         raise ValueError(
@@ -178,8 +258,6 @@ def _with_defaults(path: Path, raw: Mapping[str, Any], image_size: int) -> Any:
         settings: Any = CLIPImageProcessorPil(**stated)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read by transformers ({error}); {_OWN}") from error
-    if settings.do_pad:
-        raise ValueError(f"{path} states do_pad = {raw['do_pad']}, which is not computed; {_OWN}")
     return settings
 
 
@@ -218,15 +296,18 @@ def _numbers(path: Path, key: str, value: Any, count: int, *, nonzero: bool = Fa
     return list(map(float, numbers))
 
 
-def _check_sides(path: Path, settings: ImageSettings, image_size: int) -> None:
+def _check_sides(path: Path, settings: ImageSettings, image_size: int | None) -> None:
     """Refuse settings by which some image would not have the size that the tower takes."""
     size, crop = settings.size, settings.crop
-    if crop is None and size != (image_size, image_size):
+    taken = f"the {image_size} x {image_size} px of the image tower" if image_size else "one size"
+    square = size if image_size is None else (image_size, image_size)
+    if crop is None and (not isinstance(size, tuple) or size != square):
         resize = "do_resize = False" if size is None else f"size = {size}"
         raise ValueError(
-            f"{path} states do_center_crop = False and {resize}, so that images would not have the "
-            f"{image_size} x {image_size} px of the image tower; {_OWN}"
+            f"{path} states do_center_crop = False and {resize}, so that images would not have "
+            f"{taken}; {_OWN}"
         )
+    image_size = image_size or crop
     shortest = min(size) if isinstance(size, tuple) else size
     if crop is not None and (crop != image_size or (shortest is not None and shortest < crop)):
         raise ValueError(

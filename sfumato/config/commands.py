@@ -67,18 +67,20 @@ class ModelFiles:
 
 @dataclass
 class PartFiles:
-    """Where the CLIP model of one part of a reward lies now."""
+    """Where the model of one part of a reward lies now."""
 
     pretrained: str | None = None
     processor: str | None = None
+    predictor: str | None = None
 
 
 @dataclass
 class RewardFiles:
-    """Where the CLIP model of a run's reward lies now; null is where the run had it."""
+    """Where the model of a run's reward lies now; null is where the run had it."""
 
     pretrained: str | None = None  # a folder or hub id
     processor: str | None = None
+    predictor: str | None = None  # a file
     parts: dict[str, Any] = entries(PartFiles)  # NAME: {pretrained: ...}
 
 

@@ -34,6 +34,30 @@ class ClipRewardConfig(RewardConfig):
 
 
 @dataclass
+class AestheticRewardConfig(RewardConfig):
+    """Aesthetic score from 1 to 10: LAION's versions 1 and 2 on a CLIP, 2.5 on a SigLIP."""
+
+    kind: str = "aesthetic"
+    pretrained: str = MISSING  # the CLIP or SigLIP that the predictor reads: folder or hub id
+    predictor: str = MISSING  # a file of the predictor's weights, whose names tell its version
+    processor: str | None = None  # folder or hub id of tokenizer and preprocessing, if elsewhere
+    resize: str = choice("published", "squash")  # squash: to a square, bicubic, without antialias
+    dtype: str = choice(*DTYPES)
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class ClassifierRewardConfig(RewardConfig):
+    """Log-probability of a label by an image classifier of transformers."""
+
+    kind: str = "classifier"
+    pretrained: str = MISSING  # an image classifier: folder or hub id
+    label: str = MISSING  # the text of a label, or its index
+    processor: str | None = None  # folder or hub id of the preprocessing, if elsewhere
+    dtype: str = choice(*DTYPES)
+
+
+@dataclass
 class ColorRewardConfig(RewardConfig):
     """scale x (mean of one channel - mean of the two others)."""
 
@@ -77,6 +101,8 @@ class WeightedRewardConfig(RewardConfig):
 
 REWARDS: dict[str, type[RewardConfig]] = {
     "clip": ClipRewardConfig,
+    "aesthetic": AestheticRewardConfig,
+    "classifier": ClassifierRewardConfig,
     "color": ColorRewardConfig,
     "brightness": BrightnessRewardConfig,
     "jpeg": JpegRewardConfig,

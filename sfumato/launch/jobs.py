@@ -35,7 +35,7 @@ FILES = {
         r"(data|validation)\.prompts|(data|validation)\.images\.(sources\..+\.)?(path|base_path)",
         r"data\.shards\.(sources\..+\.)?path|model\.(lora\.start|scheduler|merge\..+\.path)",
         r"model\.(pretrained|autoencoder|text_encoder|tokenizer|network\.(config|from_pretrained))",
-        r"(reward\.(parts\..+\.)?|validation\.rewards\..+\.)(pretrained|processor)",
+        r"(reward\.(parts\..+\.)?|validation\.rewards\..+\.)(pretrained|processor|predictor)",
     ),
     "prepare": (
         r"pack\.(path|base_path)|download\.table|model\.(scheduler|network\.config)",

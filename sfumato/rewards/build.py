@@ -3,13 +3,17 @@
 import torch
 
 from sfumato.config import (
+    AestheticRewardConfig,
     BrightnessRewardConfig,
+    ClassifierRewardConfig,
     ClipRewardConfig,
     ColorRewardConfig,
     JpegRewardConfig,
     RewardConfig,
     WeightedRewardConfig,
 )
+from sfumato.rewards.aesthetic import AestheticReward
+from sfumato.rewards.classifier import ClassifierReward
 from sfumato.rewards.clip import ClipReward
 from sfumato.rewards.reward import Reward
 from sfumato.rewards.simple import BrightnessReward, ColorReward, JpegCompressibility
@@ -31,6 +35,22 @@ def build_reward(config: RewardConfig) -> Reward:
                 processor=config.processor,
                 dtype=DTYPES[config.dtype],
                 gradient_checkpointing=config.gradient_checkpointing,
+            )
+        case AestheticRewardConfig():
+            return AestheticReward.from_pretrained(
+                config.pretrained,
+                config.predictor,
+                processor=config.processor,
+                squash=config.resize == "squash",
+                dtype=DTYPES[config.dtype],
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+        case ClassifierRewardConfig():
+            return ClassifierReward.from_pretrained(
+                config.pretrained,
+                config.label,
+                processor=config.processor,
+                dtype=DTYPES[config.dtype],
             )
         case ColorRewardConfig():
             return ColorReward(config.color, scale=config.scale)

@@ -44,8 +44,7 @@ class ClipReward(Reward):
         self.scale = 1.0 if scale.is_meta else math.exp(scale.item())
         self._warned_of_truncation = False
         if gradient_checkpointing:
-            encoder = self.model.vision_model.encoder
-            encoder.layers = nn.ModuleList([_Checkpointed(layer) for layer in encoder.layers])
+            recompute_layers(self.model.vision_model.encoder)
         self.eval()
 
     @classmethod
@@ -95,7 +94,7 @@ class ClipReward(Reward):
         pixels = preprocess(images, self.image_settings)
         with without_autocast(self.model.logit_scale):
             pooled = self.model.vision_model(pixel_values=pixels, return_dict=True).pooler_output
-            return _unit(self.model.visual_projection(pooled))
+            return unit(self.model.visual_projection(pooled))
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
@@ -115,7 +114,7 @@ class ClipReward(Reward):
                 attention_mask=tokens["attention_mask"],
                 return_dict=True,
             ).pooler_output
-            return _unit(self.model.text_projection(pooled))
+            return unit(self.model.text_projection(pooled))
 
     def _warn_of_truncation(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
@@ -144,6 +143,11 @@ class _Checkpointed(nn.Module):
         )
 
 
-def _unit(features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+def recompute_layers(encoder: Any) -> None:
+    """Let an encoder of transformers recompute each layer in the backward pass."""
+    encoder.layers = nn.ModuleList([_Checkpointed(layer) for layer in encoder.layers])
+
+
+def unit(features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
     """Normalise rows, in float32 at least: bfloat16 would round a score of 20 to eighths."""
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
