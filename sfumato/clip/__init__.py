@@ -14,6 +14,7 @@ from sfumato.clip.open_clip import (
     renamed,
 )
 from sfumato.clip.preprocessing import ImageSettings, preprocess
+from sfumato.clip.tensor_files import check_suffix, read_files, read_tensors
 from sfumato.clip.tensors import weight_files
 
 __all__ = [
@@ -22,11 +23,14 @@ __all__ = [
     "ClipParts",
     "ImageSettings",
     "OpenClip",
+    "check_suffix",
     "fetch_open_clip",
     "is_open_clip",
     "load_clip",
     "preprocess",
+    "read_files",
     "read_open_clip",
+    "read_tensors",
     "renamed",
     "weight_files",
 ]

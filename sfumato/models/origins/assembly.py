@@ -15,9 +15,12 @@ from typing import Any
 from sfumato.clip import (
     OPEN_CLIP,
     OPEN_CLIP_CONFIG,
+    check_suffix,
     fetch_open_clip,
     is_open_clip,
+    read_files,
     read_open_clip,
+    read_tensors,
     weight_files,
 )
 from sfumato.config import ModelConfig
@@ -31,7 +34,6 @@ from sfumato.models.origins.conversion import (
     write_open_clip,
     write_text_encoder,
 )
-from sfumato.models.origins.tensor_files import check_suffix, read_files, read_tensors
 from sfumato.models.origins.unets import unet_settings
 
 FORMAT = 3  # of the folders; a new number builds all of them again

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sfumato.clip import check_suffix, read_files, read_tensors
 from sfumato.config import ModelConfig, NetworkConfig
 from sfumato.config.saved import read_saved
 from sfumato.files import read_object, sha256_of
@@ -19,7 +20,6 @@ from sfumato.models.origins.original import (
     nemo_to_original,
     original_names,
 )
-from sfumato.models.origins.tensor_files import check_suffix, read_files, read_tensors
 from sfumato.models.origins.unets import build_network
 from sfumato.weights import differences, refuse_non_finite
 

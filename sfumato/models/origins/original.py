@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sfumato.clip import read_files
 from sfumato.files import read_object
 from sfumato.models.formats import read_model_index
-from sfumato.models.origins.tensor_files import read_files
 
 FILE = "unet.safetensors"
 PIPELINES = ("StableDiffusionPipeline",)  # Stable Diffusion 1 and 2

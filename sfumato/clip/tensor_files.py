@@ -29,12 +29,15 @@ class Placeholder:
         return id(self)
 
 
-def read_tensors(file: Path, setting: str, *, allow_pickle: bool) -> dict[str, Tensor]:
+def read_tensors(
+    file: Path, setting: str, *, allow_pickle: bool, strangers: bool = True
+) -> dict[str, Tensor]:
     """Return the tensors of a file by name, on the CPU; those of `state_dict` if it has one.
 
     Args:
         setting: key and value that name the file, for messages.
         allow_pickle: read also .pt, .pth, .ckpt and .bin, and take only tensors from them.
+        strangers: leave out what a pickle holds beside tensors; else such a pickle is refused.
 
     Raises:
         ValueError: if the file is missing or damaged, holds no tensors, or is a pickle that is not
@@ -48,7 +51,7 @@ def read_tensors(file: Path, setting: str, *, allow_pickle: bool) -> dict[str, T
             return load_file(file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{setting}: {file} is damaged ({error}); get it again") from error
-    tensors = _named_tensors(_unpickle(file, setting))
+    tensors = _named_tensors(_unpickle(file, setting, skip=strangers))
     if not tensors:
         raise ValueError(f"{setting}: {file} holds no named tensors; give a file of weights")
     return tensors
@@ -77,12 +80,12 @@ def check_suffix(file: Path, setting: str, *, allow_pickle: bool) -> None:
         )
 
 
-def _unpickle(file: Path, setting: str) -> Any:
+def _unpickle(file: Path, setting: str, *, skip: bool) -> Any:
     """Read a pickle with torch's weights-only reader, which calls only functions it knows."""
     try:
         # Lightning and NeMo store callbacks and settings with the weights.
         strangers: list[Any] = []
-        if zipfile.is_zipfile(file):
+        if skip and zipfile.is_zipfile(file):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             strangers = [(Placeholder, name) for name in names]
         with torch.serialization.safe_globals(strangers):
