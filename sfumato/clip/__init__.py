@@ -3,7 +3,8 @@
 Other rooms import from this package only, never from its modules.
 """
 
-from sfumato.clip.folder import ClipParts, load_clip
+from sfumato.clip.folder import ClipParts, load_clip, open_tokenizer
+from sfumato.clip.hps import load_hps
 from sfumato.clip.open_clip import CONFIG as OPEN_CLIP_CONFIG
 from sfumato.clip.open_clip import WEIGHTS as OPEN_CLIP
 from sfumato.clip.open_clip import (
@@ -15,7 +16,7 @@ from sfumato.clip.open_clip import (
 )
 from sfumato.clip.preprocessing import ImageSettings, preprocess
 from sfumato.clip.tensor_files import check_suffix, read_files, read_tensors
-from sfumato.clip.tensors import weight_files
+from sfumato.clip.tensors import published_file, weight_files
 
 __all__ = [
     "OPEN_CLIP",
@@ -27,7 +28,10 @@ __all__ = [
     "fetch_open_clip",
     "is_open_clip",
     "load_clip",
+    "load_hps",
+    "open_tokenizer",
     "preprocess",
+    "published_file",
     "read_files",
     "read_open_clip",
     "read_tensors",
