@@ -134,8 +134,12 @@ class ImageReward(Reward):
         first = self.head[0].weight
         with without_autocast(self.vision.post_layernorm.weight):
             seen = self.vision(pixel_values=pixels, return_dict=True).last_hidden_state
+            tokens = self.tokens(prompts, first.device)
             read = self.text(
-                **self.tokens(prompts, first.device), encoder_hidden_states=seen, return_dict=True
+                input_ids=tokens["input_ids"],
+                attention_mask=None if seen.is_meta else tokens["attention_mask"],
+                encoder_hidden_states=seen,
+                return_dict=True,
             )
         with without_autocast(first):
             raw = self.head(at_least_float32(read.last_hidden_state[:, 0]))[:, 0]
