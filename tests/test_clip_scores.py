@@ -82,9 +82,9 @@ def test_older_evaluations_compare_with_the_default_scale():
 # --- CLIP-IQA
 
 
-def softmax(folder: Path, images: Tensor, pixels: Tensor) -> Tensor:
+def softmax(folder: Path, pixels: Tensor) -> Tensor:
     """Return the mean over pairs of the softmax of transformers' logits."""
-    model = CLIPModel.from_pretrained(folder).to(images.dtype)
+    model = CLIPModel.from_pretrained(folder)
     tokens = CLIPTokenizer.from_pretrained(folder)([*GOOD, *BAD], padding=True, return_tensors="pt")
     logits = model(**tokens, pixel_values=pixels).logits_per_image
     return logits.unflatten(1, (2, 2)).softmax(1)[:, 0].mean(1)
@@ -94,7 +94,7 @@ def test_clip_iqa_equals_the_softmax_over_pairs(folder: Path):
     reward = iqa(folder, good=GOOD, bad=BAD)
     images = IMAGES.clone().requires_grad_()
     found = reward(images, [""] * 3)
-    expected = softmax(folder, images, preprocess(images, reward.clip.image_settings))
+    expected = softmax(folder, preprocess(images, reward.clip.image_settings))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert expected.std() > 1e-3
     gradients = [torch.autograd.grad(each.sum(), images)[0] for each in (found, expected)]
@@ -125,14 +125,6 @@ def test_clip_iqa_is_frozen_and_the_same_in_training_mode_and_under_autocast(fol
     assert not any(each.requires_grad for each in (expected, *reward.parameters()))
     with pytest.warns(UserWarning, match="reads 77 of the"):
         iqa(folder, good=["z" * 100])(IMAGES, PROMPTS)
-
-
-def test_clip_iqa_needs_no_weights_in_a_plan(folder: Path):
-    with torch.device("meta"):
-        reward = iqa(folder)
-    score = reward(torch.empty(2, 3, 40, 40, device="meta", requires_grad=True), ["a", "b"])
-    assert score.shape == (2,)
-    assert score.requires_grad
 
 
 @pytest.mark.parametrize(("good", "bad"), [(GOOD, BAD[:1]), (GOOD[:1], BAD)])

@@ -182,9 +182,7 @@ def test_a_plan_reads_no_weights(folder: Path, tmp_path: Path):
     with torch.device("meta"):
         reward = build(home)
         published = build(home, pretrained="xswu/HPSv2")
-    score = reward(torch.empty(2, 3, 64, 40, device="meta", requires_grad=True), PROMPTS)
-    assert score.shape == (2,)
-    assert score.requires_grad
+    assert {each.device.type for each in reward.parameters()} == {"meta"}
     # OpenCLIP's ViT-H-14 has as many parameters.
     assert sum(each.numel() for each in published.parameters()) == 986_109_441
 

@@ -91,7 +91,7 @@ def test_preprocessing_equals_pils(folder: Path, height: int, width: int):
     array = np.random.default_rng(0).integers(64, 192, (height, width, 3), dtype=np.uint8)
     short, side = min(height, width), 32
     size = int(side * height / short), int(side * width / short)
-    picture = Image.fromarray(array).resize(size[::-1], Image.Resampling.BICUBIC)
+    picture = Image.fromarray(array).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
     picture = picture.crop((left, top, left + side, top + side))
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255

@@ -33,7 +33,8 @@ class ClipIqaReward(Reward):
         """Return a number in [0, 1] for each image."""
         features = self.clip.text_features([*self.good, *self.bad])
         good, bad = features.split(len(self.good))
-        margin = self.clip.image_features(images) @ (good - bad).T
+        # A product and a sum, as autocast would round a matrix product.
+        margin = (self.clip.image_features(images)[:, None] * (good - bad)).sum(-1)
         return Score((self.clip.scale * margin).sigmoid().mean(1))  # of two, softmax is sigmoid
 
 

@@ -83,6 +83,7 @@ class ImageReward(Reward):
         self.requires_grad_(False)
         self.tokens = Tokens(tokenizer, MAX_TOKENS)
         side = vision.config.image_size
+        assert isinstance(side, int)
         self.image_settings = ImageSettings(side, side, rounds=True)
         if gradient_checkpointing:
             vision.encoder.layers = checkpointed(vision.encoder.layers)
@@ -131,7 +132,7 @@ class ImageReward(Reward):
         """
         refuse_unequal(images, prompts)
         pixels = preprocess(images, self.image_settings)
-        first = self.head[0].weight
+        first = next(self.head.parameters())
         with without_autocast(self.vision.post_layernorm.weight):
             seen = self.vision(pixel_values=pixels, return_dict=True).last_hidden_state
             tokens = self.tokens(prompts, first.device)
