@@ -1,10 +1,11 @@
-"""Door of CLIP's published files: transformers' and OpenCLIP's layouts, and their preprocessing.
+"""Door of CLIP's published files, and of rewards made of it: layouts and preprocessing.
 
 Other rooms import from this package only, never from its modules.
 """
 
-from sfumato.clip.folder import ClipParts, load_clip, open_tokenizer
+from sfumato.clip.folder import ClipParts, load_clip
 from sfumato.clip.hps import load_hps
+from sfumato.clip.image_reward import ImageRewardParts, load_image_reward
 from sfumato.clip.open_clip import CONFIG as OPEN_CLIP_CONFIG
 from sfumato.clip.open_clip import WEIGHTS as OPEN_CLIP
 from sfumato.clip.open_clip import (
@@ -16,12 +17,13 @@ from sfumato.clip.open_clip import (
 )
 from sfumato.clip.preprocessing import ImageSettings, preprocess
 from sfumato.clip.tensor_files import check_suffix, read_files, read_tensors
-from sfumato.clip.tensors import published_file, weight_files
+from sfumato.clip.tensors import weight_files
 
 __all__ = [
     "OPEN_CLIP",
     "OPEN_CLIP_CONFIG",
     "ClipParts",
+    "ImageRewardParts",
     "ImageSettings",
     "OpenClip",
     "check_suffix",
@@ -29,9 +31,8 @@ __all__ = [
     "is_open_clip",
     "load_clip",
     "load_hps",
-    "open_tokenizer",
+    "load_image_reward",
     "preprocess",
-    "published_file",
     "read_files",
     "read_open_clip",
     "read_tensors",
