@@ -3,10 +3,18 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from sfumato.catalog import CHOICES, find_slot
-from sfumato.config import COMMANDS, OwnConfig, SampleConfig, TrainConfig, WeightedPartConfig
+from sfumato.config import (
+    COMMANDS,
+    OwnConfig,
+    SampleConfig,
+    TrainConfig,
+    WeightedPartConfig,
+    rewards_of,
+)
 
 Row = tuple[str, str]
 _IMAGES = "data.images.path|data.images.sources"
@@ -23,6 +31,7 @@ _MODELS = (
     "scheduler",
 )
 STARTS = ("model.lora.start", "model.network.from_pretrained")
+ANY = ".*"  # suffix of a file, in a pattern
 
 _READS_PROMPTS, _READS_IMAGES = "objective.reads_prompts", "objective.reads_images"
 _READS_PAIRS = "objective.reads_pairs"
@@ -196,8 +205,16 @@ def conditions_of(command: str, key: str) -> list[str]:
 
 
 def named_files(settings: TrainConfig) -> dict[str, str]:
-    """Return the paths of files whose content counts, by the keys of their settings."""
-    return {key: value for key, value, _ in leaves_of(settings) if is_path(key, value)}
+    """Return the paths of files whose content counts, by the keys of their settings.
+
+    A reward that reads one file of a folder has the pattern FOLDER/NAME.* there.
+    """
+    named = {key: value for key, value, _ in leaves_of(settings) if is_path(key, value)}
+    for room, reward in rewards_of(settings.reward).items():
+        path = named.get(f"{room}.pretrained")
+        if path and reward.file and not Path(path).expanduser().is_file():
+            named[f"{room}.pretrained"] = f"{path}/{reward.file}{ANY}"
+    return named
 
 
 def is_path(key: str, value: object) -> bool:

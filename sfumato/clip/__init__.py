@@ -1,9 +1,11 @@
-"""Door of CLIP's published files: transformers' and OpenCLIP's layouts, and their preprocessing.
+"""Door of CLIP's published files, and of rewards made of it: layouts and preprocessing.
 
 Other rooms import from this package only, never from its modules.
 """
 
 from sfumato.clip.folder import ClipParts, load_clip, model_folder, processor_folder
+from sfumato.clip.hps import load_hps
+from sfumato.clip.image_reward import ImageRewardParts, load_image_reward
 from sfumato.clip.open_clip import CONFIG as OPEN_CLIP_CONFIG
 from sfumato.clip.open_clip import WEIGHTS as OPEN_CLIP
 from sfumato.clip.open_clip import (
@@ -26,6 +28,7 @@ __all__ = [
     "OPEN_CLIP",
     "OPEN_CLIP_CONFIG",
     "ClipParts",
+    "ImageRewardParts",
     "ImageSettings",
     "OpenClip",
     "check_suffix",
@@ -33,6 +36,8 @@ __all__ = [
     "first_sentence",
     "is_open_clip",
     "load_clip",
+    "load_hps",
+    "load_image_reward",
     "model_folder",
     "preprocess",
     "processor_folder",

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,11 +55,8 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     text, vision = config.text_config, config.vision_config
     assert isinstance(text, CLIPTextConfig)
     assert isinstance(vision, CLIPVisionConfig)
-    if processor is None:
-        folder = _fetch(path_or_hub_id, _PROCESSOR)
-    else:
-        folder = _fetch(processor, _PROCESSOR, "reward.processor")
-    tokenizer = _read_tokenizer(folder, text)
+    folder = _fetch(path_or_hub_id, _PROCESSOR) if processor is None else fetch_processor(processor)
+    tokenizer = read_tokenizer(folder, text)
     side = vision.image_size
     if not isinstance(side, int):
         raise ValueError(f"image_size of {path_or_hub_id} is {side}; {WHOLE}")
@@ -159,7 +156,7 @@ _PROCESSOR = _Files(
     ),
     (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "save the tokenizer there, or name a folder or hub id that has one as `processor` "
-    "(for PickScore laion/CLIP-ViT-H-14-laion2B-s32B-b79K)",
+    "(for PickScore and HPSv2 laion/CLIP-ViT-H-14-laion2B-s32B-b79K)",
 )
 _WEIGHTS = _Files(
     ("config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -186,6 +183,15 @@ def _fetch(name: str, files: _Files, setting: str = "reward.pretrained") -> Path
     return folder
 
 
+def fetch_processor(name: str) -> Path:
+    """Return the folder of a tokenizer of CLIP's, downloaded if need be.
+
+    Raises:
+        ValueError: it has no such files.
+    """
+    return _fetch(name, _PROCESSOR, "reward.processor")
+
+
 def _read_config(folder: Path) -> "transformers.CLIPConfig":
     from transformers import CLIPConfig
 
@@ -198,23 +204,42 @@ def _read_config(folder: Path) -> "transformers.CLIPConfig":
     return CLIPConfig.from_pretrained(folder, local_files_only=True)
 
 
-def _read_tokenizer(
-    folder: Path, text: "transformers.CLIPTextConfig"
-) -> "transformers.PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer, CLIPTokenizer
+def open_tokenizer(folder: Path, kind: Any) -> "transformers.PreTrainedTokenizerBase":
+    """Open the tokenizer in a folder.
+
+    Args:
+        kind: its class in transformers, if no tokenizer_config.json names it.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
 
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
         if (folder / name).is_file():
             read_object(folder / name, _AGAIN)
-    kind = AutoTokenizer if (folder / "tokenizer_config.json").is_file() else CLIPTokenizer
+    kind = AutoTokenizer if (folder / "tokenizer_config.json").is_file() else kind
     try:
-        tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"the tokenizer in {folder} could not be read ({reason}); save it with transformers "
             "again, or name another folder as `processor`"
         ) from error
+
+
+def read_tokenizer(
+    folder: Path, text: "transformers.CLIPTextConfig"
+) -> "transformers.PreTrainedTokenizerBase":
+    """Open the tokenizer of a text tower of CLIP's.
+
+    Raises:
+        ValueError: it cannot be read, or its tokens are not those of the tower.
+    """
+    from transformers import CLIPTokenizer
+
+    tokenizer = open_tokenizer(folder, CLIPTokenizer)
     if len(tokenizer) > text.vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the text tower knows "

@@ -135,10 +135,18 @@ def read_open_clip(folder: Path) -> OpenClip:
     Raises:
         ValueError: the file is damaged, or states a key that CLIP's architecture does not have.
     """
+    path = folder / CONFIG
+    return parse_open_clip(path, read_object(path, _AGAIN))
+
+
+def parse_open_clip(path: Path, raw: Mapping[str, Any]) -> OpenClip:
+    """Return what the content of an open_clip_config.json says; raises as `read_open_clip`.
+
+    Args:
+        path: of the file, for messages.
+    """
     from transformers import CLIPConfig
 
-    path = folder / CONFIG
-    raw = read_object(path, _AGAIN)
     _refuse_unknown(path, raw)
     content = convert(raw, _File, str(path), _OWN)
     model, text, vision = (
@@ -220,19 +228,34 @@ def load_open_clip(folder: Path, config: "transformers.CLIPConfig") -> "transfor
         ValueError: a file is damaged, or does not hold exactly the weights of the model, by the
             names in the file.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from transformers import CLIPModel
 
     source = f"OpenCLIP model: {folder}"
     try:
         files = [load_file(file) for file in weight_files(folder, WEIGHTS)]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{source} could not be read ({error}); {_AGAIN}") from error
+    return open_clip_model({k: t for each in files for k, t in each.items()}, config, source)
+
+
+def open_clip_model(
+    found: Mapping[str, Tensor], config: "transformers.CLIPConfig", source: str
+) -> "transformers.CLIPModel":
+    """Return transformers' model of this config with OpenCLIP's weights, whole and finite.
+
+    Args:
+        source: what the weights are and where they lie.
+
+    Raises:
+        ValueError: these are not exactly the weights of the model, by OpenCLIP's names.
+    """
+    import torch
+    from transformers import CLIPModel
+
     with torch.device("meta"):
         expected = CLIPModel(config).state_dict()
-    state, names = renamed({k: t for each in files for k, t in each.items()}, expected)
+    state, names = renamed(found, expected)
     differences(state, expected, names).refuse(source, _AGAIN)
     refuse_non_finite(state.items(), source)
     hide_progress_bars()

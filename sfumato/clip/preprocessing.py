@@ -55,6 +55,7 @@ class ImageSettings:
         antialias: whether the filter widens where an image shrinks.
         rounds: a crop that begins at half a pixel begins at the even one (torchvision, OpenCLIP);
             else at the one before (transformers).
+        letterbox: `size` is of the longer side, and black fills up the square of `crop`.
     """
 
     size: int | tuple[int, int] | None
@@ -65,6 +66,7 @@ class ImageSettings:
     mode: str = "bicubic"
     antialias: bool = True
     rounds: bool = False
+    letterbox: bool = False
 
     def squashed(self) -> "ImageSettings":
         """Return settings that bring all images to the same square without crop or antialias."""
@@ -89,22 +91,28 @@ def preprocess(
         height, width = images.shape[-2:]
         if (size := settings.size) is not None:
             short = min(height, width)
-            if isinstance(size, int):
+            if settings.letterbox and isinstance(size, int):
+                scale = size / max(height, width)
+                size = max(1, round(height * scale)), max(1, round(width * scale))
+            elif isinstance(size, int):
                 size = int(size * height / short), int(size * width / short)
             images = F.interpolate(images, size, mode=settings.mode, antialias=settings.antialias)
         if settings.crop is not None:
-            images = _crop(images, settings.crop, rounds=settings.rounds)
+            images = _crop(images, settings.crop, settings)
         if settings.factor != 1:
             images = images * settings.factor
         centre, spread = images.new_tensor(settings.mean), images.new_tensor(settings.std)
         return (images - centre.view(3, 1, 1)) / spread.view(3, 1, 1)
 
 
-def _crop(images: Tensor, side: int, *, rounds: bool) -> Tensor:
+def _crop(images: Tensor, side: int, settings: ImageSettings) -> Tensor:
     """Cut a square from the centre; a negative margin is filled with zeros."""
     height, width = images.shape[-2:]
-    begin = (lambda rest: round(rest / 2)) if rounds else (lambda rest: rest // 2)
-    top, left = begin(height - side), begin(width - side)
+    margins = height - side, width - side
+    if settings.letterbox:
+        top, left = (-(-rest // 2) for rest in margins)
+    else:
+        top, left = (round(rest / 2) if settings.rounds else rest // 2 for rest in margins)
     return F.pad(images, (-left, left + side - width, -top, top + side - height))
 
 

@@ -91,6 +91,7 @@ POSITIVE = Rule(above=0)
 NOT_NEGATIVE = Rule(least=0)
 UNIT = Rule(least=0, most=1)
 FRACTION = Rule(least=0, below=1)
+FILLED = Rule(filled=True)
 FOLDER = Rule(folder=True)  # the name of one
 
 

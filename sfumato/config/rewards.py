@@ -5,7 +5,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.config.fields import DTYPES, MISSING, choice, entries
+from sfumato.config.fields import DTYPES, FILLED, MISSING, choice, entries, setting
+
+CLIP_SCORES = ("model", "model_over_26", "cosine", "cosine_100", "clipscore")
+HPS_FILES = {"2.0": "HPS_v2_compressed", "2.1": "HPS_v2.1_compressed"}  # without suffix
+IMAGE_REWARD = "ImageReward"
 
 
 @dataclass
@@ -13,6 +17,11 @@ class RewardConfig:
     """What is maximised; a saved file names the chosen class in `kind`."""
 
     kind: str = MISSING
+
+    @property
+    def file(self) -> str:
+        """Name, without suffix, of what alone is read in a folder of weights; "" for all of it."""
+        return ""
 
 
 @dataclass
@@ -24,11 +33,12 @@ class NoRewardConfig(RewardConfig):
 
 @dataclass
 class ClipRewardConfig(RewardConfig):
-    """exp(logit_scale) x cosine of a CLIP-architecture model: CLIPScore, PickScore."""
+    """Match of image and prompt by a CLIP-architecture model: PickScore, CLIPScore."""
 
     kind: str = "clip"
     pretrained: str = MISSING  # a CLIP model: folder or hub id
     processor: str | None = None  # folder or hub id of tokenizer and preprocessing, if elsewhere
+    score: str = choice(*CLIP_SCORES)  # exp(logit_scale) x cosine; docs/rewards.md has the others
     dtype: str = choice(*DTYPES)
     gradient_checkpointing: bool = False
 
@@ -47,6 +57,19 @@ class AestheticRewardConfig(RewardConfig):
 
 
 @dataclass
+class ClipIqaRewardConfig(RewardConfig):
+    """Probability of a good prompt against a bad one, by a CLIP-architecture model: CLIP-IQA."""
+
+    kind: str = "clip_iqa"
+    pretrained: str = MISSING  # a CLIP model: folder or hub id
+    processor: str | None = None  # folder or hub id of tokenizer and preprocessing, if elsewhere
+    good: list[str] = setting(["Good photo."], FILLED)
+    bad: list[str] = setting(["Bad photo."], FILLED)  # one against each of `good`
+    dtype: str = choice(*DTYPES)
+    gradient_checkpointing: bool = False
+
+
+@dataclass
 class ClassifierRewardConfig(RewardConfig):
     """Log-probability of a label by an image classifier of transformers."""
 
@@ -55,6 +78,40 @@ class ClassifierRewardConfig(RewardConfig):
     label: str = MISSING  # the text of a label, or its index
     processor: str | None = None  # folder or hub id of the preprocessing, if elsewhere
     dtype: str = choice(*DTYPES)
+
+
+@dataclass
+class HpsRewardConfig(RewardConfig):
+    """Cosine of image and prompt by HPSv2 or HPSv2.1."""
+
+    kind: str = "hpsv2"
+    pretrained: str = "xswu/HPSv2"  # the published file, its folder or hub id
+    version: str = choice("2.1", "2.0")
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer: folder or hub id
+    preprocessing: str = choice("letterbox", "crop")  # as published, or as training codes do
+    dtype: str = choice(*DTYPES)
+    gradient_checkpointing: bool = False
+
+    @property
+    def file(self) -> str:
+        """Name of the published file."""
+        return HPS_FILES[self.version]
+
+
+@dataclass
+class ImageRewardConfig(RewardConfig):
+    """ImageReward 1.0: a BLIP trained on choices between images."""
+
+    kind: str = "image_reward"
+    pretrained: str = "THUDM/ImageReward"  # the published file, its folder or hub id
+    processor: str = "google-bert/bert-base-uncased"  # tokenizer: folder or hub id
+    dtype: str = choice(*DTYPES)
+    gradient_checkpointing: bool = False
+
+    @property
+    def file(self) -> str:
+        """Name of the published file."""
+        return IMAGE_REWARD
 
 
 @dataclass
@@ -101,6 +158,9 @@ class WeightedRewardConfig(RewardConfig):
 
 REWARDS: dict[str, type[RewardConfig]] = {
     "clip": ClipRewardConfig,
+    "clip_iqa": ClipIqaRewardConfig,
+    "hpsv2": HpsRewardConfig,
+    "image_reward": ImageRewardConfig,
     "aesthetic": AestheticRewardConfig,
     "classifier": ClassifierRewardConfig,
     "color": ColorRewardConfig,
@@ -109,3 +169,10 @@ REWARDS: dict[str, type[RewardConfig]] = {
     "weighted": WeightedRewardConfig,
     "none": NoRewardConfig,
 }
+
+
+def rewards_of(reward: Any) -> dict[str, RewardConfig]:
+    """Return a reward, or the parts of a weighted one, by the keys of their settings."""
+    if isinstance(reward, WeightedRewardConfig):
+        return {f"reward.parts.{name}": part.reward for name, part in reward.parts.items()}
+    return {"reward": reward} if isinstance(reward, RewardConfig) else {}

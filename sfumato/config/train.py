@@ -10,6 +10,7 @@ from sfumato.config.fields import (
     COUNT,
     DTYPES,
     FEW,
+    FILLED,
     FOLDER,
     FRACTION,
     MISSING,
@@ -29,7 +30,6 @@ CONF = Path(__file__).parents[1] / "conf"
 MAX_PIXELS = 178_956_970  # Pillow refuses more as a decompression bomb
 PIXELS = Rule(least=1, most=MAX_PIXELS)
 LAYERS = Rule(regex=True, filled=True)
-FILLED = Rule(filled=True)
 SOLVERS = ("first_order", "dpmpp_2m")
 SPACINGS = ("leading", "trailing")
 

@@ -39,6 +39,7 @@ from sfumato.training.state import load_weights
 HeldOut = Callable[[Tensor, Sequence[str]], Tensor]
 NOT_OF_IMAGES = ("training_steps", "training_spacing", "prompt_cache")  # of a sampler's settings
 NEWER = ("solver", "guidance_interval")
+ADDED = ("score", "model")  # of a reward's settings, which evaluations of older versions lack
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,13 @@ def _of_images(sampler: SamplerConfig) -> dict[str, Any]:
 def _by_content(
     settings: Mapping[str, Any], prefix: str, contents: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return settings without the paths whose content is known."""
+    """Return settings without the paths whose content is known, and without `ADDED`."""
     return {
         key: _by_content(value, f"{prefix}{key}.", contents)
         if isinstance(value, dict)
         else ("by content" if typed(f"{prefix}{key}") in contents else value)
         for key, value in settings.items()
+        if (key, value) != ADDED
     }
 
 

@@ -19,8 +19,9 @@ from sfumato.clip import (
     read_tensors,
 )
 from sfumato.precision import without_autocast
-from sfumato.rewards.clip import ClipReward, recompute_layers, unit
+from sfumato.rewards.clip import ClipReward, unit
 from sfumato.rewards.reward import Reward, Score
+from sfumato.rewards.towers import recompute
 from sfumato.weights import differences, load_whole, refuse_non_finite
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class AestheticReward(Reward):
             tower = SiglipTower.from_pretrained(path_or_hub_id, processor)
             width = tower.width
             if gradient_checkpointing:
-                recompute_layers(tower.model.encoder)
+                recompute(tower.model.encoder.layers)
         else:
             parts = load_clip(path_or_hub_id, processor)
             tower = ClipReward(parts, gradient_checkpointing=gradient_checkpointing)

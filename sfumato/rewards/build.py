@@ -2,12 +2,16 @@
 
 import torch
 
+from sfumato.clip import load_hps
 from sfumato.config import (
     AestheticRewardConfig,
     BrightnessRewardConfig,
     ClassifierRewardConfig,
+    ClipIqaRewardConfig,
     ClipRewardConfig,
     ColorRewardConfig,
+    HpsRewardConfig,
+    ImageRewardConfig,
     JpegRewardConfig,
     RewardConfig,
     WeightedRewardConfig,
@@ -15,6 +19,8 @@ from sfumato.config import (
 from sfumato.rewards.aesthetic import AestheticReward
 from sfumato.rewards.classifier import ClassifierReward
 from sfumato.rewards.clip import ClipReward
+from sfumato.rewards.clip_iqa import ClipIqaReward, check_pairs
+from sfumato.rewards.image_reward import ImageReward
 from sfumato.rewards.reward import Reward
 from sfumato.rewards.simple import BrightnessReward, ColorReward, JpegCompressibility
 from sfumato.rewards.weighted import WeightedSum
@@ -31,6 +37,33 @@ def build_reward(config: RewardConfig) -> Reward:
     match config:
         case ClipRewardConfig():
             return ClipReward.from_pretrained(
+                config.pretrained,
+                processor=config.processor,
+                score=config.score,
+                dtype=DTYPES[config.dtype],
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+        case ClipIqaRewardConfig():
+            check_pairs(config.good, config.bad)
+            clip = ClipReward.from_pretrained(
+                config.pretrained,
+                processor=config.processor,
+                dtype=DTYPES[config.dtype],
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+            return ClipIqaReward(clip, config.good, config.bad)
+        case HpsRewardConfig():
+            parts = load_hps(
+                config.pretrained,
+                version=config.version,
+                processor=config.processor,
+                preprocessing=config.preprocessing,
+            )
+            checkpointing = config.gradient_checkpointing
+            reward = ClipReward(parts, score="cosine", gradient_checkpointing=checkpointing)
+            return reward.to(DTYPES[config.dtype])
+        case ImageRewardConfig():
+            return ImageReward.from_pretrained(
                 config.pretrained,
                 processor=config.processor,
                 dtype=DTYPES[config.dtype],

@@ -1,50 +1,55 @@
-"""CLIP-architecture rewards (CLIPScore, PickScore): exp(logit_scale) * cos(image, text)."""
+"""CLIP-architecture rewards (PickScore, HPSv2, CLIPScore): scale * cos(image, text)."""
 
 import math
-import warnings
 from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from sfumato.clip import ClipParts, load_clip, preprocess
 from sfumato.precision import without_autocast
 from sfumato.rewards.reward import Reward, Score
+from sfumato.rewards.towers import Tokens, at_least_float32, recompute, refuse_unequal
 
 
 @final
 class ClipReward(Reward):
     """Score the match of image and prompt by a frozen CLIP, differentiably in the images.
 
-    CLIPScore (arXiv 2104.08718) and PickScore (arXiv 2305.01569) differ in weights only. Images
+    CLIPScore (arXiv 2104.08718), PickScore (arXiv 2305.01569) and HPSv2 (arXiv 2306.09341) differ
+    in weights, preprocessing and scale only. Images
     are taken as they come, also outside [0, 1]: a clamp here would stop the gradient of saturated
     pixels, so whoever wants one (the objective) clamps before. Gradients do not reach the text.
 
     Attributes:
-        scale: exp(logit_scale), near 100 for published models; PickScore's values are near 20.
+        scale: by default exp(logit_scale), near 100 for published models; PickScore's values are
+            near 20.
     """
 
-    def __init__(self, parts: ClipParts, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, parts: ClipParts, *, score: str = "model", gradient_checkpointing: bool = False
+    ) -> None:
         """Take over and freeze the model of `parts`.
 
         Args:
+            score: model (exp(logit_scale) x cosine), model_over_26 (that / 26), cosine, cosine_100
+                (100 x cosine) or clipscore (2.5 x the cosine, which is 0 where it is below).
             gradient_checkpointing: recompute each layer of the image tower in the backward pass
                 instead of keeping its activations.
         """
         super().__init__()
         self.model = parts.model.requires_grad_(False)
-        self.tokenizer = parts.tokenizer
+        self.tokens = Tokens(parts.tokenizer, parts.max_tokens)
         self.image_settings = parts.image_settings
         self.max_tokens = parts.max_tokens
-        scale = parts.model.logit_scale
-        self.scale = 1.0 if scale.is_meta else math.exp(scale.item())
-        self._warned_of_truncation = False
+        learned = parts.model.logit_scale
+        self.scale = _scale(score, 1.0 if learned.is_meta else math.exp(learned.item()))
+        self._is_clipscore = score == "clipscore"
         if gradient_checkpointing:
-            recompute_layers(self.model.vision_model.encoder)
+            recompute(self.model.vision_model.encoder.layers)
         self.eval()
 
     @classmethod
@@ -53,6 +58,7 @@ class ClipReward(Reward):
         path_or_hub_id: str,
         *,
         processor: str | None = None,
+        score: str = "model",
         dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
     ) -> "ClipReward":
@@ -63,14 +69,14 @@ class ClipReward(Reward):
                 `path_or_hub_id`. PickScore's published recipe takes those of
                 laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
             dtype: of the frozen weights; preprocessing and cosine stay in float32 or better.
-            gradient_checkpointing: as in the constructor.
+            score, gradient_checkpointing: as in the constructor.
 
         Raises:
             ValueError: if a folder or a file is missing, unreadable, or of another kind of model.
         """
         parts = load_clip(path_or_hub_id, processor)
         # Cast last: bfloat16 would round logit_scale and with it change the scale by a percent.
-        return cls(parts, gradient_checkpointing=gradient_checkpointing).to(dtype)
+        return cls(parts, score=score, gradient_checkpointing=gradient_checkpointing).to(dtype)
 
     def train(self, mode: bool = True) -> "ClipReward":
         """Stay in evaluation mode: with dropout one image would have many scores."""
@@ -82,11 +88,10 @@ class ClipReward(Reward):
         Raises:
             ValueError: if there are not as many prompts as images.
         """
-        if len(prompts) != len(images):
-            raise ValueError(
-                f"{len(images)} images came with {len(prompts)} prompts; give one prompt per image"
-            )
+        refuse_unequal(images, prompts)
         cosine = (self.image_features(images) * self.text_features(prompts)).sum(1)
+        if self._is_clipscore:
+            cosine = cosine.clamp(min=0)
         return Score(self.scale * cosine)
 
     def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -99,55 +104,30 @@ class ClipReward(Reward):
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
         """Embed prompts as unit vectors, without gradient; warn once if one has to be cut."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding=True,
-            truncation=True,
-            max_length=self.max_tokens,
-            return_tensors="pt",
-        ).to(self.model.logit_scale.device)
-        if tokens["input_ids"].shape[1] == self.max_tokens and not self._warned_of_truncation:
-            self._warn_of_truncation(prompts)
+        tokens = self.tokens(prompts, self.model.logit_scale.device)
         with without_autocast(self.model.logit_scale):
-            pooled = self.model.text_model(
-                input_ids=tokens["input_ids"],
-                attention_mask=tokens["attention_mask"],
-                return_dict=True,
-            ).pooler_output
+            pooled = self.model.text_model(**tokens, return_dict=True).pooler_output
             return unit(self.model.text_projection(pooled))
-
-    def _warn_of_truncation(self, prompts: Sequence[str]) -> None:
-        for prompt in prompts:
-            length = len(self.tokenizer(prompt, verbose=False)["input_ids"])
-            if length > self.max_tokens:
-                warnings.warn(
-                    f"the reward reads {self.max_tokens} of the {length} tokens of the prompt "
-                    f"{prompt!r}; shorten such prompts if their ends matter (said once)",
-                    stacklevel=2,
-                )
-                self._warned_of_truncation = True
-                return
-
-
-@final
-class _Checkpointed(nn.Module):
-    """Recompute a layer in the backward pass; transformers itself does so in training mode only."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(
-            self.layer, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-        )
-
-
-def recompute_layers(encoder: Any) -> None:
-    """Let an encoder of transformers recompute each layer in the backward pass."""
-    encoder.layers = nn.ModuleList([_Checkpointed(layer) for layer in encoder.layers])
 
 
 def unit(features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
     """Normalise rows, in float32 at least: bfloat16 would round a score of 20 to eighths."""
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+    return F.normalize(at_least_float32(features), dim=-1)
+
+
+def _scale(score: str, learned: float) -> float:
+    """Return what the cosine is multiplied by.
+
+    Args:
+        learned: exp(logit_scale) of the model.
+    """
+    published = {
+        "model": learned,
+        "model_over_26": learned / 26,  # Flow-GRPO's PickScore
+        "cosine": 1.0,  # DanceGRPO's PickScore
+        "cosine_100": 100.0,
+        "clipscore": 2.5,  # w of arXiv 2104.08718, whose cosine is 0 at least
+    }
+    if score not in published:
+        raise ValueError(f"score={score!r} is unknown; choose one of {', '.join(published)}")
+    return published[score]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.conditions import STARTS, named_files
+from sfumato.conditions import ANY, STARTS, named_files
 from sfumato.config import RewardConfig, RewardedConfig, TrainConfig, WeightedRewardConfig
 from sfumato.data.paths import expand_pattern
 from sfumato.files import digest, sha256_of, write_text
@@ -18,7 +18,11 @@ from sfumato.records import read_record
 
 MEMORY = "contents.json"  # in a run folder
 MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")
-BESIDE = ("adapter_config.json", "open_clip_config.json")  # state how a file's weights are meant
+BESIDE = (
+    "adapter_config.json",
+    "open_clip_config.json",
+    "med_config.json",
+)  # state how a file's weights are meant
 DATA = ("data.", "validation.")  # settings of pictures and prompts
 SCALING = ("scale", "dtype", "gradient_checkpointing")  # what is measured stays the same
 THREADS = 4
@@ -179,14 +183,19 @@ def _state(path: str) -> tuple[int, int, int] | None:
 
 
 def _local(value: str) -> Path:
-    """Return a path, or the local copy of a hub id."""
-    path = Path(value).expanduser()
-    if path.exists() or value.count("/") != 1:
+    """Return a path, or the local copy of a hub id, or of HUB_ID/NAME.*."""
+    path, parts = Path(value).expanduser(), value.split("/")
+    is_pattern = parts[-1].endswith(ANY)
+    if (path.parent if is_pattern else path).exists() or len(parts) != 2 + is_pattern:
         return path
     from huggingface_hub import try_to_load_from_cache
 
-    for name in ("model_index.json", "config.json", "open_clip_config.json"):
-        file = try_to_load_from_cache(value, name)
-        if isinstance(file, str):
-            return Path(file).parent
+    names = ["model_index.json", "config.json", "open_clip_config.json"]
+    if is_pattern:
+        names = [parts[2].replace(ANY, suffix) for suffix in MODEL_SUFFIXES]
+    with suppress(ValueError):  # no hub has such an id
+        for name in names:
+            file = try_to_load_from_cache("/".join(parts[:2]), name)
+            if isinstance(file, str):
+                return Path(file).parent.joinpath(*parts[2:])
     return path
