@@ -83,6 +83,9 @@ def trained(scales: tuple[int, int], way: Sequence[str], seed: int) -> dict[str,
 
 
 def run(out: Path) -> None:
+    base = out / "base.json"
+    if not base.exists():
+        base.write_text(json.dumps(Colors(*COLORS[:1], *CHEAP).evaluate()))
     for case, scales in SCALES.items():
         for seed in SEEDS:
             for way, overrides in WAYS.items():
@@ -94,9 +97,6 @@ def run(out: Path) -> None:
                 file.write_text(json.dumps(found, indent=1))
                 seconds = time.process_time() - started
                 print(f"{file.name}: {found['after']}, {seconds:.0f} s", flush=True)
-    base = out / "base.json"
-    if not base.exists():
-        base.write_text(json.dumps(Colors(*COLORS[:1], *CHEAP).evaluate()))
 
 
 def table(out: Path) -> None:

@@ -45,7 +45,7 @@ TRAIN = f"""
     training.{{max_steps,micro_batch_size,global_batch_size,precision,strategy,compile,ema_decay}}
     training.{{async_checkpoints,peak_tflops,checkpoint_every_steps,keep_checkpoints,max_time}}
     training.{{seed,tensorboard,wandb_project}}
-    validation.{{prompts,num_images,every_steps,seed}}
+    validation.{{prompts,num_images,every_steps,seed,rewards}}
 """
 ALWAYS = {
     "train": TRAIN,
@@ -57,6 +57,7 @@ ALWAYS = {
         run steps prompts num_images seed batch_size features allow_pickle allow_changed {FILES}
         model.variant reward.{{pretrained,processor,parts}}
         reward.parts.NAME.{{pretrained,processor}}
+        validation.rewards validation.rewards.NAME.{{pretrained,processor}}
     """,
     "prepare": f"""
         out stages recipe {MODEL} model.network.config model.merge download.{{table,columns}}
