@@ -13,7 +13,7 @@ from sfumato.clip.open_clip import (
     read_open_clip,
     renamed,
 )
-from sfumato.clip.preprocessing import ImageSettings, preprocess
+from sfumato.clip.preprocessing import ImageSettings, preprocess, save_processor
 from sfumato.clip.tensors import weight_files
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "preprocess",
     "read_open_clip",
     "renamed",
+    "save_processor",
     "weight_files",
 ]

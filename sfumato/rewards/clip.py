@@ -3,12 +3,14 @@
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sfumato.clip import ClipParts, load_clip, preprocess
@@ -22,9 +24,10 @@ class ClipReward(Reward):
 
     CLIPScore (arXiv 2104.08718) and PickScore (arXiv 2305.01569) differ in weights only. Images
     are taken as they come, also outside [0, 1]: a clamp here would stop the gradient of saturated
-    pixels, so whoever wants one (the objective) clamps before. Gradients do not reach the text.
+    pixels, so whoever wants one (the objective) clamps before.
 
     Attributes:
+        learns: whether somebody trains the weights, under autocast if they want it.
         scale: exp(logit_scale), near 100 for published models; PickScore's values are near 20.
     """
 
@@ -32,8 +35,8 @@ class ClipReward(Reward):
         """Take over and freeze the model of `parts`.
 
         Args:
-            gradient_checkpointing: recompute each layer of the image tower in the backward pass
-                instead of keeping its activations.
+            gradient_checkpointing: recompute each layer in the backward pass instead of keeping
+                its activations.
         """
         super().__init__()
         self.model = parts.model.requires_grad_(False)
@@ -42,10 +45,12 @@ class ClipReward(Reward):
         self.max_tokens = parts.max_tokens
         scale = parts.model.logit_scale
         self.scale = 1.0 if scale.is_meta else math.exp(scale.item())
+        self.learns = False
         self._warned_of_truncation = False
         if gradient_checkpointing:
-            encoder = self.model.vision_model.encoder
-            encoder.layers = nn.ModuleList([_Checkpointed(layer) for layer in encoder.layers])
+            for tower in (self.model.vision_model, self.model.text_model):
+                for layer in tower.encoder.layers:
+                    layer.forward = partial(_recomputed, layer.forward)
         self.eval()
 
     @classmethod
@@ -93,13 +98,12 @@ class ClipReward(Reward):
     def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Embed images in [0, 1] as unit vectors, differentiably."""
         pixels = preprocess(images, self.image_settings)
-        with without_autocast(self.model.logit_scale):
+        with self._precise():
             pooled = self.model.vision_model(pixel_values=pixels, return_dict=True).pooler_output
             return _unit(self.model.visual_projection(pooled))
 
-    @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """Embed prompts as unit vectors, without gradient; warn once if one has to be cut."""
+        """Embed prompts as unit vectors; warn once if one has to be cut."""
         tokens = self.tokenizer(
             list(prompts),
             padding=True,
@@ -109,13 +113,16 @@ class ClipReward(Reward):
         ).to(self.model.logit_scale.device)
         if tokens["input_ids"].shape[1] == self.max_tokens and not self._warned_of_truncation:
             self._warn_of_truncation(prompts)
-        with without_autocast(self.model.logit_scale):
+        with self._precise():
             pooled = self.model.text_model(
                 input_ids=tokens["input_ids"],
                 attention_mask=tokens["attention_mask"],
                 return_dict=True,
             ).pooler_output
             return _unit(self.model.text_projection(pooled))
+
+    def _precise(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.learns else without_autocast(self.model.logit_scale)
 
     def _warn_of_truncation(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
@@ -130,18 +137,9 @@ class ClipReward(Reward):
                 return
 
 
-@final
-class _Checkpointed(nn.Module):
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Recompute a layer in the backward pass; transformers itself does so in training mode only."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(
-            self.layer, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-        )
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _unit(features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from sfumato.conditions import leaves_of, why_unread
-from sfumato.config import ModelConfig, TrainConfig
+from sfumato.config import TrainConfig
 from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
 from sfumato.files import lock, refuse_link, write_text
@@ -56,7 +56,8 @@ def train(
     check_trackers(config.training)
     check_own(config, own)
     say = distribution.is_main
-    limits = check_model(config, folder, typed, say=say) if own.load is None else None
+    own_model = own.load is not None or config.objective.trains_reward
+    limits = None if own_model else check_model(config, folder, typed, say=say)
     data = open_data(config, limits, own.stream, own.prompts)
     with exclusive(folder, distribution):
         with distribution.together():
@@ -68,7 +69,7 @@ def train(
         report_left_out(data.stream, folder, distribution)
         with distribution.together():
             if distribution.is_main and is_complete(outcome, config, folder):
-                export_run(config, own.load, data.prompts[0], distribution.device)
+                export_run(config, own.load, data.prompts, distribution.device)
     return outcome
 
 
@@ -139,7 +140,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
             listed = "; ".join(f"{key}: {text}" for key, text in differing.items())
             raise ValueError(
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
-                f"(name=...), or remove the folder. {way_on(config.model, folder)}"
+                f"(name=...), or remove the folder. {way_on(config, folder)}"
             )
         if others := [key for key in others if key not in config.allow_changed]:
             raise ValueError(
@@ -173,10 +174,12 @@ def cache_images(
         print(f"{key}.cache=auto: {where if why is None else f'off, as {why}'}", flush=True)
 
 
-def way_on(model: ModelConfig, folder: RunFolder) -> str:
+def way_on(config: TrainConfig, folder: RunFolder) -> str:
     """Say how a run of other settings starts from the weights of the run in a folder."""
-    start = f"model.pretrained={folder.export}/pipeline"
-    if model.trainable == "lora":
+    model, start = config.model, f"model.pretrained={folder.export}/pipeline"
+    if config.objective.trains_reward:
+        start = f"reward.pretrained={folder.export}/reward"
+    elif model.trainable == "lora":
         start = f"model.lora.start={folder.export}/lora"
     elif model.network.config is not None:
         start = f"model.network.from_pretrained={folder.path}"
