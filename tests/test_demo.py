@@ -148,6 +148,7 @@ def test_every_stage_of_the_rebuild_runs(
             "recipe=ladder/demo",
             f"given.out={tmp_path}",
             "given.pictures=80",
+            "given.pairs=60",
             *(f"given.steps.{name}=1" for name in names),
         ],
     )

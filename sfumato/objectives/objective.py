@@ -170,9 +170,7 @@ class ObjectiveOf(abc.ABC, Generic[Model, Batch]):
         """
         return [partial(self.loss, model, batch, rng)]
 
-    def collect(
-        self, model: Model, items: Sequence[Any], rng: Rng, peers: Peers
-    ) -> Collected:
+    def collect(self, model: Model, items: Sequence[Any], rng: Rng, peers: Peers) -> Collected:
         """Make rows of training: one of each of this process's items, in their order.
 
         Called without a gradient, before the first of the steps that train on the rows.

@@ -55,9 +55,7 @@ def _pixels_of(sample: Sample) -> Float[Tensor, "3 H W"]:
     return sample.image
 
 
-def _compare(
-    model: LearningReward, batch: Sequence[Preference]
-) -> dict[str, Float[Tensor, " b"]]:
+def _compare(model: LearningReward, batch: Sequence[Preference]) -> dict[str, Float[Tensor, " b"]]:
     """Return numbers of each pair.
 
     Returns:

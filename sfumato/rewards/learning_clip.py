@@ -30,10 +30,11 @@ class LearningClip(LearningReward):
         Args:
             start_scale: exp(logit_scale) at the start; None keeps the model's.
         """
-        reward.learns = True
-        reward.model.requires_grad_(True)
+        model, reward.learns = reward.model, True
+        model.logit_scale = nn.Parameter(model.logit_scale.detach().view(1))  # FSDP has no scalars
+        model.requires_grad_(True)
         if start_scale is not None:
-            reward.model.logit_scale.data.fill_(math.log(start_scale))
+            model.logit_scale.data.fill_(math.log(start_scale))
         self._reward = reward
         self.trained: nn.Module = _Comparison(reward)
 
@@ -61,7 +62,9 @@ class LearningClip(LearningReward):
 
     def save(self, folder: Path) -> None:
         """Write what `reward.pretrained` and transformers' CLIPModel load."""
-        self._reward.model.save_pretrained(folder)
+        weights = self._reward.model.state_dict()
+        weights["logit_scale"] = weights["logit_scale"].view(())
+        self._reward.model.save_pretrained(folder, state_dict=weights)
         self._reward.tokenizer.save_pretrained(folder)
         save_processor(self._reward.image_settings, folder)
 

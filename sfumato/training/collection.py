@@ -170,9 +170,7 @@ class Source:
         names = rows[0].tensors if rows else ()
         return {name: torch.stack([row.tensors[name] for row in rows]) for name in names}, state
 
-    def restore(
-        self, model: Trainee, step: int, tensors: Mapping[str, Tensor], state: Any
-    ) -> None:
+    def restore(self, model: Trainee, step: int, tensors: Mapping[str, Tensor], state: Any) -> None:
         """Put back what `snapshot` returned at a step, or raise a CheckpointError."""
         self._rows = []
         if not state:

@@ -118,9 +118,7 @@ class Meter:
         flops: of the model for one image, forward and backward; None before the count.
     """
 
-    def __init__(
-        self, model: Trainee, config: TrainingConfig, distribution: Distribution
-    ) -> None:
+    def __init__(self, model: Trainee, config: TrainingConfig, distribution: Distribution) -> None:
         self.flops: float | None = None
         self._beside = 0.0
         self._networks = [model.trained, *model.trained.children()]

@@ -1,7 +1,7 @@
 """Module around the whole objective: DDP and FSDP see one forward and one backward per piece."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from sfumato.objectives.objective import Loss, ObjectiveOf, Piece
 
 
+@runtime_checkable
 class Trainee(Protocol):
     """What the loop knows of what it trains: a text-to-image model, or a reward.
 
