@@ -236,7 +236,6 @@ def command(folder: Path, name: str, table: Path, clip: Path, *more: str) -> lis
         f"runs_dir={folder}",
         f"name={name}",
         "objective=reward_pairs",
-        "model.pretrained=null",
         "reward=clip",
         f"reward.pretrained={clip}",
         f"data.pairs.path={table}",
@@ -408,7 +407,7 @@ def test_the_recipes_set_nothing_in_vain(command: str) -> None:
     ],
 )
 def test_what_a_reward_cannot_use_is_refused(override: str, key: str, value: object) -> None:
-    given = {"objective": "reward_pairs", "model.pretrained": "null", "data.pairs.path": "P"}
+    given = {"objective": "reward_pairs", "data.pairs.path": "P"}
     if not override.startswith("reward="):
         given |= {"reward": "clip", "reward.pretrained": "R"}
     given |= dict([override.split("=")])

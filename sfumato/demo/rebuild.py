@@ -1,8 +1,8 @@
 """Rebuild of the shipped demo models: `sfumato demo --rebuild DIR`, a ladder of stages.
 
-Stages here make what only the demo has: rendered data, an autoencoder, text models. Ordinary recipes
-prepare the data, and train the base model and the reward. A stage writes one folder and is skipped if that
-folder exists, so a stopped rebuild continues where it was.
+Stages here make what only the demo has: rendered data, an autoencoder, text models. Ordinary
+recipes prepare the data, and train the base model and the reward. A stage writes one folder and is
+skipped if that folder exists, so a stopped rebuild continues where it was.
 """
 
 import json
