@@ -85,7 +85,7 @@ def to_settings(config: Any, prefix: str = "") -> Any:
             _leave_out_jobs(config)
         if OmegaConf.get_type(config) is PlanConfig:
             _assume_defaults(config)
-        if issubclass(OmegaConf.get_type(config), TrainConfig):
+        if OmegaConf.get_type(config) in (TrainConfig, PlanConfig):
             _leave_out_model(config)
         missing = sorted([*OmegaConf.missing_keys(config), *_unread(config)])
         if missing:

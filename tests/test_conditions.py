@@ -39,7 +39,7 @@ TRAIN = f"""
     objective.{{images_per_prompt,batches,inner_epochs,rollout_batch_size,statistics,deviation}}
     objective.{{advantage_clip,eta,window,clip_range,beta,trained_times,old_decay,old_decay_rise}}
     objective.{{likelihood,timesteps,weighting,caption_dropout,noise_offset,sample_latents}}
-    objective.guidance_scale
+    objective.{{guidance_scale,start_scale}}
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
     optimizer.{{lr,betas,eps,weight_decay,warmup_steps,schedule,max_grad_norm}}
     training.{{max_steps,micro_batch_size,global_batch_size,precision,strategy,compile,ema_decay}}

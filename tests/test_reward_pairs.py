@@ -36,7 +36,6 @@ from sfumato.rewards.build import build_learner
 from sfumato.rewards.clip import ClipReward
 from sfumato.rewards.learning_clip import LearningClip
 from sfumato.rewards.reward import LearningReward
-from sfumato.run.build import build_objective
 
 LABELS = [1.0, 0.0, 0.5, 0.75]
 SIZE = IMAGE_SIZE
@@ -352,6 +351,15 @@ def test_a_run_with_ties_alone_has_no_accuracy(tmp_path: Path, clip: Path) -> No
         assert row.get("loss", 0) >= 0
 
 
+def test_other_settings_have_a_way_on(tmp_path: Path, table: Path, clip: Path) -> None:
+    given = command(tmp_path, "run", table, clip, "verify=false", "training.max_steps=1")
+    start(given)
+    other = [text for text in given if not text.startswith("optimizer.lr")]
+    way = rf"optimizer\.lr.* name=\.\.\. reward\.pretrained={tmp_path}/run/export/reward"
+    with pytest.raises(ValueError, match=way):
+        start([*other, "optimizer.lr=1e-2"])
+
+
 def test_a_run_continues_with_its_own_reward_alone(tmp_path: Path, table: Path, clip: Path) -> None:
     other = tmp_path / "other"
     write_tiny_clip(other)
@@ -371,7 +379,6 @@ def test_a_run_continues_with_its_own_reward_alone(tmp_path: Path, table: Path, 
 
 def test_the_recipe_is_pickscores() -> None:
     config, _ = compose_train(["recipe=reward_pairs", "data.pairs.path=P"])
-    assert isinstance(build_objective(config, None), RewardPairs)
     assert config.objective == RewardPairsConfig()
     assert (config.optimizer.lr, config.optimizer.warmup_steps) == (3e-6, 500)
     assert (config.training.global_batch_size, config.training.max_steps) == (128, 4000)

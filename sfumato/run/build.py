@@ -111,17 +111,18 @@ def build_job(
     reward = brought or build_scorer(config)
     if reward is not None:
         reward = reward.to(distribution.device)
-    objective: ObjectiveOf[Any, Any] = own.objective or build_objective(config, reward)
     if brought is not None and distribution.is_main:
         print(
             f"validation scores by {type(brought).__name__}, which the script brought; `sfumato "
             f"evaluate` scores by the settings, reward={config.reward.kind}",
             flush=True,
         )
+    objective: ObjectiveOf[Any, Any]
     if config.objective.trains_reward:
-        model = load_learner(config)
+        objective, model = RewardPairs(), load_learner(config)
         model.to(distribution.device)
     else:
+        objective = own.objective or build_objective(config, reward)
         model = build_model(config, objective, own.load or load_model, distribution)
     held_out = None
     if isinstance(objective, StableLoss) and data.held_out:
@@ -149,11 +150,9 @@ def load_learner(config: TrainConfig) -> LearningClip:
     return build_learner(reward, start_scale=objective.start_scale)
 
 
-def build_objective(config: TrainConfig, reward: Reward | None) -> ObjectiveOf[Any, Any]:
-    """Return the objective that the settings name."""
+def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any]:
+    """Return the objective that the settings name, of a text-to-image model."""
     settings = config.objective
-    if isinstance(settings, RewardPairsConfig):
-        return RewardPairs()
     if isinstance(settings, SupervisedConfig):
         return Supervised(settings)
     if isinstance(settings, DpoConfig):
@@ -171,7 +170,7 @@ def build_objective(config: TrainConfig, reward: Reward | None) -> ObjectiveOf[A
 
 def build_model(
     config: TrainConfig,
-    objective: ObjectiveOf[Any, Any],
+    objective: Objective[Any],
     load: Callable[[ModelConfig], TextToImageModel],
     distribution: Distribution,
 ) -> TextToImageModel:

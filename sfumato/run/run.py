@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from sfumato.conditions import leaves_of, why_unread
-from sfumato.config import TrainConfig
+from sfumato.config import ModelConfig, TrainConfig
 from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
 from sfumato.files import lock, refuse_link, write_text
@@ -140,7 +140,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
             listed = "; ".join(f"{key}: {text}" for key, text in differing.items())
             raise ValueError(
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
-                f"(name=...), or remove the folder. {way_on(config, folder)}"
+                f"(name=...), or remove the folder. {way_on(config.model, folder)}"
             )
         if others := [key for key in others if key not in config.allow_changed]:
             raise ValueError(
@@ -174,10 +174,10 @@ def cache_images(
         print(f"{key}.cache=auto: {where if why is None else f'off, as {why}'}", flush=True)
 
 
-def way_on(config: TrainConfig, folder: RunFolder) -> str:
+def way_on(model: ModelConfig, folder: RunFolder) -> str:
     """Say how a run of other settings starts from the weights of the run in a folder."""
-    model, start = config.model, f"model.pretrained={folder.export}/pipeline"
-    if config.objective.trains_reward:
+    start = f"model.pretrained={folder.export}/pipeline"
+    if model.pretrained is None and model.network.config is None:  # a reward is trained
         start = f"reward.pretrained={folder.export}/reward"
     elif model.trainable == "lora":
         start = f"model.lora.start={folder.export}/lora"
