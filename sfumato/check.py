@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from sfumato.check_objective import check_dpo, check_objective
+from sfumato.check_objective import check_dpo, check_objective, check_reward_pairs
 from sfumato.config import (
     DpoConfig,
     RewardedConfig,
+    RewardPairsConfig,
     SamplerConfig,
     TrainConfig,
     TrainingConfig,
@@ -40,11 +41,13 @@ def check_train(config: TrainConfig, processes: int) -> None:
     with_loss = config.objective.has_validation_loss
     if config.export == "best" and not (with_loss and config.validation.loss_images):
         raise ValueError(
-            "export=best chooses by the validation loss, which needs objective=supervised or dpo, "
-            "and validation.loss_images above 0; use export=last"
+            "export=best chooses by the validation loss, which needs objective=supervised, dpo or "
+            "reward_pairs, and validation.loss_images above 0; use export=last"
         )
     if isinstance(config.objective, DpoConfig):
         check_dpo(config)
+    if isinstance(config.objective, RewardPairsConfig):
+        check_reward_pairs(config)
     if isinstance(config.objective, RewardedConfig):
         check_objective(config, config.objective)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from sfumato.config import (
     AdjointMatchingConfig,
     BrightnessRewardConfig,
+    ClipRewardConfig,
     CollectedConfig,
     ColorRewardConfig,
     DirectAlignConfig,
@@ -78,6 +79,25 @@ def check_dpo(config: TrainConfig) -> None:
         raise ValueError(
             "objective=dpo compares with a frozen copy, and model.reference=false keeps none; set "
             "model.reference=true"
+        )
+
+
+def check_reward_pairs(config: TrainConfig) -> None:
+    """Refuse to train a reward that has no weights, or weights that cannot be trained.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    reward = config.reward
+    if not isinstance(reward, ClipRewardConfig):
+        raise ValueError(
+            f"objective=reward_pairs trains a CLIP, and reward={reward.kind} is none; set "
+            "reward=clip reward.pretrained=MODEL, where training starts"
+        )
+    if reward.dtype != "float32":
+        raise ValueError(
+            f"reward.dtype={reward.dtype} rounds away what training changes; set "
+            "reward.dtype=float32, and training.precision=bf16 to compute in half precision"
         )
 
 

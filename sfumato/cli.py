@@ -315,7 +315,9 @@ def demo(arguments: Sequence[str]) -> None:
         help="train the shipped models again, into this folder, instead of running the demo",
     )
     parser.add_argument("--stage", metavar="NAME", help="of the rebuild: only this stage")
-    parser.add_argument("--count", type=int, help="its training steps, or pictures (default: 1)")
+    parser.add_argument(
+        "--count", type=int, help="its training steps, pictures or pairs (default: 1)"
+    )
     options = parser.parse_args(arguments)
     if options.stage and not options.rebuild:
         parser.error(f"--stage {options.stage} is of the rebuild; say --rebuild DIR too")

@@ -87,6 +87,8 @@ def to_settings(config: Any, prefix: str = "") -> Any:
             _leave_out_jobs(config)
         if OmegaConf.get_type(config) is PlanConfig:
             _assume_defaults(config)
+        if OmegaConf.get_type(config) in (TrainConfig, PlanConfig):
+            _leave_out_model(config)
         missing = sorted([*OmegaConf.missing_keys(config), *_unread(config)])
         if missing:
             names = ", ".join(f"{prefix}{name}" for name in missing)
@@ -144,6 +146,14 @@ def _unread(config: DictConfig) -> list[str]:
 
 def _is_open(node: DictConfig, name: str, *empty: str | None) -> bool:
     return not OmegaConf.is_missing(node, name) and node[name] in empty
+
+
+def _leave_out_model(config: DictConfig) -> None:
+    """Set `model.pretrained` to null where a reward is trained, and no model is read."""
+    if not OmegaConf.is_missing(config, "objective"):
+        objective: Any = OmegaConf.to_object(config.objective)
+        if objective.trains_reward and OmegaConf.is_missing(config.model, "pretrained"):
+            config.model.pretrained = None
 
 
 def _leave_out_jobs(config: DictConfig) -> None:

@@ -103,8 +103,8 @@ _DATA: Sequence[Row] = (
     (r"data\.verify", "data.shards.cached=false"),
     (r"validation\.column", "validation.prompts"),
     (r"validation\.images\..+", "objective=supervised"),
-    (r"validation\.pairs\..+", "objective=dpo"),
-    (r"validation\.loss_images", "objective=supervised|dpo"),
+    (r"validation\.pairs\..+", "objective=dpo|reward_pairs"),
+    (r"validation\.loss_images", "objective=supervised|dpo|reward_pairs"),
     (r"validation\.pairs\.(?!path).+", "validation.pairs.path"),
     (r"validation\.pairs\.(cache|crop|flip|shuffle|buffer|workers|prefetch)", _IN_ORDER),
     (r"validation\.images\.(cache|crop|flip|captions|buckets|shuffle|workers|prefetch)", _IN_ORDER),
@@ -121,6 +121,11 @@ _DATA: Sequence[Row] = (
         r"validation\.images\.caption_lines=random",
         "never: a held-out picture has one caption, its first line",
     ),
+)
+# What is of text-to-image models alone: a reward is trained on pictures of one size and makes none.
+_NOT_OF_REWARDS = re.compile(
+    r"model\.(?!pretrained).+|model\.pretrained=(?!null$).+|sampler\.(?!height|width).+|"
+    r"training\.compile|validation\.(prompts|column|num_images|seed)|data\.pairs\.cache"
 )
 _PREPARED: Sequence[Row] = (
     *_MODEL,
@@ -194,6 +199,9 @@ def why_unread(settings: Any, key: str) -> tuple[str, str] | None:
     if isinstance(settings, TrainConfig) and isinstance(settings.objective, OwnConfig):
         return None
     command, value = _command(settings), shown(_value(settings, key))
+    vain = any(_NOT_OF_REWARDS.fullmatch(text) for text in (key, f"{key}={value}"))
+    if vain and isinstance(settings, TrainConfig) and settings.objective.trains_reward:
+        return f"with objective={settings.objective.kind}, which trains a reward", ""
     conditions = [*conditions_of(command, key), *conditions_of(command, f"{key}={value}")]
     broken = (_broken(settings, condition) for condition in conditions)
     return next((reason for reason in broken if reason is not None), None)

@@ -38,8 +38,8 @@ TRAIN = f"""
     objective.{{reward_scale,trained_steps,source,noise_levels,stride,inverse,positive,negative}}
     objective.{{images_per_prompt,batches,inner_epochs,rollout_batch_size,statistics,deviation}}
     objective.{{advantage_clip,eta,window,clip_range,beta,trained_times,old_decay,old_decay_rise}}
-    objective.{{step_weights,shared_start,likelihood,timesteps,weighting,caption_dropout,noise_offset,sample_latents}}
-    objective.guidance_scale
+    objective.{{step_weights,shared_start,likelihood,timesteps,weighting,caption_dropout}}
+    objective.{{noise_offset,sample_latents,guidance_scale,start_scale}}
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
     optimizer.{{lr,betas,eps,weight_decay,warmup_steps,schedule,max_grad_norm}}
     training.{{max_steps,micro_batch_size,global_batch_size,precision,strategy,compile,ema_decay}}

@@ -20,6 +20,7 @@ from sfumato.clip.preprocessing import (
     first_sentence,
     preprocess,
     read_processor,
+    save_processor,
 )
 from sfumato.clip.tensor_files import check_suffix, read_files, read_tensors
 from sfumato.clip.tensors import weight_files
@@ -46,5 +47,6 @@ __all__ = [
     "read_processor",
     "read_tensors",
     "renamed",
+    "save_processor",
     "weight_files",
 ]

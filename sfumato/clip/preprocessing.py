@@ -216,6 +216,30 @@ def _settings(
     return settings
 
 
+def save_processor(settings: ImageSettings, folder: Path) -> None:
+    """Write a preprocessor_config.json with these settings, as transformers' CLIP has it.
+
+    transformers crops odd margins at the pixel before the middle, whatever `rounds` says.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    filters = {name: number for number, name in FILTERS.items()}
+    size = settings.size
+    processor: Any = CLIPImageProcessorPil(
+        do_resize=size is not None,
+        size={"height": size[0], "width": size[1]} if isinstance(size, tuple) else size,
+        resample=filters[settings.mode],
+        do_center_crop=settings.crop is not None,
+        crop_size=settings.crop,
+        do_rescale=True,
+        rescale_factor=settings.factor / 255,
+        do_normalize=True,
+        image_mean=list(settings.mean),
+        image_std=list(settings.std),
+    )
+    processor.save_pretrained(folder)
+
+
 def open_clip_settings(path: Path, raw: Mapping[str, Any], image_size: int) -> ImageSettings:
     """Return the settings in `preprocess_cfg` of an open_clip_config.json, with OpenCLIP's meaning.
 

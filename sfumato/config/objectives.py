@@ -44,6 +44,11 @@ class ObjectiveConfig:
         """Whether validation can measure the loss of held-out rows."""
         return False
 
+    @property
+    def trains_reward(self) -> bool:
+        """Whether the reward is trained, and no text-to-image model."""
+        return False
+
 
 @dataclass
 class RewardedConfig(ObjectiveConfig):
@@ -233,6 +238,26 @@ class DpoConfig(NoisedConfig):
 
 
 @dataclass
+class RewardPairsConfig(ObjectiveConfig):
+    """Training of a reward: of two images, it learns to score the preferred one higher."""
+
+    kind: str = "reward_pairs"
+    start_scale: float | None = setting(None, POSITIVE)  # exp(logit_scale); null: reward.pretrained
+
+    @property
+    def reads_pairs(self) -> bool:
+        return True
+
+    @property
+    def has_validation_loss(self) -> bool:
+        return True
+
+    @property
+    def trains_reward(self) -> bool:
+        return True
+
+
+@dataclass
 class OwnConfig(ObjectiveConfig):
     """An objective that a script defines; `settings` are recorded with the run."""
 
@@ -254,5 +279,6 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "awm": AwmConfig,
     "supervised": SupervisedConfig,
     "dpo": DpoConfig,
+    "reward_pairs": RewardPairsConfig,
     "own": OwnConfig,
 }

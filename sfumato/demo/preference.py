@@ -1,30 +1,22 @@
-"""Preference reward of the demo: a CLIP model trained on pairs that a stated rule judged.
+"""Preference pairs of the demo, which a stated rule judged: what its reward is trained on."""
 
-    loss = KL(labels || softmax(r_0, r_1))       r = exp(logit_scale) cosine(image, text)
-
-as PickScore was trained (arXiv 2305.01569, eq. 2); labels are (1, 0), (0, 1), or halves for ties.
-"""
-
-import math
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.demo.steps import Update, counted, draw_scenes, muon_and_adamw
-from sfumato.demo.text_image import normalize, save_clip
-from sfumato.demo.tokenizer import tokenize
+from sfumato.demo.steps import draw_scenes
 from sfumato.demo.world import Scene, partial, random_scene, render
+from sfumato.images import save_image
 
-NUM_PAIRS = 40
 KEEP = 0.3  # the chance that a prompt states an attribute
-LOGIT_SCALE = 30.0  # at the start: similar pictures have similar cosines, judged pairs differ
 TASTE = {"red": 2, "orange": 2, "yellow": 1, "large": 2, "medium": 1}
+AT_ONCE = 128  # pairs
 
 
 def judged_value(asked: Scene, shown: Scene) -> tuple[int, int]:
@@ -58,39 +50,34 @@ def vary(scene: Scene, rng: random.Random) -> Scene:
     return other if mixed.color == mixed.background else mixed
 
 
-def train_preference(folder: Path, parts: Path, steps: int) -> None:
-    """Fine-tune the text-image model on judged pairs.
+@torch.no_grad()
+def write_pairs(folder: Path, parts: Path, count: int) -> None:
+    """Write pictures and metadata.jsonl, in the columns that `data.pairs` reads.
 
     Most prompts leave so much open that taste decides. Half of the pictures pass through the
     autoencoder first, because every sampled image does.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from transformers import CLIPModel
 
     torch.manual_seed(3)
     rng = random.Random("preference")
-    clip: Any = CLIPModel.from_pretrained(parts / "text_image")
-    clip.logit_scale.data.fill_(math.log(LOGIT_SCALE))
     vae: Any = AutoencoderKL.from_pretrained(parts / "autoencoder")
-    update = Update(*muon_and_adamw([clip], lr=1e-3), steps=steps, warmup=30)
-    for show in counted("preference", steps):
-        firsts = draw_scenes(rng, NUM_PAIRS)
+    lines = []
+    for start in range(0, count, AT_ONCE):
+        firsts = draw_scenes(rng, min(AT_ONCE, count - start))
         seconds = [vary(scene, rng) for scene in firsts]
-        pairs = zip(firsts, seconds, strict=True)
-        asked = [partial(rng.choice(pair), rng, KEEP) for pair in pairs]
-        labels = judge(asked, firsts, seconds)
+        sides = zip(firsts, seconds, strict=True)
+        asked = [partial(rng.choice(pair), rng, KEEP) for pair in sides]
+        labels = judge(asked, firsts, seconds).tolist()
         images = render([*firsts, *seconds], rng)
-        with torch.no_grad():
-            half = torch.rand(len(images)) < 0.5
-            decoded = vae.decode(vae.encode(images[half] * 2 - 1).latent_dist.sample()).sample
-            images[half] = ((decoded + 1) / 2).clamp(0, 1)
-        tokens = tokenize(parts, [scene.caption() for scene in asked])
-        scores = clip(**tokens, pixel_values=normalize(images)).logits_per_text
-        rewards = torch.stack(
-            [scores[:, :NUM_PAIRS].diagonal(), scores[:, NUM_PAIRS:].diagonal()], dim=1
-        )
-        loss = F.kl_div(rewards.log_softmax(1), labels, reduction="batchmean")
-        update(loss)
-        right = ((rewards[:, 0] > rewards[:, 1]) == (labels[:, 0] > 0.5))[labels[:, 0] != 0.5]
-        show(loss=loss.item(), accuracy=right.float().mean().item())
-    save_clip(folder, clip, parts / "tokenizer")
+        half = torch.rand(len(images)) < 0.5
+        decoded = vae.decode(vae.encode(images[half] * 2 - 1).latent_dist.sample()).sample
+        images[half] = ((decoded + 1) / 2).clamp(0, 1)
+        for i, (want, label) in enumerate(zip(asked, labels, strict=True)):
+            names = [f"{start + i:05d}-{side}.png" for side in range(2)]
+            for name, image in zip(names, (images[i], images[len(firsts) + i]), strict=True):
+                save_image(image, folder / name)
+            row = {f"jpg_{side}": names[side] for side in range(2)}
+            row |= {f"label_{side}": label[side] for side in range(2)}
+            lines.append(json.dumps({**row, "caption": want.caption()}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")

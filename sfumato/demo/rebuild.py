@@ -1,8 +1,8 @@
 """Rebuild of the shipped demo models: `sfumato demo --rebuild DIR`, a ladder of stages.
 
-Stages here make what only the demo has: a renderer, an autoencoder, text models, a reward. Ordinary
-recipes prepare the data and train the base model. A stage writes one folder and is skipped if that
-folder exists, so a stopped rebuild continues where it was.
+Stages here make what only the demo has: rendered data, an autoencoder, text models. Ordinary
+recipes prepare the data, and train the base model and the reward. A stage writes one folder and is
+skipped if that folder exists, so a stopped rebuild continues where it was.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 
 from sfumato.compose import compose_command
 from sfumato.demo.autoencoder import train_autoencoder, train_decoder
-from sfumato.demo.preference import train_preference
+from sfumato.demo.preference import write_pairs
 from sfumato.demo.steps import draw_scenes, prompt_of
 from sfumato.demo.text import train_text
 from sfumato.demo.text_image import train_text_image
@@ -45,7 +45,7 @@ STAGES: dict[str, Callable[[Path, Path, int], None]] = {
     "tokenizer": lambda folder, _parts, _count: write_tokenizer(folder),
     "autoencoder": train_autoencoder,
     "text_image": train_text_image,
-    "reward": train_preference,
+    "pairs": write_pairs,
     "text": train_text,
     "decoder": train_decoder,
     "pictures": write_pictures,
@@ -69,7 +69,7 @@ def run_stage(out: Path, name: str, count: int) -> None:
     """Run a stage of the demo into out/parts/NAME, or `ship` into out/model.
 
     Args:
-        count: training steps, or pictures.
+        count: training steps, pictures or pairs.
 
     Raises:
         ValueError: if the stage is unknown, was run with another count, or cannot be written.
@@ -99,10 +99,10 @@ def ship(out: Path) -> None:
     """Write the package's folders base, reward and text_image, with float16 weights."""
     model = out / "model"
     with new_folder(model, older=_older(out)) as folder:
-        shutil.copytree(out / "runs" / "base_64" / "export" / "pipeline", folder / "base")
-        for name in ("reward", "text_image"):
-            leave = shutil.ignore_patterns(RECORD)
-            shutil.copytree(out / "parts" / name, folder / name, ignore=leave)
+        runs, leave = out / "runs", shutil.ignore_patterns(RECORD)
+        shutil.copytree(runs / "base_64" / "export" / "pipeline", folder / "base")
+        shutil.copytree(runs / "reward" / "export" / "reward", folder / "reward")
+        shutil.copytree(out / "parts" / "text_image", folder / "text_image", ignore=leave)
         for path in folder.rglob("*.safetensors"):
             halve(path)
         for path in folder.rglob("config.json"):

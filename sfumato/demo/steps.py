@@ -11,6 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sfumato.demo.world import Scene, partial, random_scene
 
+WARMUP = 100  # steps
+
 
 def counted(stage: str, steps: int) -> Iterator[Callable[..., None]]:
     """Yield, for each step, a function that prints its figures at every 50th step and the last."""
@@ -29,9 +31,9 @@ def counted(stage: str, steps: int) -> Iterator[Callable[..., None]]:
 class Update:
     """Optimizer step under a cosine schedule with clipped gradients; called with the loss."""
 
-    def __init__(self, *optimizers: torch.optim.Optimizer, steps: int, warmup: int = 100) -> None:
+    def __init__(self, *optimizers: torch.optim.Optimizer, steps: int) -> None:
         def factor(step: int) -> float:
-            ramp = min(1.0, (step + 1) / warmup)
+            ramp = min(1.0, (step + 1) / WARMUP)
             return ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
         self.optimizers = optimizers

@@ -64,6 +64,11 @@ def open_run(request: SampleConfig | EvaluateConfig) -> OpenedRun:
     """
     folder = RunFolder(Path(str(request.run)))
     settings = load_settings(folder.config)
+    if settings.objective.trains_reward:
+        raise ValueError(
+            f"{folder.path} trained a reward, which makes no images; another run can learn "
+            f"from it: reward=clip reward.pretrained={folder.export}/reward"
+        )
     check_allowed(request.allow_changed, settings)
     # A run may come from a stranger: whether to trust pickles is for the user to say.
     settings.model.allow_pickle = request.allow_pickle

@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato.diffusion.randomness import Rng
 from sfumato.models.model import TextToImageModel
 
+Model = TypeVar("Model")
 Batch = TypeVar("Batch")
 T = TypeVar("T")
 
@@ -121,14 +122,17 @@ class StableLoss(Protocol):
     """An objective whose loss of a row can be measured at a noise and a time always the same."""
 
     def stable_metrics(
-        self, model: TextToImageModel, batch: Any, positions: Sequence[int], seed: int
+        self, model: Any, batch: Any, positions: Sequence[int], seed: int
     ) -> Mapping[str, Float[Tensor, " b"]]:
-        """Return numbers of each row by name; row i depends on `seed` and its position alone."""
+        """Return numbers of each row by name; row i depends on `seed` and its position alone.
+
+        NaN, of all but the loss, is a row without such a number: means leave it out.
+        """
         ...
 
 
-class Objective(abc.ABC, Generic[Batch]):
-    """Something to minimise, of settings and frozen networks.
+class ObjectiveOf(abc.ABC, Generic[Model, Batch]):
+    """Something to minimise of a model, made of settings and frozen networks.
 
     Only `observe` and `collect` change it. An objective overrides `loss`, or `pieces`.
 
@@ -146,18 +150,18 @@ class Objective(abc.ABC, Generic[Batch]):
     collecting: Collecting | None = None
     why_idle: str = "the loss does not depend on what is trained"
 
-    def check(self, model: TextToImageModel) -> None:
+    def check(self, model: Model) -> None:
         """Refuse settings that do not fit a model.
 
         Raises:
             ValueError: naming the setting.
         """
 
-    def loss(self, model: TextToImageModel, batch: Batch, rng: Rng) -> Loss:
+    def loss(self, model: Model, batch: Batch, rng: Rng) -> Loss:
         """Return the loss of a micro-batch; `rng` has one stream per row."""
         raise NotImplementedError(f"{type(self).__name__} has no loss in one piece: use `pieces`")
 
-    def pieces(self, model: TextToImageModel, batch: Batch, rng: Rng) -> Sequence[Piece]:
+    def pieces(self, model: Model, batch: Batch, rng: Rng) -> Sequence[Piece]:
         """Return calls whose losses add up to that of a micro-batch; one call by default.
 
         Each is called once, in order, and differentiated before the next one is called. So only
@@ -166,9 +170,7 @@ class Objective(abc.ABC, Generic[Batch]):
         """
         return [partial(self.loss, model, batch, rng)]
 
-    def collect(
-        self, model: TextToImageModel, items: Sequence[Any], rng: Rng, peers: Peers
-    ) -> Collected:
+    def collect(self, model: Model, items: Sequence[Any], rng: Rng, peers: Peers) -> Collected:
         """Make rows of training: one of each of this process's items, in their order.
 
         Called without a gradient, before the first of the steps that train on the rows.
@@ -178,11 +180,11 @@ class Objective(abc.ABC, Generic[Batch]):
         """
         raise NotImplementedError(f"{type(self).__name__} trains on the rows of the data")
 
-    def blank(self, model: TextToImageModel, items: Sequence[Any], rng: Rng) -> Batch:
+    def blank(self, model: Model, items: Sequence[Any], rng: Rng) -> Batch:
         """Return a batch of the shapes that training has, for a plan; by default the items."""
         return cast(Batch, items)
 
-    def row_shapes(self, model: TextToImageModel) -> Mapping[str, Sequence[int]]:
+    def row_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
         """Return the shape of each tensor of a collected row, to check saved ones; {} is any."""
         return {}
 
@@ -195,3 +197,7 @@ class Objective(abc.ABC, Generic[Batch]):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned; empty for a run that saved none."""
+
+
+class Objective(ObjectiveOf[TextToImageModel, Batch]):
+    """Something to minimise of a text-to-image model."""

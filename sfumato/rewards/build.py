@@ -21,11 +21,26 @@ from sfumato.rewards.classifier import ClassifierReward
 from sfumato.rewards.clip import ClipReward
 from sfumato.rewards.clip_iqa import ClipIqaReward, check_pairs
 from sfumato.rewards.image_reward import ImageReward
+from sfumato.rewards.learning_clip import LearningClip
 from sfumato.rewards.reward import Reward
 from sfumato.rewards.simple import BrightnessReward, ColorReward, JpegCompressibility
 from sfumato.rewards.weighted import WeightedSum
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_learner(config: ClipRewardConfig, *, start_scale: float | None) -> LearningClip:
+    """Return the reward of these settings, to be trained.
+
+    Args:
+        start_scale: as `LearningClip` takes it.
+
+    Raises:
+        ValueError: if its model cannot be found or read.
+    """
+    reward = build_reward(config)
+    assert isinstance(reward, ClipReward), "made of a CLIP's settings"
+    return LearningClip(reward, start_scale=start_scale)
 
 
 def build_reward(config: RewardConfig) -> Reward:

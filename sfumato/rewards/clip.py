@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 import torch
@@ -20,11 +21,12 @@ class ClipReward(Reward):
     """Score the match of image and prompt by a frozen CLIP, differentiably in the images.
 
     CLIPScore (arXiv 2104.08718), PickScore (arXiv 2305.01569) and HPSv2 (arXiv 2306.09341) differ
-    in weights, preprocessing and scale only. Images
-    are taken as they come, also outside [0, 1]: a clamp here would stop the gradient of saturated
-    pixels, so whoever wants one (the objective) clamps before. Gradients do not reach the text.
+    in weights, preprocessing and scale only. Images are taken as they come, also outside [0, 1]: a
+    clamp here would stop the gradient of saturated pixels, so whoever wants one (the objective)
+    clamps before.
 
     Attributes:
+        learns: whether somebody trains the weights, under autocast if they want it.
         scale: by default exp(logit_scale), near 100 for published models; PickScore's values are
             near 20.
     """
@@ -37,8 +39,8 @@ class ClipReward(Reward):
         Args:
             score: model (exp(logit_scale) x cosine), model_over_26 (that / 26), cosine, cosine_100
                 (100 x cosine) or clipscore (2.5 x the cosine, which is 0 where it is below).
-            gradient_checkpointing: recompute each layer of the image tower in the backward pass
-                instead of keeping its activations.
+            gradient_checkpointing: recompute each layer in the backward pass instead of keeping
+                its activations.
         """
         super().__init__()
         self.model = parts.model.requires_grad_(False)
@@ -48,8 +50,10 @@ class ClipReward(Reward):
         learned = parts.model.logit_scale
         self.scale = _scale(score, 1.0 if learned.is_meta else math.exp(learned.item()))
         self._is_clipscore = score == "clipscore"
+        self.learns = False
         if gradient_checkpointing:
-            recompute(self.model.vision_model.encoder.layers)
+            for tower in (self.model.vision_model, self.model.text_model):
+                recompute(tower.encoder.layers)
         self.eval()
 
     @classmethod
@@ -97,17 +101,19 @@ class ClipReward(Reward):
     def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Embed images in [0, 1] as unit vectors, differentiably."""
         pixels = preprocess(images, self.image_settings)
-        with without_autocast(self.model.logit_scale):
+        with self._precise():
             pooled = self.model.vision_model(pixel_values=pixels, return_dict=True).pooler_output
             return unit(self.model.visual_projection(pooled))
 
-    @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """Embed prompts as unit vectors, without gradient; warn once if one has to be cut."""
+        """Embed prompts as unit vectors; warn once if one has to be cut."""
         tokens = self.tokens(prompts, self.model.logit_scale.device)
-        with without_autocast(self.model.logit_scale):
+        with self._precise():
             pooled = self.model.text_model(**tokens, return_dict=True).pooler_output
             return unit(self.model.text_projection(pooled))
+
+    def _precise(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.learns else without_autocast(self.model.logit_scale)
 
 
 def unit(features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:

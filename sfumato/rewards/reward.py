@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -51,6 +52,24 @@ class Reward(nn.Module, abc.ABC):
     ) -> Float[Tensor, " b"]:
         """Return only the value of `score`."""
         return self.score(images, prompts).value
+
+
+class LearningReward(abc.ABC):
+    """A reward whose weights are trained: what an objective knows of it."""
+
+    @property
+    @abc.abstractmethod
+    def device(self) -> torch.device:
+        """Where images are scored."""
+
+    @abc.abstractmethod
+    def compare(
+        self, images: Float[Tensor, "_ 3 h w"], prompts: Sequence[str]
+    ) -> Float[Tensor, "n b"]:
+        """Score n stacked batches of images in [0, 1], each row by row against the prompts.
+
+        The scores have a gradient to everything that is trained.
+        """
 
 
 def score_rows(

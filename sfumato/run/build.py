@@ -10,6 +10,7 @@ import torch
 from sfumato.config import (
     AdjointMatchingConfig,
     AwmConfig,
+    ClipRewardConfig,
     DirectAlignConfig,
     DirectConfig,
     DpoConfig,
@@ -21,6 +22,7 @@ from sfumato.config import (
     PolicyGradientConfig,
     RewardedConfig,
     RewardGradientConfig,
+    RewardPairsConfig,
     SupervisedConfig,
     TrainConfig,
 )
@@ -36,12 +38,14 @@ from sfumato.objectives.direct_align import DirectAlign
 from sfumato.objectives.dpo import Dpo
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.nft import DiffusionNft
-from sfumato.objectives.objective import Objective, StableLoss
+from sfumato.objectives.objective import Objective, ObjectiveOf, StableLoss
 from sfumato.objectives.policy_gradient import PolicyGradient
+from sfumato.objectives.reward_pairs import RewardPairs
 from sfumato.objectives.scoring import RewardedObjective
 from sfumato.objectives.supervised import Supervised
 from sfumato.objectives.with_data import WithData
-from sfumato.rewards.build import build_reward
+from sfumato.rewards.build import build_learner, build_reward
+from sfumato.rewards.learning_clip import LearningClip
 from sfumato.rewards.reward import Reward
 from sfumato.run.open_data import Data
 from sfumato.training.checkpoint import list_checkpoints
@@ -49,6 +53,7 @@ from sfumato.training.compiling import arrange
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
 from sfumato.training.loop import Job
+from sfumato.training.module import Trainee
 from sfumato.training.validation import HeldOut, Validation
 
 REWARDED: Mapping[type[RewardedConfig], Callable[..., Objective[Any]]] = {
@@ -106,14 +111,19 @@ def build_job(
     reward = brought or build_scorer(config)
     if reward is not None:
         reward = reward.to(distribution.device)
-    objective = own.objective or build_objective(config, reward)
     if brought is not None and distribution.is_main:
         print(
             f"validation scores by {type(brought).__name__}, which the script brought; `sfumato "
             f"evaluate` scores by the settings, reward={config.reward.kind}",
             flush=True,
         )
-    model = build_model(config, objective, own.load or load_model, distribution)
+    objective: ObjectiveOf[Any, Any]
+    if config.objective.trains_reward:
+        objective, model = RewardPairs(), load_learner(config)
+        model.to(distribution.device)
+    else:
+        objective = own.objective or build_objective(config, reward)
+        model = build_model(config, objective, own.load or load_model, distribution)
     held_out = None
     if isinstance(objective, StableLoss) and data.held_out:
         held_out = HeldOut(objective, data.held_out)
@@ -131,12 +141,21 @@ def build_job(
 
 
 def build_scorer(config: TrainConfig) -> Reward | None:
-    """Return what scores images, if the settings name a reward."""
-    return None if isinstance(config.reward, NoRewardConfig) else build_reward(config.reward)
+    """Return what scores images, if the settings name a reward that is not trained."""
+    no_scorer = isinstance(config.reward, NoRewardConfig) or config.objective.trains_reward
+    return None if no_scorer else build_reward(config.reward)
+
+
+def load_learner(config: TrainConfig) -> LearningClip:
+    """Load the reward that the settings train, with the weights that it starts from."""
+    objective, reward = config.objective, config.reward
+    assert isinstance(objective, RewardPairsConfig), "nothing else trains a reward"
+    assert isinstance(reward, ClipRewardConfig), "checked with the settings"
+    return build_learner(reward, start_scale=objective.start_scale)
 
 
 def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any]:
-    """Return the objective that the settings name."""
+    """Return the objective that the settings name, of a text-to-image model."""
     settings = config.objective
     if isinstance(settings, SupervisedConfig):
         return Supervised(settings)
@@ -177,7 +196,7 @@ def build_model(
 
 def describe(
     config: TrainConfig,
-    model: TextToImageModel,
+    model: Trainee,
     reward: Reward | None,
     processes: int,
     *,

@@ -1,8 +1,8 @@
-"""Exports for other programs: a LoRA file and a diffusers folder, loaded back and compared."""
+"""Exports for other programs, loaded back and compared: LoRA file, diffusers folder, reward."""
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from sfumato.models.model import DTYPES, TextToImageModel
 from sfumato.models.origins import unlike_original, write_original
 from sfumato.models.registry import load_model
 from sfumato.precision import without_tf32
+from sfumato.rewards.clip import ClipReward
+from sfumato.rewards.learning_clip import LearningClip
+from sfumato.run.build import load_learner
 from sfumato.training.checkpoint import (
     best_step,
     find_fault,
@@ -32,6 +35,7 @@ from sfumato.training.state import load_weights
 NOTE = "export.json"
 VERIFY_STEPS = 4
 LARGEST_DIFFERENCE = 2e-3  # of a pixel, where nothing is rounded
+VERIFY_ROWS, LARGEST_SCORE_DIFFERENCE = 4, 1e-5
 MEAN_DIFFERENCE = {"bfloat16": 0.02, "float16": 0.005}  # of all pixels, where weights are rounded
 _OLDER = ("pipeline/model_index.json", "pipeline/*", "lora/*", "original/*")
 
@@ -43,13 +47,14 @@ class ExportError(ValueError):
 def export_run(
     config: TrainConfig,
     load: Callable[[ModelConfig], TextToImageModel] | None,
-    prompt: str,
+    prompts: Sequence[str],
     device: torch.device,
 ) -> None:
     """Export the checkpoint that `config.export` asks for, unless that was done; print where.
 
     Args:
         load: a script's own way to the model, if there is one.
+        prompts: of validation images, the first of which verifies a model.
     """
     folder = RunFolder.of(config)
     note, path = folder.path / NOTE, chosen_checkpoint(config, folder)
@@ -58,7 +63,10 @@ def export_run(
         done = read_object(note, "remove it and run the same command again")
     origin = {"checkpoint": fingerprint(path), "verify": config.verify}
     if any(done.get(key) != value for key, value in origin.items()):
-        lines = export(config, path, folder.export, device, prompt, load or load_model)
+        if config.objective.trains_reward:
+            lines = export_reward(config, path, folder.export, device)
+        else:
+            lines = export(config, path, folder.export, device, prompts[0], load or load_model)
         done = {"step": step_of(path), **origin, "exports": lines}
         write_text(note, json.dumps(done, indent=2) + "\n")
     for line in [f"exported is step {done['step']}", *done["exports"]]:
@@ -115,6 +123,49 @@ def export(
             compared = _verify(config, model, beside, names, device, prompt)
             lines = [f"{line} (verified: {how})" for line, how in zip(lines, compared, strict=True)]
     return lines
+
+
+def export_reward(
+    config: TrainConfig, checkpoint: Path, folder: Path, device: torch.device
+) -> list[str]:
+    """Write the averaged weights of a trained reward as folder/reward, for `reward.pretrained`.
+
+    With `config.verify`, loads it back as a reward and compares its scores.
+
+    Returns:
+        One line: its path, and how it compared.
+
+    Raises:
+        ExportError: if the disk is full, or a score differs.
+        CheckpointError: if the checkpoint is damaged.
+    """
+    model = load_learner(config)
+    load_weights(model, read_shown_weights(checkpoint), str(checkpoint))
+    with new_folder(folder, failure=ExportError) as beside:
+        model.save(beside / "reward")
+        line = str(folder / "reward")
+        if config.verify:
+            line += f" (verified: {_compare_scores(model, beside / 'reward', device)})"
+    return [line]
+
+
+@torch.no_grad()
+def _compare_scores(model: LearningClip, folder: Path, device: torch.device) -> str:
+    """Refuse a folder that scores noise otherwise than the reward does."""
+    with without_tf32():
+        images = Rng(range(VERIFY_ROWS)).normal(3, 64, 64, device=device) * 0.2 + 0.5
+        prompts = [f"picture {i}" for i in range(VERIFY_ROWS)]
+        model.to(device)
+        expected = model.compare(images, prompts)[0]
+        found = ClipReward.from_pretrained(str(folder)).to(device)(images, prompts)
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= LARGEST_SCORE_DIFFERENCE:
+        raise ExportError(
+            f"the exported reward scores otherwise than here: by {difference:.2g} of the score "
+            f"(allowed {LARGEST_SCORE_DIFFERENCE}). The checkpoint is unharmed; please report "
+            "this with the version of transformers, or train with verify=false"
+        )
+    return f"reward=clip gives the same scores, largest difference {difference:.1e} of them"
 
 
 def _write(config: TrainConfig, model: TextToImageModel, folder: Path) -> list[str]:

@@ -57,7 +57,8 @@ def train(
     check_trackers(config.training)
     check_own(config, own)
     say = distribution.is_main
-    limits = check_model(config, folder, typed, say=say) if own.load is None else None
+    own_model = own.load is not None or config.objective.trains_reward
+    limits = None if own_model else check_model(config, folder, typed, say=say)
     data = open_data(config, limits, own.stream, own.prompts)
     with exclusive(folder, distribution):
         with distribution.together():
@@ -69,7 +70,7 @@ def train(
         report_left_out(data.stream, folder, distribution)
         with distribution.together():
             if distribution.is_main and is_complete(outcome, config, folder):
-                export_run(config, own.load, data.prompts[0], distribution.device)
+                export_run(config, own.load, data.prompts, distribution.device)
     return outcome
 
 
@@ -183,7 +184,9 @@ def cache_images(
 def way_on(model: ModelConfig, folder: RunFolder) -> str:
     """Say how a run of other settings starts from the weights of the run in a folder."""
     start = f"model.pretrained={folder.export}/pipeline"
-    if model.trainable == "lora":
+    if model.pretrained is None and model.network.config is None:  # a reward is trained
+        start = f"reward.pretrained={folder.export}/reward"
+    elif model.trainable == "lora":
         start = f"model.lora.start={folder.export}/lora"
     elif model.network.config is not None:
         start = f"model.network.from_pretrained={folder.path}"

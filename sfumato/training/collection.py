@@ -16,12 +16,12 @@ from torch import Tensor
 from sfumato.config import TrainConfig
 from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import Rng, derive
-from sfumato.models.model import TextToImageModel
-from sfumato.objectives.objective import Collecting, Objective, Rollout
+from sfumato.objectives.objective import Collecting, ObjectiveOf, Rollout
 from sfumato.records import Count, convert
 from sfumato.training.checkpoint import CheckpointError
 from sfumato.training.distribution import Distribution
 from sfumato.training.flops import Meter
+from sfumato.training.module import Trainee
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ class Source:
     def __init__(
         self,
         config: TrainConfig,
-        objective: Objective[Any],
+        objective: ObjectiveOf[Any, Any],
         stream: Stream[Any],
         distribution: Distribution,
     ) -> None:
@@ -114,7 +114,7 @@ class Source:
         """Return how many steps, from the one after `step` on, train on the rows that are held."""
         return self._began + self._plan.batches * self._plan.epochs - step if self._rows else 0
 
-    def next(self, model: TextToImageModel, step: int, meter: Meter) -> Sequence[Any]:
+    def next(self, model: Trainee, step: int, meter: Meter) -> Sequence[Any]:
         """Return the rows of the step that follows `step`."""
         self.waited = self.saved = 0.0
         if self._objective.collecting is None:
@@ -140,7 +140,7 @@ class Source:
         return [items[place // group - first] for place in range(start, stop)]
 
     @torch.no_grad()
-    def _collect(self, model: TextToImageModel, step: int, meter: Meter) -> None:
+    def _collect(self, model: Trainee, step: int, meter: Meter) -> None:
         places, distribution = self._places, self._places.distribution
         items = [item for _ in range(places.batches) for item in self._read()]
         numbers, seed = places.numbers(), derive(self._seed, "collection")
@@ -173,9 +173,7 @@ class Source:
         names = rows[0].tensors if rows else ()
         return {name: torch.stack([row.tensors[name] for row in rows]) for name in names}, state
 
-    def restore(
-        self, model: TextToImageModel, step: int, tensors: Mapping[str, Tensor], state: Any
-    ) -> None:
+    def restore(self, model: Trainee, step: int, tensors: Mapping[str, Tensor], state: Any) -> None:
         """Put back what `snapshot` returned at a step, or raise a CheckpointError."""
         self._rows = []
         if not state:

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sfumato.config import TrainingConfig
-from sfumato.models.model import TextToImageModel
 from sfumato.training.distribution import Distribution
+from sfumato.training.module import Trainee
 
 # Dense bf16 TFLOP/s from NVIDIA's data sheets; the first name that a device's name contains holds.
 PEAKS = {"H100 PCIe": 756.0, "A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
@@ -118,9 +118,7 @@ class Meter:
         flops: of the model for one image, forward and backward; None before the count.
     """
 
-    def __init__(
-        self, model: TextToImageModel, config: TrainingConfig, distribution: Distribution
-    ) -> None:
+    def __init__(self, model: Trainee, config: TrainingConfig, distribution: Distribution) -> None:
         self.flops: float | None = None
         self._beside = 0.0
         self._networks = [model.trained, *model.trained.children()]

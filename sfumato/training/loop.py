@@ -13,12 +13,11 @@ from tqdm import tqdm
 from sfumato.config import TrainConfig
 from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import Rng, derive
-from sfumato.models.model import TextToImageModel
-from sfumato.objectives.objective import Loss, Objective
+from sfumato.objectives.objective import Loss, ObjectiveOf
 from sfumato.training.checkpoint import CheckpointWriter, list_checkpoints, read_checkpoint
 from sfumato.training.distribution import Distribution, whole
 from sfumato.training.folder import RunFolder
-from sfumato.training.module import TrainingModule
+from sfumato.training.module import Trainee, TrainingModule
 from sfumato.training.optimizer import learning_rate
 from sfumato.training.state import TrainState
 from sfumato.training.stop import StopWatch
@@ -43,8 +42,8 @@ class Job:
 
     config: TrainConfig
     settings: Mapping[str, Any]
-    model: TextToImageModel
-    objective: Objective[Any]
+    model: Trainee
+    objective: ObjectiveOf[Any, Any]
     stream: Stream[Any]
     validation: Validation
 
@@ -248,7 +247,7 @@ def refuse_non_finite(
 
 def validate(
     validation: Validation,
-    model: TextToImageModel,
+    model: Trainee,
     state: TrainState,
     folder: RunFolder,
     trackers: Trackers,

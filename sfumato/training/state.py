@@ -9,13 +9,13 @@ from torch import Tensor
 
 from sfumato.config import TrainConfig
 from sfumato.data.stream import Stream
-from sfumato.models.model import TextToImageModel
-from sfumato.objectives.objective import Objective
+from sfumato.objectives.objective import ObjectiveOf
 from sfumato.training.checkpoint import CheckpointError, Snapshot
 from sfumato.training.collection import Source
 from sfumato.training.distribution import Distribution, like, whole
 from sfumato.training.ema import Ema, Shadow
 from sfumato.training.flops import Meter
+from sfumato.training.module import Trainee
 from sfumato.training.optimizer import build_optimizer
 from sfumato.weights import differences
 
@@ -29,8 +29,8 @@ class TrainState:
     def __init__(
         self,
         config: TrainConfig,
-        model: TextToImageModel,
-        objective: Objective[Any],
+        model: Trainee,
+        objective: ObjectiveOf[Any, Any],
         stream: Stream[Any],
         distribution: Distribution,
     ) -> None:
@@ -161,7 +161,7 @@ class TrainState:
 
 @torch.no_grad()
 def load_weights(
-    model: TextToImageModel, weights: Mapping[str, Tensor], source: str = "the weights"
+    model: Trainee, weights: Mapping[str, Tensor], source: str = "the weights"
 ) -> None:
     """Put whole weights, from `source`, into the trainable parameters of a model on one process.
 

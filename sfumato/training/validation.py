@@ -23,6 +23,7 @@ from sfumato.objectives.objective import StableLoss
 from sfumato.rewards.reward import Reward, score_rows
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder, json_lines, read_rows
+from sfumato.training.module import Trainee
 from sfumato.training.tracking import Trackers
 
 SIDES, PAIRS = ("tuned", "base"), "pairs.jsonl"
@@ -50,7 +51,7 @@ class Validation:
     """Maker of the same images at every validation: prompt i always starts from noise i.
 
     Args:
-        prompts: one per image.
+        prompts: one per image; without any, no image is made.
         reward: scores each image with its own prompt; None leaves scores out.
         held_out: samples of the validation loss; None leaves the loss out.
         rewards: score the images too, by name; no training sees them.
@@ -75,12 +76,15 @@ class Validation:
         self._base: Pictures | None = None
 
     def run(
-        self, model: TextToImageModel, step: int, folder: RunFolder, trackers: Trackers
+        self, model: Trainee, step: int, folder: RunFolder, trackers: Trackers
     ) -> dict[str, float]:
         """Make and record the pairs; return the mean rewards of both sides, and the loss."""
         metrics = {}
         if self._held_out is not None:
             metrics |= self._stable_metrics(self._held_out, model)
+        if not self._prompts:
+            return metrics
+        assert isinstance(model, TextToImageModel), "nothing else makes pictures of prompts"
         tuned = self._pictures(model, "draft")
         if self._base is None:
             if model.has_reference:
@@ -147,7 +151,7 @@ class Validation:
         rank, world = self._distribution.rank, self._distribution.world
         return [i % total for i in range(rank, -(-total // world) * world, world)]
 
-    def _stable_metrics(self, held_out: HeldOut, model: TextToImageModel) -> dict[str, float]:
+    def _stable_metrics(self, held_out: HeldOut, model: Trainee) -> dict[str, float]:
         size, samples = self._config.training.micro_batch_size, held_out.samples
         mine = self._mine(len(samples))
         measured: list[dict[str, list[float]]] = []
@@ -162,7 +166,9 @@ class Validation:
         for name in measured[0]:
             values = [value for each in measured for value in each[name]]
             gathered = dict(self._distribution.gather(list(zip(mine, values, strict=True))))
-            metrics[f"validation/{name}"] = math.fsum(gathered.values()) / len(gathered)
+            known = [v for v in gathered.values() if name == "loss" or not math.isnan(v)]
+            if known:
+                metrics[f"validation/{name}"] = math.fsum(known) / len(known)
         return metrics
 
     @torch.no_grad()
