@@ -41,7 +41,7 @@ TRAIN = f"""
     objective.{{step_weights,shared_start,likelihood,timesteps,weighting,caption_dropout}}
     objective.{{noise_offset,sample_latents,guidance_scale,start_scale}}
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
-    reward.{{predictor,resize,label}}
+    reward.{{predictor,resize,label,score,good,bad,version,preprocessing}}
     optimizer.{{lr,betas,eps,weight_decay,warmup_steps,schedule,max_grad_norm}}
     training.{{max_steps,micro_batch_size,global_batch_size,precision,strategy,compile,ema_decay}}
     training.{{async_checkpoints,peak_tflops,checkpoint_every_steps,keep_checkpoints,max_time}}
