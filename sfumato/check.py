@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sfumato.check_objective import check_dpo, check_objective
+from sfumato.conditions import named_files
 from sfumato.config import (
     DpoConfig,
     RewardedConfig,
@@ -11,6 +12,7 @@ from sfumato.config import (
     TrainingConfig,
     check_values,
 )
+from sfumato.rewards.code import find_code
 from sfumato.training.sharding import check_sharding
 from sfumato.training.stop import parse_duration
 
@@ -43,6 +45,9 @@ def check_train(config: TrainConfig, processes: int) -> None:
             "export=best chooses by the validation loss, which needs objective=supervised or dpo, "
             "and validation.loss_images above 0; use export=last"
         )
+    for key, value in named_files(config).items():
+        if key.startswith("reward.") and key.endswith(".path"):
+            find_code(value)
     if isinstance(config.objective, DpoConfig):
         check_dpo(config)
     if isinstance(config.objective, RewardedConfig):

@@ -19,6 +19,7 @@ _ALONE = "never: a weight divides the draws among sources; see data.{}.sources.N
 
 # Settings that name the files of a model, and what is read of them before the first step alone.
 _MODELS = ("pretrained", "processor", "autoencoder", "text_encoder", "tokenizer", "scheduler")
+OWN = ("path", "url")  # of a reward: code and scorers, which users name themselves
 STARTS = ("model.lora.start", "model.network.from_pretrained")
 
 _READS_PROMPTS, _READS_IMAGES = "objective.reads_prompts", "objective.reads_images"
@@ -202,6 +203,8 @@ def is_path(key: str, value: object) -> bool:
     if not (isinstance(value, str) and value) or key.startswith("data.shards"):
         return False
     if key in (*STARTS, "model.network.config", "data.prompts", "validation.prompts"):
+        return True
+    if room.startswith("reward") and name in OWN:
         return True
     if room.startswith(("model", "reward")):
         return name in _MODELS or (room.startswith("model.merge.") and name == "path")

@@ -5,7 +5,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.config.fields import DTYPES, MISSING, choice, entries
+from sfumato.config.fields import (
+    DTYPES,
+    MISSING,
+    NOT_NEGATIVE,
+    POSITIVE,
+    choice,
+    entries,
+    setting,
+)
 
 
 @dataclass
@@ -58,6 +66,25 @@ class JpegRewardConfig(RewardConfig):
 
 
 @dataclass
+class FunctionRewardConfig(RewardConfig):
+    """A function of your own, score(images, prompts, metadata), or a Reward."""
+
+    kind: str = "function"
+    path: str = MISSING  # FILE.py:NAME or package.module:NAME; never taken from a run folder
+
+
+@dataclass
+class HttpRewardConfig(RewardConfig):
+    """A scorer of your own over HTTP, which gets PNGs; not differentiable."""
+
+    kind: str = "http"
+    url: str = MISSING  # http://HOST:PORT/PATH, or https://; never taken from a run folder
+    timeout: float = setting(60.0, POSITIVE)  # seconds for a batch, repeated requests included
+    metadata: bool = False  # send each prompt's row of the prompt table too
+    cache: int = setting(10_000, NOT_NEGATIVE)  # scores that are kept, by image and prompt
+
+
+@dataclass
 class WeightedPartConfig:
     """One part of a weighted sum."""
 
@@ -78,6 +105,8 @@ REWARDS: dict[str, type[RewardConfig]] = {
     "color": ColorRewardConfig,
     "brightness": BrightnessRewardConfig,
     "jpeg": JpegRewardConfig,
+    "function": FunctionRewardConfig,
+    "http": HttpRewardConfig,
     "weighted": WeightedRewardConfig,
     "none": NoRewardConfig,
 }

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from sfumato.conditions import check_sample
 from sfumato.config import (
     EvaluateConfig,
     ModelConfig,
+    RewardFiles,
     SampleConfig,
     SamplerConfig,
     check_values,
 )
 from sfumato.data.entries import is_utf8
-from sfumato.data.prompts import read_prompts
+from sfumato.data.prompts import read_prompt_rows, read_prompts
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint, hold
 from sfumato.evaluation.opened import OpenedRun, open_run
@@ -249,6 +251,11 @@ def _check_text(prompt: str, name: str) -> None:
         )
 
 
+def _rows(config: EvaluateConfig) -> Mapping[str, Mapping[str, Any]]:
+    """Return what a table that the user named has beside each prompt."""
+    return read_prompt_rows(config.prompts, column=config.column) if config.prompts else {}
+
+
 def distinct(prompts: Sequence[str]) -> list[str]:
     """Return each prompt once, in order; say how many repeat an earlier one."""
     once = list(dict.fromkeys(prompts))
@@ -266,6 +273,13 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     """
     opened = open_run(config)
     run, trained = opened.folder, opened.settings
+    if other := not isinstance(config.reward, RewardFiles):
+        trained.reward = config.reward
+    for key, value in {} if other else opened.unnamed.items():
+        raise ValueError(
+            f"{run.path} was scored by {key}={value!r}; code and scorers are not taken from a run "
+            f"folder: name it again ({key}=...), or another reward (reward=NAME)"
+        )
     steps = config.steps
     if steps is None:
         steps = [0, *map(step_of, list_checkpoints(run.checkpoints))]
@@ -282,11 +296,12 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     find_family(trained.model, trained.sampler)
     writable = os.access(run.path, os.W_OK)  # else it can show what was evaluated before
     with hold(run) if writable else nullcontext():  # before weights are loaded
-        opened.contents("model", "reward")
+        opened.contents("model", *(() if other else ("reward",)))
         device = default_device()
         reward = build_scorer(trained)
         if reward is not None:
             reward = reward.to(device)
+            reward.prepare(partial(_rows, config))
         settings = trained.model
         whole = 0 in steps
         model = load_model(replace(settings, reference=True) if whole else without_start(settings))

@@ -6,11 +6,15 @@ from sfumato.config import (
     BrightnessRewardConfig,
     ClipRewardConfig,
     ColorRewardConfig,
+    FunctionRewardConfig,
+    HttpRewardConfig,
     JpegRewardConfig,
     RewardConfig,
     WeightedRewardConfig,
 )
 from sfumato.rewards.clip import ClipReward
+from sfumato.rewards.own import OwnReward
+from sfumato.rewards.remote import HttpReward
 from sfumato.rewards.reward import Reward
 from sfumato.rewards.simple import BrightnessReward, ColorReward, JpegCompressibility
 from sfumato.rewards.weighted import WeightedSum
@@ -38,6 +42,15 @@ def build_reward(config: RewardConfig) -> Reward:
             return BrightnessReward(scale=config.scale)
         case JpegRewardConfig():
             return JpegCompressibility()
+        case FunctionRewardConfig():
+            return OwnReward(config.path)
+        case HttpRewardConfig():
+            return HttpReward(
+                config.url,
+                timeout=config.timeout,
+                with_rows=config.metadata,
+                cache=config.cache,
+            )
         case WeightedRewardConfig():
             parts = config.parts.items()
             return WeightedSum(

@@ -1,12 +1,19 @@
 """Contract of a reward: a score per image and prompt, differentiable or not."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+
+PromptRows = Callable[[], Mapping[str, Mapping[str, Any]]]  # reads the row of each prompt's table
+
+
+class ScorerError(ValueError):
+    """A scorer that cannot be asked, or does not keep to what it owes: no row can be scored."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +32,22 @@ class Reward(nn.Module, abc.ABC):
         scale: what the raw score (a cosine, a mean of pixels) is multiplied by. `kl_coeff` is
             calibrated to it, so it is recorded with every run.
         weights: of the parts of a composed reward, by name.
+        title: what messages call it.
+        why_constant: why there is no gradient, where that was found out.
     """
 
     differentiable: bool = True
     scale: float = 1.0
     weights: Mapping[str, float] = MappingProxyType({})
+    title: str = ""
+    why_constant: str = ""
+
+    def prepare(self, rows: PromptRows) -> None:
+        """Get ready to score, once, on the device of the weights; most rewards are.
+
+        Args:
+            rows: reads what the prompt tables have beside each prompt; equal prompts share a row.
+        """
 
     @abc.abstractmethod
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:
@@ -52,9 +70,14 @@ def score_rows(
 
     Args:
         faults: gets what the reward raised, or a ValueError where it has not one number an image.
+
+    Raises:
+        ScorerError: if the reward raised it, as no row can be scored then.
     """
     try:
         score = reward.score(images, prompts)
+    except ScorerError:
+        raise
     except Exception as error:  # noqa: BLE001 -- a reward may be anybody's code
         faults.append(error)
         if len(prompts) == 1:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.rewards.reward import Reward, Score
+from sfumato.rewards.reward import PromptRows, Reward, Score
 
 
 @final
@@ -37,6 +37,16 @@ class WeightedSum(Reward):
         self.rewards = nn.ModuleList([reward for _, reward in parts.values()])
         self.differentiable = all(reward.differentiable for _, reward in parts.values())
         self.scale = sum(abs(weight) * reward.scale for weight, reward in parts.values())
+
+    def prepare(self, rows: PromptRows) -> None:
+        """Prepare each part, and learn from each whether it is differentiable."""
+        for reward in self.rewards:
+            reward.prepare(rows)
+        self.differentiable = all(reward.differentiable for reward in self.rewards)
+        self.scale = sum(
+            abs(weight) * reward.scale
+            for weight, reward in zip(self.weights.values(), self.rewards, strict=True)
+        )
 
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:
         """Return the weighted sum, and as parts each reward's own value, detached."""

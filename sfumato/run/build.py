@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from sfumato.objectives.supervised import Supervised
 from sfumato.objectives.with_data import WithData
 from sfumato.rewards.build import build_reward
 from sfumato.rewards.reward import Reward
-from sfumato.run.open_data import Data
+from sfumato.run.open_data import Data, prompt_rows
 from sfumato.training.checkpoint import list_checkpoints
 from sfumato.training.compiling import arrange
 from sfumato.training.distribution import Distribution
@@ -106,6 +107,7 @@ def build_job(
     reward = brought or build_scorer(config)
     if reward is not None:
         reward = reward.to(distribution.device)
+        reward.prepare(partial(prompt_rows, config))
     objective = own.objective or build_objective(config, reward)
     if brought is not None and distribution.is_main:
         print(
