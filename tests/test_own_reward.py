@@ -193,9 +193,16 @@ def test_what_a_function_raises_is_told_with_its_line(tmp_path: Path, kind: str)
     assert "\n" not in str(caught.value)
 
 
-CHANGES = ["images.zero_()", "images[0] = 1", "images.detach().numpy()[:] = 2", "images.data.mul_(3)",
-           "images.requires_grad_(False)", "prompts[:] = ['x'] * 9", "prompts.clear()",
-           "metadata[0]['words'].append(1)", "metadata[0].clear(); metadata.clear()"]  # fmt: skip
+CHANGES = [
+    "images.zero_()",
+    "images[0] = 1",
+    "images.detach().numpy()[:] = 2",
+    "images.data.mul_(3)",
+    "prompts[:] = ['x'] * 9",
+    "prompts.clear()",
+    "metadata[0]['words'].append(1)",
+    "metadata[0].clear(); metadata.clear()",
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -288,7 +295,9 @@ def test_a_file_may_import_its_neighbours_and_hides_no_installed_module(tmp_path
 
 @pytest.mark.usefixtures("paths")
 def test_a_file_is_run_once_and_again_when_it_changes(tmp_path: Path) -> None:
-    count = f"from pathlib import Path\nlog = Path(r'{tmp_path / 'log'}').open('a')\nlog.write('x')\n"
+    count = (
+        f"from pathlib import Path\nlog = Path(r'{tmp_path / 'log'}').open('a')\nlog.write('x')\n"
+    )
     place = write(tmp_path, f"{count}log.close()\n{MEAN}other = score\n")
     built(place), built(place), built(place.replace(":score", ":other"))
     assert (tmp_path / "log").read_text() == "x"
@@ -427,9 +436,8 @@ def test_ddpo_with_a_function_and_the_rows_of_the_table(
     start(own(tmp_path, "run", write(tmp_path, CHECKED), *DDPO, f"data.prompts={table(tmp_path)}"))
     rows = metrics(tmp_path / "run")
     assert len(rows) == 7 and all(row["left_out"] == 0 for row in rows[1:])
-    shown = [json.loads(line) for line in
-             (tmp_path / "run/samples/step-000006/pairs.jsonl").read_text().splitlines()]  # fmt: skip
-    assert all("reward_tuned" in row for row in shown)
+    shown = (tmp_path / "run/samples/step-000006/pairs.jsonl").read_text().splitlines()
+    assert len(shown) == 3 and all("reward_tuned" in json.loads(line) for line in shown)
 
 
 def test_images_that_a_function_cannot_score_are_left_out(
@@ -449,7 +457,7 @@ def test_images_that_a_function_cannot_score_are_left_out(
 REFUSED = {
     "no gradient": (MEANS["a list"][1], (), r":score is not differentiable \(.*\), and the obj"),
     "a constant": (f"{HEAD}    return torch.ones(len(images))\n", (), "is not differentiable"),
-    "zeros": (f"{HEAD}    return images.sum((1, 2, 3)) * 0\n", (), "gradient at random images is 0"),
+    "zeros": (f"{HEAD}    return images.sum((1, 2, 3)) * 0\n", (), "its gradient at random"),
     "raises": (f"{HEAD}    raise OSError('x')\n", DDPO, "line 3 raised OSError: x"),
     "raises for all": (
         f"{HEAD}    if images.shape[-1] == 4:\n        raise OSError('small')\n    return [0, 1]\n",
@@ -524,7 +532,9 @@ def finished(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = ("model.lora.rank=2", "validation.every_steps=0", "training.max_steps=1")
     given = own(folder, "run", place, *small, *DDPO, f"data.prompts={table(folder)}")
     chosen = [text for text in given if not text.startswith("model.trainable")]
-    start([text.replace("model.pretrained=toy", f"model.pretrained={sd_folder}") for text in chosen])
+    start(
+        [text.replace("model.pretrained=toy", f"model.pretrained={sd_folder}") for text in chosen]
+    )
     return folder
 
 
@@ -592,6 +602,8 @@ def test_code_that_a_run_folder_names_is_never_run(
     from sfumato.training.folder import RunFolder
 
     out = str(tmp_path / "samples")
-    commands.sample_images(SampleConfig(run=str(tmp_path / "run"), prompt="a", num_images=1, out=out))
+    commands.sample_images(
+        SampleConfig(run=str(tmp_path / "run"), prompt="a", num_images=1, out=out)
+    )
     write_report([RunFolder(tmp_path / "run")], tmp_path / "page.html", title="t")
     assert not os.path.lexists(tmp_path / "ran")

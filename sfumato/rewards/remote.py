@@ -126,8 +126,8 @@ class HttpReward(Reward):
                 if time.monotonic() + pause >= end:
                     raise ScorerError(
                         f"the scorer {self.title} gave no answer in {self.timeout:g} seconds "
-                        f"({error}); start it, or raise reward.timeout, and run the same command "
-                        "again"
+                        f"({error}); start it, or give it more time (reward.timeout), and run the "
+                        "same command again"
                     ) from error
             time.sleep(pause)
             pause = min(2 * pause, PAUSES[1])
@@ -167,6 +167,8 @@ class HttpReward(Reward):
             )
         if time.monotonic() >= end:
             raise _AgainError("it hangs")
+        if reply.length:
+            raise _AgainError("its reply breaks off")
         return text
 
     def _connection(self, timeout: float) -> http.client.HTTPConnection:
@@ -209,7 +211,7 @@ class HttpReward(Reward):
         values = [math.nan if scores[i] is None else scores[i] for i in range(count)]
         for value in values:
             if type(value) not in (int, float) or abs(value) > sys.float_info.max:
-                raise ScorerError(f"{wrong}, where {value!r} is no number; {advice}")
+                raise ScorerError(f"{wrong}, where {repr(value)[:40]} is no number; {advice}")
         return values
 
 
