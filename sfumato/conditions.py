@@ -123,7 +123,13 @@ READ: Mapping[str, Sequence[Row]] = {
     "train": (*_PLANNED, *_DATA),
     "plan": _PLANNED,
     "sample": ((r"step|schedule|allow_changed|model\.(?!variant).+", "run"), ("column", "prompts")),
-    "evaluate": (("column", "prompts"),),
+    "evaluate": (
+        ("column", "prompts"),
+        (
+            r"reward\.(parts\..+\.)?gradient_checkpointing",
+            "never: evaluation takes no gradient",
+        ),
+    ),
     "prepare": _PREPARED,
     "launch": (),
 }

@@ -41,6 +41,7 @@ TRAIN = f"""
     objective.{{likelihood,timesteps,weighting,caption_dropout,noise_offset,sample_latents}}
     objective.guidance_scale
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
+    reward.{{path,url,timeout,metadata,cache}}
     optimizer.{{lr,betas,eps,weight_decay,warmup_steps,schedule,max_grad_norm}}
     training.{{max_steps,micro_batch_size,global_batch_size,precision,strategy,compile,ema_decay}}
     training.{{async_checkpoints,peak_tflops,checkpoint_every_steps,keep_checkpoints,max_time}}
@@ -55,8 +56,9 @@ ALWAYS = {
     """,
     "evaluate": f"""
         run steps prompts num_images seed batch_size features allow_pickle allow_changed {FILES}
-        model.variant reward.{{pretrained,processor,parts}}
-        reward.parts.NAME.{{pretrained,processor}}
+        model.variant reward reward.{{pretrained,processor,dtype,color,scale,parts}}
+        reward.{{path,url,timeout,metadata,cache}}
+        reward.parts.NAME.{{pretrained,processor,path,url}}
     """,
     "prepare": f"""
         out stages recipe {MODEL} model.network.config model.merge download.{{table,columns}}
