@@ -30,6 +30,8 @@ class OwnReward(Reward):
         differentiable: found out by `prepare`, on random images.
     """
 
+    place: Tensor  # on the device of the weights
+
     def __init__(self, path: str) -> None:
         """Remember the place; the code is run by `prepare` alone.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -40,13 +40,13 @@ class WeightedSum(Reward):
 
     def prepare(self, rows: PromptRows) -> None:
         """Prepare each part, and learn from each whether it is differentiable."""
-        for reward in self.rewards:
+        rewards: list[Any] = [*self.rewards]
+        for reward in rewards:
             reward.prepare(rows)
-        self.differentiable = all(reward.differentiable for reward in self.rewards)
-        self.scale = sum(
-            abs(weight) * reward.scale
-            for weight, reward in zip(self.weights.values(), self.rewards, strict=True)
-        )
+        weights = self.weights.values()
+        self.differentiable = all(reward.differentiable for reward in rewards)
+        self.why_constant = "; ".join(r.why_constant for r in rewards if not r.differentiable)
+        self.scale = sum(abs(w) * reward.scale for w, reward in zip(weights, rewards, strict=True))
 
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:
         """Return the weighted sum, and as parts each reward's own value, detached."""
