@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sfumato.check_objective import check_dpo, check_objective, check_reward_pairs
+from sfumato.conditions import is_own, named_files
 from sfumato.config import (
     DpoConfig,
     RewardedConfig,
@@ -12,6 +13,7 @@ from sfumato.config import (
     TrainingConfig,
     check_values,
 )
+from sfumato.rewards.code import find_code
 from sfumato.training.sharding import check_sharding
 from sfumato.training.stop import parse_duration
 
@@ -44,6 +46,9 @@ def check_train(config: TrainConfig, processes: int) -> None:
             "export=best chooses by the validation loss, which needs objective=supervised, dpo or "
             "reward_pairs, and validation.loss_images above 0; use export=last"
         )
+    for key, value in named_files(config).items():
+        if is_own(key) and key.endswith(".path"):
+            find_code(value)
     if isinstance(config.objective, DpoConfig):
         check_dpo(config)
     if isinstance(config.objective, RewardPairsConfig):

@@ -11,6 +11,7 @@ from sfumato.config import (
     DirectAlignConfig,
     DirectConfig,
     DraftConfig,
+    HttpRewardConfig,
     JpegRewardConfig,
     NoRewardConfig,
     PolicyGradientConfig,
@@ -117,7 +118,7 @@ def _check_reward(reward: RewardConfig, objective: str, *, differentiable: bool)
             )
         if isinstance(each, ColorRewardConfig | BrightnessRewardConfig) and not each.scale:
             raise ValueError(f"{key}.scale=0 makes all rewards equal; give another number")
-        if isinstance(each, JpegRewardConfig) and differentiable:
+        if isinstance(each, JpegRewardConfig | HttpRewardConfig) and differentiable:
             raise ValueError(
                 f"{key}={each.kind} is not differentiable, and objective={objective} learns from "
                 "the reward's gradient; choose a differentiable one (reward=clip, reward=color), "

@@ -25,12 +25,14 @@ from sfumato.config import (
     COMMANDS,
     CONF,
     GROUPS,
+    MISSING,
     REWARDS,
     JobConfig,
     LaunchConfig,
     OwnConfig,
     PlanConfig,
     RewardConfig,
+    RewardFiles,
     TrainConfig,
     WeightedPartConfig,
     WeightedRewardConfig,
@@ -60,7 +62,11 @@ def register(command: str) -> None:
         )
     OmegaConf.register_new_resolver("scratch", lambda: _scratch().name, replace=True)
     store = ConfigStore.instance()
-    store.store(name=f"{command}_schema", node=COMMANDS[command])
+    schema = OmegaConf.structured(COMMANDS[command])
+    if command == "evaluate":
+        schema.reward = MISSING  # chosen in conf/evaluate.yaml
+        store.store(group="reward", name="trained", node=RewardFiles)
+    store.store(name=f"{command}_schema", node=schema)
     for group, choices in CHOICES.items():
         for name, node in choices.items():
             store.store(group=group, name=name, node=node)

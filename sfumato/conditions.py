@@ -30,6 +30,7 @@ _MODELS = (
     *("pretrained", "processor", "predictor", "autoencoder", "text_encoder", "tokenizer"),
     "scheduler",
 )
+OWN = ("path", "url")  # of a reward: code and scorers, which users name themselves
 STARTS = ("model.lora.start", "model.network.from_pretrained")
 ANY = ".*"  # suffix of a file, in a pattern
 
@@ -140,7 +141,13 @@ READ: Mapping[str, Sequence[Row]] = {
     "train": (*_PLANNED, *_DATA),
     "plan": _PLANNED,
     "sample": ((r"step|schedule|allow_changed|model\.(?!variant).+", "run"), ("column", "prompts")),
-    "evaluate": (("column", "prompts"),),
+    "evaluate": (
+        ("column", "prompts"),
+        (
+            r"reward\.(parts\..+\.)?gradient_checkpointing",
+            "never: evaluation takes no gradient",
+        ),
+    ),
     "prepare": _PREPARED,
     "launch": (),
 }
@@ -225,12 +232,20 @@ def named_files(settings: TrainConfig) -> dict[str, str]:
     return named
 
 
+def is_own(key: str) -> bool:
+    """Say whether a setting names the code or the scorer of a reward."""
+    room, _, name = key.rpartition(".")
+    return name in OWN and f"{room}.".startswith(("reward.", "validation.rewards."))
+
+
 def is_path(key: str, value: object) -> bool:
     """Say whether a setting names files whose content counts."""
     room, _, name = key.rpartition(".")
     if not (isinstance(value, str) and value) or key.startswith("data.shards"):
         return False
     if key in (*STARTS, "model.network.config", "data.prompts", "validation.prompts"):
+        return True
+    if is_own(key):
         return True
     if room.startswith(("model", "reward", "validation.rewards.")):
         return name in _MODELS or (room.startswith("model.merge.") and name == "path")

@@ -146,7 +146,7 @@ def _rows(command: str, settings: Sequence[Setting], seen: dict[type, str]) -> I
     for each in settings:
         prefix = each.key.rpartition(".")[0]
         rows_at = f"`{prefix}.*` of `sfumato {command}`"
-        if each.key.startswith(repeated):
+        if each.key.startswith(repeated) and seen.get(each.owner, rows_at) != rows_at:
             continue
         if seen.setdefault(each.owner, rows_at) == rows_at:
             cells = (f"`{each.key}`", each.kind, f"`{each.default}`", each.rule, each.comment)
@@ -184,9 +184,11 @@ def _only(command: str, key: str) -> str:
 def _group(command: str, key: str, owner: type, base: Any) -> Setting:
     text = (CONF / f"{command}.yaml").read_text(encoding="utf-8")
     chosen = re.search(rf"- {key}: (\w+)", text)
-    choices = Rule(choices=tuple(CHOICES[key]))
     default = chosen[1] if chosen else "???"
-    return Setting(key, owner, "group", default, str(choices), _summary(base))
+    own = () if default in (*CHOICES[key], "???") else (default,)  # of one command alone
+    choices = Rule(choices=(*own, *CHOICES[key]))
+    comment = comments()[owner.__name__].get(key) or _summary(base)
+    return Setting(key, owner, "group", default, str(choices), comment)
 
 
 def _type_words(command: str, key: str, rule: Rule) -> str:

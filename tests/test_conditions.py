@@ -42,6 +42,7 @@ TRAIN = f"""
     objective.{{noise_offset,sample_latents,guidance_scale,start_scale}}
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
     reward.{{predictor,resize,label,score,good,bad,version,preprocessing}}
+    reward.{{path,url,timeout,metadata,cache}}
     optimizer.{{lr,betas,eps,weight_decay,warmup_steps,schedule,max_grad_norm}}
     training.{{max_steps,micro_batch_size,global_batch_size,precision,strategy,compile,ema_decay}}
     training.{{async_checkpoints,peak_tflops,checkpoint_every_steps,keep_checkpoints,max_time}}
@@ -56,8 +57,10 @@ ALWAYS = {
     """,
     "evaluate": f"""
         run steps prompts num_images seed batch_size features allow_pickle allow_changed {FILES}
-        model.variant reward.{{pretrained,processor,predictor,parts}}
-        reward.parts.NAME.{{pretrained,processor,predictor}}
+        model.variant reward reward.{{pretrained,processor,dtype,color,scale,parts}}
+        reward.{{path,url,timeout,metadata,cache}}
+        reward.{{predictor,resize,label,score,good,bad,version,preprocessing}}
+        reward.parts.NAME.{{pretrained,processor,predictor,path,url}}
         validation.rewards validation.rewards.NAME.{{pretrained,processor}}
     """,
     "prepare": f"""

@@ -17,6 +17,7 @@ from sfumato.config.fields import (
     entries,
     setting,
 )
+from sfumato.config.rewards import RewardConfig
 from sfumato.config.train import (
     MAX_PIXELS,
     MISSING,
@@ -72,15 +73,20 @@ class PartFiles:
     pretrained: str | None = None
     processor: str | None = None
     predictor: str | None = None
+    path: str | None = None
+    url: str | None = None
 
 
 @dataclass
-class RewardFiles:
-    """Where the model of a run's reward lies now; null is where the run had it."""
+class RewardFiles(RewardConfig):
+    """The run's own reward: where its model lies now; null is where the run had it."""
 
+    kind: str = field(default="trained", kw_only=True)
     pretrained: str | None = None  # a folder or hub id
     processor: str | None = None
     predictor: str | None = None  # a file
+    path: str | None = None  # the function of a run with reward=function, which must be named again
+    url: str | None = None  # the scorer of a run with reward=http, which must be named again
     parts: dict[str, Any] = entries(PartFiles)  # NAME: {pretrained: ...}
 
 
@@ -127,7 +133,7 @@ class EvaluateConfig:
     batch_size: int = setting(8, FEW)
     features: str = "pixels"  # for diversity: pixels, lpips, a CLIP folder or hub id
     model: ModelFiles = field(default_factory=ModelFiles)  # of a run that has moved
-    reward: RewardFiles = field(default_factory=RewardFiles)
+    reward: RewardConfig = field(default_factory=RewardFiles)  # the run's own, or any other
     validation: ValidationFiles = field(default_factory=ValidationFiles)
     allow_changed: list[str] = field(default_factory=list)  # settings whose files may be others
     allow_pickle: bool = False  # pickled weights can run code; a run's own setting is not believed

@@ -5,7 +5,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.config.fields import DTYPES, FILLED, MISSING, choice, entries, setting
+from sfumato.config.fields import (
+    DTYPES,
+    FILLED,
+    MISSING,
+    NOT_NEGATIVE,
+    POSITIVE,
+    choice,
+    entries,
+    setting,
+)
 
 CLIP_SCORES = ("model", "model_over_26", "cosine", "cosine_100", "clipscore")
 HPS_FILES = {"2.0": "HPS_v2_compressed", "2.1": "HPS_v2.1_compressed"}  # without suffix
@@ -139,6 +148,25 @@ class JpegRewardConfig(RewardConfig):
 
 
 @dataclass
+class FunctionRewardConfig(RewardConfig):
+    """A function of your own, score(images, prompts, metadata), or a Reward."""
+
+    kind: str = "function"
+    path: str = MISSING  # FILE.py:NAME or package.module:NAME; never taken from a run folder
+
+
+@dataclass
+class HttpRewardConfig(RewardConfig):
+    """A scorer of your own over HTTP, which gets PNGs; not differentiable."""
+
+    kind: str = "http"
+    url: str = MISSING  # http://HOST:PORT/PATH, or https://; never taken from a run folder
+    timeout: float = setting(60.0, POSITIVE)  # seconds for a batch, repeated requests included
+    metadata: bool = False  # send each prompt's row of the prompt table too
+    cache: int = setting(10_000, NOT_NEGATIVE)  # scores that are kept, by image and prompt
+
+
+@dataclass
 class WeightedPartConfig:
     """One part of a weighted sum."""
 
@@ -166,6 +194,8 @@ REWARDS: dict[str, type[RewardConfig]] = {
     "color": ColorRewardConfig,
     "brightness": BrightnessRewardConfig,
     "jpeg": JpegRewardConfig,
+    "function": FunctionRewardConfig,
+    "http": HttpRewardConfig,
     "weighted": WeightedRewardConfig,
     "none": NoRewardConfig,
 }

@@ -32,6 +32,7 @@ MAY_CHANGE = (
     *("training.strategy", "training.shard_size", "training.compile"),
     *("training.tensorboard", "training.wandb_project"),
     *("model.gradient_checkpointing", "reward.gradient_checkpointing", "model.channels_last"),
+    *("reward.timeout", "reward.cache"),
     *("data.images.workers", "data.images.prefetch"),
     *("data.shards.workers", "data.shards.prefetch", "data.verify", "model.allow_pickle"),
 )

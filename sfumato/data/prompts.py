@@ -1,9 +1,11 @@
 """Prompts of files: opened as a stream for training, or read in file order."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from sfumato.data.entries import text_or_fault
 from sfumato.data.left_out import FileSkips, SkipLog
@@ -61,6 +63,33 @@ def read_prompts(
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} is too small; give 1 or more, or None for all")
     return list(islice(_chain(*_open(path, key, column)), limit))
+
+
+def read_prompt_rows(
+    path: str, *, key: str = "prompts", column: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return what the tables have beside each prompt, its own column included.
+
+    Columns of bytes, such as pictures, are left out. Equal prompts have the first one's row. All
+    is held in memory; a .txt file or a .tar has no rows.
+
+    Raises:
+        ValueError: as `open_prompts`.
+    """
+    files, columns, _ = _open(path, key, column)
+    found: dict[str, dict[str, Any]] = {}
+    log = SkipLog(warns=False)  # the prompts' own reader says what is left out
+    for file in (file for file in files if file in columns):
+        table = open_table(file)
+        names = [name for name in table.names() if "binary" not in (table.kind(name) or "")]
+        with suppress(UnreadableTableError):
+            for _, row in table.rows(names, log.begin(file)):
+                value = row[columns[file]]
+                for each in value if isinstance(value, list) else [value]:
+                    prompt, fault = text_or_fault(each, "prompt")
+                    if not fault:
+                        found.setdefault(prompt, dict(row))
+    return found
 
 
 def _open(

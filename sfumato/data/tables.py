@@ -75,6 +75,17 @@ class Table(abc.ABC):
                 return lower[name]
         return choose_column(columns, self._known, self.path, holds)
 
+    def names(self) -> list[str]:
+        """Return the names of all columns, in their order.
+
+        Raises:
+            UnreadableTableError: the file cannot be read, or is damaged.
+        """
+        try:
+            return list(dict.fromkeys(self._read_names()))
+        except OSError as error:
+            raise self._unreadable(error) from None
+
     def rows(self, columns: Sequence[str], skips: FileSkips) -> Iterator[Row]:
         """Yield the fields of each row that are in `columns`; None stands for a missing one.
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from sfumato.conditions import check_sample
 from sfumato.config import (
     EvaluateConfig,
     ModelConfig,
+    RewardFiles,
     SampleConfig,
     SamplerConfig,
     check_values,
 )
 from sfumato.data.entries import is_utf8
-from sfumato.data.prompts import read_prompts
+from sfumato.data.prompts import read_prompt_rows, read_prompts
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint, hold
 from sfumato.evaluation.opened import OpenedRun, open_run
@@ -35,7 +37,7 @@ from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
 from sfumato.models.registry import find_family, load_model
 from sfumato.records import read_rows
-from sfumato.rewards.build import build_reward
+from sfumato.rewards.build import build_reward, ready
 from sfumato.run.build import build_scorer
 from sfumato.run.identity import contents_of, digests
 from sfumato.training.checkpoint import (
@@ -251,6 +253,11 @@ def _check_text(prompt: str, name: str) -> None:
         )
 
 
+def _rows(config: EvaluateConfig) -> Mapping[str, Mapping[str, Any]]:
+    """Return what a table that the user named has beside each prompt."""
+    return read_prompt_rows(config.prompts, column=config.column) if config.prompts else {}
+
+
 def distinct(prompts: Sequence[str]) -> list[str]:
     """Return each prompt once, in order; say how many repeat an earlier one."""
     once = list(dict.fromkeys(prompts))
@@ -268,6 +275,16 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     """
     opened = open_run(config)
     run, trained = opened.folder, opened.settings
+    if other := not isinstance(config.reward, RewardFiles):
+        trained.reward = config.reward
+    for key, value in opened.unnamed.items():
+        trains = key.startswith("reward.")
+        if trains and other:
+            continue
+        raise ValueError(
+            f"{run.path} was scored by {key}={value!r}; code and scorers are not taken from a run "
+            f"folder: name it again ({key}=...){', or another reward (reward=NAME)' * trains}"
+        )
     steps = config.steps
     if steps is None:
         steps = [0, *map(step_of, list_checkpoints(run.checkpoints))]
@@ -284,11 +301,11 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     find_family(trained.model, trained.sampler)
     writable = os.access(run.path, os.W_OK)  # else it can show what was evaluated before
     with hold(run) if writable else nullcontext():  # before weights are loaded
-        opened.contents(*MEASURED)
+        opened.contents(*(room for room in MEASURED if room != "reward" or not other))
         device = default_device()
         reward = build_scorer(trained)
         if reward is not None:
-            reward = reward.to(device)
+            reward = ready(reward, device, partial(_rows, config))
         settings = trained.model
         whole = 0 in steps
         model = load_model(replace(settings, reference=True) if whole else without_start(settings))
@@ -307,7 +324,7 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
             batch_size=config.batch_size,
             features=config.features,
             held_out={
-                name: build_reward(each).to(device)
+                name: ready(build_reward(each), device, partial(_rows, config))
                 for name, each in trained.validation.rewards.items()
             },
             contents=contents,

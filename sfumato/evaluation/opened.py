@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.compose import load_settings
-from sfumato.conditions import check_allowed, is_path
-from sfumato.config import EvaluateConfig, SampleConfig, TrainConfig
+from sfumato.conditions import check_allowed, is_own, is_path
+from sfumato.config import EvaluateConfig, RewardFiles, SampleConfig, TrainConfig
 from sfumato.config.saved import flatten
 from sfumato.run.identity import changed, contents_of, read_notes, typed
 from sfumato.training.folder import RunFolder
@@ -24,12 +24,15 @@ class OpenedRun:
         settings: of the run; relative paths lead from the folder where the run was started.
         named: the paths that the user gave in place of the run's, by their settings.
         allowed: settings whose files need not be those that the run began with.
+        unnamed: code and scorers of the run's reward, by their settings, which the user did not
+            name: they are not taken from a run folder.
     """
 
     folder: RunFolder
     settings: TrainConfig
     named: Mapping[str, str]
     allowed: Collection[str]
+    unnamed: Mapping[str, str]
 
     def contents(self, *sections: str) -> dict[str, str]:
         """Return the digests of the files in sections of the settings: model, reward.
@@ -74,13 +77,15 @@ def open_run(request: SampleConfig | EvaluateConfig) -> OpenedRun:
     settings.model.allow_pickle = request.allow_pickle
     settings.model.variant = request.model.variant or settings.model.variant
     named, started = named_paths(request), read_notes(folder.path).started
-    unused = dict(named)
+    unused, unnamed = dict(named), {}
     texts = [*_texts(settings.model, "model"), *_texts(settings.reward, "reward")]
     for name, reward in settings.validation.rewards.items():
         texts += _texts(reward, f"validation.rewards.{name}")
     for key, owner, name in texts:
         if key in named:
             owner[name] = unused.pop(key)
+        elif is_own(key):
+            unnamed[key] = owner[name]
         elif is_path(key, owner[name]) or key == "model.network.config":
             owner[name] = _from(started, owner[name])
     for key, value in unused.items():
@@ -88,13 +93,16 @@ def open_run(request: SampleConfig | EvaluateConfig) -> OpenedRun:
             f"{key}={value!r} says where files lie now, but the settings of {folder.path} name no "
             f"files by {key}; leave it out"
         )
-    return OpenedRun(folder, settings, named, request.allow_changed)
+    return OpenedRun(folder, settings, named, request.allow_changed, unnamed)
 
 
 def named_paths(request: SampleConfig | EvaluateConfig) -> dict[str, str]:
     """Return the paths of model and reward that the user gave, by their settings."""
-    given = flatten({key: value for key, value in asdict(request).items() if key in ROOMS})
-    return {key: text for key, text in given.items() if text and key != "model.variant"}
+    rooms = {key: value for key, value in asdict(request).items() if key in ROOMS}
+    if isinstance(request, EvaluateConfig) and not isinstance(request.reward, RewardFiles):
+        del rooms["reward"]  # another reward, and not where the run's lies
+    given, others = flatten(rooms), ("model.variant", "reward.kind")
+    return {key: text for key, text in given.items() if text and key not in others}
 
 
 def _texts(settings: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any], str]]:

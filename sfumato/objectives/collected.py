@@ -126,8 +126,9 @@ class CollectedObjective(RewardedObjective[Rows]):
         used = {name: rewards[name] for name in self._weights}
         if not any(map(math.isfinite, map(sum, zip(*used.values(), strict=True)))):
             raise ValueError(
-                f"the reward {type(self.reward).__name__} gave no number for any of {len(prompts)} "
-                f"images ({[*self._faults, 'all are NaN or infinite'][0]}); correct it"
+                f"the reward {self.reward.title or type(self.reward).__name__} gave no number for "
+                f"any of {len(prompts)} images "
+                f"({[*self._faults, 'all are NaN or infinite'][0]}); correct it"
             )
         judged = self._judge(prompts, used, self._weights)
         self._queries += len(prompts)

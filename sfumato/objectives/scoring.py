@@ -37,10 +37,11 @@ class RewardedObjective(Objective[Batch]):
         self, sampler: SamplerConfig, reward: Reward, clip_quantile: float | None = None
     ) -> None:
         if self.needs_gradient and not reward.differentiable:
+            why = f" ({reward.why_constant})" if reward.why_constant else ""
             raise ValueError(
-                f"the reward {type(reward).__name__} is not differentiable, and the objective "
-                "learns from its gradient; choose a differentiable one (reward=clip, "
-                "reward=color), or an objective that needs no gradient "
+                f"the reward {reward.title or type(reward).__name__} is not differentiable{why}, "
+                "and the objective learns from its gradient; choose a differentiable one "
+                "(reward=clip, reward=color), or an objective that needs no gradient "
                 "(objective=policy_gradient, nft or awm)"
             )
         self.sampler = sampler

@@ -10,7 +10,9 @@ from sfumato.config import (
     ClipIqaRewardConfig,
     ClipRewardConfig,
     ColorRewardConfig,
+    FunctionRewardConfig,
     HpsRewardConfig,
+    HttpRewardConfig,
     ImageRewardConfig,
     JpegRewardConfig,
     RewardConfig,
@@ -22,11 +24,20 @@ from sfumato.rewards.clip import ClipReward
 from sfumato.rewards.clip_iqa import ClipIqaReward, check_pairs
 from sfumato.rewards.image_reward import ImageReward
 from sfumato.rewards.learning_clip import LearningClip
-from sfumato.rewards.reward import Reward
+from sfumato.rewards.own import OwnReward
+from sfumato.rewards.remote import HttpReward
+from sfumato.rewards.reward import PromptRows, Reward
 from sfumato.rewards.simple import BrightnessReward, ColorReward, JpegCompressibility
 from sfumato.rewards.weighted import WeightedSum
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def ready(reward: Reward, device: torch.device, rows: PromptRows) -> Reward:
+    """Return a reward that can score on a device; `rows` as `Reward.prepare` takes it."""
+    reward = reward.to(device)
+    reward.prepare(rows)
+    return reward
 
 
 def build_learner(config: ClipRewardConfig, *, start_scale: float | None) -> LearningClip:
@@ -106,6 +117,15 @@ def build_reward(config: RewardConfig) -> Reward:
             return BrightnessReward(scale=config.scale)
         case JpegRewardConfig():
             return JpegCompressibility()
+        case FunctionRewardConfig():
+            return OwnReward(config.path)
+        case HttpRewardConfig():
+            return HttpReward(
+                config.url,
+                timeout=config.timeout,
+                with_rows=config.metadata,
+                cache=config.cache,
+            )
         case WeightedRewardConfig():
             parts = config.parts.items()
             return WeightedSum(

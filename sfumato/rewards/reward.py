@@ -1,13 +1,20 @@
 """Contract of a reward: a score per image and prompt, differentiable or not."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+PromptRows = Callable[[], Mapping[str, Mapping[str, Any]]]  # reads the row of each prompt's table
+
+
+class ScorerError(ValueError):
+    """A scorer that cannot be asked, or does not keep to what it owes: no row can be scored."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Reward(nn.Module, abc.ABC):
         weights: of the parts of a composed reward, by name.
         standardise: whether who learns from gradients divides each part by its running deviation.
         gradients: whether the parts' gradients at x0 are summed, measured too, or equalised.
+        title: what messages call it.
+        why_constant: why there is no gradient, where that was found out.
     """
 
     differentiable: bool = True
@@ -42,6 +51,15 @@ class Reward(nn.Module, abc.ABC):
     weights: Mapping[str, float] = MappingProxyType({})
     standardise: bool = False
     gradients: str = "summed"
+    title: str = ""
+    why_constant: str = ""
+
+    def prepare(self, rows: PromptRows) -> None:
+        """Get ready to score, once, on the device of the weights; most rewards are.
+
+        Args:
+            rows: reads what the prompt tables have beside each prompt; equal prompts share a row.
+        """
 
     @abc.abstractmethod
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:
@@ -82,9 +100,14 @@ def score_rows(
 
     Args:
         faults: gets what the reward raised, or a ValueError where it has not one number an image.
+
+    Raises:
+        ScorerError: if the reward raised it, as no row can be scored then.
     """
     try:
         score = reward.score(images, prompts)
+    except ScorerError:
+        raise
     except Exception as error:  # noqa: BLE001 -- a reward may be anybody's code
         faults.append(error)
         if len(prompts) == 1:

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.rewards.reward import Reward, Score
+from sfumato.rewards.reward import PromptRows, Reward, Score
 
 
 @final
@@ -49,6 +49,16 @@ class WeightedSum(Reward):
         self.differentiable = all(reward.differentiable for _, reward in parts.values())
         self.scale = sum(abs(weight) * reward.scale for weight, reward in parts.values())
         self.standardise, self.gradients = standardise, gradients
+
+    def prepare(self, rows: PromptRows) -> None:
+        """Prepare each part, and learn from each whether it is differentiable."""
+        rewards: list[Any] = [*self.rewards]
+        for reward in rewards:
+            reward.prepare(rows)
+        weights = self.weights.values()
+        self.differentiable = all(reward.differentiable for reward in rewards)
+        self.why_constant = "; ".join(r.why_constant for r in rewards if not r.differentiable)
+        self.scale = sum(abs(w) * reward.scale for w, reward in zip(weights, rewards, strict=True))
 
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:
         """Return the weighted sum, and as parts each reward's own value, detached."""

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,10 +45,10 @@ from sfumato.objectives.reward_pairs import RewardPairs
 from sfumato.objectives.scoring import RewardedObjective
 from sfumato.objectives.supervised import Supervised
 from sfumato.objectives.with_data import WithData
-from sfumato.rewards.build import build_learner, build_reward
+from sfumato.rewards.build import build_learner, build_reward, ready
 from sfumato.rewards.learning_clip import LearningClip
 from sfumato.rewards.reward import Reward
-from sfumato.run.open_data import Data
+from sfumato.run.open_data import Data, prompt_rows
 from sfumato.training.checkpoint import list_checkpoints
 from sfumato.training.compiling import arrange
 from sfumato.training.distribution import Distribution
@@ -110,7 +111,7 @@ def build_job(
     brought = own.objective.reward if isinstance(own.objective, RewardedObjective) else None
     reward = brought or build_scorer(config)
     if reward is not None:
-        reward = reward.to(distribution.device)
+        reward = ready(reward, distribution.device, partial(prompt_rows, config))
     if brought is not None and distribution.is_main:
         print(
             f"validation scores by {type(brought).__name__}, which the script brought; `sfumato "
@@ -133,7 +134,7 @@ def build_job(
         if objective.needs_old:
             print("the old policy keeps a copy of these parameters", flush=True)
     others = {
-        name: build_reward(each).to(distribution.device)
+        name: ready(build_reward(each), distribution.device, partial(prompt_rows, config))
         for name, each in config.validation.rewards.items()
     }
     validation = Validation(config, data.prompts, reward, held_out, distribution, others)

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.conditions import ANY, STARTS, named_files
+from sfumato.conditions import ANY, STARTS, is_own, named_files
 from sfumato.config import RewardConfig, RewardedConfig, TrainConfig, WeightedRewardConfig
 from sfumato.data.paths import expand_pattern
 from sfumato.files import digest, sha256_of, write_text
 from sfumato.records import read_record
+from sfumato.rewards.code import find_code
 
 MEMORY = "contents.json"  # in a run folder
 MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")
@@ -137,10 +138,20 @@ def _is_data(key: str) -> bool:
 
 
 def _digest_of(value: str, key: str, sums: dict[str, Any]) -> str | None:
-    """Return the digest of a path; a file as `sums` has it (size, time, inode) is not read."""
+    """Return the digest of a path; a file as `sums` has it (size, time, inode) is not read.
+
+    Code is its file and the name in it; a scorer is its address.
+    """
+    if is_own(key) and key.endswith(".url"):
+        return digest(value)
     files = {path: state for path in _paths_of(value, key) if (state := _state(path))}
     if not files:
         return None
+    if _is_code(key):
+        ((file, state),) = files.items()
+        if sums.get(file, ())[:-1] != state:
+            sums[file] = (*state, sha256_of(Path(file)))
+        return digest([(value.rpartition(":")[2], sums[file][-1])])
     top = _local(value).absolute()
     names = [path[len(str(top)) + 1 :] if top.is_dir() else Path(path).name for path in files]
     names = names if top.is_dir() or len(names) > 1 else [""]
@@ -155,6 +166,10 @@ def _digest_of(value: str, key: str, sums: dict[str, Any]) -> str | None:
 
 def _paths_of(value: str, key: str) -> list[str]:
     """Return what lies at the path of a setting, hidden files left out, as nothing reads them."""
+    if _is_code(key):
+        with suppress(ValueError):
+            return [str(find_code(value)[0].absolute())]
+        return []
     top, is_data = _local(value).absolute(), _is_data(key)
     if top.is_dir():
         paths: list[str] = []
@@ -171,6 +186,10 @@ def _paths_of(value: str, key: str) -> list[str]:
         beside = [] if is_data else [top.parent / name for name in BESIDE]
         return [str(path.absolute()) for path in [*found, *(b for b in beside if b.is_file())]]
     return []
+
+
+def _is_code(key: str) -> bool:
+    return is_own(key) and key.endswith(".path")
 
 
 def _state(path: str) -> tuple[int, int, int] | None:

@@ -14,7 +14,7 @@ from sfumato.data.images import open_pictures, validation_samples
 from sfumato.data.pairs import first_pairs, open_pictured_pairs, pair_captions
 from sfumato.data.prepared.format import CacheIdentity
 from sfumato.data.prepared.open import first_captions, first_samples, open_shards
-from sfumato.data.prompts import open_prompts, read_prompts
+from sfumato.data.prompts import open_prompts, read_prompt_rows, read_prompts
 from sfumato.data.sample import Preference, Sample
 from sfumato.data.stream import PairedStream, Stream
 from sfumato.models.limits import Limits
@@ -84,6 +84,21 @@ def _open_prompts(config: TrainConfig) -> Stream[str]:
         shuffle=data.shuffle,
         buffer=data.buffer,
     )
+
+
+def prompt_rows(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Return the rows of the prompt tables of training and validation, by prompt.
+
+    Raises:
+        ValueError: if a file cannot be read.
+    """
+    rooms = {"validation": config.validation}
+    rooms |= {"data": config.data} if config.objective.reads_prompts else {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, room in rooms.items():  # training's rows count where both have one
+        if room.prompts:
+            found |= read_prompt_rows(room.prompts, key=f"{name}.prompts", column=room.column)
+    return found
 
 
 def _open_images(

@@ -135,7 +135,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
         saved = read_saved(folder.path, "restore the file, or choose another name (name=...)")
         defaults = {key: default for key, _, default in leaves_of(config)}
         differing = differences(flatten(saved), flatten(settings), defaults)
-        same = contents.keys() & before.keys() - set(others)
+        same = contents.keys() & before.keys()  # compared by content, below
         same |= {key for key in differing if why_unread(config, key) is not None}
         if differing := {key: text for key, text in differing.items() if key not in same}:
             listed = "; ".join(f"{key}: {text}" for key, text in differing.items())
