@@ -577,7 +577,7 @@ def test_a_finished_run_is_scored_by_its_function_named_again_or_by_any_other(
         evaluate(finished, reward=RewardFiles(path=place))  # the table is not named
 
 
-@pytest.mark.parametrize("key", ["path", "parts"])
+@pytest.mark.parametrize("key", ["path", "parts", "held out"])
 def test_code_that_a_run_folder_names_is_never_run(
     finished: Path, tmp_path: Path, key: str
 ) -> None:
@@ -593,10 +593,17 @@ def test_code_that_a_run_folder_names_is_never_run(
     if key == "parts":
         part = {"kind": "function", "path": evil, "weight": 1.0}
         content["reward"] = {"kind": "weighted", "parts": {"a": part}}
+    other = compose_train(command(tmp_path, "x", "reward=brightness"))[0].reward
+    chosen: dict[str, Any] = {}
+    if key == "held out":  # another reward in place of the run's does not help
+        content["reward"] = {"kind": "brightness"}
+        content["validation"]["rewards"] = {"a": {"kind": "function", "path": evil}}
+        chosen = {"reward": other}
     file.write_text(yaml.safe_dump(content))
-    named = "reward.path" if key == "path" else "reward.parts.a.path"
-    with pytest.raises(ValueError, match=re.escape(f"was scored by {named}=")):
-        evaluate(tmp_path)
+    named = {"path": "reward.path", "parts": "reward.parts.a.path"}
+    told = named.get(key, "validation.rewards.a.path")
+    with pytest.raises(ValueError, match=re.escape(f"was scored by {told}=")):
+        evaluate(tmp_path, **chosen)
     from sfumato.config import SampleConfig
     from sfumato.report.report import write_report
     from sfumato.training.folder import RunFolder

@@ -46,11 +46,9 @@ class Balance:
             return score
         weights = [self._reward.weights[name] for name in terms]
         factors = [self._factor(name) for name in terms]
-        measures: dict[str, Tensor] = {}
-        if how != "summed":
-            gradients = _gradients(list(terms.values()), x0)
-            measures = _measures(list(terms), gradients)
-        if how == "equalised":
+        gradients = None if how == "summed" else _gradients(list(terms.values()), x0)
+        measures = {} if gradients is None else _measures(list(terms), gradients)
+        if gradients is not None and how == "equalised":
             direction = _equalised(gradients, weights, factors).to(x0)
             learned = (direction * (x0 - x0.detach())).flatten(1).sum(1)
         elif self._reward.standardise:
