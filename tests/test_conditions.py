@@ -61,7 +61,8 @@ ALWAYS = {
         reward.{{path,url,timeout,metadata,cache}}
         reward.{{predictor,resize,label,score,good,bad,version,preprocessing}}
         reward.parts.NAME.{{pretrained,processor,predictor,path,url}}
-        validation.rewards validation.rewards.NAME.{{pretrained,processor}}
+        reward.{{standardise,gradients}}
+        validation.rewards validation.rewards.NAME.{{pretrained,processor,predictor,path,url}}
     """,
     "prepare": f"""
         out stages recipe {MODEL} model.network.config model.merge download.{{table,columns}}

@@ -157,7 +157,8 @@ def is_setting(text: str) -> bool:
     if value and (choices := find_slot(command, key).rule.choices):
         return value in choices
     sources = ("data.images.sources.", "data.shards.sources.")
-    free = ("model.merge.", *sources, "reward.parts.", "objective.settings.")
+    free = ("model.merge.", *sources, "reward.parts.", "validation.rewards.")
+    free += ("objective.settings.",)
     return key in known_keys(command) or key.startswith(free)
 
 

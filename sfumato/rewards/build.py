@@ -1,5 +1,7 @@
 """Builder of rewards from settings."""
 
+from typing import Any
+
 import torch
 
 from sfumato.clip import load_hps
@@ -63,20 +65,11 @@ def build_reward(config: RewardConfig) -> Reward:
     match config:
         case ClipRewardConfig():
             return ClipReward.from_pretrained(
-                config.pretrained,
-                processor=config.processor,
-                score=config.score,
-                dtype=DTYPES[config.dtype],
-                gradient_checkpointing=config.gradient_checkpointing,
+                config.pretrained, score=config.score, **_loading(config)
             )
         case ClipIqaRewardConfig():
             check_pairs(config.good, config.bad)
-            clip = ClipReward.from_pretrained(
-                config.pretrained,
-                processor=config.processor,
-                dtype=DTYPES[config.dtype],
-                gradient_checkpointing=config.gradient_checkpointing,
-            )
+            clip = ClipReward.from_pretrained(config.pretrained, **_loading(config))
             return ClipIqaReward(clip, config.good, config.bad)
         case HpsRewardConfig():
             parts = load_hps(
@@ -89,20 +82,13 @@ def build_reward(config: RewardConfig) -> Reward:
             reward = ClipReward(parts, score="cosine", gradient_checkpointing=checkpointing)
             return reward.to(DTYPES[config.dtype])
         case ImageRewardConfig():
-            return ImageReward.from_pretrained(
-                config.pretrained,
-                processor=config.processor,
-                dtype=DTYPES[config.dtype],
-                gradient_checkpointing=config.gradient_checkpointing,
-            )
+            return ImageReward.from_pretrained(config.pretrained, **_loading(config))
         case AestheticRewardConfig():
             return AestheticReward.from_pretrained(
                 config.pretrained,
                 config.predictor,
-                processor=config.processor,
                 squash=config.resize == "squash",
-                dtype=DTYPES[config.dtype],
-                gradient_checkpointing=config.gradient_checkpointing,
+                **_loading(config),
             )
         case ClassifierRewardConfig():
             return ClassifierReward.from_pretrained(
@@ -134,3 +120,14 @@ def build_reward(config: RewardConfig) -> Reward:
                 gradients=config.gradients,
             )
     raise AssertionError(f"no builder for {type(config).__name__}")
+
+
+def _loading(
+    config: ClipRewardConfig | ClipIqaRewardConfig | ImageRewardConfig | AestheticRewardConfig,
+) -> dict[str, Any]:
+    """Return what the loaders of transformers' models have in common."""
+    return {
+        "processor": config.processor,
+        "dtype": DTYPES[config.dtype],
+        "gradient_checkpointing": config.gradient_checkpointing,
+    }
