@@ -542,10 +542,10 @@ def test_closed_streams_and_ascii_terminals_end_without_a_traceback(tmp_path: Pa
         (["sample", "run=a", "negative_prompt=b"], ["negative_prompt", "run with --help to see"]),
         (["sample", "run=a", "sampler.kind=b"], ["sampler.kind", "run with --help sampler to see"]),
         (
-            ["evaluate", "run=a", "reward=jpeg"],
+            ["sample", "run=a", "reward=jpeg"],
             ["reward", "of sfumato train", "not of this command"],
         ),
-        (["evaluate", "run=a", "reward.scale=2"], ["reward.scale", "of sfumato train and plan"]),
+        (["evaluate", "run=a", "reward.scale=2"], ["reward.scale", "reward=color or reward="]),
         (["sample", "recipe=sd15_draft"], ["recipe", "of sfumato train", "not of this command"]),
         (["evaluate", "run=a", "num_images=1"], ["num_images=1", "give 2 or more"]),
         (

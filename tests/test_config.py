@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -386,9 +386,14 @@ def test_draft_lv_has_one_gradient_step(settings: TrainConfig):
             check_train(changed(lv, f"objective.{key}", value), 1)
 
 
-@pytest.mark.parametrize(
-    "kind", sorted(set(REWARDS) - {"clip", "none", "weighted", "function", "http"})
+SIMPLE = sorted(
+    kind
+    for kind, settings in REWARDS.items()
+    if not {"pretrained", "path", "url", "parts"} & {field.name for field in fields(settings)}
 )
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SIMPLE if kind != "none"])
 def test_draft_takes_the_rewards_that_have_a_gradient(settings: TrainConfig, kind: str):
     config = changed(settings, "reward", REWARDS[kind]())
     if build_reward(config.reward).differentiable:
@@ -411,10 +416,10 @@ def test_draft_takes_the_rewards_that_have_a_gradient(settings: TrainConfig, kin
         ("{kind: color, weight: true}", "reward.parts.a.weight = True is not a finite number"),
         ("{kind: color, weight: [1]}", r"reward.parts.a.weight = \[1\] is not a finite number"),
         ("{kind: clip}", "missing settings: reward.parts.a.pretrained"),
-        ("{kind: clipp}", "reward.parts.a.kind = 'clipp'; choose one of clip, color"),
-        ("{kind: [x]}", r"reward.parts.a.kind = '\[x\]'; choose one of clip, color"),
-        ("{kind: weighted}", "reward.parts.a.kind = 'weighted'; choose one of clip, color"),
-        ("{weight: 1}", "reward.parts.a.kind = None; choose one of clip, color"),
+        ("{kind: clipp}", "reward.parts.a.kind = 'clipp'; choose one of clip, "),
+        ("{kind: [x]}", r"reward.parts.a.kind = '\[x\]'; choose one of clip, "),
+        ("{kind: weighted}", "reward.parts.a.kind = 'weighted'; choose one of clip, "),
+        ("{weight: 1}", "reward.parts.a.kind = None; choose one of clip, "),
         ("7", "reward.parts.a = 7; write {kind: ..., weight: ...}"),
     ],
 )
