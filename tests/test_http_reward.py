@@ -460,7 +460,7 @@ def test_the_server_of_the_documentation_scores(tmp_path: Path) -> None:
     (tmp_path / "scorer.py").write_text(text.replace("8000", str(port)))
     process = subprocess.Popen([sys.executable, str(tmp_path / "scorer.py")])
     try:
-        value = HttpReward(f"http://127.0.0.1:{port}/", timeout=60)(IMAGES, PROMPTS[:4])
+        value = HttpReward(f"http://127.0.0.1:{port}/", timeout=60.0)(IMAGES, PROMPTS[:4])
     finally:
         process.kill()
         process.wait()

@@ -212,7 +212,7 @@ class HttpReward(Reward):
         for value in values:
             if type(value) not in (int, float) or abs(value) > sys.float_info.max:
                 raise ScorerError(f"{wrong}, where {repr(value)[:40]} is no number; {advice}")
-        return values
+        return [float(value) for value in values]
 
 
 def _cut(connection: http.client.HTTPConnection) -> None:
