@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from refusals import assert_explained
-from runs import PROMPTS, assert_same_state, command, metrics, start
+from runs import PROMPTS, assert_same_state, command, in_processes, metrics, start
 from test_own_reward import DDPO, table
 from toy import use_toy
 
@@ -410,6 +410,21 @@ def test_ddpo_over_http(scorer: Scorer, tmp_path: Path, monkeypatch: pytest.Monk
     assert all(0 < row["reward"] < 1 and row["left_out"] == 0 for row in rows[1:])
     sent = [row for rows in scorer.requests for row in rows]
     assert all(row["metadata"]["prompt"] == row["prompt"] for row in sent)
+
+
+def test_two_processes_ask_as_one_does(
+    scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each asks for its own images, and all are compared."""
+    use_toy(monkeypatch)
+    small = ("training.max_steps=3", "validation.every_steps=0")
+    for name, processes in (("one", 1), ("two", 2)):
+        given = run_of(tmp_path, name, scorer, *small)
+        in_processes(processes, lambda _, given=given: start(given))
+    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
+    for left, right in zip(one, two, strict=True):
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-4)
+    assert one[-1]["reward_queries"] == 16
 
 
 @pytest.mark.parametrize("fault", ["dies", "hangs", "rubbish"])
