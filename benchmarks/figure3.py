@@ -25,6 +25,7 @@ DDPO = (
     "objective.statistics=group",
     "objective.step_weights=std",
     "sampler.training_steps=5",
+    "optimizer.lr=1e-3",
     f"training.max_steps={STEPS}",
     f"training.checkpoint_every_steps={STEPS // 4}",
     f"validation.every_steps={STEPS // 4}",
