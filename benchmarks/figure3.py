@@ -1,4 +1,4 @@
-"""Figure 3 of DRaFT+'s paper on the demo world: the base model, DRaFT, DRaFT+, and DDPO.
+"""Figure 3 of the article on DRaFT+, on the demo world: base model, DRaFT, DRaFT+ and DDPO.
 
 It completes the demo, trains DDPO from the same base model, prompts and reward, evaluates it on the
 same noise, and reports all runs in one page. A stopped call goes on with the same command.

@@ -13,8 +13,9 @@ one method.
 
 Rewards without a gradient, `--reward jpeg` or `reader`, are for the methods that need none:
 
-    python benchmarks/methods.py tune --out jpeg --reward jpeg      # then run and table, as above
+    python benchmarks/methods.py tune --out jpeg --reward jpeg      # then run, time and table
     python benchmarks/methods.py run --out reader --reward reader --rates jpeg
+    python benchmarks/methods.py table --out reader --reward reader --rates jpeg
 """
 
 import argparse
@@ -316,9 +317,9 @@ def curves_of(
             yield name, [json.loads(file.read_text()) for file in files]
 
 
-def table(out: Path, names: Sequence[str], level: float, diversity: float) -> None:
-    """Print the table, and write the two pictures."""
-    times = json.loads((out / "time.json").read_text())["steps"]
+def table(out: Path, names: Sequence[str], level: float, diversity: float, tuned: Path) -> None:
+    """Print the table, and write the two pictures; `tuned` has the rates and the times."""
+    times = json.loads((tuned / "time.json").read_text())["steps"]
     means: dict[str, list[dict[str, float]]] = {}
     for name, curves in curves_of(out, names):
         means[name] = [
@@ -331,7 +332,7 @@ def table(out: Path, names: Sequence[str], level: float, diversity: float) -> No
     print("|---|---|---|---|---|---|---|")
     for name, curve in means.items():
         cost, last = times[name], curve[-1]
-        rate = json.loads((out / f"tune-{name}.json").read_text())["best"]
+        rate = json.loads((tuned / f"tune-{name}.json").read_text())["best"]
         steps = steps_to(curve, level, diversity)
         reached = None if steps is None else (cost["seconds"] * steps, BATCH * steps)
         print(
@@ -383,7 +384,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("methods"))
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--reward", choices=REWARDS, default="preference")
-    parser.add_argument("--rates", type=Path, help="folder of `tune`, if it is not --out")
+    parser.add_argument("--rates", type=Path, help="folder of `tune` and `time`; by default --out")
     parser.add_argument("--turns", type=int, default=3, help="of `time`")
     parser.add_argument("--level", type=float, default=LEVEL, help="reward of the table")
     parser.add_argument("--diversity", type=float, default=DIVERSITY)
@@ -403,7 +404,8 @@ def main() -> None:
         case "time":
             measure(options.out, options.only, options.turns)
         case _:
-            table(options.out, options.only, options.level, options.diversity)
+            tuned = options.rates or options.out
+            table(options.out, options.only, options.level, options.diversity, tuned)
 
 
 if __name__ == "__main__":

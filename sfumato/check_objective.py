@@ -1,6 +1,6 @@
 """Settings of objectives that cannot work, refused before any weight is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from sfumato.config import (
     AdjointMatchingConfig,
@@ -20,6 +20,7 @@ from sfumato.config import (
     SamplerConfig,
     TrainConfig,
     WeightedRewardConfig,
+    rewards_of,
 )
 
 
@@ -103,14 +104,12 @@ def check_reward_pairs(config: TrainConfig) -> None:
 
 
 def _check_reward(reward: RewardConfig, objective: str, *, differentiable: bool) -> None:
-    rewards: Mapping[str, RewardConfig] = {"reward": reward}
     if isinstance(reward, WeightedRewardConfig):
         if not any(part.weight for part in reward.parts.values()):
             raise ValueError("each reward.parts.NAME.weight is 0: nothing is learned; give others")
         if "reward" in reward.parts:
             raise ValueError("reward.parts: a part is named 'reward', as the sum is; rename it")
-        rewards = {f"reward.parts.{name}": part.reward for name, part in reward.parts.items()}
-    for key, each in rewards.items():
+    for key, each in rewards_of(reward).items():
         if isinstance(each, NoRewardConfig):
             raise ValueError(
                 f"objective={objective} maximises a reward: choose one, such as reward=clip "

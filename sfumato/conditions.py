@@ -26,10 +26,8 @@ _ENCODERS = "never: sfumato prepare runs encoders alone, in float32"
 _ALONE = "never: a weight divides the draws among sources; see data.{}.sources.NAME.weight"
 
 # Settings that name the files of a model, and what is read of them before the first step alone.
-_MODELS = (
-    *("pretrained", "processor", "predictor", "autoencoder", "text_encoder", "tokenizer"),
-    "scheduler",
-)
+_REWARDS = ("processor", "predictor")  # of a reward alone
+_MODELS = ("pretrained", "autoencoder", "text_encoder", "tokenizer", "scheduler", *_REWARDS)
 OWN = ("path", "url")  # of a reward: code and scorers, which users name themselves
 STARTS = ("model.lora.start", "model.network.from_pretrained")
 ANY = ".*"  # suffix of a file, in a pattern
@@ -225,7 +223,9 @@ def named_files(settings: TrainConfig) -> dict[str, str]:
     A reward that reads one file of a folder has the pattern FOLDER/NAME.* there.
     """
     named = {key: value for key, value, _ in leaves_of(settings) if is_path(key, value)}
-    for room, reward in rewards_of(settings.reward).items():
+    held_out = settings.validation.rewards.items()
+    rewards = {f"validation.rewards.{name}": reward for name, reward in held_out}
+    for room, reward in (rewards_of(settings.reward) | rewards).items():
         path = named.get(f"{room}.pretrained")
         if path and reward.file and not Path(path).expanduser().is_file():
             named[f"{room}.pretrained"] = f"{path}/{reward.file}{ANY}"

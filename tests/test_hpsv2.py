@@ -141,17 +141,24 @@ def test_versions_are_told_apart_by_name(folder: Path, tmp_path: Path):
         build(home, version="2.0")
 
 
+@pytest.mark.parametrize("room", ["reward", "validation.rewards.a"])
 def test_a_run_knows_the_file_that_it_reads(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: str
 ):
+    key = f"{room}.pretrained"
+
     def digest_of(place: str | Path, version: str = "2.1") -> dict[str, str]:
         config = settings(folder, pretrained=str(place), version=version)
-        found = contents_of(TrainConfig(reward=config), tmp_path, sections=["reward"])
-        return {key: each for key, each in found.items() if key == "reward.pretrained"}
+        run = TrainConfig(reward=config)
+        if room != "reward":
+            run = TrainConfig()
+            run.validation.rewards = {"a": config}
+        found = contents_of(run, tmp_path, sections=["reward", "validation.rewards"])
+        return {name: each for name, each in found.items() if name == key}
 
     home = Path(shutil.copytree(folder, tmp_path / "copy"))
     before = digest_of(home)
-    assert before.keys() == {"reward.pretrained"}
+    assert before.keys() == {key}
     assert digest_of(folder) == before
     shutil.copy(home / FILE, home / OLDER)  # the other version, downloaded later
     (home / "notes.txt").write_text("not read")

@@ -19,11 +19,8 @@ from sfumato.rewards.code import find_code
 
 MEMORY = "contents.json"  # in a run folder
 MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")
-BESIDE = (
-    "adapter_config.json",
-    "open_clip_config.json",
-    "med_config.json",
-)  # state how a file's weights are meant
+# State how a file's weights are meant.
+BESIDE = ("adapter_config.json", "open_clip_config.json", "med_config.json")
 DATA = ("data.", "validation.")  # settings of pictures and prompts
 SCALING = ("scale", "dtype", "gradient_checkpointing")  # what is measured stays the same
 THREADS = 4
