@@ -262,9 +262,18 @@ def dispatch(command: str, config: Any) -> None:
 
         plan(settings)
     else:
+        from sfumato.config import TrainingConfig
         from sfumato.evaluation.commands import evaluate_run
+        from sfumato.training.distribution import ALONE, Distribution
 
-        evaluate_run(settings)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            evaluate_run(settings, ALONE)
+            return
+        distribution = Distribution(TrainingConfig(), tf32=False)
+        try:
+            evaluate_run(settings, distribution)
+        finally:
+            distribution.close()
 
 
 def prepare(arguments: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ def new_file(path: Path, *, failure: type[ValueError] = ValueError) -> Iterator[
         failure: the file cannot be written; `path` is as it was.
     """
     beside = path.with_name(f".{path.name}.tmp")
-    with _writing(path, failure):
+    with writing(path, failure):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside.unlink(missing_ok=True)  # a killed writer's, perhaps of another mode
@@ -80,7 +80,7 @@ def new_folder(
     """
     unique = f"-{os.urandom(4).hex()}" if shared else ""
     beside = path.with_name(f".{path.name}.tmp-{os.getpid()}{unique}")
-    with _writing(path, failure):
+    with writing(path, failure):
         try:
             if not shared:
                 refuse_link(path, failure=failure)
@@ -289,7 +289,12 @@ def lock(
 
 
 @contextmanager
-def _writing(path: Path, failure: type[ValueError]) -> Iterator[None]:
+def writing(path: Path, failure: type[ValueError] = ValueError) -> Iterator[None]:
+    """Explain an error of the disk.
+
+    Raises:
+        failure: what lies in the block could not write.
+    """
     try:
         yield
     except Exception as error:

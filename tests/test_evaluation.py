@@ -22,6 +22,7 @@ from sfumato.diffusion.randomness import derive
 from sfumato.evaluation import evaluate as evaluation
 from sfumato.evaluation.diversity import LpipsDistance, PixelDistance, build_distance
 from sfumato.evaluation.results import Evaluation, at_equal_reward, read_evaluations
+from sfumato.evaluation.study import Study
 from sfumato.images import load_images
 from sfumato.models.generate import generate
 from sfumato.models.model import TextToImageModel
@@ -119,7 +120,7 @@ def evaluate(
     prompts: list[str],
     **settings: Any,
 ) -> list[Any]:
-    study = evaluation.Study(model, config, reward, prompts, **settings)
+    study = Study(model, config, reward, prompts, **settings)
     return evaluation.evaluate(run, study, steps)
 
 
@@ -265,7 +266,7 @@ def test_done_steps_are_skipped_until_the_settings_change(
     assert other != first
 
 
-def test_an_interrupted_step_leaves_nothing(
+def test_an_interrupted_step_is_no_evaluation(
     run: RunFolder, model: TextToImageModel, config: TrainConfig
 ) -> None:
     def broken(images: torch.Tensor, prompts: Any) -> torch.Tensor:
@@ -275,7 +276,7 @@ def test_an_interrupted_step_leaves_nothing(
         evaluate(
             run, model, config, ColorReward("red"), [0], PROMPTS, held_out={"x": broken}, **STUDY
         )
-    assert [p.name for p in (run.path / "evaluation").iterdir()] == [".lock"]
+    assert not run.evaluation(0).exists()
     assert read_evaluations(run) == []
 
 

@@ -27,7 +27,8 @@ from sfumato.config import (
     WeightedRewardConfig,
 )
 from sfumato.evaluation.commands import evaluate_run
-from sfumato.evaluation.evaluate import Study, evaluate
+from sfumato.evaluation.evaluate import evaluate
+from sfumato.evaluation.study import Study
 from sfumato.report.figures import training_panels
 from sfumato.report.records import read_runs
 from sfumato.rewards.build import build_reward

@@ -27,7 +27,7 @@ from sfumato.config import (
 from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Trajectory, sample
 from sfumato.evaluation.commands import open_model
-from sfumato.evaluation.evaluate import Study
+from sfumato.evaluation.study import Study
 from sfumato.models import generate as images
 from sfumato.models.generate import Guided, encode_guided, generate, guided_denoiser
 from sfumato.models.loading import load_family

@@ -126,6 +126,12 @@ class EvaluateConfig:
     steps: list[int] | None = setting(
         None, Rule(least=0, filled=True)
     )  # null is every checkpoint, and 0, the base model
+    # Variants: each schedule with each scale, beside the images of the trained model alone.
+    schedules: list[str] = setting(["draft"], Rule(filled=True))  # annealed importance guidance
+    lora_scales: list[float] = setting([1.0], Rule(filled=True, above=0, most=100))  # of adapters
+    guidance_scales: list[float] | None = setting(
+        None, Rule(filled=True, least=0)
+    )  # of classifier-free guidance; null is the run's own
     prompts: str | None = None  # null is the run's validation prompts
     column: str | None = None  # of prompts in a table
     num_images: int = setting(16, Rule(least=2, most=1_000_000))  # per prompt; 2 have a diversity

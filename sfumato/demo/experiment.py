@@ -10,8 +10,9 @@ from sfumato.compose import DEMO_MODELS, compose_train
 from sfumato.config import TrainConfig
 from sfumato.demo.reader import read_attributes
 from sfumato.demo.world import SHAPES, partial, random_scene
-from sfumato.evaluation.evaluate import Study, evaluate, hold
+from sfumato.evaluation.evaluate import evaluate, hold
 from sfumato.evaluation.results import OLDER
+from sfumato.evaluation.study import Study
 from sfumato.files import RECORD, new_folder, write_text
 from sfumato.models.registry import load_model
 from sfumato.report.report import refuse_other, write_report

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -26,10 +26,12 @@ from sfumato.config import (
 )
 from sfumato.data.entries import is_utf8
 from sfumato.data.prompts import read_prompt_rows, read_prompts
+from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
-from sfumato.evaluation.evaluate import Study, check_request, evaluate, find_checkpoint, hold
+from sfumato.evaluation.evaluate import check_request, evaluate, find_checkpoint, hold
 from sfumato.evaluation.opened import OpenedRun, open_run
-from sfumato.evaluation.results import Evaluation
+from sfumato.evaluation.results import Evaluation, Variant
+from sfumato.evaluation.study import Study
 from sfumato.files import write_text
 from sfumato.images import write_png
 from sfumato.models.generate import generate
@@ -46,6 +48,7 @@ from sfumato.training.checkpoint import (
     read_shown_weights,
     step_of,
 )
+from sfumato.training.distribution import ALONE, Group
 from sfumato.training.folder import RunFolder
 from sfumato.training.state import load_weights
 from sfumato.training.validation import PAIRS
@@ -267,8 +270,11 @@ def distinct(prompts: Sequence[str]) -> list[str]:
     return once
 
 
-def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
+def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evaluation]:
     """Evaluate a run's checkpoints, and the base model as step 0, and write to the run folder.
+
+    Args:
+        group: processes that share the work; all of them write to one run folder.
 
     Raises:
         ValueError: if the run cannot be read, or a step has no checkpoint.
@@ -288,6 +294,12 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     steps = config.steps
     if steps is None:
         steps = [0, *map(step_of, list_checkpoints(run.checkpoints))]
+    variants = variants_of(config, trained.sampler.guidance_scale)
+    if any(scale != 1 for scale in config.lora_scales) and trained.model.trainable != "lora":
+        raise ValueError(
+            f"lora_scales={config.lora_scales} multiply what LoRA adapters add, and {run.path} "
+            "trained all weights; leave them out"
+        )
     for step in steps:
         if step:
             find_checkpoint(run, str(step))
@@ -300,14 +312,18 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
     check_sampler(trained.sampler)
     find_family(trained.model, trained.sampler)
     writable = os.access(run.path, os.W_OK)  # else it can show what was evaluated before
-    with hold(run) if writable else nullcontext():  # before weights are loaded
+    holding: AbstractContextManager[Any] = nullcontext()
+    with group.together():
+        if writable and group.is_main:  # before weights are loaded
+            holding = hold(run)
+    with holding:
         opened.contents(*(room for room in MEASURED if room != "reward" or not other))
-        device = default_device()
+        device = group.device if group.world > 1 else default_device()
         reward = build_scorer(trained)
         if reward is not None:
             reward = ready(reward, device, partial(_rows, config))
         settings = trained.model
-        whole = 0 in steps
+        whole = 0 in steps or any(each.schedule != "draft" for each in variants)
         model = load_model(replace(settings, reference=True) if whole else without_start(settings))
         model.to(device)
         # Once more, as a hub's models may be here only now. Of a run that may come from a stranger,
@@ -329,11 +345,36 @@ def evaluate_run(config: EvaluateConfig) -> Sequence[Evaluation]:
             },
             contents=contents,
         )
-        results = evaluate(run, study, steps, held=writable)
-    for result in results:
+        results = evaluate(run, study, steps, variants=variants, group=group, held=writable)
+    for result in results if group.is_main else ():
         measured = [f"{result.diversity_label} {result.diversity:.4f}"]
         measured += [f"{name} {value:.4f}" for name, value in result.held_out.items()]
         if result.reward is not None:
             measured.insert(0, f"reward {result.reward:.4f} +- {result.reward_error:.4f}")
-        print(f"step {result.step}: {', '.join(measured)}")
+        name = f"step {result.step} {result.variant.name}".strip()
+        print(f"{name}: {', '.join(measured)}")
     return results
+
+
+def variants_of(config: EvaluateConfig, guidance_scale: float) -> list[Variant]:
+    """Return each schedule with each scale of the adapter and of guidance.
+
+    Args:
+        guidance_scale: the run's own.
+
+    Raises:
+        ValueError: naming a schedule or a scale that makes no images of its own.
+    """
+    for schedule in config.schedules:
+        annealed_weights(schedule, 1)
+        if schedule == "base":
+            raise ValueError("schedules: base is the base model, which steps=[0] evaluates")
+    scales = [
+        None if g == guidance_scale else g for g in config.guidance_scales or [guidance_scale]
+    ]
+    return [
+        Variant(schedule, lora_scale, scale)
+        for schedule in config.schedules
+        for lora_scale in config.lora_scales
+        for scale in scales
+    ]

@@ -16,6 +16,30 @@ OLDER = (SUMMARY, SUMMARY, SCORES, "images/[0-9]*-[0-9]*.png")  # see files.new_
 
 
 @dataclass(frozen=True)
+class Variant:
+    """How images of a checkpoint are made; the default is the trained model alone.
+
+    Attributes:
+        schedule: annealed importance guidance; see `annealed_weights`.
+        lora_scale: factor of what the adapter adds.
+        guidance_scale: of classifier-free guidance; None is the run's own.
+    """
+
+    schedule: str = "draft"
+    lora_scale: Finite = 1.0
+    guidance_scale: Finite | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name of its folder in run/evaluation; "" is that folder itself."""
+        own = [(key, value) for key, value in vars(self).items() if value != vars(Variant())[key]]
+        return ",".join(
+            f"{key}_{value:g}" if isinstance(value, float) else f"{key}_{value}"
+            for key, value in own
+        )
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Scores of one checkpoint; step 0 is the base model.
 
@@ -26,6 +50,7 @@ class Evaluation:
         held_out: mean of each score that was not trained on.
         settings: the settings that the numbers depend on.
         checkpoint: fingerprint of the checkpoint; None for the base model.
+        variant: how the images were made.
     """
 
     step: int
@@ -36,6 +61,7 @@ class Evaluation:
     held_out: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
     checkpoint: str | None = field(default=None, compare=False)
+    variant: Variant = Variant()
 
 
 @dataclass(frozen=True)
@@ -69,15 +95,28 @@ class _Summary:
     reward: Finite | None = None
     reward_error: Finite | None = None
     checkpoint: str | None = None
+    variant: Variant = Variant()
 
 
-def read_evaluations(run: RunFolder) -> list[Evaluation]:
-    """Return the evaluations in a run folder, in the order of steps.
+def read_evaluations(run: RunFolder, variant: Variant = Variant()) -> list[Evaluation]:
+    """Return the evaluations of a variant in a run folder, in the order of steps.
 
     Raises:
         ValueError: if a summary cannot be read.
     """
-    return list(map(read_evaluation, list_checkpoints(run.path / "evaluation")))
+    return list(map(read_evaluation, list_checkpoints(run.evaluation(0, variant.name).parent)))
+
+
+def read_variants(run: RunFolder) -> list[list[Evaluation]]:
+    """Return the evaluations of each variant but the default one, in the order of their names.
+
+    Raises:
+        ValueError: if a summary cannot be read.
+    """
+    root = run.evaluation(0).parent
+    folders = sorted(path for path in root.glob("[!.]*") if path not in list_checkpoints(root))
+    found = [list(map(read_evaluation, list_checkpoints(path))) for path in folders]
+    return [one for one in found if one]
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -95,6 +134,8 @@ def read_evaluation(folder: Path) -> Evaluation:
         raise ValueError(f"{path} is damaged: reward or reward_error is missing; {advice}")
     if folder.name != step_name(one.step):
         raise ValueError(f"{path} is damaged: step = {one.step}; {advice}")
+    if one.variant.name not in ("", folder.parent.name):
+        raise ValueError(f"{path} is damaged: variant = {one.variant.name}; {advice}")
     return Evaluation(
         one.step,
         one.reward,
@@ -104,6 +145,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         one.held_out,
         one.settings,
         one.checkpoint,
+        one.variant,
     )
 
 

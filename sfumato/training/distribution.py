@@ -21,15 +21,69 @@ T = TypeVar("T")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Group:
+    """Processes that work on one thing, of which this is one; by default it is alone."""
+
+    rank = 0
+    world = 1
+    is_main = True
+    device = torch.device("cpu")
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return each value's mean over the processes, which all give the same names."""
+        if self.world == 1:
+            return dict(values)
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64)
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor)
+        return dict(zip(values, (tensor / self.world).tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Say whether the flag is set on any process."""
+        return self.mean({"flag": float(flag)})["flag"] > 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let an error on one process end all of them, so that none waits for ever.
+
+        Raises:
+            ValueError: on every process, if one raised a ValueError or an OSError inside.
+        """
+        error: ValueError | OSError | None = None
+        try:
+            yield
+        except (ValueError, OSError) as caught:
+            error = caught
+        if self.any(error is not None):
+            raise error or ValueError("another process failed; it says why")
+
+    def gather(self, items: Sequence[T], *, main_only: bool = False) -> list[T]:
+        """Return the items of all processes, by rank; the main process alone may get them."""
+        if self.world == 1:
+            return list(items)
+        gathered: list[list[T]] = [[] for _ in range(self.world)]
+        if main_only:
+            dist.gather_object(list(items), gathered if self.is_main else None)
+        else:
+            dist.all_gather_object(gathered, list(items))
+        return [item for part in gathered for item in part]
+
+
+ALONE = Group()
+
+
 @final
-class Distribution:
+class Distribution(Group):
     """This process among the others: its rank and device, and what they do together.
+
+    Args:
+        tf32: let a GPU round factors of products of float32 to 10 bits.
 
     Raises:
         ValueError: if the processes do not divide into groups of `shard_size`.
     """
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: TrainingConfig, *, tf32: bool = True) -> None:
         from accelerate import Accelerator
 
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
@@ -42,7 +96,7 @@ class Distribution:
         self._copy_size = copy_size(config, self.world, per_machine)
         self._precision = AUTOCAST.get(config.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        if self.device.type == "cuda":
+        if tf32 and self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
 
@@ -101,45 +155,6 @@ class Distribution:
                 if isinstance(part, FSDPModule):
                     part.set_requires_gradient_sync(last, recurse=False)
         yield
-
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return each value's mean over the processes, which all give the same names."""
-        if self.world == 1:
-            return dict(values)
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64)
-        tensor = tensor.to(self.device)
-        dist.all_reduce(tensor)
-        return dict(zip(values, (tensor / self.world).tolist(), strict=True))
-
-    def any(self, flag: bool) -> bool:
-        """Say whether the flag is set on any process."""
-        return self.mean({"flag": float(flag)})["flag"] > 0
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Let an error on one process end all of them, so that none waits for ever.
-
-        Raises:
-            ValueError: on every process, if one raised a ValueError or an OSError inside.
-        """
-        error: ValueError | OSError | None = None
-        try:
-            yield
-        except (ValueError, OSError) as caught:
-            error = caught
-        if self.any(error is not None):
-            raise error or ValueError("another process failed; it says why")
-
-    def gather(self, items: Sequence[T], *, main_only: bool = False) -> list[T]:
-        """Return the items of all processes, by rank; the main process alone may get them."""
-        if self.world == 1:
-            return list(items)
-        gathered: list[list[T]] = [[] for _ in range(self.world)]
-        if main_only:
-            dist.gather_object(list(items), gathered if self.is_main else None)
-        else:
-            dist.all_gather_object(gathered, list(items))
-        return [item for part in gathered for item in part]
 
     def close(self) -> None:
         """Leave the process group, so that a later run in this process may choose another."""

@@ -54,8 +54,8 @@ class RunFolder:
     def samples(self, step: int) -> Path:
         return self.path / "samples" / step_name(step)
 
-    def evaluation(self, step: int) -> Path:
-        return self.path / "evaluation" / step_name(step)
+    def evaluation(self, step: int, variant: str = "") -> Path:
+        return self.path / "evaluation" / variant / step_name(step)
 
     def describe(self, command: str, facts: dict[str, Any]) -> None:
         """Append to run.json the command, the versions, the device and other facts of a start."""
