@@ -113,13 +113,12 @@ def scaled(weights: Mapping[str, Tensor], scale: float) -> Mapping[str, Tensor]:
     """
     if scale == 1:
         return weights
-    up = [name for name in weights if ".lora_B." in name]
-    if 2 * len(up) != len(weights):
+    if not all(".lora_A." in name or ".lora_B." in name for name in weights):
         raise ValueError(
             f"lora_scales={scale:g} multiplies what LoRA adapters add, and this run trained other "
             "weights; leave it out"
         )
-    return {name: value * scale if name in up else value for name, value in weights.items()}
+    return {name: value * scale if ".lora_B." in name else value for name, value in weights.items()}
 
 
 def _guided(study: Study, variant: Variant) -> Study:
