@@ -56,7 +56,8 @@ ALWAYS = {
         sampler.guidance_interval model.variant
     """,
     "evaluate": f"""
-        run steps prompts num_images seed batch_size features allow_pickle allow_changed {FILES}
+        run steps schedules lora_scales guidance_scales
+        prompts num_images seed batch_size features allow_pickle allow_changed {FILES}
         model.variant reward reward.{{pretrained,processor,dtype,color,scale,parts}}
         reward.{{path,url,timeout,metadata,cache}}
         reward.{{predictor,resize,label,score,good,bad,version,preprocessing}}

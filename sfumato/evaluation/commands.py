@@ -283,14 +283,7 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
     run, trained = opened.folder, opened.settings
     if other := not isinstance(config.reward, RewardFiles):
         trained.reward = config.reward
-    for key, value in opened.unnamed.items():
-        trains = key.startswith("reward.")
-        if trains and other:
-            continue
-        raise ValueError(
-            f"{run.path} was scored by {key}={value!r}; code and scorers are not taken from a run "
-            f"folder: name it again ({key}=...){', or another reward (reward=NAME)' * trains}"
-        )
+    _refuse_unnamed(opened, other)
     steps = config.steps
     if steps is None:
         steps = [0, *map(step_of, list_checkpoints(run.checkpoints))]
@@ -347,13 +340,29 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
         )
         results = evaluate(run, study, steps, variants=variants, group=group, held=writable)
     for result in results if group.is_main else ():
-        measured = [f"{result.diversity_label} {result.diversity:.4f}"]
-        measured += [f"{name} {value:.4f}" for name, value in result.held_out.items()]
-        if result.reward is not None:
-            measured.insert(0, f"reward {result.reward:.4f} +- {result.reward_error:.4f}")
-        name = f"step {result.step} {result.variant.name}".strip()
-        print(f"{name}: {', '.join(measured)}")
+        print(_line(result))
     return results
+
+
+def _refuse_unnamed(opened: OpenedRun, other: bool) -> None:
+    """Refuse code and scorers of a run folder; `other` says that the user named another reward."""
+    for key, value in opened.unnamed.items():
+        trains = key.startswith("reward.")
+        if trains and other:
+            continue
+        raise ValueError(
+            f"{opened.folder.path} was scored by {key}={value!r}; code and scorers are not taken "
+            f"from a run folder: name it again ({key}=...)"
+            f"{', or another reward (reward=NAME)' * trains}"
+        )
+
+
+def _line(result: Evaluation) -> str:
+    measured = [f"{result.diversity_label} {result.diversity:.4f}"]
+    measured += [f"{name} {value:.4f}" for name, value in result.held_out.items()]
+    if result.reward is not None:
+        measured.insert(0, f"reward {result.reward:.4f} +- {result.reward_error:.4f}")
+    return f"{f'step {result.step} {result.variant.name}'.strip()}: {', '.join(measured)}"
 
 
 def variants_of(config: EvaluateConfig, guidance_scale: float) -> list[Variant]:
