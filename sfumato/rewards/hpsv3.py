@@ -202,6 +202,7 @@ def to_patches(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "n d"]:
 
 def _read_base(name: str) -> tuple["transformers.Qwen2VLConfig", Any]:
     """Read the settings of a Qwen2-VL and its tokenizer, to which HPSv3's token is added."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2Tokenizer, Qwen2VLConfig
 
     def is_whole(folder: Path) -> bool:
@@ -218,18 +219,16 @@ def _read_base(name: str) -> tuple["transformers.Qwen2VLConfig", Any]:
             f"{ADVICE}"
         )
     kind = read_object(folder / "config.json", ADVICE).get("model_type")
-    tokenizer = open_tokenizer(folder, Qwen2Tokenizer)
-    lacking = [each for each in SPECIAL if each not in tokenizer.get_vocab()]
-    if kind != "qwen2_vl" or lacking:
-        fault = f"no token {lacking[0]}" if kind == "qwen2_vl" else f"model_type {kind!r}"
-        raise ValueError(f"{source} has {fault}, and HPSv3 is a Qwen2-VL; {ADVICE}")
+    if kind != "qwen2_vl":
+        raise ValueError(f"{source} has model_type {kind!r}, and HPSv3 is a Qwen2-VL; {ADVICE}")
     try:
         config: Any = Qwen2VLConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ValueError(
-            f"config.json of {source} cannot be read by transformers ({first_sentence(error)}); "
-            f"{ADVICE}"
-        ) from error
+    except (OSError, ValueError, TypeError, LookupError, StrictDataclassError) as error:
+        reason = first_sentence(error)
+        raise ValueError(f"config.json of {source} cannot be read ({reason}); {ADVICE}") from error
+    tokenizer = open_tokenizer(folder, Qwen2Tokenizer)
+    if lacking := [each for each in SPECIAL if each not in tokenizer.get_vocab()]:
+        raise ValueError(f"{source} has no token {lacking[0]}, which HPSv3 reads; {ADVICE}")
     tokenizer.add_tokens([REWARD], special_tokens=True)
     config.text_config.vocab_size = len(tokenizer)
     return config, tokenizer
