@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -30,9 +30,6 @@ from sfumato.precision import without_autocast
 from sfumato.rewards.reward import Reward, Score
 from sfumato.rewards.towers import at_least_float32, recompute, refuse_unequal
 from sfumato.weights import differences, refuse_non_finite
-
-if TYPE_CHECKING:
-    import transformers
 
 SIDE, MERGED, FRAMES = 14, 2, 2  # of patches; a token is of 2 x 2, and one image of two frames
 STEP = SIDE * MERGED
@@ -61,8 +58,8 @@ class Hpsv3Reward(Reward):
     embeddings are rounded to bfloat16. Images are not clamped.
     """
 
-    def __init__(self, config: "transformers.Qwen2VLConfig", tokenizer: Any, dtype: torch.dtype):
-        """Make the frozen networks with random weights, the head in float32 or better."""
+    def __init__(self, config: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+        """Make frozen networks of a Qwen2VLConfig, random, the head in float32 or better."""
         from transformers import Qwen2VLTextModel
         from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen
 
@@ -200,7 +197,7 @@ def to_patches(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "n d"]:
     return patches.expand(-1, -1, FRAMES, -1).flatten(1)
 
 
-def _read_base(name: str) -> tuple["transformers.Qwen2VLConfig", Any]:
+def _read_base(name: str) -> tuple[Any, Any]:
     """Read the settings of a Qwen2-VL and its tokenizer, to which HPSv3's token is added."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2Tokenizer, Qwen2VLConfig
