@@ -80,6 +80,7 @@ OUTSIDE = (
     "config.commands",  # settings of the wings, which stand beside those of training
     # Kinds of rewards, of which the core knows the contract alone.
     *(f"rewards.{kind}" for kind in ("aesthetic", "classifier", "clip_iqa", "image_reward")),
+    "rewards.hpsv3",
     *("rewards.code", "rewards.own", "rewards.remote", "rewards.learning_clip"),
 )
 MAX_CORE = 12_600  # lines
