@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from bare_rewards import IMAGENET_MEAN, IMAGENET_STD
 from networks import SIZES, write_reward
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # published layouts
@@ -32,6 +33,7 @@ def write_rewards(folder: Path) -> None:
     """Write clip, hps, blip, siglip and resnet, and the heads 2.pth and 2.5.pth."""
     pixels = {"image_size": SIDE, "patch_size": PATCH}
     write_reward(folder / "clip", SIZES["6m"])
+    turn_round(folder / "clip" / "model.safetensors")
     write_hps(folder / "hps")
     write_tiny_image_reward(
         folder / "blip",
@@ -42,6 +44,13 @@ def write_rewards(folder: Path) -> None:
     write_resnet(folder / "resnet")
     for version in ("2", "2.5"):
         write_head(folder / f"{version}.pth", version, WIDTH)
+
+
+def turn_round(file: Path) -> None:
+    """Turn the images' embeddings round: most cosines are above 0 then, as CLIPScore needs."""
+    tensors = load_file(file)
+    tensors["visual_projection.weight"] *= -1
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def write_hps(folder: Path) -> None:
