@@ -90,7 +90,7 @@ def text_encoder(value: Any, values: Values) -> Settings:
 
 def steps(value: Any, values: Values) -> Settings:
     if not isinstance(value, int) or value < 1:
-        raise ValueError("it is no number of steps; give training.max_steps")
+        raise ValueError("it is no number of steps")
     return {"training.max_steps": value}
 
 

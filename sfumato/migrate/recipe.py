@@ -13,7 +13,7 @@ import yaml
 from sfumato.catalog import find_slot, walk
 from sfumato.check import check_train
 from sfumato.compose import compose_command
-from sfumato.conditions import shown, unread
+from sfumato.conditions import shown, why_unread
 from sfumato.config import COMMANDS, MISSING, TrainConfig
 from sfumato.files import write_text
 from sfumato.migrate.changes import PROCESSES, change
@@ -224,7 +224,8 @@ def _tried(
                 )
         try:
             composed, _ = compose_command(kind.command, overrides)
-            vain = {key: why for key, (_, why, _) in unread(composed).items() if key in settings}
+            whys = {key: why_unread(composed, key) for key in settings}
+            vain = {key: why[0] for key, why in whys.items() if why is not None}
             if isinstance(composed, TrainConfig):
                 check_train(composed, processes)
         except ValueError as error:
@@ -260,13 +261,13 @@ def _lines(verdicts: Sequence[Verdict], how: str) -> Iterator[str]:
     verdicts = [replace(each, note=_plain(each.note)) for each in verdicts]
     if how == "none":
         for note in dict.fromkeys(each.note for each in verdicts):
-            yield f"  {', '.join(_shown(v.key) for v in verdicts if v.note == note)}: {note}"
+            yield f"  {', '.join(_shown(v.key, 200) for v in verdicts if v.note == note)}: {note}"
         return
     for each in verdicts:
         ours = ", ".join(f"{key}={shown(value)}" for key, value in each.settings.items())
         nothing = "" if ours or how not in ("taken", "changed") else " -> nothing to set"
         note = f"  ({each.note})" if each.note else ""
-        value = f"{_shown(each.key)} = {_shown(shown(each.value))}"
+        value = f"{_shown(each.key, 200)} = {_shown(shown(each.value))}"
         yield f"  {value}{f' -> {_shown(ours, 200)}' if ours else nothing}{note}"
 
 

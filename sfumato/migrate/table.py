@@ -1,10 +1,9 @@
 """Table of what others call their settings: read for `sfumato migrate`, printed as a page of docs/.
 
-`python -m sfumato.migrate.table NAME` prints docs/coming_from_NAME.md.
+`python -m sfumato.migrate NAME` prints docs/coming_from_NAME.md.
 """
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -129,7 +128,3 @@ def _line(row: Row) -> str:
     ours = ", ".join(f"`{name}`" for name in row.ours if name != "none")
     known = "none" if row.how in ("none", "missing") and not ours else ours or "none"
     return f"| {theirs} | {known} | {row.note} |".replace("|  |", "| |")
-
-
-if __name__ == "__main__":
-    print(markdown(sys.argv[1]), end="")
