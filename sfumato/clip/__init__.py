@@ -3,6 +3,7 @@
 Other rooms import from this package only, never from its modules.
 """
 
+from sfumato.clip.cleaning import clean
 from sfumato.clip.folder import ClipParts, load_clip, model_folder, processor_folder
 from sfumato.clip.hps import load_hps
 from sfumato.clip.image_reward import ImageRewardParts, load_image_reward
@@ -33,6 +34,7 @@ __all__ = [
     "ImageSettings",
     "OpenClip",
     "check_suffix",
+    "clean",
     "fetch_open_clip",
     "first_sentence",
     "is_open_clip",
