@@ -79,4 +79,4 @@ def load_hps(path_or_hub_id: str, *, version: str, processor: str, preprocessing
         state = read_tensors(file, "reward.pretrained", allow_pickle=True, strangers=False)
         model = open_clip_model(state, stated.config, f"HPSv2: {file}")
     settings = ImageSettings(side, side, rounds=True, letterbox=preprocessing == "letterbox")
-    return ClipParts(model, tokenizer, settings, text.max_position_embeddings)
+    return ClipParts(model, tokenizer, settings, text.max_position_embeddings, cleans=True)
