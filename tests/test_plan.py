@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import WRITERS
+from nightly import nightly_but
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -197,25 +198,16 @@ def test_what_fits_fits_and_one_row_more_does_not(sd_folder: Path):
 # --- Recipes, and the page
 
 
-# Both networks and both sizes; make nightly plans the others. v1.1 and v1.2 differ from v1.5 only
-# in what they start from.
-QUICK = {"860m_res_256_pretrain", "860m_res_512_v2_0_base"}
+# Both networks and both sizes; a CPU spares the search for the largest micro-batch. v1.1 and v1.2
+# differ from v1.5 only in what they start from.
+PLANNED = [(name, "cpu") for name in STAGES if name[-4:] not in ("v1_1", "v1_2")]
+QUICK = [("860m_res_256_pretrain", "cpu"), ("860m_res_512_v2_0_base", "cpu")]
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly)
-        for name in STAGES
-        if name[-4:] not in ("v1_1", "v1_2")
-    ],
-)
-def test_a_stage_is_planned_with_nothing_else_given(stage: str):
-    given = [f"recipe=stable_diffusion/{stage}", "gpus=64"]
-    if stage == STAGES[0]:
-        given += ["gpu=h200"]
-    else:  # spares the search for the largest micro-batch
-        given += ["gpu=cpu", "training.peak_tflops=989"]
+@pytest.mark.parametrize(("stage", "gpu"), nightly_but(QUICK, [*PLANNED, (STAGES[0], "h200")]))
+def test_a_stage_is_planned_with_nothing_else_given(stage: str, gpu: str):
+    given = [f"recipe=stable_diffusion/{stage}", "gpus=64", f"gpu={gpu}"]
+    given += ["training.peak_tflops=989"] if gpu == "cpu" else []
     found = planned(*given)
     second = "v2" in stage
     assert found.parameters["trained"] == (865_910_724 if second else 859_520_964)

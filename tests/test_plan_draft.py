@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from allocations import peak_of_allocations
 from families import WRITERS
+from nightly import nightly_but
 from tiny_clip import write_tiny_clip
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -76,14 +77,8 @@ CASES = [
 ]
 
 
-# One of each family; the others are counted by make nightly.
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        pytest.param(*case, marks=[] if i in (2, 5, 7, 8) else pytest.mark.nightly)
-        for i, case in enumerate(CASES)
-    ],
-)
+# With and without a noise schedule; tests/test_plan.py counts the forwards of each family.
+@pytest.mark.parametrize(("name", "settings"), nightly_but([CASES[2], CASES[7]], CASES))
 def test_flops_are_those_that_torch_counts_in_a_real_step(
     name: str, settings: Sequence[str], clip: Path, tmp_path: Path
 ):
@@ -96,15 +91,15 @@ def test_flops_are_those_that_torch_counts_in_a_real_step(
 
 
 # Each pair of the three settings.
-@pytest.mark.parametrize(
-    ("window", "checkpointing", "parts"),
-    [
-        (1, False, "[network]"),
-        (1, True, "[network,text_encoder]"),
-        (3, True, "[network]"),
-        (3, False, "[network,text_encoder]"),
-    ],
-)
+WINDOWS = [
+    (1, False, "[network]"),
+    (1, True, "[network,text_encoder]"),
+    (3, True, "[network]"),
+    (3, False, "[network,text_encoder]"),
+]
+
+
+@pytest.mark.parametrize(("window", "checkpointing", "parts"), nightly_but(WINDOWS[:3], WINDOWS))
 def test_the_peak_is_that_of_torchs_allocations_in_a_real_step(
     sd_folder: Path, clip: Path, window: int, checkpointing: bool, parts: str
 ):
@@ -247,13 +242,10 @@ def stand_ins(recipe: str, folder: Path, clip: Path) -> list[str]:
 
 
 # One of each objective; the others are planned by make nightly.
-QUICK = {"demo_finetune", "sd15_draft_plus"}
+QUICK = ["demo_finetune", "sd15_draft_plus"]
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly) for name in RECIPES],
-)
+@pytest.mark.parametrize("recipe", nightly_but(QUICK, RECIPES))
 def test_every_recipe_is_planned(recipe: str, tmp_path: Path, clip: Path):
     plan: Plan = make_plan(
         composed(f"recipe={recipe}", "gpu=cpu", *stand_ins(recipe, tmp_path, clip))
