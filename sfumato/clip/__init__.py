@@ -3,7 +3,7 @@
 Other rooms import from this package only, never from its modules.
 """
 
-<<<<<<< HEAD
+from sfumato.clip.cleaning import clean
 from sfumato.clip.folder import (
     ClipParts,
     load_clip,
@@ -11,10 +11,6 @@ from sfumato.clip.folder import (
     open_tokenizer,
     processor_folder,
 )
-=======
-from sfumato.clip.cleaning import clean
-from sfumato.clip.folder import ClipParts, load_clip, model_folder, processor_folder
->>>>>>> review15a
 from sfumato.clip.hps import load_hps
 from sfumato.clip.image_reward import ImageRewardParts, load_image_reward
 from sfumato.clip.open_clip import CONFIG as OPEN_CLIP_CONFIG
