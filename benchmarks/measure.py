@@ -67,7 +67,7 @@ def time_turns(
         turn(step, 1, device, clock)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for i in range(turns):
-        for name in loops if i % 2 else reversed(loops):
+        for name in loops if i % 2 else reversed(list(loops)):
             seconds[name].append(turn(loops[name], steps, device, clock))
             print(f"turn {i + 1}/{turns} {name}: {seconds[name][-1]:.4f} s/step", flush=True)
     return seconds

@@ -78,7 +78,8 @@ def write_resnet(folder: Path) -> None:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    model: Any = ResNetForImageClassification(ResNetConfig(num_labels=1000))
+    config: Any = ResNetConfig
+    model: Any = ResNetForImageClassification(config(num_labels=1000))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0

@@ -182,6 +182,7 @@ def measure(name: str, folder: Path, steps: int, pairs: int) -> dict[str, Any]:
     bare_reward = kind.bare(folder)
     ours = open_ours(CASE, folder, reward=kind.settings(folder))
     bare = Bare(CASE, folder, reward=bare_reward)
+    assert ours.reward is not None
     value, gradient = compare_rewards(ours.reward, bare_reward)
     parity = compare(ours, bare)
     print(f"value {value:.1e}, gradient {gradient:.1e}, {parity}", flush=True)
