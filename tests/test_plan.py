@@ -1,7 +1,6 @@
 """`sfumato plan`: what it counts is what training holds, computes and stores."""
 
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -13,9 +12,11 @@ import pytest
 import torch
 from families import WRITERS
 from nightly import nightly_but
+from runs import in_child
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sfumato.cli import main
 from sfumato.compose import compose_command
 from sfumato.config import CONF, ModelConfig, OptimizerConfig, TrainingConfig
 from sfumato.models.registry import load_model
@@ -265,12 +266,13 @@ def test_without_a_peak_time_is_unknown_until_one_is_stated(sd_folder: Path):
     assert stated.seconds == pytest.approx(stated.seen * stated.executed / 1e12)
 
 
-def test_the_command_prints_a_page(sd_folder: Path):
-    command = [sys.executable, "-m", "sfumato", "plan", *SMALL, *FULL]
-    command += [f"model.pretrained={sd_folder}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "on 1 x CPU" in done.stdout
+def test_the_command_prints_a_page(
+    sd_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    given = ["sfumato", "plan", *SMALL, *FULL, f"model.pretrained={sd_folder}"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert in_child(main) == 0
+    assert "on 1 x CPU" in capfd.readouterr().out
 
 
 # --- Bad input

@@ -22,6 +22,7 @@ from sfumato.planning.blueprint import PROMPT, read_blueprint, steps_alike
 from sfumato.planning.memory import Held, held
 from sfumato.planning.page import page
 from sfumato.planning.plan import Plan, cost_of, make_plan, parameters_of
+from sfumato.planning.step import StepCost
 from sfumato.run.build import build_objective, build_scorer
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # tests/test_plan_step.py checks them
@@ -121,6 +122,19 @@ def test_sampling_steps_cost_time_and_no_memory(sd_folder: Path, clip: Path):
     assert plan.memory[0].cost.activations == pytest.approx(whole.activations, rel=0.001)
 
 
+def test_steps_and_guidance_are_those_of_training(sd_folder: Path):
+    def counted(*settings: str) -> StepCost:
+        config = composed(*SMALL, f"model.pretrained={sd_folder}", "reward=color", *settings)
+        return cost_of(config, read_blueprint(config), ROWS)
+
+    few, fewer = counted("sampler.num_inference_steps=4"), counted("sampler.training_steps=4")
+    assert few == fewer
+    everywhere = counted("sampler.training_steps=4", "sampler.guidance_interval=[0,1]")
+    nowhere = counted("sampler.training_steps=4", "sampler.guidance_interval=[0,0]")
+    assert everywhere.executed == few.executed
+    assert nowhere.executed < 0.7 * few.executed
+
+
 # --- What memory is for
 
 
@@ -202,9 +216,10 @@ def test_the_reward_is_held_and_its_weights_are_not_read(
 
 
 def test_the_page_speaks_of_sampling_and_not_of_stored_pictures(sd_folder: Path, clip: Path):
-    text = page(make_plan(aligned(sd_folder, clip, "training.peak_tflops=1")))
+    given = ["training.peak_tflops=1", "sampler.training_steps=4"]
+    text = page(make_plan(aligned(sd_folder, clip, *given)))
     assert (
-        "objective=draft: 3 sampling steps at guidance 7.5, a gradient through the last 1" in text
+        "objective=draft: 4 sampling steps at guidance 7.5, a gradient through the last 1" in text
     )
     assert "reward, frozen" in text
     assert "frozen networks, forward" in text
