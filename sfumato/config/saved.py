@@ -144,5 +144,5 @@ def differences(
 
 
 def _may_change(key: str) -> bool:
-    """Say whether a setting may differ in a resumed run; a part of a reward counts as one."""
-    return re.sub(r"^reward\.parts\..+\.", "reward.", key) in MAY_CHANGE
+    """Say whether a setting may differ in a resumed run; each of several rewards counts as one."""
+    return re.sub(r"^(reward\.parts|validation\.rewards)\..+\.", "reward.", key) in MAY_CHANGE

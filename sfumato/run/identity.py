@@ -22,7 +22,8 @@ MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".
 # State how a file's weights are meant.
 BESIDE = ("adapter_config.json", "open_clip_config.json", "med_config.json")
 DATA = ("data.", "validation.")  # settings of pictures and prompts
-SCALING = ("scale", "dtype", "gradient_checkpointing")  # what is measured stays the same
+# What is measured stays the same.
+SCALING = ("scale", "score", "dtype", "gradient_checkpointing", "timeout", "cache")
 THREADS = 4
 READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are compared
 
