@@ -164,7 +164,10 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "msgspec": (("records",), "records are decoded in records.py"),
     "braceexpand": (("data",), "file patterns belong in data/"),
-    "numpy": (("images", "data", "evaluation", "demo", "preparation.filter"), "use torch"),
+    "numpy": (
+        ("images", "data", "evaluation", "demo", "preparation.filter", "rewards.own"),
+        "use torch",
+    ),
     "PIL": (("images", "data", "rewards", "report", "demo"), "pictures belong in images.py"),
     "pyarrow": (
         ("data.tables", "data.row_groups", "data.saved_dataset", "preparation.url_table"),
