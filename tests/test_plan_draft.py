@@ -215,6 +215,25 @@ def test_the_reward_is_held_and_its_weights_are_not_read(
     assert held_by(config).reward == size * parameters + positions
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_held_out_rewards_are_held_too(sd_folder: Path, tmp_path: Path, clip: Path, scored: bool):
+    write_tiny_clip(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    given = [*SMALL, f"model.pretrained={sd_folder}"]
+    if scored:
+        given += ["reward=clip", f"reward.pretrained={clip}"]
+    else:
+        given = [*given[1:], "objective=supervised", "reward=none"]
+    match = f"{{kind: clip, pretrained: {tmp_path}, dtype: bfloat16}}"
+    more = [f"validation.rewards.match={match}", "validation.rewards.light={kind: brightness}"]
+    plain, both = composed(*given), composed(*given, *more)
+    parameters = parameters_of(read_blueprint(both))
+    assert "reward light" not in parameters  # it has none
+    extra = 2 * parameters["reward match"] + 8 * (77 + 17)  # buffers
+    assert held_by(both).reward - held_by(plain).reward == extra
+    assert held_by(both).total - held_by(plain).total == extra
+
+
 def test_the_page_speaks_of_sampling_and_not_of_stored_pictures(sd_folder: Path, clip: Path):
     given = ["training.peak_tflops=1", "sampler.training_steps=4"]
     text = page(make_plan(aligned(sd_folder, clip, *given)))
