@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from sfumato.clip import preprocess
 from sfumato.config import ClipIqaRewardConfig, ClipRewardConfig
-from sfumato.evaluation.evaluate import _by_content
+from sfumato.evaluation.study import _by_content
 from sfumato.rewards.build import build_reward
 from sfumato.rewards.clip import ClipReward
 
