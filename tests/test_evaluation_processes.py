@@ -154,6 +154,16 @@ def test_a_folder_that_the_processes_do_not_share_is_named(study: Study, tmp_pat
 # ---- kills
 
 
+def killed(run: RunFolder, study: Study, steps: list[int], name: str, number: int) -> None:
+    """Evaluate in a process that is killed before the given call of a function of `making`."""
+
+    def work() -> None:
+        kill_at(name, number)
+        evaluate(run, study, steps)
+
+    assert in_child(work) == -signal.SIGKILL
+
+
 def kill_at(name: str, number: int) -> None:
     """End this process hard before the given call of a function that makes a step."""
     original, calls = getattr(making, name), [0]
@@ -187,11 +197,7 @@ def test_a_killed_evaluation_goes_on_without_making_an_image_twice(
 ) -> None:
     run = write_run(study, tmp_path / "run")
 
-    def killed() -> None:
-        kill_at(name, number)
-        evaluate(run, study, [0, 2])
-
-    assert in_child(killed) == -signal.SIGKILL
+    killed(run, study, [0, 2], name, number)
     assert not run.evaluation(0).exists()
 
     def resumed() -> None:
@@ -214,21 +220,11 @@ def test_other_processes_and_batches_go_on_from_what_is_there(
     study: Study, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
     run = write_run(study, tmp_path / "run")
-
-    def killed() -> None:
-        kill_at("save_image", 6)
-        evaluate(run, study, [0, 2])
-
-    assert in_child(killed) == -signal.SIGKILL
+    killed(run, study, [0, 2], "save_image", 6)
     in_processes(2, among_others(lambda group: evaluate(run, study, [0, 2], group=group)))
     assert files_of(run) == alone
     again = write_run(study, tmp_path / "again")
-
-    def killed_again() -> None:
-        kill_at("save_image", 6)
-        evaluate(again, study, [0])
-
-    assert in_child(killed_again) == -signal.SIGKILL
+    killed(again, study, [0], "save_image", 6)
     smaller = replace(study, batch_size=2)
     (found,) = evaluate(again, smaller, [0])
     summary = json.loads(alone["step-000000/summary.json"])
@@ -241,12 +237,7 @@ def test_unfinished_pictures_of_another_study_are_made_again(
 ) -> None:
     run = write_run(study, tmp_path / "run")
     other = replace(study, seed=8) if change == "settings" else study
-
-    def killed() -> None:
-        kill_at("save_image", 6)
-        evaluate(run, other, [2])
-
-    assert in_child(killed) == -signal.SIGKILL
+    killed(run, other, [2], "save_image", 6)
     unfinished = run.evaluation(2).with_name(".step-000002.unfinished")
     if change == "checkpoint":
         facts = json.loads((unfinished / "facts.json").read_text())
@@ -254,7 +245,8 @@ def test_unfinished_pictures_of_another_study_are_made_again(
     elif change == "empty picture":
         (unfinished / "images" / "000-001.png").write_bytes(b"")
     elif change == "rubbish":
-        (unfinished / "rows" / "000-000.jsonl").write_text('{"image": 3}\nnothing\n')
+        odd = '{"image": "images/000-000.png", "prompt_index": "x", "index": [0]}'
+        (unfinished / "rows" / "000-000.jsonl").write_text(f'{{"image": 3}}\nnothing\n{odd}\n')
     if change != "empty picture":  # rounding: its batch is smaller than it was
         assert in_child(lambda: evaluate(run, study, [0, 2])) == 0
         assert files_of(run) == alone
@@ -268,12 +260,7 @@ def test_links_in_an_unfinished_folder_are_not_followed(
     study: Study, alone: dict[str, bytes], tmp_path: Path, link: str
 ) -> None:
     run, secret = write_run(study, tmp_path / "run"), tmp_path / "secret"
-
-    def killed() -> None:
-        kill_at("save_image", 6)
-        evaluate(run, study, [0])
-
-    assert in_child(killed) == -signal.SIGKILL
+    killed(run, study, [0], "save_image", 6)
     unfinished = run.evaluation(0).with_name(".step-000000.unfinished")
     if link == "folder":
         unfinished.rename(secret)

@@ -110,9 +110,11 @@ class Making:
         return parse_object(read_bytes(folder / FACTS, f"remove {folder}")) == facts
 
     def _rows(self) -> list[dict[str, Any]]:
+        """Return the rows of batches that are made; what damage left of a row is none."""
         files = sorted((self.unfinished / ROWS).glob("*.jsonl"))
         found = [row for file in files for row in read_rows(file)]
-        return [row for row in found if row.get("image") == _image(_job(row))]
+        expected = {_image(job): job for job in self.study.jobs}
+        return [row for row in found if expected.get(str(row.get("image"))) == _job(row)]
 
     def _make_batch(self, jobs: Sequence[Job]) -> None:
         images, rows = _generate_batch(self.study, self.step, self.variant.schedule, jobs)
