@@ -28,6 +28,7 @@ from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import FAMILIES, find_family, load_model
 from sfumato.objectives.draft import Draft
 from sfumato.objectives.supervised import Supervised
+from sfumato.precision import dtype_of
 from sfumato.rewards.build import build_reward
 from sfumato.run.run import Own, train
 from sfumato.training.distribution import Distribution
@@ -60,6 +61,18 @@ def load(folder: Path, **settings: object) -> PipelineModel:
 
 def test_every_family_is_tested_here():
     assert FAMILIES.keys() == WRITERS.keys()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_type_of_weights_is_the_one_that_diffusers_states(
+    folders: dict[str, Path], name: str, trainable: str, dtype: str
+):
+    model = load(folders[name], trainable=trainable, dtype=dtype)
+    parts = [*model.networks().values(), model.pipeline.vae]
+    assert [dtype_of(part) for part in parts] == [part.dtype for part in parts]
+    assert dtype_of(model.pipeline.vae) == getattr(torch, dtype) or "vae" in model.upcast
 
 
 # --- Objectives

@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sfumato.precision import dtype_of
+
 
 def moments_kl(vae: Any, images: Float[Tensor, "b 3 *d"]) -> Float[Tensor, "b m *s"]:
     """Encode images with an AutoencoderKL to mean and log-variance, float32."""
-    return vae.encode(images.to(vae.dtype)).latent_dist.parameters.float()
+    return vae.encode(images.to(dtype_of(vae))).latent_dist.parameters.float()
 
 
 def posterior(
@@ -40,7 +42,7 @@ def decode_kl(vae: Any, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3
     """Decode latents / scale + shift with an AutoencoderKL to images around [0, 1], float32."""
     mean, std = _statistics(vae, latents)
     latents = latents * std / vae.config.scaling_factor + mean
-    return (vae.decode(latents.to(vae.dtype)).sample.float() + 1) / 2
+    return (vae.decode(latents.to(dtype_of(vae))).sample.float() + 1) / 2
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:

@@ -24,6 +24,7 @@ from sfumato.models.lora import KohyaLayout, by_block
 from sfumato.models.model import Conditioning, Latents
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import flow_times
+from sfumato.precision import dtype_of
 
 LATENT_SIDE = 128  # of the pipeline's default image
 
@@ -133,7 +134,7 @@ class Flux(PipelineModel):
     def predict(
         self, network: Any, x_t: Latents, t: Time, cond: Conditioning, guidance_scale: float
     ) -> Latents:
-        dtype, states = network.dtype, cond.tensors["states"]
+        dtype, states = dtype_of(network), cond.tensors["states"]
         height, width = x_t.shape[2] // 2, x_t.shape[3] // 2
         positions = image_ids(height, width, x_t.device)
         tokens = network(

@@ -23,6 +23,7 @@ from sfumato.models.lora import KohyaLayout
 from sfumato.models.model import Conditioning, Images, Latents, Moments
 from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.schedules import flow_times
+from sfumato.precision import dtype_of
 
 MAX_TOKENS = 512  # of a prompt, in the pipeline
 
@@ -147,13 +148,13 @@ class QwenImage(PipelineModel):
         vae = self.pipeline.vae
         unscaled = latents * self._std.to(latents.device) + self._mean.to(latents.device)
         # vae.decode of a single frame, without its clamp, which would cut the rewards' gradient.
-        frames = vae.decoder(vae.post_quant_conv(unscaled[:, :, None].to(vae.dtype)))
+        frames = vae.decoder(vae.post_quant_conv(unscaled[:, :, None].to(dtype_of(vae))))
         return (frames[:, :, 0].float() + 1) / 2
 
     def predict(
         self, network: Any, x_t: Latents, t: Time, cond: Conditioning, guidance_scale: float
     ) -> Latents:
-        dtype, mask = network.dtype, cond.tensors["mask"]
+        dtype, mask = dtype_of(network), cond.tensors["mask"]
         height, width = x_t.shape[2] // 2, x_t.shape[3] // 2
         tokens = network(
             pack(x_t).to(dtype),

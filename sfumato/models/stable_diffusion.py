@@ -15,6 +15,7 @@ from sfumato.models.lora import KohyaLayout
 from sfumato.models.model import Conditioning, Latents
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import ddim_of, table_index, table_times
+from sfumato.precision import dtype_of
 
 UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 UNET_REPEATED = frozenset({"BasicTransformerBlock", "ResnetBlock2D"})
@@ -115,6 +116,6 @@ class StableDiffusion(PipelineModel):
     def predict(
         self, network: Any, x_t: Latents, t: Time, cond: Conditioning, guidance_scale: float
     ) -> Latents:
-        dtype = network.dtype
+        dtype = dtype_of(network)
         timestep = table_index(self._table, t, x_t.device)
         return network(x_t.to(dtype), timestep, cond.tensors["states"].to(dtype)).sample.float()

@@ -16,6 +16,7 @@ from sfumato.models.lora import KohyaLayout, by_block
 from sfumato.models.model import Conditioning, Latents
 from sfumato.models.pipeline_model import CLIP_ATTENTION, PipelineModel
 from sfumato.models.schedules import flow_times
+from sfumato.precision import dtype_of
 
 T5_TOKENS = 256  # the pipeline's max_sequence_length
 MMDIT_LINEAR = (
@@ -131,7 +132,7 @@ class StableDiffusion3(PipelineModel):
     def predict(
         self, network: Any, x_t: Latents, t: Time, cond: Conditioning, guidance_scale: float
     ) -> Latents:
-        dtype = network.dtype
+        dtype = dtype_of(network)
         t = t if isinstance(t, Tensor) else torch.full((), t, device=x_t.device)
         return network(
             x_t.to(dtype),

@@ -26,6 +26,7 @@ from sfumato.models.stable_diffusion import (
     unet_fits,
     unet_limits,
 )
+from sfumato.precision import dtype_of
 
 
 def published_names(names: Collection[str]) -> dict[str, tuple[str, ...]]:
@@ -141,7 +142,7 @@ class StableDiffusionXL(PipelineModel):
     def predict(
         self, network: Any, x_t: Latents, t: Time, cond: Conditioning, guidance_scale: float
     ) -> Latents:
-        dtype, prompts = network.dtype, cond.tensors
+        dtype, prompts = dtype_of(network), cond.tensors
         height, width = (side * self.limits.factor for side in x_t.shape[2:])
         added = {
             "text_embeds": prompts["pooled"].to(dtype),
