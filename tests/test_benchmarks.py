@@ -42,6 +42,7 @@ def run(name: str, *arguments: str) -> str:
         ("pretrain_step", "--model demo --batch 1"),
         ("sft_step", "--models demo --checkpointing off --batch 1"),
         ("draft_step", "--model demo --batch 1 --num-inference-steps 2 --memory-steps 2"),
+        ("reward_step_time", "--only classifier several"),
     ],
 )
 def test_a_step_is_that_of_the_bare_loop(name: str, arguments: str):
