@@ -1,5 +1,6 @@
 """Report: a self-contained HTML page that depends on run folders only."""
 
+import base64
 import itertools
 import os
 import re
@@ -35,6 +36,7 @@ from sfumato.report.tables import (
 from sfumato.training.folder import RunFolder
 
 TEMPLATE = Path(__file__).with_name("report.html")
+SCRIPT = Path(__file__).with_name("report.js")
 # The end of every report; those of earlier versions have no sum of what stands before it.
 _MARK = re.compile(
     rb"<footer>Written by Sfumato [^<]{1,40}</footer>\s*</body>\s*</html>\s*"
@@ -69,8 +71,11 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str
         "breakable": lambda name: Markup("_<wbr>").join(name.split("_")),  # in a narrow column
         "number": number,
     }
+    script = SCRIPT.read_text(encoding="utf-8")
     page = {
         "title": title,
+        "script": Markup(script),
+        "script_hash": f"sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}",
         "notes": [part.strip() for part in notes.split("\n\n") if part.strip()],
         "version": sfumato.__version__,
         **_content(read_runs(runs)),
@@ -132,7 +137,10 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
         "has_errors": any(one.reward is not None for one in evaluations),
         "legend": [(record.name, color, symbol) for record, color, symbol in legend],
         "base": base,
-        "panels": [Markup(draw_panel(panel)) for panel in training_panels(records, base)],
+        "panels": [
+            {"name": panel.title, "svg": Markup(draw_panel(panel))}
+            for panel in training_panels(records, base)
+        ],
         "has_sampled": not all(record.supervised for record in records),
         "has_supervised": any(record.supervised for record in records),
         "has_loss_by_t": any(loss_by_t(record) is not None for record in records),
