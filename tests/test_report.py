@@ -23,8 +23,9 @@ from tiny_sd import write_tiny_sd
 from sfumato.compose import compose_train
 from sfumato.config import EvaluateConfig
 from sfumato.evaluation.commands import evaluate_run
+from sfumato.evaluation.results import Variant
 from sfumato.images import save_image
-from sfumato.report.comparison import compare
+from sfumato.report.comparison import compare, variant_curves
 from sfumato.report.figures import running_mean, training_panels
 from sfumato.report.losses import Measured, ValidationLoss, loss_by_t, validation_loss
 from sfumato.report.records import RunRecord, read_runs
@@ -412,6 +413,67 @@ def test_runs_without_evaluation_show_their_validation(tmp_path: Path) -> None:
     assert grid[:2] == [["tuned", "base"], ["IMAGE a <moon>: 21.00", "IMAGE a <moon>: 18.00"]]
     assert page.tables[0][1][-2:] == ["not evaluated"] * 2
     assert page.titles() == ["reward of validation images", "reward in training"]
+
+
+def write_variant(run: RunFolder, step: int, reward: float, diversity: float, **own: Any) -> Path:
+    """Move an evaluation of a step to where that variant's belongs, keeping the step's own."""
+    kept = run.evaluation(step)
+    aside = kept.with_name("aside") if kept.exists() else None
+    if aside:
+        kept.rename(aside)
+    write_evaluation(run, step, reward, diversity)
+    folder = run.evaluation(step, Variant(**own).name)
+    folder.parent.mkdir(exist_ok=True)
+    kept.rename(folder)
+    if aside:
+        aside.rename(kept)
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    if "guidance_scale" in own:
+        summary["settings"]["sampler"]["guidance_scale"] = own["guidance_scale"]
+    path.write_text(json.dumps(summary | {"variant": vars(Variant(**own))}))
+    return path
+
+
+def test_variants_are_curves_and_rows(tmp_path: Path) -> None:
+    run = write_draft(tmp_path / "draft", 0.0, {0: BASE, **DRAFT})
+    write_variant(run, 10, 19.5, 0.25, schedule="linear")
+    write_variant(run, 20, 20.5, 0.22, schedule="linear")
+    write_variant(run, 20, 19.0, 0.28, lora_scale=0.25)
+    write_variant(run, 20, 20.0, 0.2, lora_scale=0.5)
+    write_variant(run, 20, 23.0, 0.1, guidance_scale=8.0)
+    record = record_of(run)
+    curves = {
+        name: [(one.reward, one.diversity) for one in curve]
+        for name, curve in variant_curves(record, record.base)
+    }
+    assert curves == {
+        "schedule linear": [BASE, (19.5, 0.25), (20.5, 0.22)],
+        "LoRA scales": [BASE, (19.0, 0.28), (20.0, 0.2), DRAFT[20]],
+        "guidance scales": [DRAFT[20], (23.0, 0.1)],
+    }
+    page = report([run], tmp_path)
+    (table,) = (t for t in page.tables if "schedule" in t[0])
+    assert len(table) == 6
+    assert ["draft", "20", "linear", "1", "4", "20.50 ± 0.25", "0.700", "0.220"] in table
+    assert ["draft", "20", "draft", "1", "8", "23.00 ± 0.25", "0.700", "0.100"] in table
+    figure = re.findall(r'<figure[^>]*variants of draft".*?</figure>', page.html, re.DOTALL)[0]
+    for name in (*curves, "base model"):
+        assert figure.count(f">{name}</text>") == 1
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("num_images", 5), ("features", "lpips")])
+def test_variants_of_other_settings_are_left_out_and_named(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    run = write_draft(tmp_path / "draft", 0.0, {0: BASE, **DRAFT})
+    path = write_variant(run, 20, 20.5, 0.22, schedule="linear")
+    summary = json.loads(path.read_text())
+    summary["settings"][key] = value
+    path.write_text(json.dumps(summary))
+    html = report([run], tmp_path).html
+    assert "other settings: 1, the first is schedule_linear/step-000020" in html
+    assert "Variants of the checkpoints" not in html
 
 
 # ---- gaps, damage and comparability

@@ -16,7 +16,14 @@ import sfumato
 from sfumato.evaluation.results import Evaluation
 from sfumato.files import write_text
 from sfumato.report.comparison import compare, steps_at_equal_reward
-from sfumato.report.figures import COLORS, SYMBOLS, draw_panel, draw_tradeoff, training_panels
+from sfumato.report.figures import (
+    COLORS,
+    SYMBOLS,
+    draw_panel,
+    draw_tradeoff,
+    draw_variants,
+    training_panels,
+)
 from sfumato.report.losses import differing_losses, has_held_out, loss_by_t, validation_loss
 from sfumato.report.pictures import (
     Grid,
@@ -32,6 +39,7 @@ from sfumato.report.tables import (
     number,
     origin_table,
     summary_table,
+    variant_table,
 )
 from sfumato.training.folder import RunFolder
 
@@ -145,6 +153,12 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
         "has_supervised": any(record.supervised for record in records),
         "has_loss_by_t": any(loss_by_t(record) is not None for record in records),
         "tradeoff": None if tradeoff is None else Markup(tradeoff),
+        "variant_table": variant_table(records),
+        "variant_figures": [
+            {"name": f"variants of {record.name}", "svg": Markup(svg)}
+            for record in records
+            if (svg := draw_variants(record, base)) is not None
+        ],
         "comparisons": [
             equal_reward_table(one.baseline, one.other, one.result)
             for one in compared
@@ -199,6 +213,11 @@ def _run_gaps(record: RunRecord) -> list[str]:
         gaps.append(
             f"has lines in metrics.jsonl that are no row with a step: {len(record.lost)}, the "
             f"first is line {record.lost[0]}. A kill may cut a line; they are left out."
+        )
+    if record.unlike:
+        gaps.append(
+            f"has variants that were evaluated with other settings: {len(record.unlike)}, the "
+            f"first is {record.unlike[0]}. They are left out; evaluate them again."
         )
     if record.supervised:
         if validation_loss(record) is None:
