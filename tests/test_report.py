@@ -267,7 +267,7 @@ def test_every_figure_is_drawn_inline(page: Page) -> None:
 
 def test_grids_have_a_row_per_noise_and_a_column_per_model(page: Page) -> None:
     grids = list(page.grids())
-    equal, last = grids[2:4], grids[4:]  # after one course per supervised run
+    equal, last = grids[4:6], grids[6:]  # after a course per supervised run, and steps
     assert len(last) == len(PROMPTS)
     assert equal[0][0] == [  # 20.20 of draft is closer than 22.40 to the highest of draft-plus
         "base model mean reward 19.20",
@@ -474,6 +474,24 @@ def test_variants_of_other_settings_are_left_out_and_named(
     html = report([run], tmp_path).html
     assert "other settings: 1, the first is schedule_linear/step-000020" in html
     assert "Variants of the checkpoints" not in html
+
+
+def test_a_page_of_200_checkpoints_stays_small(tmp_path: Path) -> None:
+    points: Points = {step: (18 + step / 100, 0.3 - step / 1000) for step in range(201)}
+    run = write_draft(tmp_path / "long", 0.0, points, num_images=1)
+    noise = np.random.default_rng(0).integers(0, 256, (384, 384, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    for path in run.path.glob("evaluation/*/images/*.png"):
+        path.unlink()
+        os.link(tmp_path / "noise.png", path)
+    page = report([run], tmp_path)
+    assert len(page.html) < 5_000_000
+    text = " ".join(page.html.split())
+    assert "Shown are 6 of 200 evaluated steps, and 1 of 1 images of each of 2 of 2 prompts" in text
+    assert 'data-steps="1 41 81 120 160 200"' in text
+    grid = next(page.grids())
+    steps = [cell.split()[2].rstrip(",") for cell in grid[0][1:]]
+    assert steps == ["1", "41", "81", "120", "160", "200"]
 
 
 # ---- gaps, damage and comparability

@@ -29,6 +29,7 @@ from sfumato.report.pictures import (
     Grid,
     before_and_after,
     image_grids,
+    step_grids,
     validation_grid,
     validations,
 )
@@ -133,9 +134,10 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
     legend = zip(records, itertools.cycle(COLORS), itertools.cycle(SYMBOLS))
     courses = [grid for r in records if r.supervised and (grid := before_and_after(r))]
     equal_grids = image_grids([*first, *equal]) if any(c not in last for c in equal) else []
+    steps, over_steps = step_grids(first, records)
     last_grids = image_grids([*first, *last])
     pairs = [grid for r in unseen if (grid := validation_grid(r))]
-    grids = [*courses, *equal_grids, *last_grids, *pairs]
+    grids = [*courses, *over_steps, *equal_grids, *last_grids, *pairs]
     return {
         "compared": compared,
         "gaps": [*_gaps(records, base), *_refused_pictures(grids)],
@@ -165,6 +167,9 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
             if one.result is not None
         ],
         "courses": courses,
+        "over_steps": over_steps,
+        "steps": steps,
+        "num_steps": len({one.step for r in records for one in r.evaluations if one.step}),
         "equal_grids": equal_grids,
         "last_grids": last_grids,
         "has_rewards": any(record.final and record.final.reward is not None for record in records),
