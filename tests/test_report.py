@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import hashlib
 import io
 import json
 import os
@@ -22,8 +23,9 @@ from tiny_sd import write_tiny_sd
 from sfumato.compose import compose_train
 from sfumato.config import EvaluateConfig
 from sfumato.evaluation.commands import evaluate_run
+from sfumato.evaluation.results import Variant
 from sfumato.images import save_image
-from sfumato.report.comparison import compare
+from sfumato.report.comparison import compare, variant_curves
 from sfumato.report.figures import running_mean, training_panels
 from sfumato.report.losses import Measured, ValidationLoss, loss_by_t, validation_loss
 from sfumato.report.records import RunRecord, read_runs
@@ -265,7 +267,7 @@ def test_every_figure_is_drawn_inline(page: Page) -> None:
 
 def test_grids_have_a_row_per_noise_and_a_column_per_model(page: Page) -> None:
     grids = list(page.grids())
-    equal, last = grids[2:4], grids[4:]  # after one course per supervised run
+    equal, last = grids[4:6], grids[6:]  # after a course per supervised run, and steps
     assert len(last) == len(PROMPTS)
     assert equal[0][0] == [  # 20.20 of draft is closer than 22.40 to the highest of draft-plus
         "base model mean reward 19.20",
@@ -298,7 +300,12 @@ def test_the_page_is_self_contained_and_reproducible(
 ) -> None:
     assert page.references
     assert all(one.startswith(("data:image/", "#")) for one in page.references)
-    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not {"link", "iframe", "object", "base"} & set(page.tags)
+    (script,) = re.findall(r"<script>(.*?)</script>", page.html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert page.tags.count("script") == 1
+    assert "default-src 'none'; img-src data:" in page.html
+    assert f"script-src 'sha256-{digest}'; base-uri" in page.html
     assert not re.search(r"https?://|@import", page.html)
     assert all(one.startswith("#") for one in re.findall(r"url\(([^)]*)\)", page.html))
     assert report(runs, tmp_path).html == page.html
@@ -406,6 +413,85 @@ def test_runs_without_evaluation_show_their_validation(tmp_path: Path) -> None:
     assert grid[:2] == [["tuned", "base"], ["IMAGE a <moon>: 21.00", "IMAGE a <moon>: 18.00"]]
     assert page.tables[0][1][-2:] == ["not evaluated"] * 2
     assert page.titles() == ["reward of validation images", "reward in training"]
+
+
+def write_variant(run: RunFolder, step: int, reward: float, diversity: float, **own: Any) -> Path:
+    """Move an evaluation of a step to where that variant's belongs, keeping the step's own."""
+    kept = run.evaluation(step)
+    aside = kept.with_name("aside") if kept.exists() else None
+    if aside:
+        kept.rename(aside)
+    write_evaluation(run, step, reward, diversity)
+    folder = run.evaluation(step, Variant(**own).name)
+    folder.parent.mkdir(exist_ok=True)
+    kept.rename(folder)
+    if aside:
+        aside.rename(kept)
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    if "guidance_scale" in own:
+        summary["settings"]["sampler"]["guidance_scale"] = own["guidance_scale"]
+    path.write_text(json.dumps(summary | {"variant": vars(Variant(**own))}))
+    return path
+
+
+def test_variants_are_curves_and_rows(tmp_path: Path) -> None:
+    run = write_draft(tmp_path / "draft", 0.0, {0: BASE, **DRAFT})
+    write_variant(run, 10, 19.5, 0.25, schedule="linear")
+    write_variant(run, 20, 20.5, 0.22, schedule="linear")
+    write_variant(run, 20, 19.0, 0.28, lora_scale=0.25)
+    write_variant(run, 20, 20.0, 0.2, lora_scale=0.5)
+    write_variant(run, 20, 23.0, 0.1, guidance_scale=8.0)
+    record = record_of(run)
+    curves = {
+        name: [(one.reward, one.diversity) for one in curve]
+        for name, curve in variant_curves(record, record.base)
+    }
+    assert curves == {
+        "schedule linear": [BASE, (19.5, 0.25), (20.5, 0.22)],
+        "LoRA scales": [BASE, (19.0, 0.28), (20.0, 0.2), DRAFT[20]],
+        "guidance scales": [DRAFT[20], (23.0, 0.1)],
+    }
+    page = report([run], tmp_path)
+    (table,) = (t for t in page.tables if "schedule" in t[0])
+    assert len(table) == 6
+    assert ["draft", "20", "linear", "1", "4", "20.50 ± 0.25", "0.700", "0.220"] in table
+    assert ["draft", "20", "draft", "1", "8", "23.00 ± 0.25", "0.700", "0.100"] in table
+    figure = re.findall(r'<figure[^>]*variants of draft".*?</figure>', page.html, re.DOTALL)[0]
+    for name in (*curves, "base model"):
+        assert figure.count(f">{name}</text>") == 1
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("num_images", 5), ("features", "lpips")])
+def test_variants_of_other_settings_are_left_out_and_named(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    run = write_draft(tmp_path / "draft", 0.0, {0: BASE, **DRAFT})
+    path = write_variant(run, 20, 20.5, 0.22, schedule="linear")
+    summary = json.loads(path.read_text())
+    summary["settings"][key] = value
+    path.write_text(json.dumps(summary))
+    html = report([run], tmp_path).html
+    assert "other settings: 1, the first is schedule_linear/step-000020" in html
+    assert "Variants of the checkpoints" not in html
+
+
+def test_a_page_of_200_checkpoints_stays_small(tmp_path: Path) -> None:
+    points: Points = {step: (18 + step / 100, 0.3 - step / 1000) for step in range(201)}
+    run = write_draft(tmp_path / "long", 0.0, points, num_images=1)
+    noise = np.random.default_rng(0).integers(0, 256, (384, 384, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    for path in run.path.glob("evaluation/*/images/*.png"):
+        path.unlink()
+        os.link(tmp_path / "noise.png", path)
+    page = report([run], tmp_path)
+    assert len(page.html) < 5_000_000
+    text = " ".join(page.html.split())
+    assert "Shown are 6 of 200 evaluated steps, and 1 of 1 images of each of 2 of 2 prompts" in text
+    assert 'data-steps="1 41 81 120 160 200"' in text
+    grid = next(page.grids())
+    steps = [cell.split()[2].rstrip(",") for cell in grid[0][1:]]
+    assert steps == ["1", "41", "81", "120", "160", "200"]
 
 
 # ---- gaps, damage and comparability

@@ -1,9 +1,9 @@
-"""Comparison of runs with and without a KL at equal reward: the pairs of runs and their curves."""
+"""Curves of reward against diversity: runs with and without a KL, and variants of a run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sfumato.evaluation.results import EqualReward, Evaluation, at_equal_reward
+from sfumato.evaluation.results import EqualReward, Evaluation, Variant, at_equal_reward
 from sfumato.report.records import RunRecord
 
 
@@ -50,6 +50,40 @@ def steps_at_equal_reward(
         return []
     nearest = [min(curve, key=lambda point: abs(point[0] - level)) for curve in curves]
     return [(record, step) for record, (_, step) in zip(scored, nearest, strict=True)]
+
+
+def variant_curves(
+    record: RunRecord, base: Evaluation | None
+) -> list[tuple[str, list[Evaluation]]]:
+    """Return names and curves: each schedule over steps, and each scale at the last step."""
+    own = [one for one in record.evaluations if one.step and one.reward is not None]
+    others = [one for one in record.variants if one.step and one.reward is not None]
+    start = [base] if base is not None and base.reward is not None else []
+    curves = []
+    for schedule in dict.fromkeys(one.variant.schedule for one in others):
+        points = [one for one in others if one.variant == Variant(schedule)]
+        if points:
+            curves.append((f"schedule {schedule}", [*start, *points]))
+    last = max((one.step for one in others), default=0)
+    ends = [one for one in (*own, *others) if one.step == last]
+    for kept in dict.fromkeys(replace(one.variant, lora_scale=1.0) for one in ends):
+        points = [one for one in ends if replace(one.variant, lora_scale=1.0) == kept]
+        points.sort(key=lambda one: one.variant.lora_scale)
+        if len(points) > 1:
+            first = start if kept.guidance_scale is None else []
+            curves.append((f"LoRA scales {kept.name}".strip(), [*first, *points]))
+    for kept in dict.fromkeys(replace(one.variant, guidance_scale=None) for one in ends):
+        points = [one for one in ends if replace(one.variant, guidance_scale=None) == kept]
+        points.sort(key=guidance_of)
+        if len(points) > 1:
+            curves.append((f"guidance scales {kept.name}".strip(), points))
+    return curves
+
+
+def guidance_of(one: Evaluation) -> float:
+    """Return the guidance scale of an evaluation."""
+    own = one.variant.guidance_scale
+    return one.settings["sampler"]["guidance_scale"] if own is None else own
 
 
 def from_base(record: RunRecord, base: Evaluation | None) -> list[Evaluation]:

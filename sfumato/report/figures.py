@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sfumato.evaluation.results import Evaluation
-from sfumato.report.comparison import from_base
+from sfumato.report.comparison import from_base, variant_curves
 from sfumato.report.losses import loss_by_t, validation_loss
 from sfumato.report.records import RunRecord
 from sfumato.report.tables import VALIDATED, held_out_names, validated_names
@@ -150,9 +150,25 @@ def draw_tradeoff(records: Sequence[RunRecord], base: Evaluation | None) -> str 
             rewards, diversities = zip(*points, strict=True)
             lines.append(Line(i, rewards, diversities, name=record.name))
             label = label or record.final.diversity_label
-    if not lines:
+    return _draw_plane(lines, base, label, "tradeoff") if lines else None
+
+
+def draw_variants(record: RunRecord, base: Evaluation | None) -> str | None:
+    """Return the SVG of a run's variants in reward against diversity, or None without any."""
+    curves = variant_curves(record, base)
+    own = [one for one in from_base(record, base) if one.reward is not None]
+    named = [(record.name, own), *curves] if own else curves
+    if not curves:
         return None
-    with rc_context({**STYLE, "svg.hashsalt": "tradeoff"}):
+    lines = [
+        Line(i, [one.reward or 0.0 for one in curve], [one.diversity for one in curve], name=name)
+        for i, (name, curve) in enumerate(named)
+    ]
+    return _draw_plane(lines, base, curves[0][1][-1].diversity_label, f"variants {record.name}")
+
+
+def _draw_plane(lines: Sequence[Line], base: Evaluation | None, label: str, salt: str) -> str:
+    with rc_context({**STYLE, "svg.hashsalt": salt}):
         figure = Figure(figsize=(6.4, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for line in lines:

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -18,6 +18,7 @@ from sfumato.training.folder import RunFolder
 
 GRID_PROMPTS = 4
 GRID_ROWS = 4
+OVER_STEPS, STEP_PROMPTS, STEP_ROWS = 6, 2, 2  # of the grids with a slider
 PAIRS = 8
 PROMPT_LENGTH = 90  # characters of a prompt under an image
 CRISP_SIDE = 128  # pixels; images up to this size are shown enlarged, pixel by pixel
@@ -42,11 +43,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of images under a caption."""
+    """A table of images under a caption.
+
+    Attributes:
+        frames: of a grid with a slider, the first and last place of the slider that shows a column.
+    """
 
     caption: str
     header: Sequence[Cell]
     rows: Sequence[Sequence[Picture]]
+    frames: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,17 @@ class _Column:
     images: Sequence[ShownImage]
 
 
-def image_grids(columns: Sequence[tuple[str, RunRecord, int]]) -> list[Grid]:
+def image_grids(
+    columns: Sequence[tuple[str, RunRecord, int]],
+    prompts: int = GRID_PROMPTS,
+    rows: int = GRID_ROWS,
+) -> list[Grid]:
     """Return a grid for each of the first few prompts, with the first few noises.
 
     Args:
         columns: the name of a model, its run, and its evaluated step.
+        prompts: how many.
+        rows: how many noises.
 
     Raises:
         ValueError: if scores cannot be read.
@@ -75,7 +87,38 @@ def image_grids(columns: Sequence[tuple[str, RunRecord, int]]) -> list[Grid]:
     if not models:
         return []
     count = 1 + max((image.prompt_index for image in models[0].images), default=-1)
-    return [_prompt_grid(models, prompt) for prompt in range(min(count, GRID_PROMPTS))]
+    return [_prompt_grid(models, prompt, rows) for prompt in range(min(count, prompts))]
+
+
+def step_grids(
+    first: Sequence[tuple[str, RunRecord, int]], records: Sequence[RunRecord]
+) -> tuple[list[int], list[Grid]]:
+    """Return a few evaluated steps, and grids with each run's last evaluation up to each of them.
+
+    Args:
+        first: columns that every step shows, as of `image_grids`.
+
+    Returns:
+        Nothing where fewer than two steps of trained weights are evaluated.
+    """
+    found = sorted({one.step for record in records for one in record.evaluations if one.step})
+    if len(found) < 2:
+        return [], []
+    count = min(OVER_STEPS, len(found))
+    steps = [found[round(i * (len(found) - 1) / (count - 1))] for i in range(count)]
+    columns, frames = list(first), [(0, count - 1)] * len(first)
+    for frame, step in enumerate(steps):
+        for record in records:
+            past = [one.step for one in record.evaluations if 0 < one.step <= step]
+            column = (record.name, record, max(past, default=0))
+            if past and column in columns:
+                place = columns.index(column)
+                frames[place] = (frames[place][0], frame)
+            elif past:
+                columns.append(column)
+                frames.append((frame, frame))
+    grids = image_grids(columns, STEP_PROMPTS, STEP_ROWS)
+    return steps, [replace(grid, frames=frames) for grid in grids]
 
 
 def validation_grid(record: RunRecord) -> Grid | None:
@@ -130,7 +173,7 @@ def validations(record: RunRecord) -> dict[int, Path]:
     return {step_of(folder): folder for folder in folders}
 
 
-def _prompt_grid(models: Sequence[_Column], prompt: int) -> Grid:
+def _prompt_grid(models: Sequence[_Column], prompt: int, rows: int) -> Grid:
     header, columns, text = [], [], ""
     for one in models:
         name, step = one.name, one.step
@@ -140,7 +183,7 @@ def _prompt_grid(models: Sequence[_Column], prompt: int) -> Grid:
         if rewards:
             notes.append(f"mean reward {number(sum(rewards) / len(rewards))}")
         header.append(Cell(name, ", ".join(notes)))
-        columns.append([_picture(image, one.run, name) for image in selected[:GRID_ROWS]])
+        columns.append([_picture(image, one.run, name) for image in selected[:rows]])
         text = text or next((image.prompt for image in selected), "")
     if len({len(column) for column in columns}) > 1:
         folders = ", ".join(str(RunFolder(one.run).evaluation(one.step)) for one in models)

@@ -9,13 +9,21 @@ from typing import Any, Literal
 
 from sfumato.config.saved import flatten, read_saved
 from sfumato.data.entries import is_utf8
-from sfumato.evaluation.results import SCORES, SUMMARY, Evaluation, read_evaluations
+from sfumato.evaluation.results import (
+    SCORES,
+    SUMMARY,
+    Evaluation,
+    Variant,
+    read_evaluations,
+    read_variants,
+)
 from sfumato.files import parse_object, read_bytes
 from sfumato.records import Count, Finite, convert, read_record, read_rows
 from sfumato.training.checkpoint import list_checkpoints
 from sfumato.training.folder import RunFolder
 
 _RESTORE = "restore the file that the run wrote"
+_GUIDANCE = "sampler.guidance_scale"
 _LARGEST, _SHOWN = 1e100, 80  # of a metric; characters of a value in messages
 NAMES = {
     "own": "Custom objective",
@@ -38,6 +46,8 @@ class RunRecord:
         metrics: rows of metrics.jsonl.
         lost: numbers of the lines of metrics.jsonl that are no such row.
         evaluations: in the order of steps; all have the same settings.
+        variants: checkpoints sampled in other ways; guidance apart, settings are those too.
+        unlike: names of variants with other settings; they are left out.
     """
 
     name: str
@@ -47,6 +57,8 @@ class RunRecord:
     metrics: Sequence[Mapping[str, int | float]]
     lost: Sequence[int]
     evaluations: Sequence[Evaluation]
+    variants: Sequence[Evaluation] = ()
+    unlike: Sequence[str] = ()
 
     def setting(self, *keys: str) -> Any:
         """Return a setting by its path of keys, or None without it."""
@@ -273,12 +285,23 @@ def _read_run(run: RunFolder, name: str) -> RunRecord:
     metrics, lost = _read_metrics(run.metrics) if run.metrics.exists() else ([], [])
     path = run.path / "run.json"
     starts = read_record(path, _Starts, "remove or correct it").starts if path.exists() else []
-    return RunRecord(name, run, settings, starts, metrics, lost, evaluations)
+    variants = [one for each in read_variants(run) for one in each if one.variant != Variant()]
+    like = [one for one in variants if not evaluations or _is_like(one, evaluations[0])]
+    unlike = [f"{one.variant.name}/step-{one.step:06d}" for one in variants if one not in like]
+    return RunRecord(name, run, settings, starts, metrics, lost, evaluations, like, unlike)
+
+
+def _is_like(variant: Evaluation, own: Evaluation) -> bool:
+    """Say whether a variant's settings are the run's own, its guidance scale apart."""
+    left, right = ({**flatten(one.settings), _GUIDANCE: None} for one in (variant, own))
+    return left == right and variant.diversity_label == own.diversity_label
 
 
 def _refuse_links(run: RunFolder) -> None:
     """Refuse a run whose records are links to files elsewhere: a page would show those files."""
     folders = [*list_checkpoints(run.path / "samples"), *list_checkpoints(run.path / "evaluation")]
+    for variant in (run.path / "evaluation").glob("[!.]*"):
+        folders += list_checkpoints(variant)
     files = [file for folder in folders for file in folder.glob("*.json*")]
     for path in (run.config, run.metrics, run.path / "run.json", *files):
         if not is_inside(path, run.path):

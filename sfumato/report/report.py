@@ -1,5 +1,6 @@
 """Report: a self-contained HTML page that depends on run folders only."""
 
+import base64
 import itertools
 import os
 import re
@@ -15,12 +16,20 @@ import sfumato
 from sfumato.evaluation.results import Evaluation
 from sfumato.files import write_text
 from sfumato.report.comparison import compare, steps_at_equal_reward
-from sfumato.report.figures import COLORS, SYMBOLS, draw_panel, draw_tradeoff, training_panels
+from sfumato.report.figures import (
+    COLORS,
+    SYMBOLS,
+    draw_panel,
+    draw_tradeoff,
+    draw_variants,
+    training_panels,
+)
 from sfumato.report.losses import differing_losses, has_held_out, loss_by_t, validation_loss
 from sfumato.report.pictures import (
     Grid,
     before_and_after,
     image_grids,
+    step_grids,
     validation_grid,
     validations,
 )
@@ -31,10 +40,12 @@ from sfumato.report.tables import (
     number,
     origin_table,
     summary_table,
+    variant_table,
 )
 from sfumato.training.folder import RunFolder
 
 TEMPLATE = Path(__file__).with_name("report.html")
+SCRIPT = Path(__file__).with_name("report.js")
 # The end of every report; those of earlier versions have no sum of what stands before it.
 _MARK = re.compile(
     rb"<footer>Written by Sfumato [^<]{1,40}</footer>\s*</body>\s*</html>\s*"
@@ -69,8 +80,11 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, title: str, notes: str
         "breakable": lambda name: Markup("_<wbr>").join(name.split("_")),  # in a narrow column
         "number": number,
     }
+    script = SCRIPT.read_text(encoding="utf-8")
     page = {
         "title": title,
+        "script": Markup(script),
+        "script_hash": f"sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}",
         "notes": [part.strip() for part in notes.split("\n\n") if part.strip()],
         "version": sfumato.__version__,
         **_content(read_runs(runs)),
@@ -120,9 +134,10 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
     legend = zip(records, itertools.cycle(COLORS), itertools.cycle(SYMBOLS))
     courses = [grid for r in records if r.supervised and (grid := before_and_after(r))]
     equal_grids = image_grids([*first, *equal]) if any(c not in last for c in equal) else []
+    steps, over_steps = step_grids(first, records)
     last_grids = image_grids([*first, *last])
     pairs = [grid for r in unseen if (grid := validation_grid(r))]
-    grids = [*courses, *equal_grids, *last_grids, *pairs]
+    grids = [*courses, *over_steps, *equal_grids, *last_grids, *pairs]
     return {
         "compared": compared,
         "gaps": [*_gaps(records, base), *_refused_pictures(grids)],
@@ -132,17 +147,29 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
         "has_errors": any(one.reward is not None for one in evaluations),
         "legend": [(record.name, color, symbol) for record, color, symbol in legend],
         "base": base,
-        "panels": [Markup(draw_panel(panel)) for panel in training_panels(records, base)],
+        "panels": [
+            {"name": panel.title, "svg": Markup(draw_panel(panel))}
+            for panel in training_panels(records, base)
+        ],
         "has_sampled": not all(record.supervised for record in records),
         "has_supervised": any(record.supervised for record in records),
         "has_loss_by_t": any(loss_by_t(record) is not None for record in records),
         "tradeoff": None if tradeoff is None else Markup(tradeoff),
+        "variant_table": variant_table(records),
+        "variant_figures": [
+            {"name": f"variants of {record.name}", "svg": Markup(svg)}
+            for record in records
+            if (svg := draw_variants(record, base)) is not None
+        ],
         "comparisons": [
             equal_reward_table(one.baseline, one.other, one.result)
             for one in compared
             if one.result is not None
         ],
         "courses": courses,
+        "over_steps": over_steps,
+        "steps": steps,
+        "num_steps": len({one.step for r in records for one in r.evaluations if one.step}),
         "equal_grids": equal_grids,
         "last_grids": last_grids,
         "has_rewards": any(record.final and record.final.reward is not None for record in records),
@@ -191,6 +218,11 @@ def _run_gaps(record: RunRecord) -> list[str]:
         gaps.append(
             f"has lines in metrics.jsonl that are no row with a step: {len(record.lost)}, the "
             f"first is line {record.lost[0]}. A kill may cut a line; they are left out."
+        )
+    if record.unlike:
+        gaps.append(
+            f"has variants that were evaluated with other settings: {len(record.unlike)}, the "
+            f"first is {record.unlike[0]}. They are left out; evaluate them again."
         )
     if record.supervised:
         if validation_loss(record) is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sfumato.config.saved import flatten
 from sfumato.evaluation.results import EqualReward, Evaluation
+from sfumato.report.comparison import guidance_of
 from sfumato.report.losses import validation_loss
 from sfumato.report.records import RunRecord
 
@@ -74,6 +75,33 @@ def summary_table(records: Sequence[RunRecord], base: Evaluation | None) -> Tabl
     header = ["model", "objective", "steps", *losses, *scores]
     names = [name.removeprefix(HELD_OUT) for name in header]
     return Table("", names, [[row.get(name, Cell(NONE)) for name in header] for row in rows])
+
+
+def variant_table(records: Sequence[RunRecord]) -> Table | None:
+    """Return one row per evaluated variant, or None without any."""
+    ones = [(record, one) for record in records for one in record.variants]
+    if not ones:
+        return None
+    label, held_out = ones[0][1].diversity_label, held_out_names(records)
+    rows = []
+    for record, one in ones:
+        scores = _scores(one, None, label)
+        rows.append(
+            [
+                Cell(record.name if one.step else "base model"),
+                Cell(str(one.step)),
+                Cell(one.variant.schedule),
+                Cell(f"{one.variant.lora_scale:g}"),
+                Cell(f"{guidance_of(one):g}"),
+                *(
+                    scores.get(key, Cell(NONE))
+                    for key in ("reward", *(f"{HELD_OUT}{name}" for name in held_out), label)
+                ),
+            ]
+        )
+    scales = ["LoRA scale", "guidance scale"]
+    header = ["model", "step", "schedule", *scales, "reward", *held_out, label]
+    return Table("", header, rows)
 
 
 def equal_reward_table(baseline: str, other: str, result: EqualReward) -> Table:
