@@ -155,13 +155,17 @@ def write_evaluation(
 
 
 class Page(HTMLParser):
-    """Collects tables as rows of cell texts, images, tags, and references to resources."""
+    """Collects tables as rows of cell texts, images, tags, and references to resources.
+
+    Images outside tables are many images of one prompt.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.html = html
         self.tables: list[list[list[str]]] = []
         self.images: list[dict[str, str | None]] = []
+        self.many: list[dict[str, str | None]] = []
         self.references: list[str] = []
         self.tags: list[str] = []
         self._cell: list[str] | None = None
@@ -179,9 +183,9 @@ class Page(HTMLParser):
         elif tag in ("td", "th"):
             self._cell = []
         elif tag == "img":
-            self.images.append(values)
-            assert self._cell is not None
-            self._cell.append("IMAGE")
+            (self.many if self._cell is None else self.images).append(values)
+            if self._cell is not None:
+                self._cell.append("IMAGE")
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("td", "th"):
@@ -237,30 +241,32 @@ def page(runs: list[RunFolder], tmp_path_factory: pytest.TempPathFactory) -> Pag
 def test_the_summary_has_every_model_and_measure(page: Page) -> None:
     header, *rows = page.tables[0]
     losses = ["validation loss before", "lowest validation loss", "last validation loss"]
-    columns = ["model", "objective", "steps", "images seen", *losses]
-    assert header == [*columns, "reward", "attributes", LABEL]
-    none = ["–"] * 4
+    columns = ["model", "objective", "steps", *losses]
+    costs = ["seconds", "images", "reward queries"]
+    assert header == [*columns, "reward", "attributes (held out)", LABEL, *costs]
+    none, unknown = ["–"] * 3, ["not recorded"] * 3
     draft = [*none, "22.40 ± 0.25 +4.20", "0.700 +0.200", "0.120 −0.190"]
     plus = [*none, "21.20 ± 0.25 +3.00", "0.700 +0.200", "0.240 −0.070"]
-    tuned = ["240", "0.25000", "0.20000 step 20", "0.22500 −10.0%", "–", "0.800 +0.300"]
-    bare = ["240", "0.25000", "0.26000 step 20", "0.26000 +4.0%, step 20", "–"]
-    lora = "Supervised, LoRA rank 16"
+    tuned = ["0.25000", "0.20000 step 20", "0.22500 −10.0%", "–", "0.800 +0.300"]
+    bare = ["0.25000", "0.26000 step 20", "0.26000 +4.0%, step 20", "–"]
+    lora, seen = "Supervised, LoRA rank 16", ["not recorded", "240", "not recorded"]
     assert rows == [
-        ["base model", "–", "0", *none, "18.20 ± 0.25", "0.500", "0.310"],
-        ["tuned", lora, "30", *tuned, "0.280 −0.030"],
-        ["draft", "DRaFT", "20", *draft],
-        ["draft-plus", "DRaFT+, kl_coeff 0.25", "20", *plus],
-        ["bare", lora, "30", *bare, "not evaluated", "not evaluated"],
+        ["base model", "–", "0", *none, "18.20 ± 0.25", "0.500", "0.310", *none],
+        ["tuned", lora, "30", *tuned, "0.280 −0.030", *seen],
+        ["draft", "DRaFT", "20", *draft, *unknown],
+        ["draft-plus", "DRaFT+, kl_coeff 0.25", "20", *plus, *unknown],
+        ["bare", lora, "30", *bare, "not evaluated", "not evaluated", *seen],
     ]
 
 
 def test_every_figure_is_drawn_inline(page: Page) -> None:
     losses, rewards = ["loss in training", "loss by t"], ["reward in training", "KL in training"]
-    measures = ["validation loss", "reward", "attributes", LABEL]
-    assert page.titles()[:-1] == [*measures, *rewards, *losses]
-    tradeoff = re.findall(r"<figure.*?</figure>", page.html, re.DOTALL)[-1]
-    for name in ("draft", "draft-plus", "base model"):
-        assert tradeoff.count(f">{name}</text>") == 1
+    measures = ["validation loss", "reward", "attributes (held out)", LABEL]
+    assert page.titles()[2:] == [*measures, *rewards, *losses]
+    tradeoffs = re.findall(r"<figure.*?</figure>", page.html, re.DOTALL)[:2]
+    for figure, axis in zip(tradeoffs, (LABEL, "attributes (held out)"), strict=True):
+        for name in ("draft", "draft-plus", "base model", axis):
+            assert figure.count(f">{name}</text>") == 1
     marks = re.findall(r'<clipPath id="([^"]*)"|id="(m[0-9a-f]+)"', page.html)
     assert len(set(marks)) == len(marks)  # figures do not share ids
 
@@ -292,7 +298,7 @@ def test_settings_versions_and_differences_are_listed(page: Page, runs: list[Run
     assert ["reward scale", *["20.0"] * 4] in origins
     assert [row[0] for row in origins[1:]][:4] == ["starts", "command", "time", "sfumato"]
     assert ["objective.kl_coeff", "–", "0.0", "0.25", "–"] in differences
-    assert page.tags.count("details") == len(runs)
+    assert page.tags.count("details") == len(runs) + 1  # and all evaluations
 
 
 def test_the_page_is_self_contained_and_reproducible(
@@ -386,8 +392,23 @@ def test_a_report_is_replaced_but_by_no_half(
 def test_large_images_are_scaled_down_and_smooth(tmp_path: Path) -> None:
     points: Points = {0: BASE, 20: DRAFT[20]}
     run = write_draft(tmp_path / "draft", 0.0, points, side=400, num_images=2)
-    for image in report([run], tmp_path).images:
+    page = report([run], tmp_path)
+    for image in page.images:
         assert opened(image).size == (384, 384) and "class" not in image
+    assert len(page.many) == 2 * 2 * 2  # prompts, models, images
+    for image in page.many:
+        assert opened(image).size == (128, 128) and image["width"] == "72"
+
+
+@pytest.mark.parametrize(("side", "width"), [(16, 128), (64, 128), (100, 100), (128, 128)])
+def test_small_images_are_enlarged_by_a_whole_number(tmp_path: Path, side: int, width: int) -> None:
+    run = write_draft(tmp_path / "draft", 0.0, {0: BASE, 20: DRAFT[20]}, side=side, num_images=2)
+    page = report([run], tmp_path)
+    for image in page.images:
+        assert opened(image).size == (side, side) and image["class"] == "crisp"
+        assert image["width"] == str(width)
+    for image in page.many:
+        assert int(str(image["width"])) % side == 0
 
 
 def test_images_before_and_after_come_from_the_best_and_the_last_step(tmp_path: Path) -> None:
@@ -411,7 +432,7 @@ def test_runs_without_evaluation_show_their_validation(tmp_path: Path) -> None:
     page = report([run], tmp_path)
     (grid,) = page.grids()
     assert grid[:2] == [["tuned", "base"], ["IMAGE a <moon>: 21.00", "IMAGE a <moon>: 18.00"]]
-    assert page.tables[0][1][-2:] == ["not evaluated"] * 2
+    assert page.tables[0][1][3:5] == ["not evaluated"] * 2
     assert page.titles() == ["reward of validation images", "reward in training"]
 
 
@@ -454,9 +475,10 @@ def test_variants_are_curves_and_rows(tmp_path: Path) -> None:
     }
     page = report([run], tmp_path)
     (table,) = (t for t in page.tables if "schedule" in t[0])
-    assert len(table) == 6
-    assert ["draft", "20", "linear", "1", "4", "20.50 ± 0.25", "0.700", "0.220"] in table
-    assert ["draft", "20", "draft", "1", "8", "23.00 ± 0.25", "0.700", "0.100"] in table
+    assert len(table) == 1 + 3 + 5
+    costs = ["not recorded"] * 3
+    assert ["draft", "20", "linear", "1", "4", "20.50 ± 0.25", "0.700", "0.220", *costs] in table
+    assert ["draft", "20", "draft", "1", "8", "23.00 ± 0.25", "0.700", "0.100", *costs] in table
     figure = re.findall(r'<figure[^>]*variants of draft".*?</figure>', page.html, re.DOTALL)[0]
     for name in (*curves, "base model"):
         assert figure.count(f">{name}</text>") == 1
@@ -489,6 +511,7 @@ def test_a_page_of_200_checkpoints_stays_small(tmp_path: Path) -> None:
     text = " ".join(page.html.split())
     assert "Shown are 6 of 200 evaluated steps, and 1 of 1 images of each of 2 of 2 prompts" in text
     assert 'data-steps="1 41 81 120 160 200"' in text
+    assert "a line has at most 400 points" in text
     grid = next(page.grids())
     steps = [cell.split()[2].rstrip(",") for cell in grid[0][1:]]
     assert steps == ["1", "41", "81", "120", "160", "200"]
@@ -512,7 +535,14 @@ def test_gaps_are_named(tmp_path: Path) -> None:
     bare.config.write_text("name: bare\n")
     page = report([bare], tmp_path)
     assert "bare has no metrics.jsonl" in page.html
-    assert page.tables[0][1] == ["bare", "unknown", "0", *["not evaluated"] * 2]
+    assert page.tables[0][1] == [
+        "bare",
+        "unknown",
+        "0",
+        *["not evaluated"] * 2,
+        "0",
+        *["not recorded"] * 2,
+    ]
     base, last = (write_draft(tmp_path / n, 0.5, p) for n, p in (("a", {0: BASE}), ("b", PLUS)))
     unevaluated = report([base], tmp_path).html
     assert f"a has no evaluated checkpoint: run sfumato evaluate run={base.path}" in unevaluated
@@ -735,7 +765,7 @@ def test_figures_mark_the_lowest_loss_and_both_ends_of_training(tmp_path: Path) 
     panels = {panel.title: panel for panel in training_panels([record], None)}
     (curve,) = panels["validation loss"].lines
     assert (list(curve.x), list(curve.y)) == (list(LOSSES), list(LOSSES.values()))
-    assert curve.ring == (20, 0.2)
+    assert curve.rings == [(20, 0.2)]
     loss = loss_by_t(record)
     assert loss is not None
     start, end = panels["loss by t"].lines
@@ -798,10 +828,11 @@ def test_a_real_run_is_trained_evaluated_and_reported(
 
     page = report([run], tmp_path)
     row = page.tables[0][-1]
-    assert row[:4] == ["run", "Supervised, LoRA rank 32", "4", "16"]
+    assert row[:3] == ["run", "Supervised, LoRA rank 32", "4"]
+    assert row[-2] == "16" and float(row[-3]) > 0  # images and seconds
     loss = validation_loss(record_of(run))
     assert loss is not None and loss.lowest is not None
     assert loss.lowest.step == best_step(run.checkpoints)
-    assert row[5].startswith(f"{loss.lowest.value:.3f}"[:4])
-    assert row[-1].startswith(f"{evaluated[-1].diversity:.3f}")
+    assert row[4].startswith(f"{loss.lowest.value:.3f}"[:4])
+    assert row[-4].startswith(f"{evaluated[-1].diversity:.3f}")
     assert page.titles() == ["validation loss", LABEL, "loss in training", "loss by t"]

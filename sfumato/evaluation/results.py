@@ -51,6 +51,7 @@ class Evaluation:
         settings: the settings that the numbers depend on.
         checkpoint: fingerprint of the checkpoint; None for the base model.
         variant: how the images were made.
+        per_prompt: diversity of each prompt; older versions wrote none.
     """
 
     step: int
@@ -62,6 +63,7 @@ class Evaluation:
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
     checkpoint: str | None = field(default=None, compare=False)
     variant: Variant = Variant()
+    per_prompt: Sequence[float] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class EqualReward:
 class _Diversity:
     label: str
     mean: Finite
+    per_prompt: list[Finite] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         one.settings,
         one.checkpoint,
         one.variant,
+        one.diversity.per_prompt,
     )
 
 

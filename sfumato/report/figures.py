@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from sfumato.evaluation.results import Evaluation
 from sfumato.report.comparison import from_base, variant_curves
+from sfumato.report.differences import DIVERSITY, HELD_OUT, REWARD, means
 from sfumato.report.losses import loss_by_t, validation_loss
 from sfumato.report.records import RunRecord
 from sfumato.report.tables import VALIDATED, held_out_names, validated_names
@@ -25,6 +26,8 @@ INK, GREY = "#222222", "#6b6b6b"
 LABEL_ROOM = 0.3  # of the width of the data
 LABEL_GAP = 13.0  # points between the labels of two lines
 PALE = 0.4  # opacity
+LIMIT = "#b3261e"
+MOST_MARKS, MOST_POINTS = 120, 400  # of a line; longer ones are thinned
 # Windows of the running mean in the longest run: losses are noisier than rewards.
 REWARD_WINDOWS, LOSS_WINDOWS = 100, 20
 SMOOTH_ABOVE = 200  # logged steps; shorter curves of rewards are not smoothed
@@ -52,6 +55,7 @@ STYLE: Any = {
 }
 
 
+T = TypeVar("T")
 Series: TypeAlias = tuple[Sequence[int | float], Sequence[int | float]]  # steps and values
 
 
@@ -63,7 +67,7 @@ class Line:
         style: number of the color and marker, the same in every figure.
         error: half the height of the bar at each point.
         name: a label at the end of the line.
-        ring: a point to highlight.
+        rings: points to highlight.
         pale: whether to draw the line half transparent.
     """
 
@@ -73,18 +77,24 @@ class Line:
     error: Sequence[float] | None = None
     markers: bool = True
     name: str = ""
-    ring: tuple[int | float, float] | None = None
+    rings: Sequence[tuple[int | float, float]] = ()
     pale: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity over training steps or over t; `base` is the value of the base model."""
+    """One quantity over training steps or over t.
+
+    Attributes:
+        base: the value of the base model.
+        limits: of guards.
+    """
 
     title: str
     lines: Sequence[Line]
     base: float | None = None
     over_t: bool = False  # the y axis is then logarithmic
+    limits: Sequence[float] = ()
 
 
 def training_panels(records: Sequence[RunRecord], base: Evaluation | None) -> list[Panel]:
@@ -108,7 +118,11 @@ def training_panels(records: Sequence[RunRecord], base: Evaluation | None) -> li
     if any(curves):
         label = next(curve[0].diversity_label for curve in curves if curve)
         for name in held_out_names(records):
-            panels.append(_evaluated(name, curves, lambda one, n=name: one.held_out.get(n), base))
+            panels.append(
+                _evaluated(
+                    f"{name} (held out)", curves, lambda one, n=name: one.held_out.get(n), base
+                )
+            )
         panels.append(_evaluated(label, curves, lambda one: one.diversity, base))
     panels += rewards("reward in training", "reward")
     panels += rewards("KL in training", "kl")
@@ -126,6 +140,8 @@ def draw_panel(panel: Panel) -> str:
             _draw(axes, line)
         if panel.base is not None:
             axes.axhline(panel.base, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+        for limit in panel.limits:
+            axes.axhline(limit, color=LIMIT, linestyle=":", linewidth=1.4, zorder=1)
         axes.set_title(panel.title, color=INK)
         if panel.over_t:
             axes.set_xlabel("t (0: image, 1: noise)")
@@ -140,17 +156,30 @@ def draw_panel(panel: Panel) -> str:
         return _svg(figure)
 
 
-def draw_tradeoff(records: Sequence[RunRecord], base: Evaluation | None) -> str | None:
-    """Return the SVG of reward against diversity, a line per run, or None where no run has both."""
-    lines, label = [], ""
-    for i, record in enumerate(records):
-        if record.final is not None and record.final.reward is not None:
-            curve = [(one.reward, one.diversity) for one in from_base(record, base)]
-            points = [(reward, diversity) for reward, diversity in curve if reward is not None]
-            rewards, diversities = zip(*points, strict=True)
-            lines.append(Line(i, rewards, diversities, name=record.name))
-            label = label or record.final.diversity_label
-    return _draw_plane(lines, base, label, "tradeoff") if lines else None
+def draw_tradeoffs(records: Sequence[RunRecord], base: Evaluation | None) -> list[tuple[str, str]]:
+    """Return names and SVGs of diversity and held-out scores against the reward, a line per run."""
+    label = next((r.evaluations[0].diversity_label for r in records if r.evaluations), DIVERSITY)
+    kinds = [(DIVERSITY, "reward against diversity", label)]
+    for name in held_out_names(records):
+        kinds.append((f"{HELD_OUT}{name}", f"reward against {name}", f"{name} (held out)"))
+    found = []
+    for score, title, axis in kinds:
+        lines = []
+        for i, record in enumerate(records):
+            points = _against_reward(from_base(record, base), score)
+            if points and record.final is not None and record.final.reward is not None:
+                rewards, others = zip(*points, strict=True)
+                lines.append(Line(i, rewards, others, name=record.name))
+        if lines:
+            start = _against_reward([base] if base else [], score)
+            found.append((title, _draw_plane(lines, start, axis, title)))
+    return found
+
+
+def _against_reward(curve: Sequence[Evaluation], score: str) -> list[tuple[float, float]]:
+    """Return reward and another score where both are known."""
+    scores = [means(one) for one in curve if one.reward is not None]
+    return [(each[REWARD], each[score]) for each in scores if score in each]
 
 
 def draw_variants(record: RunRecord, base: Evaluation | None) -> str | None:
@@ -164,18 +193,21 @@ def draw_variants(record: RunRecord, base: Evaluation | None) -> str | None:
         Line(i, [one.reward or 0.0 for one in curve], [one.diversity for one in curve], name=name)
         for i, (name, curve) in enumerate(named)
     ]
-    return _draw_plane(lines, base, curves[0][1][-1].diversity_label, f"variants {record.name}")
+    start = _against_reward([base] if base else [], DIVERSITY)
+    return _draw_plane(lines, start, curves[0][1][-1].diversity_label, f"variants {record.name}")
 
 
-def _draw_plane(lines: Sequence[Line], base: Evaluation | None, label: str, salt: str) -> str:
+def _draw_plane(
+    lines: Sequence[Line], base: Sequence[tuple[float, float]], label: str, salt: str
+) -> str:
+    """Return the SVG of lines against the reward; `base` holds the point of the base model."""
     with rc_context({**STYLE, "svg.hashsalt": salt}):
         figure = Figure(figsize=(6.4, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for line in lines:
             _draw(axes, line)
         ends = [(line.x[-1], line.y[-1], line.name) for line in lines]
-        if base is not None and base.reward is not None:
-            point = (base.reward, base.diversity)
+        for point in base:
             axes.plot(*point, marker="o", markersize=9, color=INK, linestyle="none", zorder=5)
             ends.append((*point, "base model"))
         axes.set_xlabel("reward")
@@ -203,8 +235,8 @@ def _validation_losses(records: Sequence[RunRecord]) -> list[Panel]:
     for i, record in enumerate(records):
         loss = validation_loss(record)
         if loss is not None:
-            ring = (loss.lowest.step, loss.lowest.value) if loss.lowest else None
-            lines.append(Line(i, *record.series("validation/loss"), ring=ring))
+            rings = [(loss.lowest.step, loss.lowest.value)] if loss.lowest else []
+            lines.append(Line(i, *record.series("validation/loss"), rings=rings))
     return [Panel("validation loss", lines)] if lines else []
 
 
@@ -261,13 +293,22 @@ def _draw(axes: Axes, line: Line) -> None:
     color, marker = COLORS[line.style % len(COLORS)], MARKERS[line.style % len(MARKERS)]
     marker = marker if line.markers or len(line.x) == 1 else "none"
     alpha = PALE if line.pale else None
-    axes.plot(line.x, line.y, color=color, marker=marker, linestyle=dash, alpha=alpha)
+    most = MOST_MARKS if line.markers else MOST_POINTS
+    x, y = thinned(line.x, most), thinned(line.y, most)
+    axes.plot(x, y, color=color, marker=marker, linestyle=dash, alpha=alpha)
     if line.error is not None:
         bars: Any = {"fmt": "none", "ecolor": color, "elinewidth": 1, "alpha": alpha}
-        axes.errorbar(line.x, line.y, line.error, **bars)
-    if line.ring is not None:
+        axes.errorbar(x, y, thinned(line.error, most), **bars)
+    if line.rings:
         ring: Any = {"marker": "o", "markersize": 12, "fillstyle": "none", "linestyle": "none"}
-        axes.plot(*line.ring, color=color, **ring)
+        axes.plot(*zip(*thinned(line.rings, most), strict=True), color=color, **ring)
+
+
+def thinned(points: Sequence[T], most: int) -> Sequence[T]:
+    """Return at most so many points, evenly spaced, with the first and the last."""
+    if len(points) <= most:
+        return points
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
 def _label(axes: Axes, ends: Sequence[tuple[float, float, str]], dpi: float) -> None:

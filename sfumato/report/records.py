@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,12 +104,6 @@ class RunRecord:
         return max([logged, *(one.step for one in self.evaluations)])
 
     @property
-    def images_seen(self) -> int | None:
-        """Return how many images supervised training saw, with repetitions."""
-        batch = self.setting("training", "global_batch_size")
-        return self.steps * batch if self.supervised and batch else None
-
-    @property
     def base(self) -> Evaluation | None:
         return next((one for one in self.evaluations if one.step == 0), None)
 
@@ -133,6 +127,7 @@ class ShownImage:
     index: Count
     image: str
     reward: Finite | None = None
+    held_out: dict[str, Finite] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -201,6 +196,15 @@ class _Section:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """A limit of a metric, as the settings name it."""
+
+    metric: str | None = None
+    limit: Finite | None = None
+    relative: str = "off"
+
+
+@dataclass(frozen=True)
 class _Settings:
     """config.yaml; older versions wrote fewer settings."""
 
@@ -211,6 +215,7 @@ class _Settings:
     data: _Section | None = None
     validation: _Section | None = None
     sampler: dict[str, Any] | None = None
+    guard: dict[str, Guard | None] | None = None
 
 
 def read_runs(runs: Sequence[RunFolder]) -> list[RunRecord]:

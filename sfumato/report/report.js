@@ -1,8 +1,7 @@
 "use strict";
-// Sorts tables by a click, slides over steps, saves figures. The page is complete without it.
+// Sorts and saves tables, slides over steps, saves figures. The page is complete without it.
 
-const MISSING = new Set(["", "–", "not evaluated"]);
-const NUMBER = /^[-+]?\d+(\.\d+)?$/;
+const MISSING = new Set(["", "–", "not evaluated", "not recorded"]);
 
 function button(text, act) {
   const element = document.createElement("button");
@@ -12,28 +11,82 @@ function button(text, act) {
   return element;
 }
 
-// The value of a cell without its note and its error: "22.40 ± 0.25" gives "22.40".
-function value(row, column) {
-  const first = row.cells[column].firstChild;
-  const text = first ? first.textContent.trim() : "";
-  return text.split(" ± ")[0].replace("−", "-");
+function save(name, type, text) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type }));
+  link.download = name.replace(/[^\w.-]+/g, "_");
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+// The numbers of a cell, unrounded; "" is the value itself.
+function numbers(cell) {
+  return JSON.parse(cell.dataset.values ?? "{}");
+}
+
+// The value of a cell: a number, a text, or null where there is none.
+function value(cell) {
+  const text = cell.textContent.trim();
+  return numbers(cell)[""] ?? (MISSING.has(text) ? null : text);
 }
 
 function sort(table, head, column) {
   const up = head.getAttribute("aria-sort") !== "ascending";
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const body = table.tBodies[0];
-  const rows = Array.from(body.rows, (row) => [value(row, column), row]);
-  const known = rows.filter(([text]) => !MISSING.has(text));
-  const unknown = rows.filter(([text]) => MISSING.has(text));
-  const numeric = known.every(([text]) => NUMBER.test(text));
-  known.sort(([a], [b]) => (up ? 1 : -1) * (numeric ? a - b : a.localeCompare(b)));
-  body.append(...[...known, ...unknown].map(([, row]) => row));
+  const rows = Array.from(table.tBodies[0].rows, (row) => [value(row.cells[column]), row]);
+  const known = rows.filter(([one]) => one !== null);
+  const unknown = rows.filter(([one]) => one === null);
+  const numeric = known.every(([one]) => typeof one === "number");
+  const order = numeric ? (a, b) => a - b : (a, b) => String(a).localeCompare(String(b));
+  known.sort(([a], [b]) => (up ? order(a, b) : order(b, a)));
+  table.tBodies[0].append(...[...known, ...unknown].map(([, row]) => row));
 }
 
-for (const table of document.querySelectorAll("table.sorts")) {
-  Array.from(table.tHead.rows[0].cells).forEach((head, column) => {
+// A text that a spreadsheet would take for a formula begins with an apostrophe.
+function plain(one) {
+  return typeof one === "string" && /^[=+@\t\r-]/.test(one) ? `'${one}` : one;
+}
+
+// The rows of a table as objects; a cell with several numbers has several columns.
+function records(table, names) {
+  const rows = Array.from(table.tBodies[0].rows, (row) => Array.from(row.cells));
+  const kinds = names.map((_, i) => [...new Set(["", ...rows.flatMap((row) => Object.keys(numbers(row[i])))])]);
+  return rows.map((row) => {
+    const pairs = row.flatMap((cell, i) =>
+      kinds[i].map((kind) => {
+        const one = kind === "" ? value(cell) : numbers(cell)[kind] ?? null;
+        return [`${names[i]} ${kind}`.trim(), one];
+      }),
+    );
+    return Object.fromEntries(pairs);
+  });
+}
+
+function csv(rows) {
+  const quoted = (one) => {
+    const text = String(plain(one) ?? "");
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const lines = [Object.keys(rows[0]), ...rows.map(Object.values)];
+  return lines.map((line) => `${line.map(quoted).join(",")}\n`).join("");
+}
+
+for (const table of document.querySelectorAll("table[data-name]")) {
+  const heads = Array.from(table.tHead.rows[0].cells);
+  const names = heads.map((head) => head.textContent.trim());
+  const { name } = table.dataset;
+  const saves = document.createElement("div");
+  saves.className = "saves";
+  saves.append(
+    button("save as CSV", () => save(`${name}.csv`, "text/csv", csv(records(table, names)))),
+    button("save as JSON", () =>
+      save(`${name}.json`, "application/json", `${JSON.stringify(records(table, names), null, 1)}\n`),
+    ),
+  );
+  table.after(saves);
+  if (!table.classList.contains("sorts")) continue;
+  heads.forEach((head, column) => {
     const act = button("", () => sort(table, head, column));
     act.append(...head.childNodes);
     head.append(act);
@@ -65,14 +118,8 @@ for (const group of document.querySelectorAll("[data-steps]")) {
 }
 
 for (const figure of document.querySelectorAll("figure")) {
-  const drawing = figure.querySelector("svg");
-  const save = () => {
-    const text = new XMLSerializer().serializeToString(drawing);
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" }));
-    link.download = `${figure.dataset.name.replace(/[^\w.-]+/g, "_")}.svg`;
-    link.click();
-    URL.revokeObjectURL(link.href);
-  };
-  figure.append(button("save as SVG", save));
+  const drawing = () => new XMLSerializer().serializeToString(figure.querySelector("svg"));
+  figure.append(
+    button("save as SVG", () => save(`${figure.dataset.name}.svg`, "image/svg+xml", drawing())),
+  );
 }

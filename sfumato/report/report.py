@@ -13,34 +13,34 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import sfumato
+from sfumato.evaluation.bootstrap import MIN_PROMPTS
 from sfumato.evaluation.results import Evaluation
 from sfumato.files import write_text
-from sfumato.report.comparison import compare, steps_at_equal_reward
+from sfumato.report.album import album
+from sfumato.report.comparison import compare
+from sfumato.report.differences import differences, scored
 from sfumato.report.figures import (
     COLORS,
+    MOST_POINTS,
     SYMBOLS,
+    Panel,
     draw_panel,
-    draw_tradeoff,
+    draw_tradeoffs,
     draw_variants,
     training_panels,
 )
+from sfumato.report.gauges import gauge_panels
 from sfumato.report.losses import differing_losses, has_held_out, loss_by_t, validation_loss
-from sfumato.report.pictures import (
-    Grid,
-    before_and_after,
-    image_grids,
-    step_grids,
-    validation_grid,
-    validations,
-)
+from sfumato.report.pictures import Picture, validations
 from sfumato.report.records import RunRecord, read_runs
 from sfumato.report.tables import (
     difference_table,
     equal_reward_table,
+    evaluation_table,
     number,
     origin_table,
+    run_difference_table,
     summary_table,
-    variant_table,
 )
 from sfumato.training.folder import RunFolder
 
@@ -126,36 +126,25 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
     base_run, base = max(evaluated, key=lambda one: one[1].reward is not None, default=(None, None))
     evaluations = [one for record in records for one in record.evaluations]
     compared = compare(records, base)
-    first = [("base model", base_run, 0)] if base_run else []
-    last = [(record.name, record, record.final.step) for record in records if record.final]
-    equal = [(record.name, record, step) for record, step in steps_at_equal_reward(records, base)]
-    unseen = [record for record in records if not record.supervised and not record.evaluations]
-    tradeoff = draw_tradeoff(records, base)
     legend = zip(records, itertools.cycle(COLORS), itertools.cycle(SYMBOLS))
-    courses = [grid for r in records if r.supervised and (grid := before_and_after(r))]
-    equal_grids = image_grids([*first, *equal]) if any(c not in last for c in equal) else []
-    steps, over_steps = step_grids(first, records)
-    last_grids = image_grids([*first, *last])
-    pairs = [grid for r in unseen if (grid := validation_grid(r))]
-    grids = [*courses, *over_steps, *equal_grids, *last_grids, *pairs]
+    images = album(records, base_run, base)
     return {
         "compared": compared,
-        "gaps": [*_gaps(records, base), *_refused_pictures(grids)],
-        "summary": summary_table(records, base),
+        "gaps": [*_gaps(records, base), *_refused_pictures(images.pictures)],
+        **_results(records, base_run, base),
         "method": evaluations[0].settings if evaluations else None,
         "features": _features(evaluations[0]) if evaluations else "",
         "has_errors": any(one.reward is not None for one in evaluations),
         "legend": [(record.name, color, symbol) for record, color, symbol in legend],
         "base": base,
-        "panels": [
-            {"name": panel.title, "svg": Markup(draw_panel(panel))}
-            for panel in training_panels(records, base)
-        ],
+        "panels": _drawn(training_panels(records, base)),
+        "gauges": _drawn(gauge_panels(records)),
         "has_sampled": not all(record.supervised for record in records),
         "has_supervised": any(record.supervised for record in records),
         "has_loss_by_t": any(loss_by_t(record) is not None for record in records),
-        "tradeoff": None if tradeoff is None else Markup(tradeoff),
-        "variant_table": variant_table(records),
+        "tradeoffs": [
+            {"name": name, "svg": Markup(svg)} for name, svg in draw_tradeoffs(records, base)
+        ],
         "variant_figures": [
             {"name": f"variants of {record.name}", "svg": Markup(svg)}
             for record in records
@@ -166,18 +155,38 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
             for one in compared
             if one.result is not None
         ],
-        "courses": courses,
-        "over_steps": over_steps,
-        "steps": steps,
+        "images": images,
+        "most_points": MOST_POINTS,
         "num_steps": len({one.step for r in records for one in r.evaluations if one.step}),
-        "equal_grids": equal_grids,
-        "last_grids": last_grids,
         "has_rewards": any(record.final and record.final.reward is not None for record in records),
-        "pairs": pairs,
         "origins": origin_table(records),
         "differences": difference_table(records),
         "configs": [(r.name, r.folder.config.read_text(encoding="utf-8")) for r in records],
     }
+
+
+def _results(
+    records: Sequence[RunRecord], base_run: RunRecord | None, base: Evaluation | None
+) -> dict[str, Any]:
+    """Return the tables of scores, with the differences from the base model and between runs."""
+    finals = {r.name: scored(r, r.final) for r in records if r.final is not None}
+    start = scored(base_run, base) if base_run is not None and base is not None else None
+    found = {name: differences(start, one) for name, one in finals.items()} if start else {}
+    baseline, *others = finals or [""]
+    between = {name: differences(finals[baseline], finals[name]) for name in others}
+    every = [each for one in (*found.values(), *between.values()) for each in one.values()]
+    return {
+        "summary": summary_table(records, base, found),
+        "between": run_difference_table(baseline, between, records) if between else None,
+        "every_evaluation": evaluation_table(records, base),
+        "has_differences": bool(every),
+        "has_intervals": any(each.ends is not None for each in every),
+        "fewest": MIN_PROMPTS,
+    }
+
+
+def _drawn(panels: Sequence[Panel]) -> list[dict[str, Any]]:
+    return [{"name": panel.title, "svg": Markup(draw_panel(panel))} for panel in panels]
 
 
 def _features(evaluation: Evaluation) -> str:
@@ -185,8 +194,7 @@ def _features(evaluation: Evaluation) -> str:
     return path.name if path.is_absolute() else str(path)
 
 
-def _refused_pictures(grids: Sequence[Grid]) -> list[str]:
-    pictures = [picture for grid in grids for row in grid.rows for picture in row]
+def _refused_pictures(pictures: Sequence[Picture]) -> list[str]:
     paths = [picture.outside for picture in pictures if picture.outside]
     if not paths:
         return []

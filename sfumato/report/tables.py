@@ -1,27 +1,35 @@
 """Tables of the report, and the format of their numbers."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from sfumato.config.saved import flatten
 from sfumato.evaluation.results import EqualReward, Evaluation
 from sfumato.report.comparison import guidance_of
+from sfumato.report.cost import cost
+from sfumato.report.differences import DIVERSITY, HELD_OUT, REWARD, Difference, means
 from sfumato.report.losses import validation_loss
 from sfumato.report.records import RunRecord
 
 MINUS, PLUS_MINUS, NONE = "−", "±", "–"
-HELD_OUT = "held-out score "  # distinguishes a score's column from others of the same name
 VALIDATED = "validation/held_out/"  # begins the metric of a score
-LOSSES = ("images seen", "validation loss before", "lowest validation loss", "last validation loss")
+LOSSES = ("validation loss before", "lowest validation loss", "last validation loss")
+COSTS = ("seconds", "images", "reward queries")
+UNKNOWN = "not recorded"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value and a smaller note that belongs to it."""
+    """A value and a smaller note that belongs to it.
+
+    Attributes:
+        values: unrounded numbers by name, for sorting and downloads; "" names the value itself.
+    """
 
     text: str
     note: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,18 +53,22 @@ def number(value: float, like: float | None = None, *, sign: bool = False) -> st
     return text.replace("-", MINUS)
 
 
-def summary_table(records: Sequence[RunRecord], base: Evaluation | None) -> Table:
-    """Return one row per model: its training, and the measures of its last evaluation."""
-    label = next((r.evaluations[0].diversity_label for r in records if r.evaluations), "diversity")
+def summary_table(
+    records: Sequence[RunRecord],
+    base: Evaluation | None,
+    found: Mapping[str, Mapping[str, Difference]],
+) -> Table:
+    """Return one row per model: its training, the scores of its last evaluation, and their cost.
+
+    Args:
+        found: differences from the base model, by the run's name.
+    """
     losses = LOSSES if any(record.supervised for record in records) else ()
-    rewards = ["reward"] if any(record.scored for record in records) else []
-    evaluated = rewards or any(record.evaluations for record in records)
-    held_out = [f"{HELD_OUT}{name}" for name in held_out_names(records)]
-    scores = [*rewards, *held_out, label] if evaluated else []
+    scores = score_names(records)
     rows = []
     if base is not None:
-        cells = {"model": Cell("base model"), "steps": Cell("0")}
-        rows.append(cells | _scores(base, None, label))
+        cells = {"model": Cell("base model"), "steps": _count(0)}
+        rows.append(cells | _scores(base, {}))
     for record in records:
         final = record.final
         partly = final is not None and final.step != record.steps
@@ -64,56 +76,75 @@ def summary_table(records: Sequence[RunRecord], base: Evaluation | None) -> Tabl
         cells = {
             "model": Cell(record.name),
             "objective": Cell(record.objective),
-            "steps": Cell(str(record.steps), note),
+            "steps": replace(_count(record.steps), note=note),
         }
         if final is not None:
-            cells |= _scores(final, base, label)
+            cells |= _scores(final, found.get(record.name, {}))
         else:
-            missing = scores if record.scored else [*held_out, label]
+            missing = [name for name in scores if record.scored or name != REWARD]
             cells |= {name: Cell("not evaluated") for name in missing}
-        rows.append(cells | _losses(record))
-    header = ["model", "objective", "steps", *losses, *scores]
-    names = [name.removeprefix(HELD_OUT) for name in header]
-    return Table("", names, [[row.get(name, Cell(NONE)) for name in header] for row in rows])
+        rows.append(cells | _losses(record) | _costs(record, final.step if final else record.steps))
+    return _table("", ["model", "objective", "steps", *losses, *scores, *COSTS], rows, records)
 
 
-def variant_table(records: Sequence[RunRecord]) -> Table | None:
-    """Return one row per evaluated variant, or None without any."""
-    ones = [(record, one) for record in records for one in record.variants]
-    if not ones:
-        return None
-    label, held_out = ones[0][1].diversity_label, held_out_names(records)
+def evaluation_table(records: Sequence[RunRecord], base: Evaluation | None) -> Table | None:
+    """Return one row per evaluated step and variant, or None without any."""
+    ones = [("base model", records[0], base)] if base is not None else []
+    ones += [(r.name, r, one) for r in records for one in r.evaluations if one.step]
+    variants = [
+        (r.name if one.step else "base model", r, one) for r in records for one in r.variants
+    ]
     rows = []
-    for record, one in ones:
-        scores = _scores(one, None, label)
-        rows.append(
-            [
-                Cell(record.name if one.step else "base model"),
-                Cell(str(one.step)),
-                Cell(one.variant.schedule),
-                Cell(f"{one.variant.lora_scale:g}"),
-                Cell(f"{guidance_of(one):g}"),
-                *(
-                    scores.get(key, Cell(NONE))
-                    for key in ("reward", *(f"{HELD_OUT}{name}" for name in held_out), label)
-                ),
-            ]
-        )
-    scales = ["LoRA scale", "guidance scale"]
-    header = ["model", "step", "schedule", *scales, "reward", *held_out, label]
-    return Table("", header, rows)
+    for name, record, one in (*ones, *variants):
+        cells = {"model": Cell(name), "step": _count(one.step)}
+        if variants:
+            cells |= {
+                "schedule": Cell(one.variant.schedule),
+                "LoRA scale": _plain(one.variant.lora_scale),
+                "guidance scale": _plain(guidance_of(one)),
+            }
+        cells |= _scores(one, {})
+        rows.append(cells | (_costs(record, one.step) if one.step else {}))
+    ways = ["schedule", "LoRA scale", "guidance scale"] if variants else []
+    header = ["model", "step", *ways, *score_names(records), *COSTS]
+    return _table("", header, rows, records) if rows else None
+
+
+def run_difference_table(
+    baseline: str, found: Mapping[str, Mapping[str, Difference]], records: Sequence[RunRecord]
+) -> Table:
+    """Return the differences of runs from one of them, by the other's name."""
+    rows = [
+        {"model": Cell(name)}
+        | {score: _difference(each, each.mean) for score, each in differences.items()}
+        for name, differences in found.items()
+    ]
+    header = ["model", *score_names(records)]
+    return _table(f"Last evaluations, minus {baseline}", header, rows, records)
+
+
+def score_names(records: Sequence[RunRecord]) -> list[str]:
+    """Return the names of the scores that runs are compared by; [] of runs without any."""
+    rewards = [REWARD] if any(record.scored for record in records) else []
+    if not rewards and not any(record.evaluations for record in records):
+        return []
+    return [*rewards, *(f"{HELD_OUT}{name}" for name in held_out_names(records)), DIVERSITY]
 
 
 def equal_reward_table(baseline: str, other: str, result: EqualReward) -> Table:
     """Return the diversities of two runs, level by level."""
     rows = [
-        [Cell(number(level)), Cell(number(a)), Cell(number(b)), Cell(number(b - a, a, sign=True))]
+        [
+            *(Cell(number(value), "", {"": value}) for value in (level, a, b)),
+            Cell(number(b - a, a, sign=True), "", {"": b - a}),
+        ]
         for level, a, b in zip(
             result.levels, result.baseline_diversity, result.other_diversity, strict=True
         )
     ]
-    difference = number(result.mean_difference, result.baseline_diversity[0], sign=True)
-    rows.append([Cell("mean"), Cell(""), Cell(""), Cell(difference)])
+    mean = result.mean_difference
+    difference = number(mean, result.baseline_diversity[0], sign=True)
+    rows.append([Cell("mean"), Cell(""), Cell(""), Cell(difference, "", {"": mean})])
     return Table(f"{other} against {baseline}", ["reward", baseline, other, "difference"], rows)
 
 
@@ -154,39 +185,75 @@ def validated_names(records: Sequence[RunRecord]) -> list[str]:
     return [name for name in names if name not in held_out_names(records)]
 
 
-def _scores(one: Evaluation, base: Evaluation | None, label: str) -> dict[str, Cell]:
-    def against(value: float, own: float | None) -> str:
-        return "" if own is None else number(value - own, value, sign=True)
+def _table(
+    caption: str,
+    header: Sequence[str],
+    rows: Sequence[Mapping[str, Cell]],
+    records: Sequence[RunRecord],
+) -> Table:
+    label = next((r.evaluations[0].diversity_label for r in records if r.evaluations), DIVERSITY)
+    shown = {DIVERSITY: label}
+    shown |= {f"{HELD_OUT}{name}": f"{name} (held out)" for name in held_out_names(records)}
+    cells = [[row.get(name, Cell(NONE)) for name in header] for row in rows]
+    return Table(caption, [shown.get(name, name) for name in header], cells)
 
+
+def _scores(one: Evaluation, found: Mapping[str, Difference]) -> dict[str, Cell]:
+    """Return the scores of an evaluation; differences from the base model are notes."""
     cells = {}
-    if one.reward is not None and one.reward_error is not None:
-        text = f"{number(one.reward)} {PLUS_MINUS} {number(one.reward_error, one.reward)}"
-        cells["reward"] = Cell(text, against(one.reward, base and base.reward))
-    for name, value in one.held_out.items():
-        own = base.held_out.get(name) if base else None
-        cells[f"{HELD_OUT}{name}"] = Cell(number(value), against(value, own))
-    difference = against(one.diversity, base and base.diversity)
-    return cells | {label: Cell(number(one.diversity), difference)}
+    for name, value in means(one).items():
+        text, values = number(value), {"": value}
+        if name == REWARD and one.reward_error is not None:
+            text += f" {PLUS_MINUS} {number(one.reward_error, value)}"
+            values["error"] = one.reward_error
+        if name in found:
+            other = _difference(found[name], value)
+            values |= {key or "difference": v for key, v in other.values.items()}
+            cells[name] = Cell(text, f"{other.text} {other.note}".strip(), values)
+        else:
+            cells[name] = Cell(text, "", values)
+    return cells
+
+
+def _difference(found: Difference, like: float) -> Cell:
+    values = {"": found.mean}
+    if found.ends is None:
+        return Cell(number(found.mean, like, sign=True), "", values)
+    low, high = (number(end, like, sign=True) for end in found.ends)
+    values |= {"low": found.ends[0], "high": found.ends[1]}
+    return Cell(number(found.mean, like, sign=True), f"[{low},\u00a0{high}]", values)
+
+
+def _costs(record: RunRecord, step: int) -> dict[str, Cell]:
+    numbers = zip(COSTS, vars(cost(record, step)).values(), strict=True)
+    return {name: Cell(UNKNOWN) if v is None else _count(v) for name, v in numbers}
+
+
+def _count(value: float) -> Cell:
+    return Cell(f"{value:,.0f}", "", {"": value})
+
+
+def _plain(value: float) -> Cell:
+    return Cell(f"{value:g}", "", {"": value})
 
 
 def _losses(record: RunRecord) -> dict[str, Cell]:
-    loss, seen = validation_loss(record), record.images_seen
-    if not record.supervised:
+    loss = validation_loss(record)
+    if not record.supervised or not loss:
         return {}
-    cells = {LOSSES[0]: Cell(str(seen))} if seen is not None else {}
-    before = loss.before.value if loss and loss.before else None
+    cells = {}
+    before = loss.before.value if loss.before else None
     if before is not None:
-        cells[LOSSES[1]] = Cell(_loss_number(before))
-    if loss and loss.lowest and loss.last:
-        cells[LOSSES[2]] = Cell(_loss_number(loss.lowest.value), f"step {loss.lowest.step}")
+        cells[LOSSES[0]] = _loss(before)
+    if loss.lowest and loss.last:
+        cells[LOSSES[1]] = _loss(loss.lowest.value, f"step {loss.lowest.step}")
         change = 100 * (loss.last.value - before) / before if before else None
         notes = [] if change is None else [f"{number(change, 100.0, sign=True)}%"]
         if loss.last.step != record.steps:
             notes.append(f"step {loss.last.step}")
-        cells[LOSSES[3]] = Cell(_loss_number(loss.last.value), ", ".join(notes))
+        cells[LOSSES[2]] = _loss(loss.last.value, ", ".join(notes))
     return cells
 
 
-def _loss_number(value: float) -> str:
-    """Format a loss, whose last digits count."""
-    return number(value, value / 100)
+def _loss(value: float, note: str = "") -> Cell:
+    return Cell(number(value, value / 100), note, {"": value})  # its last digits count
