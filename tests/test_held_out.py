@@ -223,8 +223,8 @@ def test_an_evaluation_has_the_held_out_rewards_of_the_run(
     assert "rewards" not in replace(study, held_out={}).settings()
     (record,) = read_runs([run])
     titles = [panel.title for panel in training_panels([record], base)]
-    assert titles.count("light") == titles.count("blue") == 1
-    assert not any("held out" in title for title in titles)
+    assert titles.count("light (held out)") == titles.count("blue (held out)") == 1
+    assert not any("validation images" in title for title in titles)
 
 
 def test_an_evaluation_depends_on_no_balance() -> None:

@@ -126,11 +126,13 @@ def write_evaluation(
     *,
     side: int = 16,
     num_images: int = 3,
+    num_prompts: int = 2,
 ) -> None:
     folder = run.evaluation(step)
     (folder / "images").mkdir(parents=True)
     rows = []
-    for p, prompt in enumerate(PROMPTS):
+    prompts = [*PROMPTS, *(f"prompt {i}" for i in range(2, num_prompts))]
+    for p, prompt in enumerate(prompts):
         for i in range(num_images):
             file = f"images/{p:03d}-{i:03d}.png"
             rewards = {} if reward is None else {"reward": reward + i + 10 * p}
@@ -139,7 +141,7 @@ def write_evaluation(
     write_lines(folder / "scores.jsonl", rows)
     settings: dict[str, Any] = {
         "sampler": {"num_inference_steps": 20, "guidance_scale": 4.0},
-        "prompts": PROMPTS,
+        "prompts": prompts,
         "num_images": num_images,
         "seed": 4321,
         "features": "pixels",
@@ -391,19 +393,20 @@ def test_a_report_is_replaced_but_by_no_half(
 
 def test_large_images_are_scaled_down_and_smooth(tmp_path: Path) -> None:
     points: Points = {0: BASE, 20: DRAFT[20]}
-    run = write_draft(tmp_path / "draft", 0.0, points, side=400, num_images=2)
+    run = write_draft(tmp_path / "draft", 0.0, points, side=400, num_images=5)
     page = report([run], tmp_path)
     for image in page.images:
         assert opened(image).size == (384, 384) and "class" not in image
-    assert len(page.many) == 2 * 2 * 2  # prompts, models, images
+    assert len(page.many) == 2 * 2 * 5  # prompts, models, images
     for image in page.many:
         assert opened(image).size == (128, 128) and image["width"] == "72"
 
 
 @pytest.mark.parametrize(("side", "width"), [(16, 128), (64, 128), (100, 100), (128, 128)])
 def test_small_images_are_enlarged_by_a_whole_number(tmp_path: Path, side: int, width: int) -> None:
-    run = write_draft(tmp_path / "draft", 0.0, {0: BASE, 20: DRAFT[20]}, side=side, num_images=2)
+    run = write_draft(tmp_path / "draft", 0.0, {0: BASE, 20: DRAFT[20]}, side=side, num_images=5)
     page = report([run], tmp_path)
+    assert page.many
     for image in page.images:
         assert opened(image).size == (side, side) and image["class"] == "crisp"
         assert image["width"] == str(width)

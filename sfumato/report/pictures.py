@@ -126,6 +126,9 @@ def image_grids(columns: Sequence[tuple[str, RunRecord, int]], sizes: Sizes) -> 
 def sheets(columns: Sequence[tuple[str, RunRecord, int]], sizes: Sizes) -> list[Sheet]:
     """Return many images of each of the first prompts; columns are those of `image_grids`.
 
+    Returns:
+        [] where the grids show as many.
+
     Raises:
         ValueError: if scores cannot be read.
     """
@@ -144,7 +147,7 @@ def sheets(columns: Sequence[tuple[str, RunRecord, int]], sizes: Sizes) -> list[
             shown = [_picture(one, model.run, model.name, small) for one in images[: sizes.many]]
             rows.append((Cell(model.name, ", ".join(notes)), shown))
         found.append(Sheet(text, rows))
-    return found
+    return [one for one in found if any(len(shown) > sizes.rows for _, shown in one.rows)]
 
 
 def _read(columns: Sequence[tuple[str, RunRecord, int]]) -> list[_Column]:
@@ -175,8 +178,8 @@ def step_grids(
     count = min(OVER_STEPS, len(found))
     steps = [found[round(i * (len(found) - 1) / (count - 1))] for i in range(count)]
     columns, frames = list(first), [(0, count - 1)] * len(first)
-    for frame, step in enumerate(steps):
-        for record in records:
+    for record in records:
+        for frame, step in enumerate(steps):
             past = [one.step for one in record.evaluations if 0 < one.step <= step]
             column = (record.name, record, max(past, default=0))
             if past and column in columns:

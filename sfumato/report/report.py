@@ -195,7 +195,7 @@ def _features(evaluation: Evaluation) -> str:
 
 
 def _refused_pictures(pictures: Sequence[Picture]) -> list[str]:
-    paths = [picture.outside for picture in pictures if picture.outside]
+    paths = list(dict.fromkeys(picture.outside for picture in pictures if picture.outside))
     if not paths:
         return []
     return [
