@@ -353,6 +353,12 @@ def demo(arguments: Sequence[str]) -> None:
         const=Path("runs/demo_model"),
         help="train the shipped models again, into this folder, instead of running the demo",
     )
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="DIR",
+        help="render captioned pictures of emoji into this folder instead of running the demo",
+    )
     parser.add_argument("--stage", metavar="NAME", help="of the rebuild: only this stage")
     parser.add_argument(
         "--count", type=int, help="its training steps, pictures or pairs (default: 1)"
@@ -373,8 +379,15 @@ def demo(arguments: Sequence[str]) -> None:
         parser.error(f"--seed {options.seed} is of the demo, and --rebuild has none; leave it out")
     if not 0 <= options.seed < 2**63:
         parser.error(f"--seed {options.seed} must be 0 or more, and less than 2^63")
+    if options.pictures and (options.rebuild or options.out or options.seed):
+        parser.error(f"--pictures {options.pictures} goes alone; leave out the other options")
     with mistakes_explained():
-        if options.rebuild and options.stage:
+        if options.pictures:
+            from sfumato.demo.emoji import write_pictures
+
+            for what, count in sorted(write_pictures(options.pictures).items()):
+                print(f"{what}: {count}")
+        elif options.rebuild and options.stage:
             from sfumato.demo.rebuild import run_stage
 
             run_stage(options.rebuild, options.stage, options.count or 1)
