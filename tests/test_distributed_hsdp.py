@@ -82,6 +82,7 @@ def test_copies_of_shards_train_as_one_process(
     assert_same(run, alone, 4, before=2)
 
 
+@pytest.mark.nightly  # tests/test_distributed.py has LoRA under FSDP
 def test_lora_over_copies_of_shards(tmp_path: Path, sd_folder: Path) -> None:
     lora = [*SETTINGS, "model.trainable=lora", "model.lora.rank=2", "training.max_steps=2"]
     start(command(tmp_path, "whole", *lora, model=sd_folder))
