@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test nightly clean
+.PHONY: setup demo test types tests nightly clean
 
 setup: $(VENV)/.done
 
@@ -20,7 +20,12 @@ demo: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --jobs 2 types tests
+
+types: setup
 	$(BIN)/pyright
+
+tests: setup
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 nightly: setup

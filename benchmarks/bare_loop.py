@@ -6,7 +6,7 @@ against the frozen network (its difference in float32), AdamW, EMA.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
+from bare_rewards import load_clip, redness
 from torch import Tensor
 from torch.func import functional_call
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class BareSettings:
     """What the loop needs to know."""
 
     pipeline: Path
-    reward: Path | None  # a CLIP folder; None is 20 x (red - the mean of green and blue)
+    reward: Callable[[Tensor, list[str]], Tensor] | Path | None  # a CLIP folder; None is redness
     device: torch.device
     dtype: torch.dtype  # of frozen weights, and of autocast if it is not float32
     full: bool  # all weights; else LoRA
@@ -132,20 +130,10 @@ class BareLoop:
         indices = pipeline.scheduler.timesteps.tolist()
         self.alphas = [pipeline.scheduler.alphas_cumprod[i].item() for i in [*indices, 0]]
         self.uncond = self._encode([""])
-        if settings.reward is not None:
-            self._load_clip(settings.reward)
-
-    def _load_clip(self, folder: Path) -> None:
-        from transformers import CLIPModel, CLIPTokenizer
-
-        clip: Any = CLIPModel.from_pretrained(folder)
-        self.clip_scale = clip.logit_scale.exp().item()  # bfloat16 would round it
-        self.clip = clip.to(self.settings.device, self.settings.dtype)
-        self.clip.eval().requires_grad_(False)
-        self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder)
-        shape = (3, 1, 1)
-        self.clip_mean = torch.tensor(CLIP_MEAN, device=self.settings.device).view(shape)
-        self.clip_std = torch.tensor(CLIP_STD, device=self.settings.device).view(shape)
+        reward = settings.reward
+        if isinstance(reward, Path):
+            reward = load_clip(reward).to(settings.device, settings.dtype)
+        self.reward = reward or redness
 
     def draws(self, shape: tuple[int, ...]) -> Any:
         """Return the random numbers of a step: what sampling starts from."""
@@ -162,7 +150,7 @@ class BareLoop:
         cond, last = self._condition(prompts), len(self.timesteps) - 1
         x = self._roll_out(noise, cond)[-1]
         x0, noise = self._predict(self.unet, x, last, cond)
-        reward = self._reward(self._decode(x0), prompts).mean()
+        reward = self.reward(self._decode(x0), prompts).mean()
         return -reward + self.settings.kl_coeff * self._kl(noise, x, last, cond)
 
     @torch.no_grad()
@@ -244,18 +232,3 @@ class BareLoop:
         predicted = self._predict(self.unet, x, i, cond, exact=exact)
         self.unet.enable_adapters()
         return predicted
-
-    def _reward(self, images: Tensor, prompts: list[str]) -> Tensor:
-        if self.settings.reward is None:
-            red, green, blue = images.mean((2, 3)).unbind(1)
-            return 20 * (red - (green + blue) / 2)
-        side = self.clip.config.vision_config.image_size
-        pixels = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
-        pixels = (pixels - self.clip_mean) / self.clip_std
-        tokens = self.clip_tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
-        with torch.no_grad():
-            text = self.clip.text_model(**tokens.to(self.settings.device)).pooler_output
-            text = F.normalize(self.clip.text_projection(text).float(), dim=1)
-        image = self.clip.vision_model(pixels.to(self.settings.dtype)).pooler_output
-        image = F.normalize(self.clip.visual_projection(image).float(), dim=1)
-        return self.clip_scale * (image * text).sum(1)

@@ -33,7 +33,7 @@ class BareSparse(BareLoop):
             with torch.no_grad():
                 x0, _ = self._predict(self.unet, visits[-1], len(visits) - 1, cond)
             x0.requires_grad_()
-            reward = self._reward(self._decode(x0), prompts)
+            reward = self.reward(self._decode(x0), prompts)
             (gradient,) = torch.autograd.grad(reward.mean(), x0)
         total = -reward.mean().item()
         for i in sorted(active, reverse=True):

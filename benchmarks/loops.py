@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.config import TrainConfig
+from sfumato.config import RewardConfig, TrainConfig
 from sfumato.config.objectives import ObjectiveConfig
 from sfumato.data.stream import Stream
 
@@ -59,6 +59,7 @@ class Ours:
         self, config: TrainConfig, stream: Stream[Any], draw: Callable[[Any, Any], Any]
     ) -> None:
         from sfumato.models.registry import load_model
+        from sfumato.rewards.build import ready
         from sfumato.run.build import build_model, build_objective, build_scorer
         from sfumato.training.distribution import Distribution
         from sfumato.training.module import TrainingModule
@@ -68,7 +69,8 @@ class Ours:
         self.distribution = Distribution(config.training)
         reward = build_scorer(config)
         if reward is not None:
-            reward = reward.to(self.distribution.device)
+            reward = ready(reward, self.distribution.device, dict)
+        self.reward = reward
         objective = build_objective(config, reward)
         self.model = build_model(config, objective, load_model, self.distribution)
         self.module = TrainingModule(self.model, objective)
@@ -101,8 +103,13 @@ def open_ours(
     folder: Path,
     objective: ObjectiveConfig | None = None,
     draw: Callable[[Any, Any], Any] | None = None,
+    reward: RewardConfig | None = None,
 ) -> Ours:
-    """Return our step of DRaFT+, or of another objective and what it draws."""
+    """Return our step of DRaFT+, or of another objective and what it draws.
+
+    Args:
+        reward: settings of another reward than the case's.
+    """
     from sfumato.config import ClipRewardConfig, ColorRewardConfig, DraftConfig, SamplerConfig
     from sfumato.data.prompts import open_prompts
 
@@ -112,7 +119,7 @@ def open_ours(
         num_inference_steps=case.num_inference_steps, guidance_scale=GUIDANCE
     )
     config.objective = objective or DraftConfig(kl_coeff=KL_COEFF)
-    config.reward = clip if case.reward == "clip" else ColorRewardConfig()
+    config.reward = reward or (clip if case.reward == "clip" else ColorRewardConfig())
     prompts = open_prompts(str(folder / "prompts.txt"), shuffle=False)
     return Ours(config, prompts, draw or starting_noise)
 
@@ -155,16 +162,23 @@ class Bare:
 
     Args:
         kind: class of the loop, BareLoop by default.
+        reward: another one than the case's.
     """
 
-    def __init__(self, case: Case, folder: Path, kind: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        case: Case,
+        folder: Path,
+        kind: Callable[[Any], Any] | None = None,
+        reward: Callable[[Any, list[str]], Any] | None = None,
+    ) -> None:
         import torch
         from bare_loop import BareLoop, BareSettings
 
         self.loop = (kind or BareLoop)(
             BareSettings(
                 pipeline=folder / "pipeline",
-                reward=folder / "reward" if case.reward == "clip" else None,
+                reward=reward or (folder / "reward" if case.reward == "clip" else None),
                 device=torch.device(case.device),
                 dtype=torch.bfloat16 if case.dtype == "bfloat16" else torch.float32,
                 full=case.full,

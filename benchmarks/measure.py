@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,9 @@ def quiet() -> None:
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 def time_pairs(
@@ -49,14 +50,7 @@ def time_pairs(
         clock: `cpu` counts this process's own time, for machines that others use too; with more
             than one thread it counts their waiting as well.
     """
-    for step in (ours, bare):
-        turn(step, 1, device, clock)
-    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
-    for pair in range(pairs):
-        order = [("ours", ours), ("bare", bare)]
-        for name, step in order if pair % 2 else reversed(order):
-            seconds[name].append(turn(step, steps, device, clock))
-            print(f"pair {pair + 1}/{pairs} {name}: {seconds[name][-1]:.4f} s/step", flush=True)
+    seconds = time_turns({"ours": ours, "bare": bare}, steps, pairs, device, clock)
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)]
     return Timing(
         statistics.median(seconds["ours"]),
@@ -65,7 +59,21 @@ def time_pairs(
     )
 
 
-def turn(step: Callable[[], float], steps: int, device: str, clock: str) -> float:
+def time_turns(
+    loops: Mapping[str, Callable[[], object]], steps: int, turns: int, device: str, clock: str
+) -> dict[str, list[float]]:
+    """Return each loop's seconds per step of all turns; every other turn is backwards."""
+    for step in loops.values():
+        turn(step, 1, device, clock)
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for i in range(turns):
+        for name in loops if i % 2 else reversed(list(loops)):
+            seconds[name].append(turn(loops[name], steps, device, clock))
+            print(f"turn {i + 1}/{turns} {name}: {seconds[name][-1]:.4f} s/step", flush=True)
+    return seconds
+
+
+def turn(step: Callable[[], object], steps: int, device: str, clock: str) -> float:
     """Return the seconds per step; every step ends by reading its loss, which waits for a GPU."""
     import torch
 

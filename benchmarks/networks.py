@@ -45,6 +45,18 @@ class MmditSize:
 
 
 SIZES = {
+    "6m": Size(
+        pixels=128,
+        unet=(48, 96, 128, 192),
+        unet_layers=1,
+        unet_heads=4,
+        autoencoder=(32, 64, 96, 128),
+        text=(256, 4, 4),
+        reward_text=(512, 6, 8),
+        reward_image=(512, 8, 8),
+        reward_pixels=224,
+        reward_patch=16,
+    ),
     "60m": Size(
         pixels=256,
         unet=(128, 256, 384, 512),

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from measure import quiet
+from measure import quiet, time_turns
 from methods import Trainee
 
 SEEDS = (0, 1, 2)
@@ -122,14 +122,8 @@ def shown(values: Sequence[float]) -> str:
 def measured(turns: int) -> Iterator[tuple[str, float]]:
     """Yield CPU seconds of a step of recipe=demo_reward (CLIP and redness), by turns."""
     trainees = {way: Colors("objective.truncation_steps=1", *more) for way, more in TIMED.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in trainees}
-    for turn in range(turns + 1):
-        for way, trainee in trainees.items():
-            started = time.process_time()
-            trainee.step()
-            if turn:  # the first warms up
-                seconds[way].append(time.process_time() - started)
-    for way, found in seconds.items():
+    steps = {way: trainee.step for way, trainee in trainees.items()}
+    for way, found in time_turns(steps, 1, turns, "cpu", "cpu").items():
         yield way, statistics.median(found)
 
 

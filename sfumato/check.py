@@ -13,7 +13,7 @@ from sfumato.config import (
     TrainingConfig,
     check_values,
 )
-from sfumato.rewards.code import find_code
+from sfumato.rewards.code import find_code, read_address
 from sfumato.training.sharding import check_sharding
 from sfumato.training.stop import parse_duration
 
@@ -47,8 +47,8 @@ def check_train(config: TrainConfig, processes: int) -> None:
             "reward_pairs, and validation.loss_images above 0; use export=last"
         )
     for key, value in named_files(config).items():
-        if is_own(key) and key.endswith(".path"):
-            find_code(value)
+        if is_own(key):  # before the run folder has it
+            read_address(value, key) if key.endswith(".url") else find_code(value)
     if isinstance(config.objective, DpoConfig):
         check_dpo(config)
     if isinstance(config.objective, RewardPairsConfig):

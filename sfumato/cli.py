@@ -28,6 +28,8 @@ usage: sfumato COMMAND [...]
             sfumato launch recipe=LADDER cluster=slurm --dry-run
   report    compare runs in one HTML page:      sfumato report runs/A runs/B --out report.html
   recipes   list recipes:                       sfumato recipes
+  migrate   turn a config of NeMo-Aligner, NeMo or TRL into a recipe:
+            sfumato migrate draftp_sd.yaml
   demo      the whole road in a tiny world:     sfumato demo
 
 The first six take KEY=VALUE settings: `--help` lists them, `--help KEY` explains one, `--cfg job`
@@ -106,6 +108,7 @@ def run_command(arguments: Sequence[str]) -> None:
         "launch": launch,
         "report": report,
         "recipes": recipes,
+        "migrate": migrate,
         "demo": demo,
     }
     name, rest = arguments[0], arguments[1:]
@@ -113,7 +116,7 @@ def run_command(arguments: Sequence[str]) -> None:
         from sfumato.explain import nearest
 
         fail(f"unknown command {name!r}; {nearest(name, commands)}")
-    composed = name not in {"report", "recipes", "demo"} and rest[:1] != ["verify"]
+    composed = name not in {"report", "recipes", "migrate", "demo"} and rest[:1] != ["verify"]
     if composed and not HELP.isdisjoint(rest):
         show_help(name, [text for text in rest if text not in HELP])
     else:
@@ -308,6 +311,33 @@ def report(arguments: Sequence[str]) -> None:
     with mistakes_explained():
         runs = [RunFolder(path) for path in options.runs]
         print(write_report(runs, options.out, title=options.title))
+
+
+def migrate(arguments: Sequence[str]) -> None:
+    """Turn a config of NeMo-Aligner, NeMo or TRL into a recipe, and say what became of each key."""
+    parser = options_parser("migrate", migrate)
+    parser.add_argument("file", type=Path, help=".yaml, .json, or .py with the call of a config")
+    parser.add_argument(
+        "--config-dir", type=Path, default=Path(), help="gets recipe/NAME.yaml (default: here)"
+    )
+    parser.add_argument("--name", help="of the recipe (default: the file's)")
+    parser.add_argument("--as", dest="kind", metavar="KIND", help="of the config, if in doubt")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="GPUs that a config of TRL ran on (default: 1)"
+    )
+    options = parser.parse_args(arguments)
+    if not 1 <= options.processes <= 1_000_000:
+        parser.error(f"--processes {options.processes} must be 1 or more")
+    from sfumato.migrate import migrate as write_recipe
+
+    with mistakes_explained():
+        write_recipe(
+            options.file,
+            into=options.config_dir,
+            name=options.name,
+            kind=options.kind,
+            processes=options.processes,
+        )
 
 
 def demo(arguments: Sequence[str]) -> None:

@@ -111,7 +111,8 @@ def load_whole(kind: Any, folder: Path, component: str, **options: Any) -> Any:
     Args:
         kind: class of the network; it reads its own config.json and knows its old names.
         component: name of the network in messages.
-        options: further arguments of `from_pretrained`, such as dtype or variant.
+        options: further arguments of `from_pretrained`, such as variant. The dtype is float32 by
+            default: transformers' own would round all weights as config.json, or one of them, says.
 
     Raises:
         ValueError: if the files cannot be read, or lack weights, or hold weights that the class
@@ -127,7 +128,7 @@ def load_whole(kind: Any, folder: Path, component: str, **options: Any) -> Any:
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, with their names
-            **options,
+            **{"dtype": torch.float32, **options},
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]

@@ -1,6 +1,7 @@
 """What all tests share: one thread, no network, and a tiny pipeline of each Stable Diffusion."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -20,7 +21,13 @@ import torch
 from tiny_sd import write_tiny_sd
 
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # no test cuts the power, and what was killed has written
 atexit.register(shutil.rmtree, os.environ["SFUMATO_CACHE"], ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector, here and in forked processes, what all tests share."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

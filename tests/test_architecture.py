@@ -47,15 +47,16 @@ ROOMS["run"] = LOWER | {"training", "preparation"}
 ROOMS["evaluation"] = ROOMS["planning"] = ROOMS["compose"] | {"compose", "run"}
 ROOMS["report"] = ROOMS["evaluation"] | {"evaluation"}
 ROOMS["launch"] = ROOMS["preparation"] | {"preparation"}
+ROOMS["migrate"] = ROOMS["compose"] | {"compose"}
 ROOMS["demo"] = ROOMS["report"] | {"report", "preparation", "launch"}
-ROOMS["cli"] = ROOMS["demo"] | {"demo", "planning"}
+ROOMS["cli"] = ROOMS["demo"] | {"demo", "migrate", "planning"}
 ROOMS["__main__"] = {"cli"}
 
 # Objectives know models and rewards through their contracts, not one family.
 CONTRACTS = {"models": {"models.model", "models.generate"}, "rewards": {"rewards.reward"}}
 
 # Packages that the rest of the house imports as a whole, never a module of theirs.
-DOORS = ("clip", "models.lora", "models.origins")
+DOORS = ("clip", "migrate", "models.lora", "models.origins")
 
 # The core is what one must know to train or align a model. It does without the wings.
 CORE = (
@@ -74,15 +75,16 @@ CORE = (
 )
 WINGS = (
     *("data", "clip", "models.lora", "models.origins", "preparation"),
-    *("evaluation", "report", "planning", "launch", "demo"),
+    *("evaluation", "report", "planning", "launch", "migrate", "demo"),
 )
 OUTSIDE = (
     "config.commands",  # settings of the wings, which stand beside those of training
     # Kinds of rewards, of which the core knows the contract alone.
     *(f"rewards.{kind}" for kind in ("aesthetic", "classifier", "clip_iqa", "image_reward")),
+    "rewards.hpsv3",
     *("rewards.code", "rewards.own", "rewards.remote", "rewards.learning_clip"),
 )
-MAX_CORE = 12_600  # lines
+MAX_CORE = 12_700  # lines
 
 # Contracts for the whole core: a stream gives samples, whatever they are read from.
 SAMPLES = ("data.stream", "data.sample")
@@ -148,7 +150,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "hydra": (("compose", "overrides", "cli"), SETTINGS),
     "omegaconf": (("compose", "cli"), SETTINGS),
     "yaml": (
-        ("compose", "config"),
+        ("compose", "config", "migrate"),
         SETTINGS,
     ),
     "wandb": (("training.tracking",), "trackers belong in training/tracking.py"),
@@ -162,7 +164,10 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "msgspec": (("records",), "records are decoded in records.py"),
     "braceexpand": (("data",), "file patterns belong in data/"),
-    "numpy": (("images", "data", "evaluation", "demo", "preparation.filter"), "use torch"),
+    "numpy": (
+        ("images", "data", "evaluation", "demo", "preparation.filter", "rewards.own"),
+        "use torch",
+    ),
     "PIL": (("images", "data", "rewards", "report", "demo"), "pictures belong in images.py"),
     "pyarrow": (
         ("data.tables", "data.row_groups", "data.saved_dataset", "preparation.url_table"),

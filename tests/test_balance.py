@@ -445,3 +445,33 @@ def test_one_weight_may_be_zero() -> None:
     nothing = two(0.0, 1.0, gradients="equalised")
     _, found = balanced(nothing, latents())
     same(found.flatten(1), 100 * LARGE.direction.expand(ROWS, WIDTH))
+
+
+@final
+class Nothing(Reward):
+    """No number for any image, with a graph."""
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
+        return Score(images.flatten(1).sum(1) * torch.nan)
+
+
+@pytest.mark.parametrize("how", ["summed", "measured", "equalised"])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_a_part_of_weight_zero_that_gives_no_number_does_no_harm(
+    how: str, standardise: bool
+) -> None:
+    def reward(parts: dict[str, tuple[float, Reward]]) -> WeightedSum:
+        return WeightedSum(parts, standardise=standardise, gradients=how)
+
+    rows = {"reward/large": [1.0, 3.0], "reward/none": [torch.nan, torch.nan]}
+    x0, learned = latents(), []
+    for one in (
+        reward({"large": (2.0, LARGE), "none": (0.0, Nothing())}),
+        reward({"large": (2.0, LARGE)}),
+    ):
+        balance = Balance(one)
+        balance.observe({name: rows[name] for name in [f"reward/{n}" for n in one.weights]})
+        learned.append(balanced(one, x0, balance))
+    (score, found), (alone, expected) = learned
+    same(found, expected)
+    assert torch.equal(score.value, alone.value) and bool(score.parts["none"].isnan().all())

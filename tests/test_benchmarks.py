@@ -84,6 +84,7 @@ def test_every_part_of_the_gpu_script_runs_on_a_cpu(tmp_path: Path):
             assert result[f"{side}peak_gib"] > 0
 
 
+@pytest.mark.nightly
 def test_a_part_that_fails_leaves_the_others(tmp_path: Path):
     """They fail for memory, before and after it; bfloat16 takes the divergence in float32."""
     names = ["sft_full", "draft", "sft_lora"]

@@ -171,7 +171,10 @@ def run_folder(sd_folder: Path, files: Path, tmp_path_factory: pytest.TempPathFa
 # Answers
 
 
-COMMANDS = ("prepare", "plan", "train", "launch", "sample", "evaluate", "report", "demo", "recipes")
+COMMANDS = (
+    *("prepare", "plan", "train", "launch", "sample", "evaluate", "report", "demo", "recipes"),
+    "migrate",
+)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -522,7 +525,7 @@ def test_closed_streams_and_ascii_terminals_end_without_a_traceback(tmp_path: Pa
             ["qqq"],
             [
                 "unknown command 'qqq'",
-                "train, sample, evaluate, plan, prepare, launch, report, recipes, demo",
+                "train, sample, evaluate, plan, prepare, launch, report, recipes, migrate, demo",
             ],
         ),
         (["train"], ["missing settings: data.prompts, model.pretrained"]),

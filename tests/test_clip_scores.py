@@ -116,12 +116,30 @@ def test_clip_iqa_reads_open_clips_layout_and_exchanged_pairs_add_up_to_one(tmp_
     torch.testing.assert_close(found, torch.ones(3))
 
 
+def test_clip_iqa_embeds_its_prompts_once(folder: Path):
+    reward, calls = iqa(folder, good=GOOD, bad=BAD), []
+    reward.clip.model.text_model.register_forward_hook(lambda *_: calls.append(1))
+    first = reward(IMAGES, PROMPTS)
+    assert torch.equal(reward(IMAGES, PROMPTS), first)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_clip_iqa_embeds_its_prompts_again_in_another_precision(folder: Path, dtype: torch.dtype):
+    used = iqa(folder)
+    assert used(IMAGES, PROMPTS).dtype == torch.float32
+    new = iqa(folder).to(dtype)
+    images = IMAGES.to(torch.promote_types(dtype, torch.float32))
+    assert torch.equal(used.to(dtype)(images, PROMPTS), new(images, PROMPTS))
+
+
 def test_clip_iqa_is_frozen_and_the_same_in_training_mode_and_under_autocast(folder: Path):
     reward = iqa(folder)
     expected = reward(IMAGES, PROMPTS)
     nn.Sequential(reward).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(reward(IMAGES, PROMPTS), expected)
+        for each in (reward, iqa(folder)):
+            assert torch.equal(each(IMAGES, PROMPTS), expected)
     assert not any(each.requires_grad for each in (expected, *reward.parameters()))
     with pytest.warns(UserWarning, match="reads 77 of the"):
         iqa(folder, good=["z" * 100])(IMAGES, PROMPTS)

@@ -121,7 +121,8 @@ def test_two_processes_as_the_recipes_for_real_models_have_it(
 ) -> None:
     """Frozen weights in bfloat16 under float32 adapters, autocast, recomputed activations."""
     real = ["model.dtype=bfloat16", "training.precision=bf16", "model.gradient_checkpointing=true"]
-    settings = [*LORA, *real, "training.max_steps=2"]
+    settings = [*LORA, *real, "training.max_steps=2", "training.micro_batch_size=4"]
+    settings += ["validation.every_steps=0"]  # test_two_processes validates
     start(command(tmp_path, "whole", *settings, model=sd_folder))
     cut = command(tmp_path, "cut", *settings, f"training.strategy={strategy}", model=sd_folder)
     in_processes(2, lambda _: start_cli(cut))

@@ -23,7 +23,7 @@ SETTINGS = (
     "training.global_batch_size=8",
     "training.max_steps=4",
     "training.keep_checkpoints=null",
-    "validation.every_steps=2",
+    "validation.every_steps=0",
     "training.ema_decay=0.9",
     "training.async_checkpoints=true",
     "optimizer.eps=1e-4",  # where a gradient is rounding alone, 1e-8 would make a step of it
@@ -35,7 +35,7 @@ SETTINGS = (
 def alone(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Path:
     """Return the run of one process, with checkpoints at steps 2 and 4."""
     folder = tmp_path_factory.mktemp("alone")
-    start(command(folder, "run", *SETTINGS, model=sd_folder))
+    start(command(folder, "run", *SETTINGS, "validation.every_steps=2", model=sd_folder))
     assert all(row["grad_norm"] > 0.05 for row in metrics(folder / "run")[1:])
     return folder / "run"
 
@@ -73,6 +73,7 @@ def test_copies_of_shards_train_as_one_process(
     """Two copies of two shards take two steps like one process, which then goes on alone."""
     world = 4
     cut = [*SETTINGS, "training.strategy=hsdp", "training.shard_size=2"]
+    cut += ["validation.every_steps=2"]
     first = command(tmp_path, "run", *cut, "training.max_steps=2", model=sd_folder)
     in_processes(world, lambda _: start_cli(first))
     run = tmp_path / "run"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import PIXELS, WRITERS
 from image_files import encode
+from nightly import nightly_but
 from PIL import Image
 from refusals import assert_explained
 from runs import assert_same_state, in_child, in_processes, kill, metrics, on_call, start
@@ -343,7 +344,7 @@ SD = (
 )
 
 
-@pytest.mark.parametrize("kind", ["toy", "sd"])
+@pytest.mark.parametrize("kind", nightly_but(["toy"], ["toy", "sd"]))
 def test_a_killed_run_goes_on_bitwise_and_two_processes_are_one(
     tmp_path: Path, table: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import COLORS, PIXELS, WRITERS, write_pictures
+from nightly import nightly_but
 from runs import start
 
 from sfumato.compose import compose_train
@@ -171,8 +172,14 @@ def run(
     return read_metrics(RunFolder(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("trainable", ["lora", "full"])
-@pytest.mark.parametrize("name", NAMES)
+# Each family, with either kind of weights in turn; the original layout is of full U-Nets.
+@pytest.mark.parametrize(
+    ("name", "trainable"),
+    nightly_but(
+        [(name, ("full", "lora")[i % 2]) for i, name in enumerate(NAMES)],
+        [(name, trainable) for name in NAMES for trainable in ("lora", "full")],
+    ),
+)
 def test_a_supervised_run(
     folders: dict[str, Path], pictures: Path, tmp_path: Path, name: str, trainable: str
 ):
@@ -227,22 +234,28 @@ def test_a_frozen_copy_is_kept_where_the_loss_asks_for_it(
     assert len(shown[0]) == 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+# test_draft_plus has the steps of every family.
+@pytest.mark.parametrize("name", nightly_but(["stable_diffusion_xl", "flux"], NAMES))
 def test_a_draft_plus_run(folders: dict[str, Path], pictures: Path, tmp_path: Path, name: str):
     rows = run(tmp_path, folders[name], pictures, "draft", "objective.kl_coeff=0.5")
     assert rows[1]["kl"] == 0 < rows[2]["kl"]
 
 
+TRAINED = [
+    ("stable_diffusion", "[network, text_encoder]"),
+    ("stable_diffusion_xl", "[network, text_encoder, text_encoder_2]"),
+    ("stable_diffusion_3", "[text_encoder]"),
+    ("flux", "[network, text_encoder]"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("stable_diffusion", "[network, text_encoder]"),
-        ("stable_diffusion_xl", "[network, text_encoder, text_encoder_2]"),
-        ("stable_diffusion_3", "[text_encoder]"),
-        ("flux", "[network, text_encoder]"),
-    ],
+    ("name", "parts", "trainable"),
+    nightly_but(
+        [(*case, ("lora", "full")[i % 2]) for i, case in enumerate(TRAINED)],
+        [(*case, trainable) for case in TRAINED for trainable in ("lora", "full")],
+    ),
 )
-@pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_a_run_with_text_encoders(
     folders: dict[str, Path],
     pictures: Path,

@@ -136,9 +136,22 @@ def test_versions_are_told_apart_by_name(folder: Path, tmp_path: Path):
         with pytest.raises(ValueError, match=rf"is version {right} by its name.*version={right}"):
             build(folder, pretrained=str(home / file), version=version)
     renamed = (home / OLDER).rename(home / "mine.pt")
-    assert torch.equal(build(home, pretrained=str(renamed))(IMAGES, PROMPTS), old(IMAGES, PROMPTS))
+    with pytest.warns(UserWarning, match=r"mine\.pt is taken for version 2\.1"):
+        mine = build(home, pretrained=str(renamed))
+    assert torch.equal(mine(IMAGES, PROMPTS), old(IMAGES, PROMPTS))
     with pytest.raises(ValueError, match=r"has no HPS_v2_compressed\.safetensors or .*\.pt; give"):
         build(home, version="2.0")
+
+
+@pytest.mark.parametrize(
+    ("link", "given"), [(FILE, f"links/{FILE}"), (FILE, "links"), ("mine.pt", "links/mine.pt")]
+)
+def test_a_link_hides_no_version(folder: Path, tmp_path: Path, link: str, given: str):
+    shutil.copy(folder / FILE, tmp_path / OLDER)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / link).symlink_to(tmp_path / OLDER)
+    with pytest.raises(ValueError, match=rf"{link} is version 2\.0 by its name"):
+        build(folder, pretrained=str(tmp_path / given))
 
 
 @pytest.mark.parametrize("room", ["reward", "validation.rewards.a"])

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 import socket
 import ssl
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -380,13 +382,77 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(
 
 @pytest.mark.parametrize(
     "url",
-    ["localhost:8000", "ftp://a/b", "http://", "http:///score", "http://u:p@a/", "http://a:x/",
-     "http://a:99999/", "file:///etc/passwd", "https://[::1/"],
+    ["localhost:8000", "ftp://a/b", "http://", "http:///score", "http://a:x/",
+     "http://a:99999/", "file:///etc/passwd", "https://[::1/", "http://a b/", "http://a/b c",
+     "http://a/\n", "http://a..b/", f"http://{'a' * 80}/"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ValueError) as caught:
         build_reward(HttpRewardConfig(url=url))
     assert_explained(str(caught.value), "reward.url", url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://u:hidden@a/", "http://:hidden@a/", "http://u:hid@hidden@a:x/", "u:hidden@a",
+     "https://u:hid/hidden@a/", "http://u:hidden@a:99999/", "ftp://u:hidden@a/"],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["reward", "reward.parts.a", "validation.rewards.a"])
+def test_a_password_in_an_address_is_neither_shown_nor_stored(
+    tmp_path: Path, url: str, key: str
+) -> None:
+    kinds = [f"{key}.kind=http", f"{key}.url={url}"]
+    if key == "reward":
+        kinds = ["reward=http", f"reward.url={url}"]
+    elif key == "reward.parts.a":
+        kinds.insert(0, "reward=weighted")
+    with pytest.raises(ValueError) as caught:
+        start(command(tmp_path, "run", *DDPO, *kinds))
+    assert_explained(str(caught.value), f"{key}.url", "***@", "without a name or a password")
+    assert "hid" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", ["/é?q=日", "/a%20b", "/a;b=[1]?c='d'"])
+def test_paths_are_percent_encoded(
+    scorer: Scorer, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    handler = scorer.server.RequestHandlerClass
+    parse: Any = handler.parse_request
+
+    def note(self: Any) -> bool:
+        good = parse(self)
+        asked.append(self.path)
+        return good
+
+    monkeypatch.setattr(handler, "parse_request", note)
+    url = f"http://127.0.0.1:{scorer.server.server_address[1]}{path}"
+    HttpReward(url, timeout=20.0)(IMAGES, PROMPTS[:4])
+    assert [unquote(each) for each in asked] == [unquote(path)] and asked[0].isascii()
+
+
+@pytest.mark.parametrize("timeout", [1e7, 1e12, math.inf])
+def test_a_long_time_out_is_no_error(scorer: Scorer, timeout: float) -> None:
+    expected = [IMAGES[i].mul(255).round().div(255).mean().item() for i in range(4)]
+    assert ask(scorer, timeout).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_address_may_be_ipv6() -> None:
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6
+
+    made = Scorer()
+    try:
+        server = Server(("::1", 0), made.server.RequestHandlerClass)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    url = f"http://[::1]:{server.server_address[1]}/"
+    assert HttpReward(url, timeout=20.0)(IMAGES, PROMPTS[:4]).shape == (4,)
+    server.shutdown()
+    server.server_close()
+    made.close()
 
 
 def test_a_gradient_through_http_is_refused_with_the_settings(tmp_path: Path) -> None:
@@ -464,6 +530,19 @@ def test_another_scorer_is_refused_unless_it_is_allowed(
     allowed = run_of(tmp_path, "run", other, *more, "allow_changed=[reward.url]")
     assert start(allowed).step == 4
     other.close()
+
+
+def test_a_held_out_scorer_may_be_given_more_time(
+    scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its error advises."""
+    use_toy(monkeypatch)
+    room = "validation.rewards.x"
+    given = command(tmp_path, "run", f"{room}.kind=http", f"{room}.url={scorer.url}")
+    start([*given, "training.max_steps=3"])
+    assert start([*given, f"{room}.timeout=99", f"{room}.cache=5"]).step == 6
+    with pytest.raises(ValueError, match=f"{room}.metadata: False -> True"):
+        start([*given, f"{room}.metadata=true"])
 
 
 def test_the_server_of_the_documentation_scores(tmp_path: Path) -> None:

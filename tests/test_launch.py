@@ -58,6 +58,14 @@ def training(folder: Path, model: Path, *more: str) -> str:
     return stage("train", *command(folder, "a", *more, model=model))
 
 
+# Where what a run leaves counts, and not how it trains.
+LIGHT = ("validation.every_steps=0", "sampler.num_inference_steps=2", "sampler.guidance_scale=1")
+
+
+def light(folder: Path, model: Path, *more: str) -> Job:
+    return read(folder, {"train": training(folder, model, *LIGHT, *more)})[0]
+
+
 @pytest.fixture
 def jobs(tmp_path: Path, sd_folder: Path) -> dict[str, str]:
     """Return a training job and one that evaluates its run."""
@@ -487,10 +495,7 @@ def test_a_limit_of_the_run_itself_stops_the_launch(tmp_path: Path, jobs: dict[s
 
 
 def test_a_run_is_complete_with_its_last_step_and_its_export(tmp_path: Path, sd_folder: Path):
-    def job(*more: str) -> Job:
-        return read(tmp_path, {"train": training(tmp_path, sd_folder, *more)})[0]
-
-    two, four = job("training.max_steps=2"), job("training.max_steps=4")
+    two, four = (light(tmp_path, sd_folder, f"training.max_steps={steps}") for steps in (2, 4))
     assert what_is_missing(two) == f"{tmp_path / 'a'} is at step 0 of 2"
     assert in_child(lambda: start(two.arguments)) == 0
     assert what_is_missing(two) is None
@@ -510,7 +515,7 @@ def test_a_run_is_complete_with_its_last_step_and_its_export(tmp_path: Path, sd_
 
 def test_a_stage_is_not_continued_from_another_start(tmp_path: Path, sd_folder: Path):
     folder = LaunchFolder(tmp_path / "launch")
-    first = read(tmp_path, {"train": training(tmp_path, sd_folder, "training.max_steps=2")})[0]
+    first = light(tmp_path, sd_folder, "training.max_steps=2")
     assert in_child(lambda: start(first.arguments)) == 0
     look = read(tmp_path, {"look": stage("evaluate", f"run={tmp_path / 'a'}")})[0]
     record = begin(folder, look)
@@ -520,7 +525,7 @@ def test_a_stage_is_not_continued_from_another_start(tmp_path: Path, sd_folder: 
     write_job_record(folder, "train", replace(record, after=after))
     with pytest.raises(ValueError, match="began from runs/elsewhere, which has changed"):
         begin(folder, first)
-    longer = read(tmp_path, {"train": training(tmp_path, sd_folder, "training.max_steps=4")})[0]
+    longer = light(tmp_path, sd_folder, "training.max_steps=4")
     assert in_child(lambda: start(longer.arguments)) == 0
     assert not is_done(folder, look)  # of a run that has changed since
 
@@ -530,7 +535,7 @@ def test_what_a_job_starts_from_is_noted_however_it_is_named(
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder, place = LaunchFolder(tmp_path / "launch"), tmp_path / "a"
-    first = read(tmp_path, {"train": training(tmp_path, sd_folder, "training.max_steps=1")})[0]
+    first = light(tmp_path, sd_folder, "training.max_steps=1")
     assert in_child(lambda: start(first.arguments)) == 0
     own = tmp_path / "own"
     shutil.copytree(sd_folder, own)
@@ -553,7 +558,7 @@ def test_what_a_job_starts_from_is_noted_however_it_is_named(
 
     before = {name: noted(name) for name in starts}
     assert before["hub"].keys() == set()
-    longer = read(tmp_path, {"train": training(tmp_path, sd_folder, "training.max_steps=2")})[0]
+    longer = light(tmp_path, sd_folder, "training.max_steps=2")
     assert in_child(lambda: start(longer.arguments)) == 0
     os.utime(own / "unet" / "config.json", ns=(0, 0))
     after = {name: noted(name) for name in starts}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import PIXELS, WRITERS, write_pictures
+from nightly import nightly_but
 from runs import assert_same_state, command, in_child, in_processes, kill, metrics, on_call, start
 from test_collected import Alone, collect
 from test_distributed import SAME, flat, state_at
@@ -46,7 +47,8 @@ def composed(method: str, *overrides: str, recipe: str = "sd15_reward") -> Train
     return compose_train([f"recipe={recipe}", f"method={method}", *given, *overrides])[0]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# The tests below compose each method with sd15_reward too.
+@pytest.mark.parametrize("recipe", nightly_but(["flux_reward"], RECIPES))
 def test_each_method_goes_with_each_recipe(recipe: str) -> None:
     kinds = {method: composed(method, recipe=recipe).objective.kind for method in METHODS}
     names = {"draft", "direct", "adjoint_matching", "direct_align", "policy_gradient", "nft", "awm"}
@@ -81,11 +83,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("pictures") / "files")
 
 
+WAYS = [*((method, "lora") for method in METHODS), *((method, "full") for method in COLLECTED)]
+CURVED = ("stable_diffusion", "stable_diffusion_xl")  # a noise schedule; the others are flows
+FLOWS = tuple(family for family in WRITERS if family not in CURVED)
+
+
+# Each method on one family of either kind, and each family with several methods.
 @pytest.mark.parametrize(
-    ("method", "trainable"),
-    [*((method, "lora") for method in METHODS), *((method, "full") for method in COLLECTED)],
+    ("family", "method", "trainable"),
+    nightly_but(
+        [(kind[i % len(kind)], *way) for i, way in enumerate(WAYS) for kind in (CURVED, FLOWS)],
+        [(family, *way) for family in WRITERS for way in WAYS],
+    ),
 )
-@pytest.mark.parametrize("family", WRITERS)
 def test_each_method_on_each_family(
     models: Mapping[tuple[str, str], TextToImageModel],
     pictures: Path,
@@ -131,8 +141,13 @@ def test_each_method_on_each_family(
     assert not has_kl or total.metrics["kl"] == 0
 
 
-@pytest.mark.parametrize("method", ["flowbp_lagrange", "rsm"])
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    nightly_but(
+        [*((family, "rsm") for family in WRITERS), ("stable_diffusion", "flowbp_lagrange")],
+        [(family, method) for family in WRITERS for method in ("flowbp_lagrange", "rsm")],
+    ),
+)
 def test_steps_in_one_call_are_steps_one_by_one_on_each_family(
     models: Mapping[tuple[str, str], TextToImageModel], family: str, method: str
 ) -> None:
@@ -171,7 +186,8 @@ def test_a_step_calls_the_network_as_often_as_the_page_says(
         size += ["objective.statistics=group"]
     config = composed(method, *size)
     model = VectorModel(RectifiedFlow(), "flow")
-    for seed in range(20):
+    is_drawn = "K" in without or len(set(bounds(with_gradient.rpartition(", ")[2]))) > 1
+    for seed in range(20 if is_drawn else 2):
         model.calls.clear()
         objective = build_objective(config, Curved())
         rows = collect(objective, model).rows if isinstance(objective, CollectedObjective) else None
@@ -219,7 +235,12 @@ def run_of(folder: Path, name: str, method: str, *overrides: str) -> list[str]:
     return [text for text in found if not text.startswith("objective.kl_coeff")] + own
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Each class of objectives, with and without what it draws; those that collect are killed below.
+KILLED = ["adjoint_matching", "alignprop", "ddrl", "direct_align", "draft_plus", "drtune"]
+KILLED += ["flowbp_bridge", "leapalign"]
+
+
+@pytest.mark.parametrize("method", nightly_but(KILLED, METHODS))
 def test_a_killed_run_goes_on_bitwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -316,19 +337,32 @@ def assert_same_run(found: Path, expected: Path, steps: int) -> None:
         assert left == pytest.approx(right, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# The other methods with a reward's gradient, and each class; a group across processes is below.
+TOGETHER = ["adjoint_matching", "ddrl", "direct_align", "draft_k", "draft_lv", "flowbp_lagrange"]
+TOGETHER += ["flowbp_sparse", "refl", "rsm"]
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [
+        *nightly_but(
+            [(method, "ddp") for method in TOGETHER], [(method, "ddp") for method in METHODS]
+        ),
+        ("ddpo", "fsdp"),
+    ],
+)
 def test_two_processes_are_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, strategy: str
 ) -> None:
     use_toy(monkeypatch)
     small = ("training.max_steps=4", "validation.every_steps=0")
     start(run_of(tmp_path, "one", method, *small))
-    two = run_of(tmp_path, "two", method, *small)
+    two = run_of(tmp_path, "two", method, *small, f"training.strategy={strategy}")
     in_processes(2, lambda _: start(two))
     assert_same_run(tmp_path / "two", tmp_path / "one", 4)
 
 
-@pytest.mark.parametrize("method", COLLECTED)
+@pytest.mark.parametrize("method", nightly_but(["ddpo", "nft"], COLLECTED))
 def test_a_group_may_lie_across_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -369,14 +403,26 @@ def test_a_group_may_share_its_start(
     assert not torch.equal(one[0, 0], one[4, 0])
 
 
-@pytest.mark.parametrize("method", COLLECTED)
+MOMENTS = [
+    (6, "CollectedObjective.rehearse", 1),  # inside the second collection
+    (4, "take_step", 2),  # in the second inner epoch of the first; goes on in two processes
+    (6, "write_checkpoint", 1),
+]
+
+
+# Each method, each moment, and the old policy of NFT at two.
 @pytest.mark.parametrize(
-    ("number", "moment", "processes"),
-    [
-        (6, "CollectedObjective.rehearse", 1),  # inside the second collection
-        (4, "take_step", 2),  # in the second inner epoch of the first; goes on in two processes
-        (6, "write_checkpoint", 1),
-    ],
+    ("number", "moment", "processes", "method"),
+    nightly_but(
+        [
+            (*MOMENTS[0], "flow_grpo"),
+            (*MOMENTS[1], "ddpo"),
+            (*MOMENTS[1], "nft"),
+            (*MOMENTS[2], "awm"),
+            (*MOMENTS[2], "nft"),
+        ],
+        [(*moment, method) for moment in MOMENTS for method in COLLECTED],
+    ),
 )
 def test_a_collection_survives(
     tmp_path: Path,
@@ -406,13 +452,10 @@ def test_a_collection_survives(
         assert_same_run(tmp_path / "run", tmp_path / "whole", 7)
 
 
-NIGHTLY = [
-    pytest.param(name, marks=pytest.mark.nightly)
-    for name in ("leapalign", "adjoint_matching", "nft")
-]
+SHARDED = ["adjoint_matching", "ddpo", "leapalign", "nft", "rsm"]
 
 
-@pytest.mark.parametrize("method", ["rsm", "ddpo", *NIGHTLY])
+@pytest.mark.parametrize("method", nightly_but(["rsm"], SHARDED))
 def test_a_sharded_transformer_is_a_whole_one(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, method: str
 ) -> None:
@@ -423,11 +466,11 @@ def test_a_sharded_transformer_is_a_whole_one(
         f"model.pretrained={folder}",
         "model.trainable=lora",
         "model.lora.rank=2",
-        "training.max_steps=4",
+        "training.max_steps=3",
         "validation.every_steps=0",
         "sampler.num_inference_steps=4",
     )
     start(run_of(tmp_path, "one", method, *small))
     two = run_of(tmp_path, "two", method, *small, "training.strategy=fsdp")
     in_processes(2, lambda _: start(two))
-    assert_same_run(tmp_path / "two", tmp_path / "one", 4)
+    assert_same_run(tmp_path / "two", tmp_path / "one", 3)

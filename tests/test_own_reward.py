@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from refusals import assert_explained
@@ -57,6 +58,15 @@ MEANS = {  # of the brightness: whether it has a gradient, and the code
     "a list": (False, f"{HEAD}    return [image.mean().item() for image in images]\n"),
     "a list in a pair": (False, f"{HEAD}    return [i.mean().item() for i in images], [{{}}]\n"),
     "an array": (False, f"{HEAD}    return images.cpu().numpy().mean((1, 2, 3))\n"),
+    "numbers of numpy in a tuple": (
+        False,
+        "import numpy as np\ndef score(images, prompts):\n"
+        "    return tuple(np.float32(image.detach().mean()) for image in images)\n",
+    ),
+    "tensors of no dimension in a tuple of another": (
+        True,
+        f"{HEAD}    return tuple(image.mean() for image in images), 'two'\n",
+    ),
     "without a graph": (False, MEAN.replace("def ", "@torch.no_grad()\ndef ")),
     "detached": (False, f"{HEAD}    return images.detach().mean((1, 2, 3))\n"),
     "a module": (
@@ -121,6 +131,68 @@ def test_none_and_nan_are_no_scores(tmp_path: Path) -> None:
     found = score_rows(built(place), IMAGES, PROMPTS[:4], faults)
     assert [str(row["reward"]) for row in found] == ["nan", "nan", "1.0", "2.5"]
     assert not faults
+
+
+MISSING = {  # the second of each two images has no score
+    "a tuple": "    return tuple(None if i % 2 else 1.0 for i, _ in enumerate(images))\n",
+    "tensors": "    return [None if i % 2 else (x / x).mean() for i, x in enumerate(images)]\n",
+    "a pair": "    return [None if i % 2 else 1 for i, _ in enumerate(images)], {}\n",
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+@pytest.mark.parametrize("count", [2, 4])
+def test_none_beside_numbers_is_no_score(tmp_path: Path, kind: str, count: int) -> None:
+    reward = built(write(tmp_path, HEAD + MISSING[kind]))
+    values = reward(IMAGES[:count], ["a"] * count)
+    assert values[::2].tolist() == pytest.approx([1.0] * (count // 2))
+    assert bool(values[1::2].isnan().all())
+
+
+LEAKS = {  # what the user's code sets for the whole process
+    "no gradients at the top": "import torch\ntorch.set_grad_enabled(False)\n",
+    "another type at the top": "import torch\ntorch.set_default_dtype(torch.float64)\n",
+    "another folder at the top": "import os\nos.chdir('/')\n",
+    "no gradients later": "",
+    "another type later": "",
+}
+
+
+@pytest.mark.parametrize("kind", LEAKS)
+def test_what_code_sets_for_the_whole_process_is_undone(tmp_path: Path, kind: str) -> None:
+    body = "    values = images.mean((1, 2, 3))\n"
+    if kind == "no gradients later":
+        body += "    torch.set_grad_enabled(False)\n"
+    if kind == "another type later":
+        body += "    torch.set_default_dtype(torch.float64)\n"
+    place = write(tmp_path, f"{LEAKS[kind]}{HEAD}{body}    return values\n")
+    before = torch.is_grad_enabled(), torch.get_default_dtype(), Path.cwd()
+    try:
+        reward = built(place)
+        images = IMAGES.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(reward(images, PROMPTS[:4]).sum(), images)
+        assert gradient.unique().tolist() == pytest.approx([1 / 192])
+        assert before == (torch.is_grad_enabled(), torch.get_default_dtype(), Path.cwd())
+    finally:
+        torch.set_grad_enabled(before[0])
+        torch.set_default_dtype(before[1])
+        os.chdir(before[2])
+
+
+@pytest.mark.parametrize(
+    "otherwise", ["torch.ones(len(images))", "[1.0] * len(images)", "images.detach().amax((1,2,3))"]
+)
+def test_images_whose_score_has_no_graph_have_gradient_zero(tmp_path: Path, otherwise: str) -> None:
+    """A function may be differentiable for some images alone."""
+    body = f"    return images.mean((1, 2, 3)) if images.shape[-1] == 64 else {otherwise}\n"
+    reward = built(write(tmp_path, HEAD + body))
+    assert reward.differentiable
+    images = IMAGES.clone().requires_grad_()
+    values = reward(images, PROMPTS[:4])
+    (gradient,) = torch.autograd.grad(values.sum(), images)
+    assert values.isfinite().all() and not gradient.count_nonzero()
+    with torch.no_grad():
+        assert not reward(images, PROMPTS[:4]).requires_grad
 
 
 def test_bfloat16_images_are_given_as_float32_without_autocast(tmp_path: Path) -> None:
@@ -272,6 +344,54 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, kind: str) -> Non
         built(place)
     message = str(caught.value)
     assert str(tmp_path / "my_reward.py") in message and said in message and "\n" not in message
+
+
+REWARD = "from sfumato.rewards.reward import Reward, Score\nclass score(Reward):\n"
+SCORE = "    def score(self, images, prompts):\n        return Score(images.mean((1, 2, 3))"
+ODD = {  # code, and what is said
+    "a Reward without the base's __init__": (
+        f"{REWARD}    def __init__(self):\n        self.factor = 1\n{SCORE})\n",
+        "cannot be made: .* raised AttributeError",
+    ),
+    "a Reward whose prepare raises": (
+        f"{REWARD}    def prepare(self, rows):\n        raise OSError('no model')\n{SCORE})\n",
+        "line 4 raised OSError: no model",
+    ),
+    "a Reward whose part has another length": (
+        f"{REWARD}{SCORE}, {{'a': [1.0]}})\n",
+        r"score \(a\) returned a tensor of shape \[1\] for 2 images",
+    ),
+    "a Reward whose part is a text": (
+        f"{REWARD}{SCORE}, {{'a': 'b'}})\n",
+        r"score \(a\) returned 'b', which is not a list of numbers",
+    ),
+    "a function that ends the process": (
+        f"{HEAD}    raise SystemExit(3)\n",
+        "line 3 raised SystemExit: 3",
+    ),
+    "a number that is too large": (
+        f"{HEAD}    return [10**400] * len(images)\n",
+        "which is not a list of numbers",
+    ),
+}
+
+
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """As users have it: the checks of tests would see a wrong part before Sfumato does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("kind", ODD)
+def test_what_cannot_score_is_explained(tmp_path: Path, kind: str) -> None:
+    text, said = ODD[kind]
+    place = write(tmp_path, text)
+    with pytest.raises(ValueError, match=said) as caught:
+        built(place)
+    assert place in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import WRITERS
 from image_files import png
+from nightly import nightly_but
 from runs import assert_same_state, in_child, in_processes, kill, metrics, on_call, start
 from safetensors.torch import load_file
 from test_dpo import command
@@ -175,9 +176,10 @@ def series(folder: Path, key: str) -> list[float]:
     return [row[key] for row in metrics(folder) if key in row]
 
 
-@pytest.mark.parametrize(
-    "family", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3"]
-)
+FAMILIES = ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3"]
+
+
+@pytest.mark.parametrize("family", nightly_but(["stable_diffusion_xl"], FAMILIES))
 def test_the_losses_are_those_of_pictures(tmp_path: Path, family: str) -> None:
     """Over two epochs; SDXL reads the size and the crop of each picture."""
     WRITERS[family](tmp_path / "model")

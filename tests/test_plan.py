@@ -1,7 +1,6 @@
 """`sfumato plan`: what it counts is what training holds, computes and stores."""
 
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -12,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from families import WRITERS
+from nightly import nightly_but
+from runs import in_child
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sfumato.cli import main
 from sfumato.compose import compose_command
 from sfumato.config import CONF, ModelConfig, OptimizerConfig, TrainingConfig
 from sfumato.models.registry import load_model
@@ -197,25 +199,16 @@ def test_what_fits_fits_and_one_row_more_does_not(sd_folder: Path):
 # --- Recipes, and the page
 
 
-# Both networks and both sizes; make nightly plans the others. v1.1 and v1.2 differ from v1.5 only
-# in what they start from.
-QUICK = {"860m_res_256_pretrain", "860m_res_512_v2_0_base"}
+# Both networks and both sizes; a CPU spares the search for the largest micro-batch. v1.1 and v1.2
+# differ from v1.5 only in what they start from.
+PLANNED = [(name, "cpu") for name in STAGES if name[-4:] not in ("v1_1", "v1_2")]
+QUICK = [("860m_res_256_pretrain", "cpu"), ("860m_res_512_v2_0_base", "cpu")]
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly)
-        for name in STAGES
-        if name[-4:] not in ("v1_1", "v1_2")
-    ],
-)
-def test_a_stage_is_planned_with_nothing_else_given(stage: str):
-    given = [f"recipe=stable_diffusion/{stage}", "gpus=64"]
-    if stage == STAGES[0]:
-        given += ["gpu=h200"]
-    else:  # spares the search for the largest micro-batch
-        given += ["gpu=cpu", "training.peak_tflops=989"]
+@pytest.mark.parametrize(("stage", "gpu"), nightly_but(QUICK, [*PLANNED, (STAGES[0], "h200")]))
+def test_a_stage_is_planned_with_nothing_else_given(stage: str, gpu: str):
+    given = [f"recipe=stable_diffusion/{stage}", "gpus=64", f"gpu={gpu}"]
+    given += ["training.peak_tflops=989"] if gpu == "cpu" else []
     found = planned(*given)
     second = "v2" in stage
     assert found.parameters["trained"] == (865_910_724 if second else 859_520_964)
@@ -273,12 +266,13 @@ def test_without_a_peak_time_is_unknown_until_one_is_stated(sd_folder: Path):
     assert stated.seconds == pytest.approx(stated.seen * stated.executed / 1e12)
 
 
-def test_the_command_prints_a_page(sd_folder: Path):
-    command = [sys.executable, "-m", "sfumato", "plan", *SMALL, *FULL]
-    command += [f"model.pretrained={sd_folder}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "on 1 x CPU" in done.stdout
+def test_the_command_prints_a_page(
+    sd_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    given = ["sfumato", "plan", *SMALL, *FULL, f"model.pretrained={sd_folder}"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert in_child(main) == 0
+    assert "on 1 x CPU" in capfd.readouterr().out
 
 
 # --- Bad input

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from allocations import peak_of_allocations
 from families import WRITERS
+from nightly import nightly_but
 from tiny_clip import write_tiny_clip
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +22,7 @@ from sfumato.planning.blueprint import PROMPT, read_blueprint, steps_alike
 from sfumato.planning.memory import Held, held
 from sfumato.planning.page import page
 from sfumato.planning.plan import Plan, cost_of, make_plan, parameters_of
+from sfumato.planning.step import StepCost
 from sfumato.run.build import build_objective, build_scorer
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # tests/test_plan_step.py checks them
@@ -76,14 +78,8 @@ CASES = [
 ]
 
 
-# One of each family; the others are counted by make nightly.
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        pytest.param(*case, marks=[] if i in (2, 5, 7, 8) else pytest.mark.nightly)
-        for i, case in enumerate(CASES)
-    ],
-)
+# With and without a noise schedule; tests/test_plan.py counts the forwards of each family.
+@pytest.mark.parametrize(("name", "settings"), nightly_but([CASES[2], CASES[7]], CASES))
 def test_flops_are_those_that_torch_counts_in_a_real_step(
     name: str, settings: Sequence[str], clip: Path, tmp_path: Path
 ):
@@ -96,15 +92,15 @@ def test_flops_are_those_that_torch_counts_in_a_real_step(
 
 
 # Each pair of the three settings.
-@pytest.mark.parametrize(
-    ("window", "checkpointing", "parts"),
-    [
-        (1, False, "[network]"),
-        (1, True, "[network,text_encoder]"),
-        (3, True, "[network]"),
-        (3, False, "[network,text_encoder]"),
-    ],
-)
+WINDOWS = [
+    (1, False, "[network]"),
+    (1, True, "[network,text_encoder]"),
+    (3, True, "[network]"),
+    (3, False, "[network,text_encoder]"),
+]
+
+
+@pytest.mark.parametrize(("window", "checkpointing", "parts"), nightly_but(WINDOWS[:3], WINDOWS))
 def test_the_peak_is_that_of_torchs_allocations_in_a_real_step(
     sd_folder: Path, clip: Path, window: int, checkpointing: bool, parts: str
 ):
@@ -124,6 +120,19 @@ def test_sampling_steps_cost_time_and_no_memory(sd_folder: Path, clip: Path):
     plan, whole = make_plan(config), cost_of(config, read_blueprint(config), ROWS)
     assert plan.executed == whole.executed // ROWS
     assert plan.memory[0].cost.activations == pytest.approx(whole.activations, rel=0.001)
+
+
+def test_steps_and_guidance_are_those_of_training(sd_folder: Path):
+    def counted(*settings: str) -> StepCost:
+        config = composed(*SMALL, f"model.pretrained={sd_folder}", "reward=color", *settings)
+        return cost_of(config, read_blueprint(config), ROWS)
+
+    few, fewer = counted("sampler.num_inference_steps=4"), counted("sampler.training_steps=4")
+    assert few == fewer
+    everywhere = counted("sampler.training_steps=4", "sampler.guidance_interval=[0,1]")
+    nowhere = counted("sampler.training_steps=4", "sampler.guidance_interval=[0,0]")
+    assert everywhere.executed == few.executed
+    assert nowhere.executed < 0.7 * few.executed
 
 
 # --- What memory is for
@@ -206,10 +215,30 @@ def test_the_reward_is_held_and_its_weights_are_not_read(
     assert held_by(config).reward == size * parameters + positions
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_held_out_rewards_are_held_too(sd_folder: Path, tmp_path: Path, clip: Path, scored: bool):
+    write_tiny_clip(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    given = [*SMALL, f"model.pretrained={sd_folder}"]
+    if scored:
+        given += ["reward=clip", f"reward.pretrained={clip}"]
+    else:
+        given = [*given[1:], "objective=supervised", "reward=none"]
+    match = f"{{kind: clip, pretrained: {tmp_path}, dtype: bfloat16}}"
+    more = [f"validation.rewards.match={match}", "validation.rewards.light={kind: brightness}"]
+    plain, both = composed(*given), composed(*given, *more)
+    parameters = parameters_of(read_blueprint(both))
+    assert "reward light" not in parameters  # it has none
+    extra = 2 * parameters["reward match"] + 8 * (77 + 17)  # buffers
+    assert held_by(both).reward - held_by(plain).reward == extra
+    assert held_by(both).total - held_by(plain).total == extra
+
+
 def test_the_page_speaks_of_sampling_and_not_of_stored_pictures(sd_folder: Path, clip: Path):
-    text = page(make_plan(aligned(sd_folder, clip, "training.peak_tflops=1")))
+    given = ["training.peak_tflops=1", "sampler.training_steps=4"]
+    text = page(make_plan(aligned(sd_folder, clip, *given)))
     assert (
-        "objective=draft: 3 sampling steps at guidance 7.5, a gradient through the last 1" in text
+        "objective=draft: 4 sampling steps at guidance 7.5, a gradient through the last 1" in text
     )
     assert "reward, frozen" in text
     assert "frozen networks, forward" in text
@@ -247,13 +276,10 @@ def stand_ins(recipe: str, folder: Path, clip: Path) -> list[str]:
 
 
 # One of each objective; the others are planned by make nightly.
-QUICK = {"demo_finetune", "sd15_draft_plus"}
+QUICK = ["demo_finetune", "sd15_draft_plus"]
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly) for name in RECIPES],
-)
+@pytest.mark.parametrize("recipe", nightly_but(QUICK, RECIPES))
 def test_every_recipe_is_planned(recipe: str, tmp_path: Path, clip: Path):
     plan: Plan = make_plan(
         composed(f"recipe={recipe}", "gpu=cpu", *stand_ins(recipe, tmp_path, clip))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from nightly import nightly_but
 from test_plan_draft import composed
 
 from sfumato.config import CONF, PlanConfig
@@ -44,7 +45,7 @@ PASSES: dict[str, tuple[list[str], float, float]] = {
     "refl": ([], STEPS + 1, 0),
     "rsm": (["objective.active_steps=2"], STEPS + 2, 2),
 }
-QUICK = {"adjoint_matching", "ddrl", "direct_align", "flowbp_lagrange", "rsm"}
+QUICK = ["adjoint_matching", "direct_align", "rsm"]
 
 
 def of_method(folder: Path, method: str, *settings: str) -> PlanConfig:
@@ -66,10 +67,7 @@ def test_every_method_has_its_passes_here() -> None:
     assert sorted(PASSES) == METHODS
 
 
-@pytest.mark.parametrize(
-    "method",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly) for name in METHODS],
-)
+@pytest.mark.parametrize("method", nightly_but(QUICK, METHODS))
 def test_passes_are_those_of_a_count_by_hand(sd_folder: Path, method: str) -> None:
     settings, policy, reference = PASSES[method]
     config = of_method(sd_folder, method, *settings)

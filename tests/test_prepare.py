@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from image_files import png, write_tar
 from prepared import toy_identity, write_cache
+from runs import in_processes
 
 import sfumato
+from sfumato.cli import main
 from sfumato.config import (
     DownloadConfig,
     FilterConfig,
@@ -482,16 +484,20 @@ def test_all_stages_run_with_the_demo_model(model: Path, tmp_path: Path) -> None
     verify(out)
 
 
-def test_two_processes_leave_the_same_folder_as_one(tmp_path: Path) -> None:
+def test_two_processes_leave_the_same_folder_as_one(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     members = [(f"{i}.{s}", d) for i in range(6) for s, d in (("png", png(32, 32, i)),
                                                               ("txt", b"a star"))]  # fmt: skip
     tar = write_tar(tmp_path / "a.tar", members)
     settings = [f"pack.path={tar}", "pack.samples_per_shard=2", f"model.pretrained={BASE}"]
     settings += ["precache.height=32", "precache.width=32", "precache.workers=1"]
-    assert run(f"out={tmp_path / 'one'}", *settings).returncode == 0
-    two = torchrun(f"out={tmp_path / 'two'}", *settings)
-    assert two.returncode == 0, two.stderr
-    lines = [line.partition(":")[0] for line in two.stdout.splitlines()]
+    for processes, name in ((1, "one"), (2, "two")):
+        capfd.readouterr()
+        given = ["sfumato", "prepare", f"out={tmp_path / name}", *settings]
+        monkeypatch.setattr(sys, "argv", given)
+        in_processes(processes, lambda _: main())
+    lines = [line.partition(":")[0] for line in capfd.readouterr().out.splitlines()]
     assert lines == ["pack", "filter all", "precache", "index"]
     trees = [
         {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file()}

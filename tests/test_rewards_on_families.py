@@ -10,6 +10,7 @@ from tiny_aesthetic import write_head, write_tiny_siglip
 from tiny_classifiers import write_classifier
 from tiny_clip import write_tiny_clip
 from tiny_hps import write_tiny_hps
+from tiny_hpsv3 import write_tiny_hpsv3
 from tiny_image_reward import write_tiny_image_reward
 
 from sfumato.compose import compose_train
@@ -25,6 +26,12 @@ REWARDS: Mapping[str, tuple[str, ...]] = {
     "clipscore": ("reward=clip", "reward.pretrained={0}/clip", "reward.score=clipscore"),
     "clip_iqa": ("reward=clip_iqa", "reward.pretrained={0}/clip"),
     "hpsv2": ("reward=hpsv2", "reward.pretrained={0}/hps", "reward.processor={0}/clip"),
+    "hpsv3": (
+        "reward=hpsv3",
+        "reward.pretrained={0}/qwen",
+        "reward.processor={0}/qwen",
+        "reward.dtype=float32",
+    ),
     "image_reward": (
         "reward=image_reward",
         "reward.pretrained={0}/blip",
@@ -59,6 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_clip(place / "clip")
     write_tiny_siglip(place / "siglip")
     write_tiny_hps(place / "hps")
+    write_tiny_hpsv3(place / "qwen")
     write_tiny_image_reward(place / "blip")
     write_classifier(place / "resnet", "resnet")
     for version in ("2", "2.5"):

@@ -20,7 +20,6 @@ from sfumato.config import (
     ColorRewardConfig,
     DraftConfig,
     ModelConfig,
-    PlanConfig,
     SampleConfig,
     SamplerConfig,
 )
@@ -36,8 +35,6 @@ from sfumato.models.pipeline_model import PipelineModel
 from sfumato.models.registry import find_family
 from sfumato.objectives import draft
 from sfumato.objectives.draft import Draft
-from sfumato.planning.page import page
-from sfumato.planning.plan import make_plan
 from sfumato.rewards.build import build_reward
 
 PROMPTS = ["a red star", "a small blue ring on a yellow background"]
@@ -168,23 +165,6 @@ def test_the_window_is_within_the_steps_of_training(settings: list[str], said: s
         compose_train([*GIVEN, *settings])
     fits = ["sampler.num_inference_steps=4", "sampler.training_steps=5"]
     compose_train([*GIVEN, *settings[1:], *fits])
-
-
-def test_a_plan_counts_the_steps_of_training(folders: dict[str, Path]):
-    def planned(*settings: str):
-        given = [f"model.pretrained={folders['stable_diffusion']}", "reward=color", "gpu=cpu"]
-        config = compose_command("plan", ["objective=draft", *given, *settings])[0]
-        assert isinstance(config, PlanConfig)
-        return make_plan(config)
-
-    few, fewer = planned("sampler.num_inference_steps=4"), planned("sampler.training_steps=4")
-    assert few.executed == fewer.executed
-    assert few.memory == fewer.memory
-    assert "4 sampling steps at guidance 7.5" in page(fewer)
-    everywhere = planned("sampler.training_steps=4", "sampler.guidance_interval=[0,1]")
-    nowhere = planned("sampler.training_steps=4", "sampler.guidance_interval=[0,0]")
-    assert everywhere.executed == few.executed
-    assert nowhere.executed < 0.7 * few.executed
 
 
 # --- An interval of guidance

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nightly import nightly_but
 from runs import assert_same_state, command, last_state, metrics, start
 from toy import use_toy
 
@@ -112,7 +113,7 @@ def test_a_loss_that_overflows_is_refused(
         start(command(tmp_path, "run", *HALF))
 
 
-@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("trainable", nightly_but(["lora"], ["lora", "full"]))
 def test_fp16_trains_a_u_net_nearly_as_float32_does(
     tmp_path: Path, sd_folder: Path, trainable: str
 ) -> None:

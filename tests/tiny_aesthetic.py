@@ -47,8 +47,12 @@ def write_head(file: Path, version: str, width: int | None = None) -> PublishedH
     return head.float()
 
 
-def write_tiny_siglip(folder: Path) -> None:
-    """Write a SiglipModel of random weights, with both towers and its image processor."""
+def write_tiny_siglip(folder: Path, **sizes: int) -> None:
+    """Write a SiglipModel of random weights, with both towers and its image processor.
+
+    Args:
+        sizes: settings of a larger image tower.
+    """
     from transformers import SiglipConfig, SiglipModel
 
     tower = {
@@ -57,7 +61,8 @@ def write_tiny_siglip(folder: Path) -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     }
-    vision = {"image_size": SIGLIP_SIZE, "patch_size": 8}
+    vision = {"image_size": SIGLIP_SIZE, "patch_size": 8, **sizes}
+    side = vision["image_size"]
     config = SiglipConfig(
         text_config={**tower, "vocab_size": 50}, vision_config={**tower, **vision}
     )
@@ -71,6 +76,6 @@ def write_tiny_siglip(folder: Path) -> None:
         "do_convert_rgb": None,
         "image_processor_type": "SiglipImageProcessor",
         "resample": 3,
-        "size": {"height": SIGLIP_SIZE, "width": SIGLIP_SIZE},
+        "size": {"height": side, "width": side},
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(stated))

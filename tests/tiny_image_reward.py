@@ -1,6 +1,7 @@
 """ImageReward's networks in plain tensors, small and random, by the names of the published file."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -41,22 +42,24 @@ PUBLISHED = {  # beside the sizes
 HEAD = (1024, 128, 64, 16, 1)
 
 
-def write_tiny_image_reward(folder: Path) -> dict[str, Tensor]:
+def write_tiny_image_reward(
+    folder: Path, vision: Mapping[str, int] = VISION, text: Mapping[str, int] = TEXT
+) -> dict[str, Tensor]:
     """Write ImageReward.pt, med_config.json and a tokenizer; return the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = random_state()
+    state = random_state(vision, text)
     torch.save(state, folder / "ImageReward.pt")
-    settings = {**PUBLISHED, **TEXT, "vision_config": VISION}
+    settings = {**PUBLISHED, **text, "vision_config": vision}
     (folder / "med_config.json").write_text(json.dumps(settings))
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     BertTokenizer(vocab=vocabulary).save_pretrained(folder)
     return state
 
 
-def random_state() -> dict[str, Tensor]:
+def random_state(vision: Mapping[str, int], text: Mapping[str, int]) -> dict[str, Tensor]:
     """Return weights of all networks in the published file."""
-    width, deep = VISION["hidden_size"], VISION["intermediate_size"]
-    patch, patches = VISION["patch_size"], (VISION["image_size"] // VISION["patch_size"]) ** 2
+    width, deep = vision["hidden_size"], vision["intermediate_size"]
+    patch, patches = vision["patch_size"], (vision["image_size"] // vision["patch_size"]) ** 2
     shapes: dict[str, tuple[int, ...]] = {
         "blip.visual_encoder.cls_token": (1, 1, width),
         "blip.visual_encoder.pos_embed": (1, patches + 1, width),
@@ -70,7 +73,7 @@ def random_state() -> dict[str, Tensor]:
     def norm(name: str, size: int) -> None:
         shapes.update({f"{name}.weight": (size,), f"{name}.bias": (size,)})
 
-    for i in range(VISION["num_hidden_layers"]):
+    for i in range(vision["num_hidden_layers"]):
         block = f"blip.visual_encoder.blocks.{i}"
         linear(f"{block}.attn.qkv", 3 * width, width)
         linear(f"{block}.attn.proj", width, width)
@@ -79,13 +82,13 @@ def random_state() -> dict[str, Tensor]:
         norm(f"{block}.norm1", width)
         norm(f"{block}.norm2", width)
     norm("blip.visual_encoder.norm", width)
-    size, words = TEXT["hidden_size"], TEXT["intermediate_size"]
+    size, words = text["hidden_size"], text["intermediate_size"]
     root = "blip.text_encoder."
-    shapes[f"{root}embeddings.word_embeddings.weight"] = (TEXT["vocab_size"], size)
-    places = TEXT["max_position_embeddings"]
+    shapes[f"{root}embeddings.word_embeddings.weight"] = (text["vocab_size"], size)
+    places = text["max_position_embeddings"]
     shapes[f"{root}embeddings.position_embeddings.weight"] = (places, size)
     norm(f"{root}embeddings.LayerNorm", size)
-    for i in range(TEXT["num_hidden_layers"]):
+    for i in range(text["num_hidden_layers"]):
         layer = f"{root}encoder.layer.{i}"
         for kind, seen in (("attention", size), ("crossattention", width)):
             linear(f"{layer}.{kind}.self.query", size, size)

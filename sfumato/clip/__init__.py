@@ -3,7 +3,14 @@
 Other rooms import from this package only, never from its modules.
 """
 
-from sfumato.clip.folder import ClipParts, load_clip, model_folder, processor_folder
+from sfumato.clip.cleaning import clean
+from sfumato.clip.folder import (
+    ClipParts,
+    load_clip,
+    model_folder,
+    open_tokenizer,
+    processor_folder,
+)
 from sfumato.clip.hps import load_hps
 from sfumato.clip.image_reward import ImageRewardParts, load_image_reward
 from sfumato.clip.open_clip import CONFIG as OPEN_CLIP_CONFIG
@@ -23,7 +30,7 @@ from sfumato.clip.preprocessing import (
     save_processor,
 )
 from sfumato.clip.tensor_files import check_suffix, read_files, read_tensors
-from sfumato.clip.tensors import weight_files
+from sfumato.clip.tensors import published_file, weight_files
 
 __all__ = [
     "OPEN_CLIP",
@@ -33,6 +40,7 @@ __all__ = [
     "ImageSettings",
     "OpenClip",
     "check_suffix",
+    "clean",
     "fetch_open_clip",
     "first_sentence",
     "is_open_clip",
@@ -40,8 +48,10 @@ __all__ = [
     "load_hps",
     "load_image_reward",
     "model_folder",
+    "open_tokenizer",
     "preprocess",
     "processor_folder",
+    "published_file",
     "read_files",
     "read_open_clip",
     "read_processor",

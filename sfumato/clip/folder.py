@@ -24,12 +24,18 @@ LEGACY_EOS = 2  # transformers takes it as a sign to pool at the highest token
 
 @dataclass(frozen=True)
 class ClipParts:
-    """Parts of a CLIP reward; `max_tokens` counts the start and end tokens too."""
+    """Parts of a CLIP reward.
+
+    Attributes:
+        max_tokens: of a prompt, those of start and end included.
+        cleans: whether prompts are cleaned as OpenCLIP's tokenizer does; transformers' does not.
+    """
 
     model: "transformers.CLIPModel"
     tokenizer: "transformers.PreTrainedTokenizerBase"
     image_settings: ImageSettings
     max_tokens: int
+    cleans: bool = False
 
 
 def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
@@ -71,7 +77,8 @@ def load_clip(path_or_hub_id: str, processor: str | None = None) -> ClipParts:
     else:
         place = _fetch(path_or_hub_id, _WEIGHTS)
         model = load_whole(CLIPModel, place, "CLIPModel", use_safetensors=True)
-    return ClipParts(model, tokenizer, image_settings, text.max_position_embeddings)
+    cleans = stated is not None
+    return ClipParts(model, tokenizer, image_settings, text.max_position_embeddings, cleans)
 
 
 def model_folder(path_or_hub_id: str, model_types: Collection[str] = ()) -> Path:

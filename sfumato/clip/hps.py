@@ -3,6 +3,7 @@
 Source: hpsv2/img_score.py and hpsv2/src/open_clip/transform.py of tgxs002/HPSv2.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def load_hps(path_or_hub_id: str, *, version: str, processor: str, preprocessing
     Args:
         path_or_hub_id: the published file, its folder or its hub id.
         version: 2.0 or 2.1. Their weights have the same names and shapes, so that only the file's
-            name tells them apart.
+            name tells them apart. A file of another name is taken as stated, with a warning.
         processor: folder or hub id of the tokenizer.
         preprocessing: letterbox (the published one: the longer side is resized, black fills up the
             square) or crop (the shorter side is resized, the centre cut, as training codes do).
@@ -55,16 +56,10 @@ def load_hps(path_or_hub_id: str, *, version: str, processor: str, preprocessing
     """
     from transformers import CLIPModel, CLIPTextConfig
 
-    path = Path(path_or_hub_id).expanduser()
-    for other, stem in HPS_FILES.items():
-        if path.stem == stem and other != version:
-            raise ValueError(
-                f"reward.pretrained = {path_or_hub_id!r} is version {other} by its name, and "
-                f"reward.version={version}; set reward.version={other}, or give the other file"
-            )
-    file = None
+    path, file = Path(path_or_hub_id).expanduser(), None
     if torch.get_default_device().type != "meta":
         file = published_file(path_or_hub_id, HPS_FILES[version])
+    _check_version(file or path, version)
     home = file.parent if file else path if path.is_dir() else path.parent
     if is_open_clip(home):
         stated = read_open_clip(home)
@@ -79,4 +74,21 @@ def load_hps(path_or_hub_id: str, *, version: str, processor: str, preprocessing
         state = read_tensors(file, "reward.pretrained", allow_pickle=True, strangers=False)
         model = open_clip_model(state, stated.config, f"HPSv2: {file}")
     settings = ImageSettings(side, side, rounds=True, letterbox=preprocessing == "letterbox")
-    return ClipParts(model, tokenizer, settings, text.max_position_embeddings)
+    return ClipParts(model, tokenizer, settings, text.max_position_embeddings, cleans=True)
+
+
+def _check_version(path: Path, version: str) -> None:
+    """Refuse a file that is named, also through links, as the other version; warn if as none."""
+    named = {path.stem, path.resolve().stem}
+    for other, stem in HPS_FILES.items():
+        if stem in named and other != version:
+            raise ValueError(
+                f"reward.pretrained: {path} is version {other} by its name, and "
+                f"reward.version={version}; set reward.version={other}, or give the other file"
+            )
+    if path.is_file() and not named & {*HPS_FILES.values()}:
+        warnings.warn(
+            f"reward.pretrained: {path} is taken for version {version}, as reward.version says; "
+            f"the name of the published file is {HPS_FILES[version]}",
+            stacklevel=2,
+        )

@@ -188,13 +188,11 @@ def _load(file: Path, vision: Any, text: Any) -> tuple[Any, Any, nn.Sequential]:
     hide_progress_bars()
     head = _head(text)
     head.load_state_dict(_below(state, "head."))
-    return (
-        BlipVisionModel.from_pretrained(None, config=vision, state_dict=_below(state, "vision.")),
-        BlipTextModel.from_pretrained(
-            None, config=text, state_dict=_below(state, "text."), add_pooling_layer=False
-        ),
-        head,
-    )
+    # By default all weights would be rounded to the dtype of the first.
+    given = {"config": vision, "state_dict": _below(state, "vision."), "dtype": torch.float32}
+    seen = BlipVisionModel.from_pretrained(None, **given)
+    given |= {"config": text, "state_dict": _below(state, "text.")}
+    return seen, BlipTextModel.from_pretrained(None, **given, add_pooling_layer=False), head
 
 
 def _below(state: Mapping[str, Tensor], root: str) -> dict[str, Tensor]:

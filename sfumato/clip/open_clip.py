@@ -259,7 +259,8 @@ def open_clip_model(
     differences(state, expected, names).refuse(source, _AGAIN)
     refuse_non_finite(state.items(), source)
     hide_progress_bars()
-    return CLIPModel.from_pretrained(None, config=config, state_dict=state)
+    # By default all weights would be rounded to the dtype of the first.
+    return CLIPModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
 
 
 def renamed(

@@ -18,6 +18,7 @@ from sfumato.config.fields import (
 
 CLIP_SCORES = ("model", "model_over_26", "cosine", "cosine_100", "clipscore")
 HPS_FILES = {"2.0": "HPS_v2_compressed", "2.1": "HPS_v2.1_compressed"}  # without suffix
+HPS3_FILE = "HPSv3"
 IMAGE_REWARD = "ImageReward"
 
 
@@ -108,6 +109,22 @@ class HpsRewardConfig(RewardConfig):
 
 
 @dataclass
+class Hpsv3RewardConfig(RewardConfig):
+    """HPSv3: a Qwen2-VL of 8 billion weights, asked for a rating."""
+
+    kind: str = "hpsv3"
+    pretrained: str = "MizzenAI/HPSv3"  # the published file, its folder or hub id
+    processor: str = "Qwen/Qwen2-VL-7B-Instruct"  # config.json and tokenizer: folder or hub id
+    dtype: str = choice("bfloat16", "float32", "float16")
+    gradient_checkpointing: bool = False
+
+    @property
+    def file(self) -> str:
+        """Name of the published file."""
+        return HPS3_FILE
+
+
+@dataclass
 class ImageRewardConfig(RewardConfig):
     """ImageReward 1.0: a BLIP trained on choices between images."""
 
@@ -188,6 +205,7 @@ REWARDS: dict[str, type[RewardConfig]] = {
     "clip": ClipRewardConfig,
     "clip_iqa": ClipIqaRewardConfig,
     "hpsv2": HpsRewardConfig,
+    "hpsv3": Hpsv3RewardConfig,
     "image_reward": ImageRewardConfig,
     "aesthetic": AestheticRewardConfig,
     "classifier": ClassifierRewardConfig,

@@ -85,6 +85,15 @@ def read_saved(run: Path, advice: str) -> dict[str, Any]:
     file = run / "config.yaml"
     if not file.exists():
         raise ValueError(f"{run} is no run folder: it has no {file.name}; {advice}")
+    return read_yaml(file, advice)
+
+
+def read_yaml(file: Path, advice: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file, which may come from a stranger.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or holds something else; with the advice.
+    """
     text = read_bytes(file, advice, most=_LARGEST)
     try:
         content = yaml.load(text.decode("utf-8"), _Bounded)
@@ -135,5 +144,5 @@ def differences(
 
 
 def _may_change(key: str) -> bool:
-    """Say whether a setting may differ in a resumed run; a part of a reward counts as one."""
-    return re.sub(r"^reward\.parts\..+\.", "reward.", key) in MAY_CHANGE
+    """Say whether a setting may differ in a resumed run; each of several rewards counts as one."""
+    return re.sub(r"^(reward\.parts|validation\.rewards)\..+\.", "reward.", key) in MAY_CHANGE

@@ -319,6 +319,10 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
         whole = 0 in steps or any(each.schedule != "draft" for each in variants)
         model = load_model(replace(settings, reference=True) if whole else without_start(settings))
         model.to(device)
+        held_out = {
+            name: ready(build_reward(each), device, partial(_rows, config))
+            for name, each in trained.validation.rewards.items()
+        }
         # Once more, as a hub's models may be here only now. Of a run that may come from a stranger,
         # only what the numbers depend on is looked at.
         contents = contents_of(trained, run.path, started=True, sections=MEASURED)
@@ -332,10 +336,7 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
             seed=config.seed,
             batch_size=config.batch_size,
             features=config.features,
-            held_out={
-                name: ready(build_reward(each), device, partial(_rows, config))
-                for name, each in trained.validation.rewards.items()
-            },
+            held_out=held_out,
             contents=contents,
         )
         results = evaluate(run, study, steps, variants=variants, group=group, held=writable)

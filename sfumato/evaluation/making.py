@@ -225,7 +225,7 @@ def _rewards(score: Score, step: int, texts: Sequence[str]) -> list[dict[str, An
     _refuse_non_finite(values, "rewards", step, texts)
     parts = {name: part.float().tolist() for name, part in score.parts.items()}
     return [
-        {"reward": value, "parts": {name: part[row] for name, part in parts.items()}}
+        {"reward": value, "parts": {n: p[row] for n, p in parts.items() if np.isfinite(p[row])}}
         for row, value in enumerate(values)
     ]
 

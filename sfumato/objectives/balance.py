@@ -53,7 +53,8 @@ class Balance:
             learned = (direction * (x0 - x0.detach())).flatten(1).sum(1)
         elif self._reward.standardise:
             pairs = zip(weights, factors, terms.values(), strict=True)
-            learned = torch.stack([w * f * term for w, f, term in pairs]).sum(0)
+            used = [w * f * term for w, f, term in pairs if w]  # NaN x 0 is NaN
+            learned = torch.stack(used or [torch.zeros_like(score.value)]).sum(0)
         else:
             return replace(score, terms={}, measures=measures)
         value = score.value.detach() + (learned - learned.detach())
@@ -125,9 +126,10 @@ def _equalised(
 ) -> Float[Tensor, "b *d"]:
     """Return the gradient to which each part adds its weight, times the parts' mean norm."""
     ones = (1,) * (gradients.ndim - 1)
-    scaled = gradients * gradients.new_tensor(factors).reshape(-1, *ones)
+    used = torch.tensor(weights, device=gradients.device) != 0  # NaN x 0 is NaN
+    scaled = (gradients * gradients.new_tensor(factors).reshape(-1, *ones))[used]
     units, norms = _units(scaled), _norms(scaled)
-    weight = units.new_tensor(weights)
+    weight = units.new_tensor(weights)[used]
     total = sum(map(abs, weights)) or 1.0
     length = (weight.abs()[:, None] * norms).sum(0) / total
     return length.reshape(-1, *ones[1:]) * (weight.reshape(-1, *ones) * units).sum(0)

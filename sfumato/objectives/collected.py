@@ -59,7 +59,7 @@ class CollectedObjective(RewardedObjective[Rows]):
         self.needs_reference = config.kl_coeff > 0
         group = config.images_per_prompt
         self.collecting = Collecting(config.batches, config.inner_epochs, group)
-        self._weights = dict(reward.weights) or {"reward": 1.0}
+        self._weights = {n: w for n, w in reward.weights.items() if w} or {"reward": 1.0}
         self._judge = Judge(config)
         self._queries = self._done = 0
         self._faults: list[Exception] = []

@@ -1,7 +1,7 @@
 """Blueprint of a recipe: its model and objective on the meta device; no weight is read."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ from sfumato.models.registry import FAMILIES, find_family
 from sfumato.objectives.objective import Objective, Piece
 from sfumato.planning.described import describe_pipeline, is_described
 from sfumato.planning.step import forward_flops
+from sfumato.rewards.build import build_reward
 from sfumato.rewards.reward import Reward
 from sfumato.run.build import build_objective, build_scorer
 from sfumato.run.open_data import frame_size, is_cached
@@ -39,6 +40,7 @@ class Blueprint:
         model: on the meta device; under LoRA its trained networks have adapters.
         objective: takes micro-batches that repeat `row`.
         reward: scores images in training or validation; None if nothing does.
+        held_out: rewards that score in validation alone, by name.
         size: height and width of the images, in pixels.
         assumed: what the recipe leaves open, in words.
     """
@@ -46,6 +48,7 @@ class Blueprint:
     model: PipelineModel
     objective: Objective[Any]
     reward: Reward | None
+    held_out: Mapping[str, Reward]
     row: Any
     size: tuple[int, int]
     assumed: tuple[str, ...]
@@ -57,7 +60,13 @@ class Blueprint:
         names = {"policy": "network", "vae": "autoencoder"}
         found = {k: each for k, each in self.model.networks().items() if each not in sharded}
         found |= {} if self.reward is None else {"reward": self.reward}
-        return {names.get(k, k): each for k, each in found.items()}
+        found = {names.get(k, k): each for k, each in found.items()}
+        return found | {f"reward {name}": each for name, each in self.held_out.items()}
+
+    @property
+    def rewards(self) -> list[Reward]:
+        """All rewards; each lies whole on each GPU."""
+        return [*filter(None, [self.reward]), *self.held_out.values()]
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -121,6 +130,7 @@ def _blueprint(
 ) -> Blueprint:
     with torch.device("meta"):
         reward = build_scorer(config)
+        held_out = {name: build_reward(each) for name, each in config.validation.rewards.items()}
     objective = build_objective(config, reward)
     needs_reference = config.model.reference and objective.needs_reference
     model = load_on_meta(family, folder, replace(config.model, reference=needs_reference))
@@ -137,7 +147,7 @@ def _blueprint(
         sample = _sample(config, model, size)
         rows = [Preference(sample, sample, 1.0)]
     row = rows[0] if len(rows) == 1 else Pair(*rows)
-    return Blueprint(model, objective, reward, row, size, assumed)
+    return Blueprint(model, objective, reward, held_out, row, size, assumed)
 
 
 def _sample(config: TrainConfig, model: PipelineModel, size: tuple[int, int]) -> Sample:

@@ -25,7 +25,7 @@ class Held:
         weights: of the trained networks; under fsdp and hsdp this GPU's share.
         reference: weights of the frozen copy, if the loss needs one; shared as well.
         frozen: weights of the autoencoder and the text encoders, as far as they are not trained.
-        reward: weights of the reward.
+        reward: weights of the reward, and of the held-out ones.
         gathered: under fsdp and hsdp, blocks that are whole while they run.
         gradients: None if they are allocated while activations are freed (no accumulation).
         old: values of an old policy, if the loss needs one; shared as well.
@@ -64,7 +64,7 @@ def held(blueprint: Blueprint, training: TrainingConfig, gpus: int, accumulation
     model = blueprint.model
     trained, weights = count_parameters(model.trained, trained=True), bytes_of(model.trained)
     sharded = bytes_of(nn.ModuleList(model.shards()))
-    reward = 0 if blueprint.reward is None else bytes_of(blueprint.reward)
+    reward = sum(map(bytes_of, blueprint.rewards))
     copies = shards(training, gpus)
     off_device = training.ema_decay is None or training.ema_on_cpu
     return Held(

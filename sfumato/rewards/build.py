@@ -14,6 +14,7 @@ from sfumato.config import (
     ColorRewardConfig,
     FunctionRewardConfig,
     HpsRewardConfig,
+    Hpsv3RewardConfig,
     HttpRewardConfig,
     ImageRewardConfig,
     JpegRewardConfig,
@@ -24,6 +25,7 @@ from sfumato.rewards.aesthetic import AestheticReward
 from sfumato.rewards.classifier import ClassifierReward
 from sfumato.rewards.clip import ClipReward
 from sfumato.rewards.clip_iqa import ClipIqaReward, check_pairs
+from sfumato.rewards.hpsv3 import Hpsv3Reward
 from sfumato.rewards.image_reward import ImageReward
 from sfumato.rewards.learning_clip import LearningClip
 from sfumato.rewards.own import OwnReward
@@ -81,6 +83,8 @@ def build_reward(config: RewardConfig) -> Reward:
             checkpointing = config.gradient_checkpointing
             reward = ClipReward(parts, score="cosine", gradient_checkpointing=checkpointing)
             return reward.to(DTYPES[config.dtype])
+        case Hpsv3RewardConfig():
+            return Hpsv3Reward.from_pretrained(config.pretrained, **_loading(config))
         case ImageRewardConfig():
             return ImageReward.from_pretrained(config.pretrained, **_loading(config))
         case AestheticRewardConfig():
@@ -123,7 +127,11 @@ def build_reward(config: RewardConfig) -> Reward:
 
 
 def _loading(
-    config: ClipRewardConfig | ClipIqaRewardConfig | ImageRewardConfig | AestheticRewardConfig,
+    config: ClipRewardConfig
+    | ClipIqaRewardConfig
+    | Hpsv3RewardConfig
+    | ImageRewardConfig
+    | AestheticRewardConfig,
 ) -> dict[str, Any]:
     """Return what the loaders of transformers' models have in common."""
     return {

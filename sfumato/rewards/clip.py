@@ -44,7 +44,7 @@ class ClipReward(Reward):
         """
         super().__init__()
         self.model = parts.model.requires_grad_(False)
-        self.tokens = Tokens(parts.tokenizer, parts.max_tokens)
+        self.tokens = Tokens(parts.tokenizer, parts.max_tokens, cleans=parts.cleans)
         self.image_settings = parts.image_settings
         self.max_tokens = parts.max_tokens
         learned = parts.model.logit_scale

@@ -1,7 +1,7 @@
 """CLIP-IQA (arXiv 2207.12396): how much more an image looks like a good prompt than a bad one."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +23,12 @@ class ClipIqaReward(Reward):
         check_pairs(good, bad)
         self.clip = clip
         self.good, self.bad = list(good), list(bad)
+        self._margins: Tensor | None = None
         self.eval()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "ClipIqaReward":
+        self._margins = None  # of weights on another device, or in another precision
+        return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "ClipIqaReward":
         """Stay in evaluation mode: with dropout one image would have many scores."""
@@ -31,10 +36,11 @@ class ClipIqaReward(Reward):
 
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:
         """Return a number in [0, 1] for each image."""
-        features = self.clip.text_features([*self.good, *self.bad])
-        good, bad = features.split(len(self.good))
+        if self._margins is None:  # as the weights are frozen
+            good, bad = self.clip.text_features([*self.good, *self.bad]).split(len(self.good))
+            self._margins = good - bad
         # A product and a sum, as autocast would round a matrix product.
-        margin = (self.clip.image_features(images)[:, None] * (good - bad)).sum(-1)
+        margin = (self.clip.image_features(images)[:, None] * self._margins).sum(-1)
         return Score((self.clip.scale * margin).sigmoid().mean(1))  # of two, softmax is sigmoid
 
 

@@ -1,13 +1,17 @@
-"""Code of the user's: a name in a file (FILE.py:NAME), or in a module (package.module:NAME).
+"""Code of the user's, FILE.py:NAME or package.module:NAME, and addresses of scorers.
 
-It is named on the command line. No run folder's word is taken for it.
+They are named on the command line. No run folder's word is taken for them.
 """
 
 import importlib
+import re
+import string
 import sys
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import quote, urlsplit
 
 from sfumato.files import digest, read_bytes, sha256_of
 
@@ -108,3 +112,43 @@ def _module_file(module: str) -> Path | None:
             return None
         inside = spec.submodule_search_locations
     return Path(spec.origin) if spec and spec.origin and spec.has_location else None
+
+
+@dataclass(frozen=True)
+class Address:
+    """Parts of a URL, as a connection takes them.
+
+    Attributes:
+        path: with the query, percent-encoded.
+    """
+
+    host: str
+    port: int | None
+    path: str
+    is_secure: bool
+
+
+def read_address(url: str, key: str) -> Address:
+    """Return the parts of a URL.
+
+    Args:
+        key: of the setting, for messages.
+
+    Raises:
+        ValueError: if it is none of http or https, or has a name or a password.
+    """
+    if not any(letter.isspace() or not letter.isprintable() for letter in url):
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port
+            host.encode("idna")
+        except ValueError:  # no such port, brackets or host
+            host, port, parts = "", None, urlsplit("")
+        if host and parts.scheme in ("http", "https") and parts.username is None:
+            path = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
+            return Address(host, port, quote(path, string.punctuation), parts.scheme == "https")
+    shown = re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL)
+    raise ValueError(
+        f"{key}={shown!r} is no address of a scorer; give http://HOST:PORT/PATH, or https://, "
+        "without a name or a password"
+    )

@@ -31,6 +31,7 @@ class LearningClip(LearningReward):
             start_scale: exp(logit_scale) at the start; None keeps the model's.
         """
         model, reward.learns = reward.model, True
+        reward.tokens.cleans = False  # as transformers reads the folder that is exported
         model.logit_scale = nn.Parameter(model.logit_scale.detach().view(1))  # FSDP has no scalars
         model.requires_grad_(True)
         if start_scale is not None:

@@ -1,11 +1,13 @@
 """Rewards that the user wrote: a function, called as TRL's users wrote it, or a `Reward`."""
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, final
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -59,15 +61,18 @@ class OwnReward(Reward):
         Raises:
             ValueError: saying what is wrong, with file and line where the user's code raised.
         """
-        found = load_code(self.title)
-        try:
-            found = found() if inspect.isclass(found) and issubclass(found, Reward) else found
-        except Exception as error:
-            raise ValueError(f"{self.title!r} cannot be made: {told(error, self.file)}") from error
-        if isinstance(found, nn.Module):
-            found.requires_grad_(False).eval().to(self.place.device)
+        with contextlib.chdir("."), _modes_kept():
+            found = load_code(self.title)
+            try:
+                found = found() if inspect.isclass(found) and issubclass(found, Reward) else found
+                if isinstance(found, nn.Module):
+                    found.requires_grad_(False).eval().to(self.place.device)
+                if isinstance(found, Reward):
+                    found.prepare(rows)
+            except (Exception, SystemExit) as error:
+                fault = told(error, self.file)
+                raise ValueError(f"{self.title!r} cannot be made: {fault}") from error
         if isinstance(found, Reward):
-            found.prepare(rows)
             self.scale, self.weights = found.scale, found.weights
         elif inspect.isclass(found) or not callable(found):
             raise ValueError(
@@ -99,15 +104,22 @@ class OwnReward(Reward):
         call: Callable[..., Any] = self.found.score if self._is_reward else self.found
         metadata = [[deepcopy(self.rows.get(prompt, {})) for prompt in prompts]]
         try:
-            with without_autocast(self.place):
+            with without_autocast(self.place), _modes_kept():
                 result = call(given, list(prompts), *(metadata if self.with_rows else ()))
         except ScorerError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"{self.title}: {told(error, self.file)}") from error
+        parts: Mapping[str, Any] = {}
         if self._is_reward and isinstance(result, Score):
-            return Score(numbers(result.value, images, self.title), result.parts)
-        return Score(numbers(result, images, self.title))
+            result, parts = result.value, result.parts
+        values = numbers(result, images, self.title)
+        if images.requires_grad and torch.is_grad_enabled() and not values.requires_grad:
+            values = _ZeroGradient.apply(values, images)
+        return Score(
+            values,
+            {k: numbers(v, images, f"{self.title} ({k})").detach() for k, v in parts.items()},
+        )
 
     @property
     def _is_reward(self) -> bool:
@@ -151,11 +163,12 @@ def numbers(result: Any, images: Float[Tensor, "b 3 h w"], who: str) -> Float[Te
     count = len(images)
     try:
         if isinstance(result, list | tuple) and any(isinstance(each, Tensor) for each in result):
-            result = torch.stack([torch.as_tensor(each, device=images.device) for each in result])
+            column = [math.nan if each is None else each for each in result]
+            result = torch.stack([torch.as_tensor(each, device=images.device) for each in column])
         elif isinstance(result, list | tuple):
             result = [math.nan if each is None else float(each) for each in result]
         values = torch.as_tensor(result, device=images.device)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         shown = repr(result)
         raise ScorerError(
             f"{who} returned {shown[:80]}, which is not a list of numbers; return a number for "
@@ -170,7 +183,35 @@ def numbers(result: Any, images: Float[Tensor, "b 3 h w"], who: str) -> Float[Te
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and not value.ndim)
+    """Say whether this is the score of one image, and not the first of a pair."""
+    if isinstance(value, Tensor | np.ndarray):
+        return not value.ndim
+    return value is None or isinstance(value, int | float | np.generic)
+
+
+@final
+class _ZeroGradient(torch.autograd.Function):
+    """Values that do not depend on images, of a function whose other values do."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, images: Tensor) -> Tensor:
+        ctx.save_for_backward(images)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return None, torch.zeros_like(ctx.saved_tensors[0])
+
+
+@contextlib.contextmanager
+def _modes_kept() -> Iterator[None]:
+    """Undo what somebody's code sets for all of torch: no gradients, another number type."""
+    dtype = torch.get_default_dtype()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _takes(function: Callable[..., Any], title: str) -> bool:

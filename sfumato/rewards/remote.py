@@ -19,16 +19,17 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, final
-from urllib.parse import urlsplit
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.images import to_pil
+from sfumato.rewards.code import read_address
 from sfumato.rewards.reward import PromptRows, Reward, Score, ScorerError
 
 LARGEST = 2**20  # bytes of a reply
+LONGEST = 1e8  # seconds that sockets and timers can wait
 PAUSES = (0.25, 8.0)  # seconds before the first repetition, and at most; each is twice the last
 
 
@@ -61,20 +62,10 @@ class HttpReward(Reward):
             ValueError: if `url` is none of http or https.
         """
         super().__init__()
-        try:
-            parts = urlsplit(url)
-            host, self._port = parts.hostname, parts.port
-        except ValueError as error:
-            raise ValueError(f"reward.url={url!r} is no address: {error}; correct it") from error
-        if parts.scheme not in ("http", "https") or not host or parts.username is not None:
-            raise ValueError(
-                f"reward.url={url!r} is no address of a scorer; give http://HOST:PORT/PATH, or "
-                "https://, without a name or a password"
-            )
-        self._host, self._secure = host, parts.scheme == "https"
-        self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._address = read_address(url, "reward.url")
         self.title = url
-        self.timeout, self.with_rows, self.cache = timeout, with_rows, cache
+        self.timeout = min(timeout, LONGEST)
+        self.with_rows, self.cache = with_rows, cache
         self.rows: Mapping[str, Mapping[str, Any]] = {}
         self._known: OrderedDict[bytes, float] = OrderedDict()
 
@@ -143,7 +134,8 @@ class HttpReward(Reward):
         timer = threading.Timer(max(0.0, end - time.monotonic()), _cut, [connection])
         timer.start()  # a time-out of a socket begins anew with each byte
         try:
-            connection.request("POST", self._path, body, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", self._address.path, body, headers)
             reply = connection.getresponse()
             self._check(reply)
             text = reply.read(LARGEST + 1)
@@ -172,11 +164,12 @@ class HttpReward(Reward):
         return text
 
     def _connection(self, timeout: float) -> http.client.HTTPConnection:
-        if self._secure:
+        host, port = self._address.host, self._address.port
+        if self._address.is_secure:
             return http.client.HTTPSConnection(
-                self._host, self._port, timeout=timeout, context=ssl.create_default_context()
+                host, port, timeout=timeout, context=ssl.create_default_context()
             )
-        return http.client.HTTPConnection(self._host, self._port, timeout=timeout)
+        return http.client.HTTPConnection(host, port, timeout=timeout)
 
     def _check(self, reply: http.client.HTTPResponse) -> None:
         """Refuse all replies but 200."""

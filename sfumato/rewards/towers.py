@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sfumato.clip import clean
+
 if TYPE_CHECKING:
     import transformers
 
@@ -17,16 +19,24 @@ if TYPE_CHECKING:
 class Tokens:
     """Turns prompts into tokens, and warns once if one has to be cut."""
 
-    def __init__(self, tokenizer: "transformers.PreTrainedTokenizerBase", most: int) -> None:
-        """Cut prompts at `most` tokens, those of start and end included."""
+    def __init__(
+        self, tokenizer: "transformers.PreTrainedTokenizerBase", most: int, *, cleans: bool = False
+    ) -> None:
+        """Cut prompts at `most` tokens, those of start and end included.
+
+        Args:
+            cleans: clean prompts before, as OpenCLIP's tokenizer does.
+        """
         self.tokenizer = tokenizer
         self.most = most
+        self.cleans = cleans
         self._warned = False
 
     def __call__(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """Return input_ids and attention_mask of prompts, as long as the longest."""
+        prompts = list(map(clean, prompts)) if self.cleans else list(prompts)
         tokens = self.tokenizer(
-            list(prompts),
+            prompts,
             padding=True,
             truncation=True,
             max_length=self.most,

@@ -63,7 +63,8 @@ class WeightedSum(Reward):
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:
         """Return the weighted sum, and as parts each reward's own value, detached."""
         values = [reward(images, prompts) for reward in self.rewards]
-        pairs = zip(self.weights.values(), values, strict=True)
+        pairs = list(zip(self.weights.values(), values, strict=True))
+        pairs = [(weight, value) for weight, value in pairs if weight] or pairs  # NaN x 0 is NaN
         terms = dict(zip(self.weights, values, strict=True))
         parts = {name: value.detach() for name, value in terms.items()}
         total = torch.stack([weight * value for weight, value in pairs]).sum(0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,14 @@ MEMORY = "contents.json"  # in a run folder
 MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 # State how a file's weights are meant.
 BESIDE = ("adapter_config.json", "open_clip_config.json", "med_config.json")
+# What a tokenizer or an image processor reads of a folder, which may get weights later.
+PROCESSOR = re.compile(
+    r"(.*token.*|vocab|.*processor_config|open_clip_config)\.json|(vocab|merges)\.txt|.+\.model"
+)
 DATA = ("data.", "validation.")  # settings of pictures and prompts
-SCALING = ("scale", "dtype", "gradient_checkpointing")  # what is measured stays the same
+# What is measured stays the same.
+SCALING = ("scale", "score", "dtype", "gradient_checkpointing", "timeout", "cache")
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "preprocessor_config.json")
 THREADS = 4
 READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are compared
 
@@ -176,13 +183,20 @@ def _paths_of(value: str, key: str) -> list[str]:
             real.add(os.path.realpath(folder))
             inner[:] = [name for name in inner if is_new and not name.startswith(".")]
             shown = (name for name in names if not name.startswith("."))
-            paths += [f"{folder}/{n}" for n in shown if is_data or n.endswith(MODEL_SUFFIXES)]
+            paths += [f"{folder}/{n}" for n in shown if is_data or _counts(n, key)]
         return sorted(paths, key=lambda path: path.split("/"))
     with suppress(ValueError, OSError):  # whoever reads them refuses what is missing
         found = [top] if top.is_file() else list(expand_pattern(str(top), "the path"))
         beside = [] if is_data else [top.parent / name for name in BESIDE]
         return [str(path.absolute()) for path in [*found, *(b for b in beside if b.is_file())]]
     return []
+
+
+def _counts(name: str, key: str) -> bool:
+    """Say whether a file in the folder of a model is read by who reads the setting."""
+    if key.endswith(".processor"):
+        return PROCESSOR.fullmatch(name) is not None
+    return name.endswith(MODEL_SUFFIXES)
 
 
 def _is_code(key: str) -> bool:
@@ -206,7 +220,7 @@ def _local(value: str) -> Path:
         return path
     from huggingface_hub import try_to_load_from_cache
 
-    names = ["model_index.json", "config.json", "open_clip_config.json"]
+    names = ["model_index.json", "config.json", "open_clip_config.json", *TOKENIZERS]
     if is_pattern:
         names = [parts[2].replace(ANY, suffix) for suffix in MODEL_SUFFIXES]
     with suppress(ValueError):  # no hub has such an id

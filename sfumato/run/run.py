@@ -1,7 +1,7 @@
 """A whole training run: check, open the data, build, train, export."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -32,6 +32,8 @@ from sfumato.training.folder import RunFolder
 from sfumato.training.loop import Outcome, fit
 from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import check_trackers, read_metrics
+
+MODELS = ("model", "reward", "validation.rewards")  # sections of the settings
 
 
 def train(
@@ -66,6 +68,9 @@ def train(
                 prepare_folder(folder, config, settings)
         cache_images(config, own, data, folder, distribution)
         job = build_job(config, settings, own, data, distribution)
+        with distribution.together():
+            if distribution.is_main:  # once more, as a hub's models may be here only now
+                note_models(config, folder)
         outcome = fit(job, folder, distribution, watch)
         report_left_out(data.stream, folder, distribution)
         with distribution.together():
@@ -131,7 +136,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
         )
     contents = contents_of(config, folder.path, started=started)
     if folder.config.exists() and started:
-        before, others = read_notes(folder.path).began, changed(folder.path, contents)
+        before = read_notes(folder.path).began
         saved = read_saved(folder.path, "restore the file, or choose another name (name=...)")
         defaults = {key: default for key, _, default in leaves_of(config)}
         differing = differences(flatten(saved), flatten(settings), defaults)
@@ -143,12 +148,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
                 f"(name=...), or remove the folder. {way_on(config.model, folder)}"
             )
-        if others := [key for key in others if key not in config.allow_changed]:
-            raise ValueError(
-                f"{folder.path} began with other files than those that lie now at "
-                f"{', '.join(others)}; restore them, choose another name (name=...), or go on with "
-                f"the changed files: allow_changed=[{','.join(others)}]"
-            )
+        refuse_changed(config, folder, contents)
     write_began(folder.path, contents)
     write_saved(folder.path, settings)
     repeated, total = repeated_pictures(config, folder.path)
@@ -160,6 +160,29 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
             "does not show whether training exploits that reward; choose another",
             flush=True,
         )
+
+
+def refuse_changed(config: TrainConfig, folder: RunFolder, contents: Mapping[str, str]) -> None:
+    """Refuse files that the run did not begin with, unless the user allows them."""
+    others = [key for key in changed(folder.path, contents) if key not in config.allow_changed]
+    if others:
+        raise ValueError(
+            f"{folder.path} began with other files than those that lie now at "
+            f"{', '.join(others)}; restore them, choose another name (name=...), or go on with "
+            f"the changed files: allow_changed=[{','.join(others)}]"
+        )
+
+
+def note_models(config: TrainConfig, folder: RunFolder) -> None:
+    """Note which files of models and rewards have been loaded.
+
+    Raises:
+        ValueError: if they are not those that the run began with.
+    """
+    started = bool(list_checkpoints(folder.checkpoints))
+    contents = contents_of(config, folder.path, started=started, sections=MODELS)
+    refuse_changed(config, folder, contents)
+    write_began(folder.path, contents)
 
 
 def cache_images(
