@@ -159,7 +159,7 @@ class Making:
         with new_folder(self.folder, older=OLDER) as folder:
             (folder / IMAGES).mkdir()
             for row in rows:
-                _link(self.unfinished / row["image"], folder / row["image"])
+                link(self.unfinished / row["image"], folder / row["image"])
             (folder / SCORES).write_text(json_lines(rows), encoding="utf-8")
             (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(self.unfinished, ignore_errors=True)
@@ -178,7 +178,7 @@ def _job(row: Mapping[str, Any]) -> Job:
     return row.get("prompt_index", -1), row.get("index", -1)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Give a file a second name, or copy it where the file system has one name for each."""
     try:
         os.link(source, target)
