@@ -31,6 +31,7 @@ from sfumato.clip.preprocessing import (
 )
 from sfumato.clip.tensor_files import check_suffix, read_files, read_tensors
 from sfumato.clip.tensors import published_file, weight_files
+from sfumato.clip.vision import VisionNetwork, load_vision
 
 __all__ = [
     "OPEN_CLIP",

@@ -1,7 +1,7 @@
 """Features of images by a frozen image tower, by which sets of images are compared.
 
-What is taken: of a CLIP the projected embedding; of DINOv2 and SigLIP the pooled output; of an image
-classifier what its last layer reads. None of them is normalised.
+What is taken: of a CLIP the projected embedding; of DINOv2 and SigLIP the pooled output; of an
+image classifier what its last layer reads. None of them is normalised.
 """
 
 from pathlib import Path

@@ -39,21 +39,24 @@ class Reference:
     resize: str
     files: tuple[Path, ...] = ()
 
-    def batches(self, size: int) -> Iterator[Float[Tensor, "b 3 H W"]]:
-        """Yield the pictures in [0, 1], `size` at a time.
+    def batches(
+        self, size: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[int, Float[Tensor, "b 3 H W"]]]:
+        """Yield numbers of batches and their pictures in [0, 1]: every `world`-th, from `rank`.
 
         Raises:
             ValueError: naming a picture that cannot be read.
         """
-        for start in range(0, len(self.files), size):
-            arrays = [_read(file) for file in self.files[start : start + size]]
-            yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
-        if not self.files:
-            stream = _open(self.path, self.size)
-            for start in range(0, self.count, size):
-                number = min(size, self.count - start)
-                pixels = [stream.next(1, 0, 1)[0].pixels for _ in range(number)]
-                yield torch.stack(pixels) / 2 + 0.5
+        stream = None if self.files else _open(self.path, self.size)
+        for number, start in enumerate(range(0, self.count, size)):
+            mine, count = number % world == rank, min(size, self.count - start)
+            if stream is not None:
+                samples = stream.next(count, 0, count if mine else 0)
+                if mine:
+                    yield number, torch.stack([one.pixels for one in samples]) / 2 + 0.5
+            elif mine:
+                arrays = [_read(file) for file in self.files[start : start + size]]
+                yield number, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
 def find_reference(path: str, size: tuple[int, int]) -> Reference:
@@ -104,8 +107,8 @@ def _refuse_other_size(file: Path, size: tuple[int, int], path: str) -> None:
     if (height, width) != size:
         raise ValueError(
             f"reference = {path!r}: {file.name} has {width} x {height} pixels, and the images have "
-            f"{size[1]} x {size[0]}; bring all pictures to this size, or pack the folder by sfumato "
-            "prepare, whose pictures are resized and cropped as in training"
+            f"{size[1]} x {size[0]}; bring all pictures to this size, or pack the folder (sfumato "
+            "prepare stages=[pack]): packed pictures are resized and cropped as in training"
         )
 
 

@@ -1,17 +1,20 @@
 """Results of evaluations, read from run folders, and the diversity of two runs at equal reward."""
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sfumato.files import read_object, write_text
 from sfumato.records import Count, Finite, read_record
 from sfumato.training.checkpoint import list_checkpoints
 from sfumato.training.folder import RunFolder, step_name
 
 SUMMARY = "summary.json"
 SCORES = "scores.jsonl"
+LAYOUTS = "layouts"  # folders of the same pictures, for scorers of benchmarks
 OLDER = (SUMMARY, SUMMARY, SCORES, "images/[0-9]*-[0-9]*.png")  # see files.new_folder
 
 
@@ -40,6 +43,23 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A number of a set of images.
+
+    Attributes:
+        manifest: what it depends on beside the images: network, reference.
+    """
+
+    value: Finite
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Return the type of the network, such as clip or dinov2."""
+        return str(self.manifest.get("network", {}).get("kind"))
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Scores of one checkpoint; step 0 is the base model.
 
@@ -51,6 +71,8 @@ class Evaluation:
         settings: the settings that the numbers depend on.
         checkpoint: fingerprint of the checkpoint; None for the base model.
         variant: how the images were made.
+        metrics: numbers of the whole set of images, by their names.
+        folder: where all of it lies.
     """
 
     step: int
@@ -62,6 +84,12 @@ class Evaluation:
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
     checkpoint: str | None = field(default=None, compare=False)
     variant: Variant = Variant()
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    folder: Path | None = field(default=None, compare=False)
+
+    def manifest(self, metric: str) -> dict[str, Any]:
+        """Return all that a metric's number depends on, the checkpoint and the variant aside."""
+        return {**self.settings, "metric": self.metrics[metric].manifest}
 
 
 @dataclass(frozen=True)
@@ -96,6 +124,7 @@ class _Summary:
     reward_error: Finite | None = None
     checkpoint: str | None = None
     variant: Variant = Variant()
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
 
 def read_evaluations(run: RunFolder, variant: Variant = Variant()) -> list[Evaluation]:
@@ -146,7 +175,21 @@ def read_evaluation(folder: Path) -> Evaluation:
         one.settings,
         one.checkpoint,
         one.variant,
+        one.metrics,
+        folder,
     )
+
+
+def add_metrics(folder: Path, metrics: Mapping[str, Metric]) -> None:
+    """Write metrics beside the other numbers of an evaluated step.
+
+    Raises:
+        ValueError: summary.json cannot be read or written.
+    """
+    summary = read_object(folder / SUMMARY, f"remove {folder} and evaluate again")
+    new = {name: asdict(metric) for name, metric in metrics.items()}
+    summary["metrics"] = {**summary.get("metrics", {}), **new}
+    write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def at_equal_reward(
