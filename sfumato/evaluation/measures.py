@@ -104,7 +104,7 @@ class Measures:
         self.manifests: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, Features] = {}  # features of the reference, by network
         with group.together():
-            if config.metrics and config.reference is not None:
+            if config.reference is not None and not set(LEAST).isdisjoint(config.metrics):
                 self.reference = find_reference(config.reference, size)
             for name in config.metrics:
                 self._open(name)

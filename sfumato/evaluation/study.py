@@ -52,10 +52,17 @@ class Study:
         return list(itertools.product(range(len(self.prompts)), range(self.num_images)))
 
     def pictures(self, folder: Path) -> dict[str, list[Path]]:
-        """Return the pictures of each prompt in the folder of a step."""
+        """Return the pictures of each prompt in the folder of a step.
+
+        Raises:
+            ValueError: one is gone.
+        """
         found: dict[str, list[Path]] = {prompt: [] for prompt in self.prompts}
         for prompt, index in self.jobs:
-            found[self.prompts[prompt]].append(folder / picture_name(prompt, index))
+            name = picture_name(prompt, index)
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} lacks {name}; remove {folder} and evaluate again")
+            found[self.prompts[prompt]].append(folder / name)
         return found
 
     def settings(self) -> dict[str, Any]:
