@@ -4,12 +4,15 @@ import sys
 import types
 from collections.abc import Callable
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from torch import nn
 
+from sfumato.evaluation.inception import Inception
 from sfumato.evaluation.metrics import cmmd, frechet, kid, precision_recall, vendi
 
 
@@ -115,6 +118,15 @@ def test_features_of_two_networks_are_refused(metric: Callable[..., object]) -> 
 # ---- torch-fidelity
 
 
+def test_values_are_those_that_torch_fidelity_0_4_0_gave() -> None:
+    i, j = torch.arange(120)[:, None].double(), torch.arange(6)[None].double()
+    x = torch.sin(i * (j + 1.3) * 1.7 + j).float()
+    y = (1.5 * torch.cos(i * (j + 0.7) * 2.1 - j) + 0.4).float()
+    assert frechet(x, y) == pytest.approx(1.8816571654754135, rel=1e-6)
+    assert kid(x, y) == pytest.approx(0.913864434412881, rel=1e-6)
+    assert precision_recall(x, y) == pytest.approx((0.8166666626930237, 0.05833333358168602))
+
+
 @pytest.fixture
 def fidelity(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The package, whose functions of features need no torchvision, though it imports it."""
@@ -153,3 +165,44 @@ def test_values_are_those_of_torch_fidelity(fidelity: Any) -> None:
     assert recall == pytest.approx(theirs[metric_prc.KEY_METRIC_RECALL])
     assert 0.2 < precision <= 1
     assert 0.2 < recall < 1
+
+
+def test_inception_is_that_of_torch_fidelity(
+    fidelity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random weights in the published names: the real ones are downloaded."""
+    from torch_fidelity import feature_extractor_inceptionv3 as published  # pyright: ignore
+
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda self, state: drawn.update(state))
+    for module in (published, torch.hub):
+        monkeypatch.setattr(module, "load_state_dict_from_url", lambda url, **_: {"x": url})
+    torch.manual_seed(0)
+    network = Inception()
+    assert network.source.endswith("checkpoints/weights-inception-2015-12-05-6726825d.pth")
+    assert drawn == {"x": published.URL_INCEPTION_V3}
+    images = torch.rand(2, 3, 32, 32)
+    (expected,) = network.model((images * 255).round().to(torch.uint8))
+    assert torch.equal(network.features(images), expected)
+    assert expected.shape == (2, 2048)
+
+
+def test_inception_without_its_package_or_weights_is_explained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ValueError, match=r"needs torch-fidelity .*'sfumato\[fidelity\]'"):
+        Inception()
+    package = types.ModuleType("torch_fidelity")
+    part = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    vars(part)["URL_INCEPTION_V3"] = "https://example/weights-1.pth"
+    vars(package)["feature_extractor_inceptionv3"] = part
+    for module in (package, part):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def without_network(*_: object, **__: object) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", without_network)
+    with pytest.raises(ValueError, match=r"weights-1.pth cannot be read .*no route.*checkpoints"):
+        Inception()

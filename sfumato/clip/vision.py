@@ -4,6 +4,7 @@ What is taken: of a CLIP the projected embedding; of DINOv2 and SigLIP the poole
 image classifier what its last layer reads. None of them is normalised.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
 
@@ -28,12 +29,14 @@ class VisionNetwork(nn.Module):
 
     Attributes:
         kind: its type in transformers, such as clip or dinov2.
+        source: the folder or hub id.
     """
 
-    def __init__(self, kind: str, model: nn.Module, settings: ImageSettings) -> None:
+    def __init__(self, kind: str, source: str, model: nn.Module, settings: ImageSettings) -> None:
         """Take over and freeze a model."""
         super().__init__()
         self.kind = kind
+        self.source = source
         self.model: Any = model.requires_grad_(False)
         self.image_settings = settings
         self._read: list[Tensor] = []  # by the last layer of a classifier
@@ -41,6 +44,11 @@ class VisionNetwork(nn.Module):
             last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
             last.register_forward_pre_hook(lambda _, inputs: self._read.append(inputs[0]))
         self.eval()
+
+    @property
+    def resize(self) -> dict[str, Any]:
+        """Return what is done to pictures before the network."""
+        return asdict(self.image_settings)
 
     def train(self, mode: bool = True) -> "VisionNetwork":
         """Stay in evaluation mode: with dropout one image would have many features."""
@@ -88,7 +96,7 @@ def load_vision(path_or_hub_id: str, setting: str) -> VisionNetwork:
         kind, classes = _kind(path_or_hub_id, setting)
         if kind == "clip":
             parts = load_clip(path_or_hub_id)
-            return VisionNetwork("clip", parts.model.float(), parts.image_settings)
+            return VisionNetwork("clip", path_or_hub_id, parts.model.float(), parts.image_settings)
         classifier = next((name for name in classes if name.endswith(CLASSIFIER)), None)
         if classifier is None and kind not in towers:
             raise ValueError(
@@ -99,7 +107,7 @@ def load_vision(path_or_hub_id: str, setting: str) -> VisionNetwork:
         folder = model_folder(path_or_hub_id)
         settings = read_processor(processor_folder(path_or_hub_id))
         model = load_whole(loader, folder, "feature network", use_safetensors=True).float()
-        return VisionNetwork(classifier or kind, model, settings)
+        return VisionNetwork(classifier or kind, path_or_hub_id, model, settings)
     except ValueError as error:
         raise ValueError(f"{setting} = {path_or_hub_id!r} cannot give features: {error}") from error
 

@@ -5,7 +5,6 @@ Batch k of the pictures is the same, and one process encodes it, however many th
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, final
@@ -18,6 +17,8 @@ from torch import Tensor
 from sfumato.clip import VisionNetwork, load_vision
 from sfumato.config import EvaluateConfig
 from sfumato.data.prepared.folder import INDEX
+from sfumato.evaluation.inception import NAME as INCEPTION
+from sfumato.evaluation.inception import Inception
 from sfumato.evaluation.manifest import difference
 from sfumato.evaluation.metrics import cmmd, frechet, kid, precision_recall, vendi
 from sfumato.evaluation.reference import Reference, find_reference
@@ -72,7 +73,8 @@ def metric_label(name: str, metric: Metric) -> str:
     if name == "fid" and metric.kind.startswith("dinov2"):
         return "FDD"
     if name in LABELS:
-        return f"{LABELS[name]} ({metric.kind} features)"
+        others = "" if metric.kind == INCEPTION else f" ({metric.kind} features)"
+        return f"{LABELS[name]}{others}"
     return {"cmmd": "CMMD", "clip_score": "CLIP score"}.get(name, name)
 
 
@@ -100,7 +102,7 @@ class Measures:
         self.config, self.study, self.group = config, study, group
         self.device = study.model.device
         self.reference: Reference | None = None
-        self.networks: dict[str, VisionNetwork] = {}
+        self.networks: dict[str, VisionNetwork | Inception] = {}
         self.manifests: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, Features] = {}  # features of the reference, by network
         with group.together():
@@ -138,7 +140,8 @@ class Measures:
         setting, path = _network(self.config, name)
         assert path is not None
         if path not in self.networks:
-            self.networks[path] = load_vision(path, setting).to(self.device)
+            network = Inception() if path == INCEPTION else load_vision(path, setting)
+            self.networks[path] = network.to(self.device)
         kind = self.networks[path].kind
         if name in OF_CLIP and kind != "clip":
             raise ValueError(
@@ -151,7 +154,7 @@ class Measures:
 
     def _describe(self, run: RunFolder) -> dict[str, dict[str, Any]]:
         """Return the manifest of each metric."""
-        paths = {path: path for path in self.networks}
+        paths = {path: network.source for path, network in self.networks.items()}
         if self.reference is not None:
             index = self.reference.path / INDEX  # of a prepared folder, with SHA-256 sums
             paths["data.reference"] = str(self.reference.path if self.reference.files else index)
@@ -163,7 +166,7 @@ class Measures:
                 "network": {
                     "kind": network.kind,
                     "sha256": sums.get(path),
-                    "resize": asdict(network.image_settings),
+                    "resize": network.resize,
                 }
             }
             if name in LEAST and self.reference is not None:

@@ -56,7 +56,7 @@ def write_guidance(run: RunFolder, results: Sequence[Evaluation]) -> list[Path]:
     files = [run.path / f"{NAME}.{suffix}" for suffix in ("csv", "svg", "json")]
     texts = [
         _table(points, name),
-        _draw(points, metric_label(name, first.metrics[name]), len(first.settings["prompts"])),
+        _draw(points, metric_label(name, first.metrics[name]), _images(first)),
         json.dumps({metric: first.manifest(metric) for metric in (name, SCORE)}, indent=2) + "\n",
     ]
     for file, text in zip(files, texts, strict=True):
@@ -74,6 +74,11 @@ def _title(one: Evaluation) -> str:
     return f"step {one.step} {one.variant.name}".strip() if one.step else "base model"
 
 
+def _images(one: Evaluation) -> str:
+    prompts, each = len(one.settings["prompts"]), one.settings["num_images"]
+    return f"{prompts * each:,} images of {prompts:,} prompts at each guidance scale"
+
+
 def _table(points: Sequence[Point], name: str) -> str:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -82,7 +87,7 @@ def _table(points: Sequence[Point], name: str) -> str:
     return text.getvalue()
 
 
-def _draw(points: Sequence[Point], label: str, prompts: int) -> str:
+def _draw(points: Sequence[Point], label: str, title: str) -> str:
     """Return an SVG: a line for each model, its points named by their guidance scale."""
     with rc_context({**STYLE, "svg.hashsalt": NAME}):
         figure = Figure(figsize=(6.4, 4.6), layout="constrained")
@@ -98,7 +103,7 @@ def _draw(points: Sequence[Point], label: str, prompts: int) -> str:
                 axes.annotate(f"{point.guidance_scale:g}", place, color=GREY, **text)
         axes.set_xlabel("CLIP score (100 x cosine)")
         axes.set_ylabel(label)
-        axes.set_title(f"Guidance scales, {prompts} prompts", color=INK)
+        axes.set_title(title, color=INK)
         axes.legend(frameon=False)
         axes.margins(0.08)
         svg = io.StringIO()
