@@ -267,16 +267,20 @@ def dispatch(command: str, config: Any) -> None:
     else:
         from sfumato.config import TrainingConfig
         from sfumato.evaluation.commands import evaluate_run
+        from sfumato.report.guidance import write_guidance
         from sfumato.training.distribution import ALONE, Distribution
+        from sfumato.training.folder import RunFolder
 
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            evaluate_run(settings, ALONE)
-            return
-        distribution = Distribution(TrainingConfig(), tf32=False)
+        several = os.environ.get("WORLD_SIZE", "1") != "1"
+        group = Distribution(TrainingConfig(), tf32=False) if several else ALONE
         try:
-            evaluate_run(settings, distribution)
+            results = evaluate_run(settings, group)
         finally:
-            distribution.close()
+            if isinstance(group, Distribution):
+                group.close()
+        if group.is_main:
+            for file in write_guidance(RunFolder(Path(settings.run)), results):
+                print(file)
 
 
 def prepare(arguments: Sequence[str]) -> None:

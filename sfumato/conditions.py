@@ -141,6 +141,9 @@ READ: Mapping[str, Sequence[Row]] = {
     "sample": ((r"step|schedule|allow_changed|model\.(?!variant).+", "run"), ("column", "prompts")),
     "evaluate": (
         ("column", "prompts"),
+        ("metric_features", "metrics"),
+        ("metric_clip", "metrics=cmmd|clip_score"),
+        ("reference", "metrics=fid|kid|cmmd|precision_recall"),
         (
             r"reward\.(parts\..+\.)?gradient_checkpointing",
             "never: evaluation takes no gradient",

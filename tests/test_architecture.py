@@ -156,6 +156,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "wandb": (("training.tracking",), "trackers belong in training/tracking.py"),
     "resvg_py": (("demo",), "drawings are rendered in demo/emoji.py"),
     "lpips": (("evaluation.diversity",), "image features belong in evaluation/diversity.py"),
+    "torch_fidelity": (("evaluation.inception",), "Inception belongs in evaluation/inception.py"),
     "matplotlib": (("report",), "plots belong in report/"),
     "jinja2": (("report", "launch"), "pages belong in report/, the sbatch script in launch/"),
     "markupsafe": (("report",), "pages belong in report/"),

@@ -189,7 +189,7 @@ def kill_at(name: str, number: int) -> None:
         ("save_image", 9, 8),
         ("load_images", 2, 9),
         ("new_folder", 1, 9),
-        ("_link", 4, 9),
+        ("link", 4, 9),
     ],
 )
 def test_a_killed_evaluation_goes_on_without_making_an_image_twice(

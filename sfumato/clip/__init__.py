@@ -31,6 +31,7 @@ from sfumato.clip.preprocessing import (
 )
 from sfumato.clip.tensor_files import check_suffix, read_files, read_tensors
 from sfumato.clip.tensors import published_file, weight_files
+from sfumato.clip.vision import VisionNetwork, load_vision
 
 __all__ = [
     "OPEN_CLIP",
@@ -39,6 +40,7 @@ __all__ = [
     "ImageRewardParts",
     "ImageSettings",
     "OpenClip",
+    "VisionNetwork",
     "check_suffix",
     "clean",
     "fetch_open_clip",
@@ -47,6 +49,7 @@ __all__ = [
     "load_clip",
     "load_hps",
     "load_image_reward",
+    "load_vision",
     "model_folder",
     "open_tokenizer",
     "preprocess",

@@ -30,6 +30,8 @@ from sfumato.config.train import (
 
 JOB_COMMANDS = ("prepare", "train", "evaluate", "sample", "demo")
 STAGES = ("download", "pack", "filter", "precache", "index")
+METRICS = ("fid", "kid", "cmmd", "precision_recall", "vendi", "clip_score")
+LAYOUTS = ("geneval", "geneval2", "t2i_compbench", "dpg")
 
 
 @dataclass
@@ -138,6 +140,11 @@ class EvaluateConfig:
     seed: int = 4321
     batch_size: int = setting(8, FEW)
     features: str = "pixels"  # for diversity: pixels, lpips, a CLIP folder or hub id
+    metrics: list[str] = setting([], Rule(choices=METRICS))  # of sets of images; docs/evaluate.md
+    metric_features: str | None = None  # their network: CLIP, DINOv2, SigLIP or image classifier
+    metric_clip: str | None = None  # CLIP of cmmd and clip_score; null is metric_features
+    reference: str | None = None  # a folder of pictures, or one that sfumato prepare made
+    layouts: list[str] = setting([], Rule(choices=LAYOUTS))  # folders that benchmarks read
     model: ModelFiles = field(default_factory=ModelFiles)  # of a run that has moved
     reward: RewardConfig = field(default_factory=RewardFiles)  # the run's own, or any other
     validation: ValidationFiles = field(default_factory=ValidationFiles)

@@ -26,15 +26,22 @@ from sfumato.config import (
 )
 from sfumato.data.entries import is_utf8
 from sfumato.data.prompts import read_prompt_rows, read_prompts
-from sfumato.diffusion.guidance import annealed_weights
 from sfumato.diffusion.randomness import derive
-from sfumato.evaluation.evaluate import check_request, evaluate, find_checkpoint, hold
+from sfumato.evaluation.evaluate import (
+    check_request,
+    evaluate,
+    find_checkpoint,
+    hold,
+    variants_of,
+)
+from sfumato.evaluation.layouts import check_layouts, write_layouts
+from sfumato.evaluation.measures import Measures, check_metrics, metric_label
 from sfumato.evaluation.opened import OpenedRun, open_run
-from sfumato.evaluation.results import Evaluation, Variant
+from sfumato.evaluation.results import LAYOUTS, Evaluation
 from sfumato.evaluation.study import Study
 from sfumato.files import write_text
 from sfumato.images import write_png
-from sfumato.models.generate import generate
+from sfumato.models.generate import generate, image_size
 from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
 from sfumato.models.registry import find_family, load_model
@@ -296,12 +303,11 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
     for step in steps:
         if step:
             find_checkpoint(run, str(step))
-    if config.prompts:
-        prompts = read_prompts(config.prompts, column=config.column)
-    else:
-        prompts = shown_prompts(run)
+    named = config.prompts
+    prompts = read_prompts(named, column=config.column) if named else shown_prompts(run)
     prompts = distinct(prompts)
     check_request(prompts, config.num_images, config.batch_size)
+    check_metrics(config, len(prompts) * config.num_images)
     check_sampler(trained.sampler)
     find_family(trained.model, trained.sampler)
     writable = os.access(run.path, os.W_OK)  # else it can show what was evaluated before
@@ -319,6 +325,8 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
         whole = 0 in steps or any(each.schedule != "draft" for each in variants)
         model = load_model(replace(settings, reference=True) if whole else without_start(settings))
         model.to(device)
+        size = image_size(model, trained.sampler)
+        check_layouts(config.layouts, prompts, _rows(config), size)
         held_out = {
             name: ready(build_reward(each), device, partial(_rows, config))
             for name, each in trained.validation.rewards.items()
@@ -339,10 +347,21 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
             held_out=held_out,
             contents=contents,
         )
+        measures = Measures(config, run, study, size, group)
         results = evaluate(run, study, steps, variants=variants, group=group, held=writable)
-    for result in results if group.is_main else ():
-        print(_line(result))
+        results = measures.measure(results)
+        with group.together():
+            if group.is_main:
+                _publish(config, study, results)
     return results
+
+
+def _publish(config: EvaluateConfig, study: Study, results: Sequence[Evaluation]) -> None:
+    for result in results:
+        assert result.folder is not None
+        folder, pictures = result.folder / LAYOUTS, study.pictures(result.folder)
+        write_layouts(config.layouts, folder, pictures, _rows(config))
+        print(_line(result))
 
 
 def _refuse_unnamed(opened: OpenedRun, other: bool) -> None:
@@ -363,28 +382,5 @@ def _line(result: Evaluation) -> str:
     measured += [f"{name} {value:.4f}" for name, value in result.held_out.items()]
     if result.reward is not None:
         measured.insert(0, f"reward {result.reward:.4f} +- {result.reward_error:.4f}")
+    measured += [f"{metric_label(n, one)} {one.value:.4g}" for n, one in result.metrics.items()]
     return f"{f'step {result.step} {result.variant.name}'.strip()}: {', '.join(measured)}"
-
-
-def variants_of(config: EvaluateConfig, guidance_scale: float) -> list[Variant]:
-    """Return each schedule with each scale of the adapter and of guidance.
-
-    Args:
-        guidance_scale: the run's own.
-
-    Raises:
-        ValueError: naming a schedule or a scale that makes no images of its own.
-    """
-    for schedule in config.schedules:
-        annealed_weights(schedule, 1)
-        if schedule == "base":
-            raise ValueError("schedules: base is the base model, which steps=[0] evaluates")
-    scales = [
-        None if g == guidance_scale else g for g in config.guidance_scales or [guidance_scale]
-    ]
-    return [
-        Variant(schedule, lora_scale, scale)
-        for schedule in config.schedules
-        for lora_scale in config.lora_scales
-        for scale in scales
-    ]

@@ -9,8 +9,11 @@ from typing import IO, Any
 from torch import Tensor
 from tqdm import tqdm
 
+from sfumato.config import EvaluateConfig
+from sfumato.diffusion.guidance import annealed_weights
 from sfumato.evaluation.diversity import build_distance
 from sfumato.evaluation.making import Making
+from sfumato.evaluation.manifest import difference
 from sfumato.evaluation.results import Evaluation, Variant, read_evaluation, read_evaluations
 from sfumato.evaluation.study import Study
 from sfumato.files import lock
@@ -187,4 +190,28 @@ def _is_current(run: RunFolder, step: int, variant: Variant, settings: Mapping[s
     if done.variant != variant:
         return False
     same = not checkpoint.is_dir() or done.checkpoint == fingerprint(checkpoint)
-    return same and done.settings == settings
+    return same and difference(done.settings, settings) is None
+
+
+def variants_of(config: EvaluateConfig, guidance_scale: float) -> list[Variant]:
+    """Return each schedule with each scale of the adapter and of guidance.
+
+    Args:
+        guidance_scale: the run's own.
+
+    Raises:
+        ValueError: naming a schedule or a scale that makes no images of its own.
+    """
+    for schedule in config.schedules:
+        annealed_weights(schedule, 1)
+        if schedule == "base":
+            raise ValueError("schedules: base is the base model, which steps=[0] evaluates")
+    scales = [
+        None if g == guidance_scale else g for g in config.guidance_scales or [guidance_scale]
+    ]
+    return [
+        Variant(schedule, lora_scale, scale)
+        for schedule in config.schedules
+        for lora_scale in config.lora_scales
+        for scale in scales
+    ]

@@ -20,16 +20,23 @@ from torch import Tensor
 
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation.diversity import Distance
-from sfumato.evaluation.results import OLDER, SCORES, SUMMARY, Variant
-from sfumato.evaluation.study import Study
-from sfumato.files import new_folder, parse_object, read_bytes, write_text, writing
+from sfumato.evaluation.results import LAYOUTS, OLDER, SCORES, SUMMARY, Variant
+from sfumato.evaluation.study import IMAGES, Study, picture_name
+from sfumato.files import (
+    new_folder,
+    parse_object,
+    read_bytes,
+    remove_folder,
+    write_text,
+    writing,
+)
 from sfumato.images import load_images, save_image
 from sfumato.models.generate import generate
 from sfumato.rewards.reward import Score
 from sfumato.training.distribution import AUTOCAST, Group
 from sfumato.training.folder import json_lines, read_rows
 
-IMAGES, ROWS, FACTS = "images", "rows", "facts.json"
+ROWS, FACTS = "rows", "facts.json"
 Job = tuple[int, int]  # prompt and index of an image
 
 
@@ -113,7 +120,7 @@ class Making:
         """Return the rows of batches that are made; what damage left of a row is none."""
         files = sorted((self.unfinished / ROWS).glob("*.jsonl"))
         found = [row for file in files for row in read_rows(file)]
-        expected = {_image(job): job for job in self.study.jobs}
+        expected = {picture_name(*job): job for job in self.study.jobs}
         return [row for row in found if expected.get(str(row.get("image"))) == _job(row)]
 
     def _make_batch(self, jobs: Sequence[Job]) -> None:
@@ -156,17 +163,15 @@ class Making:
             },
             **self.facts,
         }
+        for layout in (self.folder / LAYOUTS).glob("[!.]*"):  # of pictures that are replaced
+            remove_folder(layout)
         with new_folder(self.folder, older=OLDER) as folder:
             (folder / IMAGES).mkdir()
             for row in rows:
-                _link(self.unfinished / row["image"], folder / row["image"])
+                link(self.unfinished / row["image"], folder / row["image"])
             (folder / SCORES).write_text(json_lines(rows), encoding="utf-8")
             (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(self.unfinished, ignore_errors=True)
-
-
-def _image(job: Job) -> str:
-    return f"{IMAGES}/{job[0]:03d}-{job[1]:03d}.png"
 
 
 def _is_whole(picture: Path) -> bool:
@@ -178,7 +183,7 @@ def _job(row: Mapping[str, Any]) -> Job:
     return row.get("prompt_index", -1), row.get("index", -1)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Give a file a second name, or copy it where the file system has one name for each."""
     try:
         os.link(source, target)
@@ -213,7 +218,7 @@ def _generate_batch(
             "prompt_index": prompt,
             "index": index,
             "seed": seeds[row],
-            "image": _image((prompt, index)),
+            "image": picture_name(prompt, index),
             **rewards[row],
             "held_out": {name: part[row] for name, part in held.items()},
         }

@@ -1,17 +1,25 @@
 """Results of evaluations, read from run folders, and the diversity of two runs at equal reward."""
 
-import itertools
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfumato.records import Count, Finite, read_record
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.evaluation.bootstrap import LEVEL, interval
+from sfumato.evaluation.manifest import check_alike
+from sfumato.files import read_object, write_text
+from sfumato.records import Count, Finite, read_record, read_rows
 from sfumato.training.checkpoint import list_checkpoints
 from sfumato.training.folder import RunFolder, step_name
 
 SUMMARY = "summary.json"
 SCORES = "scores.jsonl"
+LAYOUTS = "layouts"  # folders of the same pictures, for scorers of benchmarks
 OLDER = (SUMMARY, SUMMARY, SCORES, "images/[0-9]*-[0-9]*.png")  # see files.new_folder
 
 
@@ -40,6 +48,23 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A number of a set of images.
+
+    Attributes:
+        manifest: what it depends on beside the images: network, reference.
+    """
+
+    value: Finite
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Return the type of the network, such as clip or dinov2."""
+        return str(self.manifest.get("network", {}).get("kind"))
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Scores of one checkpoint; step 0 is the base model.
 
@@ -52,6 +77,8 @@ class Evaluation:
         checkpoint: fingerprint of the checkpoint; None for the base model.
         variant: how the images were made.
         per_prompt: diversity of each prompt; older versions wrote none.
+        metrics: numbers of the whole set of images, by their names.
+        folder: where all of it lies.
     """
 
     step: int
@@ -64,6 +91,12 @@ class Evaluation:
     checkpoint: str | None = field(default=None, compare=False)
     variant: Variant = Variant()
     per_prompt: Sequence[float] = field(default=(), compare=False)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    folder: Path | None = field(default=None, compare=False)
+
+    def manifest(self, metric: str) -> dict[str, Any]:
+        """Return all that a metric's number depends on, the checkpoint and the variant aside."""
+        return {**self.settings, "metric": self.metrics[metric].manifest}
 
 
 @dataclass(frozen=True)
@@ -88,6 +121,14 @@ class _Diversity:
 
 
 @dataclass(frozen=True)
+class _Scored:
+    """What is read of a row of scores.jsonl."""
+
+    prompt_index: Count
+    reward: Finite
+
+
+@dataclass(frozen=True)
 class _Summary:
     """summary.json of one evaluated step."""
 
@@ -99,6 +140,7 @@ class _Summary:
     reward_error: Finite | None = None
     checkpoint: str | None = None
     variant: Variant = Variant()
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
 
 def read_evaluations(run: RunFolder, variant: Variant = Variant()) -> list[Evaluation]:
@@ -150,7 +192,21 @@ def read_evaluation(folder: Path) -> Evaluation:
         one.checkpoint,
         one.variant,
         one.diversity.per_prompt,
+        one.metrics,
+        folder,
     )
+
+
+def add_metrics(folder: Path, metrics: Mapping[str, Metric]) -> None:
+    """Write metrics beside the other numbers of an evaluated step.
+
+    Raises:
+        ValueError: summary.json cannot be read or written.
+    """
+    summary = read_object(folder / SUMMARY, f"remove {folder} and evaluate again")
+    new = {name: asdict(metric) for name, metric in metrics.items()}
+    summary["metrics"] = {**summary.get("metrics", {}), **new}
+    write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def at_equal_reward(
@@ -167,36 +223,112 @@ def at_equal_reward(
         None if there is no such level.
 
     Raises:
-        ValueError: if the two runs measured diversity differently.
+        ValueError: if the two runs were evaluated differently.
     """
-    labels = {evaluation.diversity_label for evaluation in (*baseline, *other)}
+    curves = _scored(baseline, other)
+    if min(map(len, curves)) < 2:
+        return None
+    points = [_points(curve) for curve in curves]
+    levels, first, second = (each[0] for each in _at_levels(points, num_levels))
+    if levels.isnan().any():
+        return None
+    difference = (second - first).mean().item()
+    return EqualReward(*(tuple(each.tolist()) for each in (levels, first, second)), difference)
+
+
+def equal_reward_interval(
+    baseline: Sequence[Evaluation],
+    other: Sequence[Evaluation],
+    *,
+    num_levels: int = 10,
+    level: float = LEVEL,
+) -> tuple[float, float, float] | None:
+    """Return the mean difference of `at_equal_reward`, and the ends of its interval over prompts.
+
+    Each draw of prompts, with all their images, makes both curves anew; see `bootstrap`.
+
+    Args:
+        baseline, other: as read from run folders.
+        level: share of intervals that cover the difference over all prompts like these.
+
+    Returns:
+        None if there is no level that both curves pass.
+
+    Raises:
+        ValueError: as `at_equal_reward`, or there are too few prompts, or a file is damaged.
+    """
+    if at_equal_reward(baseline, other, num_levels=num_levels) is None:
+        return None
+    curves = _scored(baseline, other)
+    columns = [column for curve in curves for one in curve for column in _by_prompt(one)]
+
+    def difference(means: Float[Tensor, "b m"]) -> Float[Tensor, " b"]:
+        points = means.unflatten(1, (-1, 2)).split([len(curve) for curve in curves], 1)
+        _, first, second = _at_levels(points, num_levels)
+        return (second - first).mean(1)
+
+    return interval(difference, torch.tensor(columns, dtype=torch.float64).T, level=level)
+
+
+def _scored(*curves: Sequence[Evaluation]) -> list[list[Evaluation]]:
+    """Return the evaluations that have a reward, in the order of steps; refuse unlike ones."""
+    scored = [sorted((o for o in c if o.reward is not None), key=lambda o: o.step) for c in curves]
+    labels = {evaluation.diversity_label for curve in curves for evaluation in curve}
     if len(labels) > 1:
         raise ValueError(
             f"diversity was measured as {' and as '.join(sorted(labels))}; evaluate both runs with "
             "the same features"
         )
-    curves = [_points(baseline), _points(other)]
-    if not all(curves):
-        return None
-    low = max(curve[0][0] for curve in curves)
-    high = min(max(reward for reward, _ in curve) for curve in curves)
-    if high <= low:
-        return None
-    inner = (low + (high - low) * k / num_levels for k in range(1, num_levels))
-    levels = (*inner, high)
-    first, second = (tuple(_diversity_at(curve, level) for level in levels) for curve in curves)
-    differences = [b - a for a, b in zip(first, second, strict=True)]
-    return EqualReward(levels, first, second, sum(differences) / len(differences))
+    first, *others = [one for curve in scored for one in curve] or [None]
+    for one in others:
+        assert first is not None and one is not None
+        names = f"step {first.step} of one run", f"step {one.step} of another"
+        check_alike(*names, first.settings, one.settings)
+    return scored
 
 
-def _points(curve: Sequence[Evaluation]) -> list[tuple[float, float]]:
-    ordered = sorted(curve, key=lambda one: one.step)
-    return [(one.reward, one.diversity) for one in ordered if one.reward is not None]
+def _points(curve: Sequence[Evaluation]) -> Float[Tensor, "1 p 2"]:
+    points = [(one.reward, one.diversity) for one in curve]
+    return torch.tensor([points], dtype=torch.float64)
 
 
-def _diversity_at(curve: Sequence[tuple[float, float]], level: float) -> float:
-    """Return the diversity where a curve that starts below a level first reaches it."""
-    for (low, before), (high, after) in itertools.pairwise(curve):
-        if high >= level:
-            return before + (level - low) / (high - low) * (after - before)
-    raise AssertionError(f"the curve does not reach {level}")
+def _by_prompt(one: Evaluation) -> tuple[list[float], list[float]]:
+    """Return the mean reward and the diversity of each prompt."""
+    assert one.folder is not None
+    advice = f"remove {one.folder} and evaluate again"
+    diversity = read_record(one.folder / SUMMARY, _Summary, advice).diversity.per_prompt
+    rewards: list[list[float]] = [[] for _ in diversity]
+    for row in read_rows(one.folder / SCORES, _Scored, advice):
+        if row.prompt_index < len(rewards):
+            rewards[row.prompt_index].append(row.reward)
+    if not all(rewards):
+        raise ValueError(f"{one.folder / SCORES} lacks rows of a prompt; {advice}")
+    return [sum(each) / len(each) for each in rewards], diversity
+
+
+def _at_levels(
+    points: Sequence[Float[Tensor, "b _ 2"]], num_levels: int
+) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b n"], Float[Tensor, "b n"]]:
+    """Return levels of reward and the diversity of two curves there; NaN where there are none.
+
+    Args:
+        points: reward and diversity of both, in the order of steps; b such pairs of curves.
+    """
+    rewards = [curve[..., 0] for curve in points]
+    low = torch.maximum(*(reward[:, 0] for reward in rewards))[:, None]
+    high = torch.minimum(*(reward.amax(1) for reward in rewards))[:, None]
+    levels = low + (high - low) * torch.arange(1, num_levels) / num_levels
+    levels = torch.where(high > low, torch.cat([levels, high], 1), torch.nan)
+    first, second = (_diversity_at(curve, levels) for curve in points)
+    return levels, first, second
+
+
+def _diversity_at(
+    curve: Float[Tensor, "b p 2"], levels: Float[Tensor, "b n"]
+) -> Float[Tensor, "b n"]:
+    """Return the diversity where curves that start below a level first reach it."""
+    reached = curve[:, None, 1:, 0] >= levels[..., None]
+    before = reached.int().argmax(2)[..., None].expand(-1, -1, 2)
+    start, end = curve.gather(1, before), curve.gather(1, before + 1)
+    share = (levels - start[..., 0]) / (end[..., 0] - start[..., 0])
+    return start[..., 1] + share * (end[..., 1] - start[..., 1])

@@ -4,15 +4,18 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sfumato.config import SamplerConfig, TrainConfig
+from sfumato.evaluation.manifest import surroundings
 from sfumato.models.model import TextToImageModel
 from sfumato.rewards.reward import Reward
 from sfumato.run.identity import typed
 
+IMAGES = "images"
 HeldOut = Callable[[Tensor, Sequence[str]], Tensor]
 NOT_OF_IMAGES = ("training_steps", "training_spacing", "prompt_cache")  # of a sampler's settings
 NEWER = ("solver", "guidance_interval")
@@ -48,6 +51,20 @@ class Study:
         """Return the prompt and the index of each image, prompt by prompt."""
         return list(itertools.product(range(len(self.prompts)), range(self.num_images)))
 
+    def pictures(self, folder: Path) -> dict[str, list[Path]]:
+        """Return the pictures of each prompt in the folder of a step.
+
+        Raises:
+            ValueError: one is gone.
+        """
+        found: dict[str, list[Path]] = {prompt: [] for prompt in self.prompts}
+        for prompt, index in self.jobs:
+            name = picture_name(prompt, index)
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} lacks {name}; remove {folder} and evaluate again")
+            found[self.prompts[prompt]].append(folder / name)
+        return found
+
     def settings(self) -> dict[str, Any]:
         """Return the settings that the numbers depend on, except the step, as read from JSON."""
         config, model = self.config, self.config.model
@@ -68,6 +85,7 @@ class Study:
             "features": self.features,
             "held_out": sorted(self.held_out),
             "contents": dict(self.contents),
+            **surroundings(),
         }
         rewards = {n: asdict(v) for n, v in config.validation.rewards.items() if n in self.held_out}
         if rewards:  # evaluations of older versions have none
@@ -75,6 +93,11 @@ class Study:
         if "model.pretrained" in self.contents:
             plain["pretrained"] = "by content"
         return json.loads(json.dumps(plain))
+
+
+def picture_name(prompt: int, index: int) -> str:
+    """Return the path of an image below the folder of its step."""
+    return f"{IMAGES}/{prompt:03d}-{index:03d}.png"
 
 
 def _of_images(sampler: SamplerConfig) -> dict[str, Any]:

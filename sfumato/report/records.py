@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from sfumato.config.saved import flatten, read_saved
 from sfumato.data.entries import is_utf8
+from sfumato.evaluation.manifest import check_alike
 from sfumato.evaluation.results import (
     SCORES,
     SUMMARY,
@@ -233,7 +234,7 @@ def read_runs(runs: Sequence[RunFolder]) -> list[RunRecord]:
         if a.get("reward") is None or b.get("reward") is None:
             # The rewards of one run cannot be mixed up with those of the other.
             a, b = {**a, "reward": None}, {**b, "reward": None}
-        _check_alike(first.name, second.name, a, b)
+        check_alike(first.name, second.name, a, b)
     return records
 
 
@@ -286,7 +287,7 @@ def _read_run(run: RunFolder, name: str) -> RunRecord:
     for other in evaluations[1:]:
         first = evaluations[0]
         names = f"step {first.step} of {name}", f"step {other.step}"
-        _check_alike(*names, first.settings, other.settings)
+        check_alike(*names, first.settings, other.settings)
     metrics, lost = _read_metrics(run.metrics) if run.metrics.exists() else ([], [])
     path = run.path / "run.json"
     starts = read_record(path, _Starts, "remove or correct it").starts if path.exists() else []
@@ -345,18 +346,6 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
                 )
         rows.append({key: value for key, value in row.items() if math.isfinite(value)})
     return rows, lost
-
-
-def _check_alike(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-    """Raise ValueError where two evaluations differ in prompts, noise or measures."""
-    left, right = flatten(a), flatten(b)
-    for key in {**left, **right}:
-        if left.get(key) != right.get(key):
-            raise ValueError(
-                f"{first} and {second} were evaluated differently "
-                f"({key}: {left.get(key)} and {right.get(key)}), so their numbers cannot be "
-                "compared; evaluate both with the same settings, or report them separately"
-            )
 
 
 def is_inside(path: Path, folder: Path) -> bool:
