@@ -55,6 +55,7 @@ from sfumato.training.compiling import arrange
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
 from sfumato.training.gauges import build_gauges
+from sfumato.training.guards import check_sharpness
 from sfumato.training.loop import Job
 from sfumato.training.module import Trainee
 from sfumato.training.validation import HeldOut, Validation
@@ -142,6 +143,8 @@ def build_job(
     gauges = {}
     if reward is not None and config.validation.gauges and isinstance(model, TextToImageModel):
         gauges = build_gauges(reward, grid_period(model, config))
+    if reward is not None and not reward.differentiable:
+        check_sharpness(config)
     validation = Validation(config, data.prompts, reward, held_out, distribution, others, gauges)
     return Job(config, settings, model, objective, data.stream, validation)
 

@@ -14,8 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
-from sfumato.config import NoRewardConfig, OwnConfig, TrainConfig
-from sfumato.config.train import GuardConfig
+from sfumato.config import GuardConfig, NoRewardConfig, OwnConfig, TrainConfig
 
 # Names of training/gauges.py, and diversity, which is one number of all images.
 GAUGES = ("dark", "saturated", "edges", "entropy", "high_frequencies", "grid")
@@ -24,6 +23,7 @@ SHARPNESS, DIVERSITY = "sharpness", "diversity"
 DEFAULTS: Mapping[str, GuardConfig] = {
     DIVERSITY: GuardConfig(limit=0.75, relative="ratio"),
 }
+_SPREAD = f"validation/gauge/{DIVERSITY}"
 FALLS = ("reward", "held_out", "accuracy", "margin", DIVERSITY, "entropy")  # when a run goes wrong
 
 
@@ -61,7 +61,7 @@ class Guards:
         self._target = config.training.target_reward
         self._guards = resolved(config)
         self._known = known_metrics(config)
-        self._typed = config.guard.keys()
+        self._typed = {*config.guard}
         self._say = say
         self._beyond: dict[str, int] = {}  # validations in a row, where not 0
         self.verdict: Verdict | None = None
@@ -154,11 +154,11 @@ class Guards:
         self.loss = row.get("validation/loss", math.inf)
         if not any(guard.action == "rollback" for guard in self._guards.values()):
             return
-        if any(self._guards[name].action != "warn" for name in self._beyond):
+        if self._beyond:
             self.loss = math.inf
         elif "validation/loss" not in row:
-            names = ("reward", "reward_base", f"gauge/{DIVERSITY}")
-            reward, base, spread = (row.get(f"validation/{name}", math.nan) for name in names)
+            names = ("validation/reward", "validation/reward_base", _SPREAD)
+            reward, base, spread = (row.get(name, math.nan) for name in names)
             self.loss = -(reward - base) * spread if reward > base else math.inf
 
     def state(self) -> dict[str, Any]:
@@ -167,11 +167,7 @@ class Guards:
         return verdict | ({"beyond": dict(self._beyond)} if self._beyond else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Put the state back; a setting that has changed since has not ended the run.
-
-        Raises:
-            ValueError: if a guard stopped the run, and is as it was.
-        """
+        """Put the state back; what a setting said that has changed since counts no more."""
         counts = state.get("beyond", {})
         self._beyond = {name: counts[name] for name in counts if name in self._guards}
         if "verdict" not in state:
@@ -186,8 +182,10 @@ class Guards:
 def resolved(config: TrainConfig) -> dict[str, GuardConfig]:
     """Return the guards of a run, by name, with limits and directions; defaults under a reward."""
     names = [*config.guard]
-    if config.validation.gauges and _is_scored(config):
-        names += [name for name in DEFAULTS if name not in names]
+    known = known_metrics(config)
+    names += [
+        name for name in DEFAULTS if name not in names and f"validation/gauge/{name}" in known
+    ]
     return {name: _resolved(name, config.guard.get(name) or GuardConfig()) for name in names}
 
 
@@ -221,14 +219,23 @@ def check_guards(config: TrainConfig) -> None:
                 f"{key}.relative={guard.relative} compares with the base model, and {metric} has "
                 f"no value of it; set {key}.relative=off"
             )
-        if guard.action == "rollback" and not ({"validation/loss", _spread()} & {*known}):
+        if guard.action == "rollback" and not {"validation/loss", _SPREAD} & {*known}:
             raise ValueError(
                 f"{key}.action=rollback goes back to the step of the best reward and diversity, or "
                 "of the lowest validation loss, and the run measures none of them; set "
                 f"{key}.action=stop"
             )
-    if config.training.target_reward is not None and not _is_scored(config):
-        raise ValueError("training.target_reward needs a reward; choose one, or leave it out")
+
+
+def check_sharpness(config: TrainConfig) -> None:
+    """Refuse a guard of the sharpness of a reward without a gradient, with a ValueError."""
+    for name, guard in config.guard.items():
+        metric = find_metric(guard.metric or name, known_metrics(config))
+        if metric == f"validation/gauge/{SHARPNESS}":
+            raise ValueError(
+                f"guard.{name} is of the reward's sharpness, and the reward has no gradient; leave "
+                f"the guard out (guard.{name}=null), or guard another gauge: {', '.join(GAUGES)}"
+            )
 
 
 def known_metrics(config: TrainConfig) -> list[str]:
@@ -269,7 +276,3 @@ def base_of(metric: str) -> str | None:
 
 def _is_scored(config: TrainConfig) -> bool:
     return not (config.objective.trains_reward or isinstance(config.reward, NoRewardConfig))
-
-
-def _spread() -> str:
-    return f"validation/gauge/{DIVERSITY}"
