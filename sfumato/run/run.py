@@ -245,7 +245,7 @@ def _result(verdict: Verdict, outcome: Outcome, folder: RunFolder) -> str:
     )
     if verdict.action == "rollback" and outcome.best is not None:
         return (
-            f"the result is step {outcome.best}, the best within the limits of all guards "
+            f"the result is step {outcome.best}, the best within the guards' limits "
             f"(step=best of sample and evaluate); later checkpoints stay; {on}"
         )
     why = "nothing is exported"

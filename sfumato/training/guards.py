@@ -5,7 +5,7 @@ of the greatest
 
     (reward of validation images - the base model's) x their diversity
 
-among those at which no guard was beyond its limit. No step has more of both reward and diversity.
+among those at which no guard of the settings was beyond its limit. No step has more of both reward and diversity.
 """
 
 import difflib
@@ -21,10 +21,18 @@ GAUGES = ("dark", "saturated", "edges", "entropy", "high_frequencies", "grid")
 SHARPNESS, DIVERSITY = "sharpness", "diversity"
 # Under a reward these warn; docs/reward_hacking.md says how they were chosen.
 DEFAULTS: Mapping[str, GuardConfig] = {
-    DIVERSITY: GuardConfig(limit=0.75, relative="ratio"),
+    name: GuardConfig(limit=limit, relative="ratio")
+    for name, limit in {
+        DIVERSITY: 0.85,
+        "edges": 0.75,
+        "high_frequencies": 0.75,
+        "dark": 2.0,
+        "grid": 2.0,
+    }.items()
 }
 _SPREAD = f"validation/gauge/{DIVERSITY}"
-FALLS = ("reward", "held_out", "accuracy", "margin", DIVERSITY, "entropy")  # when a run goes wrong
+# What falls when a run goes wrong; all else rises.
+FALLS = {*("reward", "held_out", "accuracy", "margin"), DIVERSITY, *GAUGES[2:5]}
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,8 @@ class Guards:
         """Judge the metrics of a validation; return for each guard how often it is beyond in a row.
 
         Raises:
-            ValueError: if a guard that ends the run is beyond its limit before the first step, or
-                its metric is not there.
+            ValueError: if a guard that ends the run is beyond its limit before the first step, or a
+                metric cannot be judged so, or is not logged.
         """
         logged: dict[str, float] = {}
         for name, guard in self._guards.items():
@@ -80,12 +88,10 @@ class Guards:
             if said is None:
                 continue
             count = self._beyond.pop(name, 0) + 1 if said else 0
+            logged[f"guard/{name}"] = float(count)
             if said:
                 self._beyond[name] = count
                 self._act(f"guard.{name}", guard, step, said, count)
-            else:
-                self._beyond.pop(name, None)
-            logged[f"guard/{name}"] = float(count)
         self._aim(step, row)
         self._rank(row)
         return logged
@@ -154,7 +160,7 @@ class Guards:
         self.loss = row.get("validation/loss", math.inf)
         if not any(guard.action == "rollback" for guard in self._guards.values()):
             return
-        if self._beyond:
+        if self._typed & self._beyond.keys():
             self.loss = math.inf
         elif "validation/loss" not in row:
             names = ("validation/reward", "validation/reward_base", _SPREAD)
@@ -195,7 +201,7 @@ def _resolved(name: str, guard: GuardConfig) -> GuardConfig:
         guard = replace(guard, limit=default.limit, relative=default.relative)
     if guard.direction is None:
         kinds = set((guard.metric or name).split("/"))
-        guard = replace(guard, direction="below" if kinds & {*FALLS} else "above")
+        guard = replace(guard, direction="below" if kinds & FALLS else "above")
     return guard
 
 
@@ -212,7 +218,7 @@ def check_guards(config: TrainConfig) -> None:
             raise ValueError(unknown_metric(key, guard.metric or name, known))
         if guard.limit is None:
             raise ValueError(
-                f"{key}.limit is missing; give a number (only {', '.join(DEFAULTS)} has a default)"
+                f"{key}.limit is missing; give a number (only {', '.join(DEFAULTS)} have a default)"
             )
         if guard.relative != "off" and metric is not None and base_of(metric) is None:
             raise ValueError(
