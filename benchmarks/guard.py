@@ -16,7 +16,7 @@ checkpoint.
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,22 +225,22 @@ def cost(images: int) -> None:
     gauges = build_gauges(reward, grid_period(model, config))
     prompts, parts = ["a star"] * images, dict[str, float]()
 
-    def timed(name: str, act: Any) -> Any:
+    def timed(name: str, act: Callable[..., Any], *given: Any) -> Any:
         started = time.process_time()
-        found = act()
+        found = act(*given)
         parts[name] = parts.get(name, 0.0) + time.process_time() - started
         return found
 
     with torch.no_grad():
         for _ in range(2):  # the first warms up
             parts.clear()
-            made = timed("sampling", lambda: generate_in_batches(
-                model, prompts, range(images), config.sampler, 16))  # fmt: skip
-            timed("reward", lambda: reward(made, prompts))
+            sampled = (model, prompts, range(images), config.sampler, 16)
+            made = timed("sampling", generate_in_batches, *sampled)
+            timed("reward", reward, made, prompts)
             for name, gauge in gauges.items():
                 kind = "sharpness" if name == "sharpness" else "gauges of pictures"
-                timed(kind, lambda gauge=gauge: gauge(made, prompts))
-            timed("gauges of pictures", lambda: diversity(made, prompts))
+                timed(kind, gauge, made, prompts)
+            timed("gauges of pictures", diversity, made, prompts)
     total = sum(parts.values())
     for name, seconds in parts.items():
         print(f"{name}: {seconds:.3f} CPU s, {100 * seconds / total:.1f} %")

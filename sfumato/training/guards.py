@@ -5,7 +5,7 @@ of the greatest
 
     (reward of validation images - the base model's) x their diversity
 
-among those at which no guard of the settings was beyond its limit. No step has more of both reward and diversity.
+among those at which no guard of the settings was beyond its limit. No step has more of both.
 """
 
 import difflib
