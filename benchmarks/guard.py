@@ -32,8 +32,16 @@ RUNS: Mapping[str, Sequence[str]] = {
 }
 VALIDATION = 24  # images, four of each of six prompts
 IMAGES = 30  # of each prompt, for the held-out score
+MARKS = {"hack": (0, 4, 8, 12, 16, 20, 24), "plus_10": (0, 10, 20), "plus_40": (0, 10, 20)}
 SHOWN = (0, 6, 12, 18, 24)
 GAUGES = ("edges", "high_frequencies", "diversity", "dark", "grid", "sharpness")
+
+
+def reader(images: Any, prompts: Sequence[str], metadata: Any) -> Any:
+    """Score as the demo's held-out reader does, for `validation.rewards`."""
+    from sfumato.demo.reader import read_attributes
+
+    return read_attributes(images.clamp(0, 1), prompts)
 
 
 def settings(out: Path, name: str, seed: int, *more: str) -> list[str]:
@@ -52,6 +60,7 @@ def settings(out: Path, name: str, seed: int, *more: str) -> list[str]:
         "training.checkpoint_every_steps=1",
         f"validation.prompts={prompts}",
         f"validation.num_images={VALIDATION}",
+        f"validation.rewards.reader={{kind: function, path: '{__file__}:reader'}}",
         "validation.every_steps=1",
         "training.tensorboard=false",
         "verify=false",
@@ -120,10 +129,9 @@ def model_of(run: Path) -> tuple[Any, Any]:
 
 
 def marks(out: Path, name: str, seed: int) -> list[int]:
-    """Return the steps that are scored: the base model, every fourth, the last, and the stop."""
+    """Return the steps that are scored: those of MARKS, and where a guard stopped the run."""
     stopped = json.loads((out / f"{name}_{seed}.json").read_text())
-    last = STEPS[name]
-    return sorted({0, *range(4, last, 4), last, *([stopped[0]] if stopped else [])})
+    return sorted({*MARKS[name], *([stopped[0]] if stopped else [])})
 
 
 def score(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:

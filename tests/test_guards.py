@@ -103,12 +103,15 @@ def test_a_guard_acts_beyond_its_limit(guard: str, found: dict[str, float], beyo
         assert (judge.verdict.key, judge.verdict.step) == (f"guard.{name}", 3)
 
 
-def test_a_number_that_is_not_there_is_no_judgement() -> None:
+def test_a_number_that_is_not_there_ends_the_row() -> None:
     judge = guards("guard.dark={limit: 0.3, action: stop, patience: 2}")
-    for step, found in enumerate([{"gauge__dark": 0.5}, {}, {"gauge__dark": 0.5}], 1):
-        logged = judge.judge(step, row(**found))
-        assert logged.get("guard/dark") == (None if not found else 1 + (step == 3))
-    assert judge.verdict is not None and judge.verdict.step == 3
+    dark, nothing = {"gauge__dark": 0.5}, {}
+    counts = []
+    for step, found in enumerate([dark, nothing, dark, dark], 1):
+        assert judge.verdict is None
+        counts.append(judge.judge(step, row(**found)).get("guard/dark"))
+    assert counts == [1, None, 1, 2]
+    assert judge.verdict is not None and judge.verdict.step == 4
 
 
 def test_patience_counts_validations_in_a_row() -> None:
@@ -151,11 +154,11 @@ def test_a_default_guard_warns_of_lost_diversity(capsys: pytest.CaptureFixture[s
 def test_going_back_wins_over_stopping(order: Sequence[int]) -> None:
     both = [
         "guard.dark={limit: 0.3, action: stop}",
-        "guard.edges={limit: 0.3, action: rollback}",
+        "guard.grid={limit: 0.3, action: rollback}",
         "training.target_reward=1",
     ]
     judge = guards(*[both[i] for i in order], both[2])
-    judge.judge(1, row(gauge__dark=0.5, gauge__edges=0.5, reward=2.0))
+    judge.judge(1, row(gauge__dark=0.5, gauge__grid=0.5, reward=2.0))
     assert judge.verdict is not None and judge.verdict.action == "rollback"
 
 
@@ -167,10 +170,10 @@ def test_the_best_step_is_on_the_front_and_within_limits() -> None:
                            gauge_base__diversity=0.5, gauge__dark=dark))  # fmt: skip
         return judge.loss
 
-    assert loss(12, 0.45) == pytest.approx(-0.9)
-    assert loss(14, 0.4) < loss(12, 0.45) < loss(12, 0.4)
-    assert loss(9, 0.5) == loss(10, 0.5) == math.inf  # no better than the base model
-    assert loss(14, 0.4, dark=0.31) == math.inf
+    assert loss(12.0, 0.45) == pytest.approx(-0.9)
+    assert loss(14.0, 0.4) < loss(12.0, 0.45) < loss(12.0, 0.4)
+    assert loss(9.0, 0.5) == loss(10.0, 0.5) == math.inf  # no better than the base model
+    assert loss(14.0, 0.4, dark=0.31) == math.inf
     judge.judge(1, row(reward=12.0, reward_base=10.0))
     assert judge.loss == math.inf  # nothing is known of diversity
 

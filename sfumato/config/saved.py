@@ -147,6 +147,6 @@ def differences(
 
 
 def _may_change(key: str) -> bool:
-    """Say whether a setting may differ in a resumed run; a part or a held-out reward is a reward."""
+    """Say whether a setting may differ in a resumed run; parts and held-out rewards are rewards."""
     key = re.sub(r"^guard\..+", "guard", key)
     return re.sub(r"^(reward\.parts|validation\.rewards)\..+\.", "reward.", key) in MAY_CHANGE

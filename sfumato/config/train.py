@@ -243,7 +243,7 @@ class GuardConfig:
     metric: str | None = None  # null is the guard's NAME
     limit: float | None = None  # null: limit and `relative` of the default guard NAME
     relative: str = choice("off", "ratio", "difference")  # to the base model's own value
-    direction: str | None = setting(None, Rule(choices=("above", "below")))  # null: the bad one of the metric
+    direction: str | None = setting(None, Rule(choices=("above", "below")))  # null: the bad side
     action: str = choice("warn", "stop", "rollback")  # rollback: the best step is the result
     patience: int = setting(1, COUNT)  # validations in a row beyond the limit
 

@@ -85,9 +85,10 @@ class Guards:
         logged: dict[str, float] = {}
         for name, guard in self._guards.items():
             said = self._said_beyond(name, guard, step, row)
+            before = self._beyond.pop(name, 0)  # a validation without a number ends the row too
             if said is None:
                 continue
-            count = self._beyond.pop(name, 0) + 1 if said else 0
+            count = before + 1 if said else 0
             logged[f"guard/{name}"] = float(count)
             if said:
                 self._beyond[name] = count
