@@ -15,6 +15,7 @@ checkpoint.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,8 +32,7 @@ RUNS: Mapping[str, Sequence[str]] = {
     "plus_40": ("objective.kl_coeff=40",),
 }
 VALIDATION = 24  # images, four of each of six prompts
-IMAGES = 30  # of each prompt, for the held-out score
-MARKS = {"hack": (0, 4, 8, 12, 16, 20, 24), "plus_10": (0, 10, 20), "plus_40": (0, 10, 20)}
+IMAGES = 40  # of each prompt, for the held-out score
 SHOWN = (0, 6, 12, 18, 24)
 GAUGES = ("edges", "high_frequencies", "diversity", "dark", "grid", "sharpness")
 
@@ -83,22 +83,25 @@ def train(overrides: Sequence[str]) -> Any:
     config, plain = compose_train(overrides)
     distribution = Distribution(config.training)
     try:
-        return train_run(config, plain, distribution)
+        outcome = train_run(config, plain, distribution)
     finally:
         distribution.close()
+    if outcome.stopped_by is not None:
+        sys.exit(f"stopped by {outcome.stopped_by}")
+    return outcome
 
 
 def run(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Train with guards that stop; note where; then go on with guards that warn, to the end."""
-    for seed in seeds:
-        for name in names:
-            note = out / f"{name}_{seed}.json"
-            if not note.exists():
-                outcome = train(settings(out, name, seed, *stopping()))
-                verdict = outcome.verdict
-                stopped = None if verdict is None else [verdict.step, verdict.key, verdict.said]
-                note.write_text(json.dumps(stopped))
-            train(settings(out, name, seed))
+    each = [(name, seed) for name in names for seed in seeds]
+    for name, seed in each:
+        note = out / f"{name}_{seed}.json"
+        if not note.exists():
+            verdict = train(settings(out, name, seed, *stopping())).verdict
+            stopped = None if verdict is None else [verdict.step, verdict.key, verdict.said]
+            note.write_text(json.dumps(stopped))
+    for name, seed in each:
+        train(settings(out, name, seed))
 
 
 @torch.no_grad()
@@ -129,9 +132,12 @@ def model_of(run: Path) -> tuple[Any, Any]:
 
 
 def marks(out: Path, name: str, seed: int) -> list[int]:
-    """Return the steps that are scored: those of MARKS, and where a guard stopped the run."""
+    """Return the steps that are scored: the first, the last so far, and where a guard stopped."""
+    from sfumato.training.checkpoint import list_checkpoints, step_of
+
     stopped = json.loads((out / f"{name}_{seed}.json").read_text())
-    return sorted({*MARKS[name], *([stopped[0]] if stopped else [])})
+    last = step_of(list_checkpoints(out / f"{name}_{seed}" / "checkpoints")[-1])
+    return sorted({0, last, *([stopped[0]] if stopped else [])})
 
 
 def score(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
@@ -174,9 +180,10 @@ def table(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
             alarms = sum(any(r.get(k, 0) > 0 for k in r if k.startswith("guard/")) for r in rows)
             step, key = (stopped[0], stopped[1]) if stopped else ("-", "-")
             there = f"{scores[str(step)]:.3f}" if stopped else "-"
-            end = scores[str(STEPS[name])]
+            end = max(map(int, scores))
             print(
-                f"| {name} | {seed} | {step} | {key} | {scores['0']:.3f} | {there} | {end:.3f} | "
+                f"| {name} | {seed} | {step} | {key} | {scores['0']:.3f} | {there} | "
+                f"{scores[str(end)]:.3f} (step {end}) | "
                 f"{alarms} of {len(rows)} validations |"
             )
 

@@ -64,6 +64,9 @@ def row(**values: float) -> dict[str, float]:
         ("reward.limit=1", {"reward": 0.9}, True),
         ("reward={limit: 1, direction: above}", {"reward": 0.9}, False),
         ("reward={limit: 1, direction: above}", {"reward": 1.1}, True),
+        ("reader.limit=0.4", {"held_out__reader": 0.3}, True),  # held-out rewards fall too
+        ("reader.limit=0.4", {"held_out__reader": 0.5}, False),
+        ("x={metric: held_out/reader, limit: 0.4}", {"held_out__reader": 0.3}, True),
         ("x={metric: dark, limit: 0.3}", {"gauge__dark": 0.31}, True),
         ("x={metric: validation/gauge/dark, limit: 0.3}", {"gauge__dark": 0.31}, True),
         (
@@ -95,7 +98,8 @@ def row(**values: float) -> dict[str, float]:
 )
 def test_a_guard_acts_beyond_its_limit(guard: str, found: dict[str, float], beyond: bool) -> None:
     name = guard.partition(".")[0].partition("=")[0]
-    judge = guards(f"guard.{guard}", f"guard.{name}.action=stop")
+    reader = "validation.rewards.reader={kind: brightness}"
+    judge = guards(reader, f"guard.{guard}", f"guard.{name}.action=stop")
     logged = judge.judge(3, row(**found))
     assert logged[f"guard/{name}"] == beyond
     assert (judge.verdict is not None) == beyond

@@ -275,7 +275,7 @@ def _result(verdict: Verdict, outcome: Outcome, folder: RunFolder) -> str:
     if verdict.action == "rollback":
         why = f"no step was better than the base model within the limits, so {why}"
     return (
-        f"{why}; all checkpoints stay: `sfumato sample run={folder.path} step=N` shows them; {on}"
+        f"{why}; its checkpoints stay: `sfumato sample run={folder.path} step=N` shows them; {on}"
     )
 
 

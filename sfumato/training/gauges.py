@@ -3,7 +3,7 @@
 Each gauge gives one number an image, of the picture alone. Y is the luma .299 R + .587 G + .114 B.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import final
 
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.rewards.reward import Reward, Score
+from sfumato.training.guards import GAUGES, SHARPNESS
 
 Images = Float[Tensor, "b 3 H W"]
 Rows = Float[Tensor, " b"]
@@ -143,20 +144,16 @@ def build_gauges(reward: Reward, period: int) -> dict[str, Reward]:
         reward: has a sharpness if it is differentiable.
         period: of `grid_share`.
     """
-    pictures: Mapping[str, Callable[[Images], Rows]] = {
-        "dark": dark_share,
-        "saturated": saturated_share,
-        "edges": edge_density,
-        "entropy": color_entropy,
-        "high_frequencies": high_frequencies,
-        "grid": partial(grid_share, period=period),
-    }
+    pictures: Sequence[Callable[[Images], Rows]] = (
+        *(dark_share, saturated_share, edge_density, color_entropy, high_frequencies),
+        partial(grid_share, period=period),
+    )
     gauges: dict[str, Reward] = {
         name: Gauge(lambda images, prompts, measure=measure: measure(images))
-        for name, measure in pictures.items()
+        for name, measure in zip(GAUGES, pictures, strict=True)
     }
     if reward.differentiable:
-        gauges["sharpness"] = Gauge(partial(sharpness, reward))
+        gauges[SHARPNESS] = Gauge(partial(sharpness, reward))
     return gauges
 
 

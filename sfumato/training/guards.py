@@ -16,7 +16,7 @@ from typing import Any, final
 
 from sfumato.config import GuardConfig, NoRewardConfig, OwnConfig, TrainConfig
 
-# Names of training/gauges.py, and diversity, which is one number of all images.
+# What training/gauges.py measures: of each picture, in its order; of the reward; of all pictures.
 GAUGES = ("dark", "saturated", "edges", "entropy", "high_frequencies", "grid")
 SHARPNESS, DIVERSITY = "sharpness", "diversity"
 # Under a reward these warn; docs/reward_hacking.md says how they were chosen.
@@ -32,7 +32,8 @@ DEFAULTS: Mapping[str, GuardConfig] = {
 }
 _SPREAD = f"validation/gauge/{DIVERSITY}"
 # What falls when a run goes wrong; all else rises.
-FALLS = {*("reward", "held_out", "accuracy", "margin"), DIVERSITY, *GAUGES[2:5]}
+FALLS = {*("reward", "held_out", "accuracy", "margin"), DIVERSITY}
+FALLS |= {"edges", "entropy", "high_frequencies"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ class Guards:
         elif "validation/loss" not in row:
             names = ("validation/reward", "validation/reward_base", _SPREAD)
             reward, base, spread = (row.get(name, math.nan) for name in names)
-            self.loss = -(reward - base) * spread if reward > base else math.inf
+            gain = (reward - base) * spread
+            self.loss = -gain if gain > 0 else math.inf  # NaN included
 
     def state(self) -> dict[str, Any]:
         """Return what a run that goes on needs, as JSON; empty where nothing was beyond."""
@@ -193,15 +195,16 @@ def resolved(config: TrainConfig) -> dict[str, GuardConfig]:
     names += [
         name for name in DEFAULTS if name not in names and f"validation/gauge/{name}" in known
     ]
-    return {name: _resolved(name, config.guard.get(name) or GuardConfig()) for name in names}
+    return {name: _resolved(name, config.guard.get(name) or GuardConfig(), known) for name in names}
 
 
-def _resolved(name: str, guard: GuardConfig) -> GuardConfig:
+def _resolved(name: str, guard: GuardConfig, known: Collection[str]) -> GuardConfig:
     if guard.limit is None and guard.metric is None and name in DEFAULTS:
         default = DEFAULTS[name]
         guard = replace(guard, limit=default.limit, relative=default.relative)
     if guard.direction is None:
-        kinds = set((guard.metric or name).split("/"))
+        wanted = guard.metric or name
+        kinds = set((find_metric(wanted, known) or wanted).split("/"))
         guard = replace(guard, direction="below" if kinds & FALLS else "above")
     return guard
 

@@ -24,6 +24,7 @@ from sfumato.rewards.reward import Reward, score_rows
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder, json_lines, read_rows
 from sfumato.training.gauges import diversity
+from sfumato.training.guards import DIVERSITY
 from sfumato.training.module import Trainee
 from sfumato.training.tracking import Trackers
 
@@ -102,7 +103,7 @@ class Validation:
                     metrics[f"validation/{_named(name, end)}"] = values.nanmean().item()
             spread = diversity(pictures.images, self._prompts) if self._gauged else None
             if spread is not None:
-                metrics[f"validation/gauge{end}/diversity"] = spread
+                metrics[f"validation/gauge{end}/{DIVERSITY}"] = spread
         with self._distribution.together():
             if self._distribution.is_main:
                 self._record(folder.samples(step), step, trackers, (tuned, self._base))
