@@ -33,7 +33,7 @@ RUNS: Mapping[str, Sequence[str]] = {
 }
 VALIDATION = 24  # images, four of each of six prompts
 IMAGES = 40  # of each prompt, for the held-out score
-SHOWN = (0, 6, 12, 18, 24)
+SHOWN, COLUMNS = (0, 6, 12, 18, 24), 8
 GAUGES = ("edges", "high_frequencies", "diversity", "dark", "grid", "sharpness")
 
 
@@ -191,36 +191,30 @@ def table(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
 def pictures(out: Path, folder: Path) -> None:
     """Draw the pictures and the curves of docs/reward_hacking.md, of seed 0."""
     import matplotlib.pyplot as plt
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
-    rows = []
-    for step in SHOWN:
+    from sfumato.training.guards import DEFAULTS
+
+    cell, margin = 68, 52
+    sheet = Image.new("RGB", (margin + COLUMNS * cell, len(SHOWN) * cell), "white")
+    for y, step in enumerate(SHOWN):
+        ImageDraw.Draw(sheet).text((4, y * cell + 28), f"step {step}", fill="black")
         place = out / "hack_0" / "samples" / f"step-{step:06d}"
-        row = [Image.open(place / f"{i:03d}-tuned.png") for i in range(12)]
-        rows.append(row)
-    size = rows[0][0].width
-    sheet = Image.new("RGB", (12 * (size + 4), len(rows) * (size + 4)), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            sheet.paste(image, (x * (size + 4), y * (size + 4)))
+        for x in range(COLUMNS):
+            sheet.paste(Image.open(place / f"{x:03d}-tuned.png"), (margin + x * cell, y * cell))
     sheet.save(folder / "hacking_pictures.png", optimize=True)
-    metrics = {name: logged(out, name, 0) for name in RUNS}
     figure, axes = plt.subplots(2, 4, figsize=(12, 5))
-    panels = ["reward", *(f"gauge/{name}" for name in GAUGES)]
-    for panel, ax in zip(panels, axes.flat, strict=False):
-        for name, found in metrics.items():
-            shown = [r for r in found if f"validation/{panel}" in r]
-            ax.plot(
-                [r["step"] for r in shown], [r[f"validation/{panel}"] for r in shown], label=name
-            )
-        ax.set_title(panel.rpartition("/")[2])
-    last = axes.flat[7]
-    for name in RUNS:
-        file = out / f"{name}_0_scores.json"
-        scores = json.loads(file.read_text()) if file.exists() else {}
-        steps = sorted(map(int, scores))
-        last.plot(steps, [scores[str(s)] for s in steps], marker=".", label=name)
-    last.set_title("held-out reader")
+    panels = ["reward", "held_out/reader", *(f"gauge/{name}" for name in GAUGES)]
+    for panel, ax in zip(panels, axes.flat, strict=True):
+        title, rows = panel.rpartition("/")[2], []
+        for name in RUNS:
+            rows = logged(out, name, 0)
+            values = [row[f"validation/{panel}"] for row in rows]
+            ax.plot([row["step"] for row in rows], values, label=name)
+        if title in DEFAULTS:
+            base = rows[0][f"validation/gauge_base/{title}"]
+            ax.axhline(base * (DEFAULTS[title].limit or 0), color="black", lw=0.8, ls="--")
+        ax.set_title(title)
     axes.flat[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(folder / "hacking_curves.png", dpi=80)
