@@ -182,8 +182,8 @@ class Guards:
         if "verdict" not in state:
             return
         verdict = Verdict(**state["verdict"])
-        rules = {f"guard.{name}": asdict(guard) for name, guard in self._guards.items()}
-        rules["training.target_reward"] = self._target
+        rules: dict[str, Any] = {"training.target_reward": self._target}
+        rules |= {f"guard.{name}": asdict(guard) for name, guard in self._guards.items()}
         if rules.get(verdict.key) == verdict.rule:
             self.verdict = verdict
 
