@@ -421,6 +421,7 @@ def test_a_guards_state_survives_a_kill(
     assert in_child(die) in (-9, 0)
     assert in_child(lambda: start(again)) == 0
     assert_same_state(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
+    assert metrics(tmp_path / "parts" / "run") == metrics(tmp_path / "whole" / "run")
 
 
 def test_all_processes_decide_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
