@@ -14,6 +14,7 @@ from sfumato.config import (
     check_values,
 )
 from sfumato.rewards.code import find_code, read_address
+from sfumato.training.guards import check_guards
 from sfumato.training.sharding import check_sharding
 from sfumato.training.stop import parse_duration
 
@@ -49,6 +50,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
     for key, value in named_files(config).items():
         if is_own(key):  # before the run folder has it
             read_address(value, key) if key.endswith(".url") else find_code(value)
+    check_guards(config)
     if isinstance(config.objective, DpoConfig):
         check_dpo(config)
     if isinstance(config.objective, RewardPairsConfig):

@@ -41,7 +41,7 @@ def main() -> None:
     """Run the command line and exit.
 
     0 is done, or stopped by a signal or a limit with all saved; 1 failed; 2 a mistake in what was
-    asked; 130 interrupted with nothing to save.
+    asked; 3 stopped by a guard, with all saved; 130 interrupted with nothing to save.
     """
     _mend_streams()
     try:
@@ -238,7 +238,7 @@ def dispatch(command: str, config: Any) -> None:
         if os.environ.get("RANK", "0") == "0":
             for key, (value, why, _) in unread(settings).items():
                 print(f"the recipe's {key}={shown(value)} has no effect {why}", flush=True)
-        from sfumato.run.run import train
+        from sfumato.run.run import is_guarded, train
         from sfumato.training.distribution import Distribution
 
         distribution = Distribution(settings.training)
@@ -246,8 +246,11 @@ def dispatch(command: str, config: Any) -> None:
             outcome = train(settings, plain, distribution, typed=typed_keys(typed))
         finally:
             distribution.close()
-        if outcome.stopped_by is not None and HydraConfig.get().mode is RunMode.MULTIRUN:
+        sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
+        if outcome.stopped_by is not None and sweeps:
             sys.exit(0)  # else Hydra would begin the next run of the sweep
+        if is_guarded(outcome) and not sweeps:
+            sys.exit(3)
     elif command == "sample":
         from sfumato.evaluation.commands import sample_images
 

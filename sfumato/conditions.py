@@ -76,6 +76,8 @@ _PLANNED: Sequence[Row] = (
     (r"reward\.(parts\..+\.)?gradient_checkpointing", "objective!=supervised|dpo"),
     (r"reward\.(standardise|gradients)", "objective=draft|direct|adjoint_matching|direct_align"),
     (r"training\.ema_(every_steps|on_cpu)", "training.ema_decay!=null"),
+    (r"training\.target_reward", "reward!=none"),
+    (r"training\.target_reward|guard\..+", "validation.every_steps"),
     (r"training\.shard_size", "training.strategy=hsdp"),
 )
 _DATA: Sequence[Row] = (
@@ -101,6 +103,7 @@ _DATA: Sequence[Row] = (
     (r"data\.verify", _SHARDS),
     (r"data\.verify", "data.shards.cached=false"),
     (r"validation\.column", "validation.prompts"),
+    (r"validation\.gauges", "reward!=none"),
     (r"validation\.images\..+", "objective=supervised"),
     (r"validation\.pairs\..+", "objective=dpo|reward_pairs"),
     (r"validation\.loss_images", "objective=supervised|dpo|reward_pairs"),
@@ -124,7 +127,8 @@ _DATA: Sequence[Row] = (
 # What is of text-to-image models alone: a reward is trained on pictures of one size and makes none.
 _NOT_OF_REWARDS = re.compile(
     r"model\.(?!pretrained).+|model\.pretrained=(?!null$).+|sampler\.(?!height|width).+|"
-    r"training\.compile|validation\.(prompts|column|num_images|seed)|data\.pairs\.cache"
+    r"training\.(compile|target_reward)|validation\.(prompts|column|num_images|seed|gauges)|"
+    r"data\.pairs\.cache"
 )
 _PREPARED: Sequence[Row] = (
     *_MODEL,

@@ -84,7 +84,7 @@ OUTSIDE = (
     "rewards.hpsv3",
     *("rewards.code", "rewards.own", "rewards.remote", "rewards.learning_clip"),
 )
-MAX_CORE = 12_700  # lines
+MAX_CORE = 13_250  # lines
 
 # Contracts for the whole core: a stream gives samples, whatever they are read from.
 SAMPLES = ("data.stream", "data.sample")

@@ -30,7 +30,7 @@ FILES = """
 """
 SAMPLER = "sampler.{num_inference_steps,guidance_scale,eta,height,width,solver,prompt_cache}"
 TRAIN = f"""
-    name runs_dir export verify allow_changed recipe method {MODEL} {SAMPLER}
+    name runs_dir export verify allow_changed guard recipe method {MODEL} {SAMPLER}
     model.{{trainable,parts,dtype,gradient_checkpointing,channels_last}}
     model.merge{{,.NAME.path,.NAME.scale}} model.network.{{config,from_pretrained}}
     objective objective.{{kl_coeff,truncation_range,lv_samples,clamp_images}}
@@ -127,6 +127,10 @@ def test_conditions_speak_of_settings(command: str) -> None:
 
 
 IN_VAIN: list[tuple[Sequence[str], str, str]] = [
+    ((*DRAFT, "validation.every_steps=0"), "guard.dark.limit=1", "validation.every_steps=0"),
+    ((*DRAFT, "validation.every_steps=0"), "training.target_reward=9", "validation.every_steps=0"),
+    (IMAGES, "training.target_reward=9", "with reward=none"),
+    (IMAGES, "validation.gauges=false", "with reward=none"),
     (DRAFT, "model.prediction_type=v_prediction", "without model.network.config"),
     (DRAFT, "model.image_size=64", "without model.network.config"),
     (DRAFT, "model.tokenizer=/no/such", "without model.network.config"),

@@ -29,6 +29,7 @@ from sfumato.config import (
 )
 from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import derive
+from sfumato.models.generate import image_size
 from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
 from sfumato.models.registry import load_model
@@ -53,6 +54,8 @@ from sfumato.training.checkpoint import list_checkpoints
 from sfumato.training.compiling import arrange
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
+from sfumato.training.gauges import build_gauges
+from sfumato.training.guards import check_sharpness
 from sfumato.training.loop import Job
 from sfumato.training.module import Trainee
 from sfumato.training.validation import HeldOut, Validation
@@ -137,8 +140,19 @@ def build_job(
         name: ready(build_reward(each), distribution.device, partial(prompt_rows, config))
         for name, each in config.validation.rewards.items()
     }
-    validation = Validation(config, data.prompts, reward, held_out, distribution, others)
+    gauges = {}
+    if reward is not None and config.validation.gauges and isinstance(model, TextToImageModel):
+        gauges = build_gauges(reward, grid_period(model, config))
+    if reward is not None and not reward.differentiable:
+        check_sharpness(config)
+    validation = Validation(config, data.prompts, reward, held_out, distribution, others, gauges)
     return Job(config, settings, model, objective, data.stream, validation)
+
+
+def grid_period(model: TextToImageModel, config: TrainConfig) -> int:
+    """Return the pixels of two latent pixels, which are the patch of a transformer."""
+    height, width = image_size(model, config.sampler)
+    return 2 * height // model.latent_shape(height, width)[1]
 
 
 def build_scorer(config: TrainConfig) -> Reward | None:
