@@ -8,15 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from test_report import BASE, DRAFT, PLUS, record_of, report, write_draft, write_lines
+from test_report import (
+    BASE,
+    DRAFT,
+    PLUS,
+    record_of,
+    report,
+    write_draft,
+    write_lines,
+    write_variant,
+)
 
 from sfumato.evaluation.bootstrap import paired_interval
+from sfumato.evaluation.results import equal_reward_interval
 from sfumato.report.album import MOST_BYTES, album
+from sfumato.report.comparison import from_base
 from sfumato.report.cost import Cost, cost
 from sfumato.report.differences import Difference, differences, scored
 from sfumato.report.figures import MOST_MARKS, Line, Panel, draw_panel, thinned
 from sfumato.report.gauges import gauge_panels
 from sfumato.report.pictures import SIZES, SMALLEST
+from sfumato.report.records import read_runs
 from sfumato.training.folder import RunFolder
 
 PROMPTS = 8
@@ -72,7 +84,16 @@ def test_differences_have_the_intervals_of_the_paired_bootstrap(tmp_path: Path) 
     mean, *ends = paired_interval(rows_of(runs[0], 20), rows_of(runs[1], 20), "reward")
     shown = [float(x) for x in re.findall(r"[-+]\d+\.\d+", page.tables[1][1][1].replace("−", "-"))]
     np.testing.assert_allclose(shown, [mean, *ends], atol=0.006)
-    assert "intervals of 95 % over prompts" in " ".join(page.html.split())
+    text = " ".join(page.html.split())
+    assert "intervals of 95 % over prompts" in text
+    records = read_runs(runs)
+    curves = [from_base(one, records[0].base) for one in records]
+    equal = equal_reward_interval(*curves)
+    assert equal is not None
+    mean, low, high = (f"{value:+.3f}".replace("-", "−") for value in equal)
+    assert f"(difference {mean}, 95 %: {low} to {high})" in text
+    (table,) = (t for t in page.tables if t[-1][0] == "mean")
+    assert table[-1][-1] == f"{mean} [{low}, {high}]"
 
 
 @pytest.mark.parametrize("change", ["few prompts", "no scores", "other images", "older summary"])
@@ -145,13 +166,14 @@ def gauged(run: RunFolder, guard: dict[str, Any], base: float = 0.05) -> None:
 @pytest.mark.parametrize(
     ("guard", "limits"),
     [
-        ({}, []),
+        ({}, [0.1]),  # by default
+        ({"dark": {"action": "stop"}}, [0.1]),
         ({"dark": None}, []),
         ({"dark": {"limit": 2.0, "relative": "ratio", "action": "warn"}}, [0.1]),
         ({"dark": {"limit": 0.05, "relative": "difference"}}, [0.1]),
         ({"night": {"metric": "dark", "limit": 0.1, "relative": "off"}}, [0.1]),
         ({"night": {"metric": "validation/gauge/dark", "limit": 0.1}}, [0.1]),
-        ({"edges": {"limit": 0.1, "relative": "off"}}, []),
+        ({"edges": {"limit": 0.3, "relative": "off"}}, [0.1]),  # of dark, by default
     ],
 )
 def test_gauges_are_shown_with_base_and_limits(
@@ -214,3 +236,23 @@ def test_images_are_thinned_until_the_page_is_small(
     monkeypatch.setattr("sfumato.report.album.MOST_BYTES", 10)
     least = album([record], record, record.base)
     assert least.sizes == SMALLEST and len(least.last) == 1 and len(least.last[0].rows) == 1
+
+
+def test_the_curve_over_guidance_is_shown(tmp_path: Path) -> None:
+    run = write_draft(tmp_path / "run", 0.0, {0: BASE, **DRAFT})
+    write_variant(run, 20, 23.0, 0.1, guidance_scale=8.0)
+    folders = [run.evaluation(20), run.evaluation(20, "guidance_scale_8")]
+
+    def measure(digests: tuple[str, str]) -> str:
+        for folder, digest in zip(folders, digests, strict=True):
+            network = {"network": {"kind": "clip", "sha256": digest}}
+            names = {name: {"value": 0.5, "manifest": network} for name in ("kid", "clip_score")}
+            summary = json.loads((folder / "summary.json").read_text())
+            (folder / "summary.json").write_text(json.dumps(summary | {"metrics": names}))
+        return report([run], tmp_path).html
+
+    html = measure(("1", "1"))
+    assert 'data-name="guidance of run"' in html and ">KID (clip features)</text>" in html
+    html = measure(("1", "2"))
+    assert 'data-name="guidance of run"' not in html
+    assert "run has no curve over guidance: " in html and "sha256: 1 and 2" in html

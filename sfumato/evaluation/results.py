@@ -296,14 +296,13 @@ def _by_prompt(one: Evaluation) -> tuple[list[float], list[float]]:
     """Return the mean reward and the diversity of each prompt."""
     assert one.folder is not None
     advice = f"remove {one.folder} and evaluate again"
-    diversity = read_record(one.folder / SUMMARY, _Summary, advice).diversity.per_prompt
-    rewards: list[list[float]] = [[] for _ in diversity]
+    rewards: list[list[float]] = [[] for _ in one.per_prompt]
     for row in read_rows(one.folder / SCORES, _Scored, advice):
         if row.prompt_index < len(rewards):
             rewards[row.prompt_index].append(row.reward)
     if not all(rewards):
         raise ValueError(f"{one.folder / SCORES} lacks rows of a prompt; {advice}")
-    return [sum(each) / len(each) for each in rewards], diversity
+    return [sum(each) / len(each) for each in rewards], list(one.per_prompt)
 
 
 def _at_levels(

@@ -3,17 +3,28 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sfumato.evaluation.results import EqualReward, Evaluation, Variant, at_equal_reward
+from sfumato.evaluation.results import (
+    EqualReward,
+    Evaluation,
+    Variant,
+    at_equal_reward,
+    equal_reward_interval,
+)
 from sfumato.report.records import RunRecord
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run with KL beside a run without; `result` is None where they share no reward."""
+    """A run with KL beside a run without; `result` is None where they share no reward.
+
+    Attributes:
+        ends: of the interval of 95 % of the mean difference, if there is one.
+    """
 
     baseline: str
     other: str
     result: EqualReward | None
+    ends: tuple[float, float] | None
 
 
 def compare(records: Sequence[RunRecord], base: Evaluation | None) -> list[Comparison]:
@@ -25,9 +36,19 @@ def compare(records: Sequence[RunRecord], base: Evaluation | None) -> list[Compa
         for objective in dict.fromkeys(r.objective for r in plain):
             own = [r for r in plain if r.objective == objective]
             baseline = ([r for r in own if r.setting("training", "seed") == seed] or own)[0]
-            result = at_equal_reward(from_base(baseline, base), from_base(record, base))
-            comparisons.append(Comparison(baseline.name, record.name, result))
+            curves = from_base(baseline, base), from_base(record, base)
+            result = at_equal_reward(*curves)
+            comparisons.append(Comparison(baseline.name, record.name, result, _ends(*curves)))
     return comparisons
+
+
+def _ends(*curves: Sequence[Evaluation]) -> tuple[float, float] | None:
+    """Return the interval's ends; None of too few prompts, or where rows lack the scores."""
+    try:
+        found = equal_reward_interval(*curves)
+    except ValueError:
+        return None
+    return found and found[1:]
 
 
 def steps_at_equal_reward(

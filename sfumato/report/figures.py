@@ -153,7 +153,7 @@ def draw_panel(panel: Panel) -> str:
         else:
             axes.set_xlabel("training step")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        return _svg(figure)
+        return inline_svg(figure)
 
 
 def draw_tradeoffs(records: Sequence[RunRecord], base: Evaluation | None) -> list[tuple[str, str]]:
@@ -218,7 +218,7 @@ def _draw_plane(
         axes.set_xlim(left, right + LABEL_ROOM * (right - left))
         figure.draw_without_rendering()
         _label(axes, ends, figure.dpi)
-        return _svg(figure)
+        return inline_svg(figure)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -323,7 +323,8 @@ def _label(axes: Axes, ends: Sequence[tuple[float, float, str]], dpi: float) -> 
         )
 
 
-def _svg(figure: Figure) -> str:
+def inline_svg(figure: Figure) -> str:
+    """Return a figure as an element of a page."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from sfumato.report.figures import Line, Panel
 from sfumato.report.records import RunRecord
+from sfumato.training.guards import DEFAULTS
 
 GAUGE, BASE, GUARD = "validation/gauge/", "validation/gauge_base/", "guard/"  # begin metrics
 
@@ -38,17 +39,27 @@ def _panel(name: str, records: Sequence[RunRecord]) -> Panel:
 
 
 def _guards(record: RunRecord, name: str) -> dict[str, Mapping[str, Any]]:
-    """Return the settings of the guards of a gauge; of a default guard they are not recorded."""
-    typed = {key: rule for key, rule in (record.setting("guard") or {}).items() if rule}
+    """Return the settings of the guards of a gauge, those that the run had by default included."""
+    typed = record.setting("guard") or {}
     logged = {
         key.removeprefix(GUARD) for row in record.metrics for key in row if key.startswith(GUARD)
     }
-    guards = {key: typed.get(key, {}) for key in dict.fromkeys([*typed, *sorted(logged)])}
+    guards = {key: _rule(key, typed) for key in dict.fromkeys([*typed, *sorted(logged)])}
     return {
         key: rule
         for key, rule in guards.items()
         if (rule.get("metric") or key) in (name, f"{GAUGE}{name}")
     }
+
+
+def _rule(key: str, typed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of a guard, with the limit of a default guard where none is typed."""
+    rule = typed.get(key, {}) or {}
+    default = DEFAULTS.get(key)
+    unset = rule.get("metric") is None and rule.get("limit") is None
+    if (key in typed and typed[key] is None) or default is None or not unset:
+        return rule
+    return {**rule, "limit": default.limit, "relative": default.relative}
 
 
 def _limit(rule: Mapping[str, Any], base: float) -> float:

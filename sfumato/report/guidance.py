@@ -15,13 +15,14 @@ from sfumato.evaluation.manifest import check_alike
 from sfumato.evaluation.measures import metric_label
 from sfumato.evaluation.results import Evaluation
 from sfumato.files import write_text
-from sfumato.report.figures import COLORS, GREY, INK, MARKERS, STYLE
+from sfumato.report.figures import COLORS, GREY, INK, MARKERS, STYLE, inline_svg
 from sfumato.training.folder import RunFolder
 
 DISTANCES = ("fid", "kid", "cmmd")  # the first that was measured is drawn
 SCORE = "clip_score"
 SCALE = "sampler.guidance_scale"
 NAME = "guidance"  # of the files in a run folder
+SPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 
 
 @dataclass(frozen=True)
@@ -43,25 +44,44 @@ def write_guidance(run: RunFolder, results: Sequence[Evaluation]) -> list[Path]:
     Raises:
         ValueError: the numbers were measured differently, or a file cannot be written.
     """
-    measured = [one for one in results if SCORE in one.metrics]
-    common = [name for name in DISTANCES if measured and all(name in o.metrics for o in measured)]
-    if not common or len({one.settings["sampler"]["guidance_scale"] for one in measured}) < 2:
+    name, measured = _measured(results)
+    if not measured:
         return []
-    first, name = measured[0], common[0]
-    for one in measured[1:]:
-        for metric in (name, SCORE):
-            names = (_title(each) for each in (first, one))
-            check_alike(*names, first.manifest(metric), one.manifest(metric), but=(SCALE,))
+    first = measured[0]
     points = [_point(one, name) for one in measured]
     files = [run.path / f"{NAME}.{suffix}" for suffix in ("csv", "svg", "json")]
     texts = [
         _table(points, name),
-        _draw(points, metric_label(name, first.metrics[name]), _images(first)),
+        _draw(name, measured).replace("<svg", f"<svg {SPACES}", 1),
         json.dumps({metric: first.manifest(metric) for metric in (name, SCORE)}, indent=2) + "\n",
     ]
     for file, text in zip(files, texts, strict=True):
         write_text(file, text)
     return files
+
+
+def draw_guidance(results: Sequence[Evaluation]) -> str | None:
+    """Return the curve as an element of a page; None where `write_guidance` writes nothing.
+
+    Raises:
+        ValueError: the numbers were measured differently.
+    """
+    name, measured = _measured(results)
+    return _draw(name, measured) if measured else None
+
+
+def _measured(results: Sequence[Evaluation]) -> tuple[str, list[Evaluation]]:
+    """Return the distance to draw, and the evaluations that have it beside a CLIP score."""
+    measured = [one for one in results if SCORE in one.metrics]
+    common = [name for name in DISTANCES if measured and all(name in o.metrics for o in measured)]
+    if not common or len({one.settings["sampler"]["guidance_scale"] for one in measured}) < 2:
+        return "", []
+    first, name = measured[0], common[0]
+    for one in measured[1:]:
+        for metric in (name, SCORE):
+            names = (_title(each) for each in (first, one))
+            check_alike(*names, first.manifest(metric), one.manifest(metric), but=(SCALE,))
+    return name, measured
 
 
 def _point(one: Evaluation, name: str) -> Point:
@@ -87,9 +107,10 @@ def _table(points: Sequence[Point], name: str) -> str:
     return text.getvalue()
 
 
-def _draw(points: Sequence[Point], label: str, title: str) -> str:
+def _draw(name: str, measured: Sequence[Evaluation]) -> str:
     """Return an SVG: a line for each model, its points named by their guidance scale."""
-    with rc_context({**STYLE, "svg.hashsalt": NAME}):
+    first, points = measured[0], [_point(one, name) for one in measured]
+    with rc_context({**STYLE, "svg.hashsalt": f"{NAME} {points}"}):
         figure = Figure(figsize=(6.4, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for i, line in enumerate(dict.fromkeys(point.line for point in points)):
@@ -102,11 +123,8 @@ def _draw(points: Sequence[Point], label: str, title: str) -> str:
                 place = (point.score, point.distance)
                 axes.annotate(f"{point.guidance_scale:g}", place, color=GREY, **text)
         axes.set_xlabel("CLIP score (100 x cosine)")
-        axes.set_ylabel(label)
-        axes.set_title(title, color=INK)
+        axes.set_ylabel(metric_label(name, first.metrics[name]))
+        axes.set_title(_images(first), color=INK)
         axes.legend(frameon=False)
         axes.margins(0.08)
-        svg = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(svg, format="svg", metadata=nothing)
-        return svg.getvalue()
+        return inline_svg(figure)

@@ -30,6 +30,7 @@ from sfumato.report.figures import (
     training_panels,
 )
 from sfumato.report.gauges import gauge_panels
+from sfumato.report.guidance import draw_guidance
 from sfumato.report.losses import differing_losses, has_held_out, loss_by_t, validation_loss
 from sfumato.report.pictures import Picture, validations
 from sfumato.report.records import RunRecord, read_runs
@@ -128,9 +129,10 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
     compared = compare(records, base)
     legend = zip(records, itertools.cycle(COLORS), itertools.cycle(SYMBOLS))
     images = album(records, base_run, base)
+    curves, unlike = _guidance(records)
     return {
         "compared": compared,
-        "gaps": [*_gaps(records, base), *_refused_pictures(images.pictures)],
+        "gaps": [*_gaps(records, base), *_refused_pictures(images.pictures), *unlike],
         **_results(records, base_run, base),
         "method": evaluations[0].settings if evaluations else None,
         "features": _features(evaluations[0]) if evaluations else "",
@@ -150,8 +152,9 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
             for record in records
             if (svg := draw_variants(record, base)) is not None
         ],
+        "guidance": curves,
         "comparisons": [
-            equal_reward_table(one.baseline, one.other, one.result)
+            equal_reward_table(one.baseline, one.other, one.result, one.ends)
             for one in compared
             if one.result is not None
         ],
@@ -163,6 +166,20 @@ def _content(records: Sequence[RunRecord]) -> dict[str, Any]:
         "differences": difference_table(records),
         "configs": [(r.name, r.folder.config.read_text(encoding="utf-8")) for r in records],
     }
+
+
+def _guidance(records: Sequence[RunRecord]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the curves of runs over guidance, and what is said of those that are left out."""
+    curves, said = [], []
+    for record in records:
+        try:
+            svg = draw_guidance([*record.evaluations, *record.variants])
+        except ValueError as error:
+            said.append(f"{record.name} has no curve over guidance: {error}.")
+            continue
+        if svg is not None:
+            curves.append({"name": f"guidance of {record.name}", "svg": Markup(svg)})
+    return curves, said
 
 
 def _results(

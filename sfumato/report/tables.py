@@ -131,8 +131,10 @@ def score_names(records: Sequence[RunRecord]) -> list[str]:
     return [*rewards, *(f"{HELD_OUT}{name}" for name in held_out_names(records)), DIVERSITY]
 
 
-def equal_reward_table(baseline: str, other: str, result: EqualReward) -> Table:
-    """Return the diversities of two runs, level by level."""
+def equal_reward_table(
+    baseline: str, other: str, result: EqualReward, ends: tuple[float, float] | None
+) -> Table:
+    """Return the diversities of two runs, level by level, and their mean difference."""
     rows = [
         [
             *(Cell(number(value), "", {"": value}) for value in (level, a, b)),
@@ -142,9 +144,9 @@ def equal_reward_table(baseline: str, other: str, result: EqualReward) -> Table:
             result.levels, result.baseline_diversity, result.other_diversity, strict=True
         )
     ]
-    mean = result.mean_difference
-    difference = number(mean, result.baseline_diversity[0], sign=True)
-    rows.append([Cell("mean"), Cell(""), Cell(""), Cell(difference, "", {"": mean})])
+    mean = Difference(result.mean_difference, ends)
+    difference = _difference(mean, result.baseline_diversity[0])
+    rows.append([Cell("mean"), Cell(""), Cell(""), difference])
     return Table(f"{other} against {baseline}", ["reward", baseline, other, "difference"], rows)
 
 
