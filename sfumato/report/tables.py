@@ -223,7 +223,7 @@ def _difference(found: Difference, like: float) -> Cell:
         return Cell(number(found.mean, like, sign=True), "", values)
     low, high = (number(end, like, sign=True) for end in found.ends)
     values |= {"low": found.ends[0], "high": found.ends[1]}
-    return Cell(number(found.mean, like, sign=True), f"[{low},\u00a0{high}]", values)
+    return Cell(number(found.mean, like, sign=True), f"[{low}, {high}]", values)
 
 
 def _costs(record: RunRecord, step: int) -> dict[str, Cell]:
