@@ -91,7 +91,7 @@ def test_differences_have_the_intervals_of_the_paired_bootstrap(tmp_path: Path) 
     equal = equal_reward_interval(*curves)
     assert equal is not None
     mean, low, high = (f"{value:+.3f}".replace("-", "−") for value in equal)
-    assert f"(difference {mean}, 95 %: {low} to {high})" in text
+    assert f"(difference {mean}, 95 %: {low} to {high}, so that none is possible)" in text
     (table,) = (t for t in page.tables if t[-1][0] == "mean")
     assert table[-1][-1] == f"{mean} [{low}, {high}]"
 
