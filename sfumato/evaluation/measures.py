@@ -73,8 +73,8 @@ def metric_label(name: str, metric: Metric) -> str:
     if name == "fid" and metric.kind.startswith("dinov2"):
         return "FDD"
     if name in LABELS:
-        others = "" if metric.kind == INCEPTION else f" ({metric.kind} features)"
-        return f"{LABELS[name]}{others}"
+        network = metric.kind.removesuffix("ForImageClassification")
+        return LABELS[name] if network == INCEPTION else f"{LABELS[name]} ({network} features)"
     return {"cmmd": "CMMD", "clip_score": "CLIP score"}.get(name, name)
 
 
