@@ -2,9 +2,15 @@
 
 from pathlib import Path
 
-from sfumato.check_objective import check_dpo, check_objective, check_reward_pairs
+from sfumato.check_objective import (
+    check_autoencoder,
+    check_dpo,
+    check_objective,
+    check_reward_pairs,
+)
 from sfumato.conditions import is_own, named_files
 from sfumato.config import (
+    AutoencoderConfig,
     DpoConfig,
     RewardedConfig,
     RewardPairsConfig,
@@ -14,6 +20,7 @@ from sfumato.config import (
     check_values,
 )
 from sfumato.rewards.code import find_code, read_address
+from sfumato.training.guards import check_guards
 from sfumato.training.sharding import check_sharding
 from sfumato.training.stop import parse_duration
 
@@ -43,16 +50,19 @@ def check_train(config: TrainConfig, processes: int) -> None:
     with_loss = config.objective.has_validation_loss
     if config.export == "best" and not (with_loss and config.validation.loss_images):
         raise ValueError(
-            "export=best chooses by the validation loss, which needs objective=supervised, dpo or "
-            "reward_pairs, and validation.loss_images above 0; use export=last"
+            "export=best chooses by the validation loss, which needs objective=supervised, dpo, "
+            "reward_pairs or autoencoder, and validation.loss_images above 0; use export=last"
         )
     for key, value in named_files(config).items():
         if is_own(key):  # before the run folder has it
             read_address(value, key) if key.endswith(".url") else find_code(value)
+    check_guards(config)
     if isinstance(config.objective, DpoConfig):
         check_dpo(config)
     if isinstance(config.objective, RewardPairsConfig):
         check_reward_pairs(config)
+    if isinstance(config.objective, AutoencoderConfig):
+        check_autoencoder(config)
     if isinstance(config.objective, RewardedConfig):
         check_objective(config, config.objective)
 

@@ -41,7 +41,7 @@ def main() -> None:
     """Run the command line and exit.
 
     0 is done, or stopped by a signal or a limit with all saved; 1 failed; 2 a mistake in what was
-    asked; 130 interrupted with nothing to save.
+    asked; 3 stopped by a guard, with all saved; 130 interrupted with nothing to save.
     """
     _mend_streams()
     try:
@@ -238,7 +238,7 @@ def dispatch(command: str, config: Any) -> None:
         if os.environ.get("RANK", "0") == "0":
             for key, (value, why, _) in unread(settings).items():
                 print(f"the recipe's {key}={shown(value)} has no effect {why}", flush=True)
-        from sfumato.run.run import train
+        from sfumato.run.run import is_guarded, train
         from sfumato.training.distribution import Distribution
 
         distribution = Distribution(settings.training)
@@ -246,8 +246,11 @@ def dispatch(command: str, config: Any) -> None:
             outcome = train(settings, plain, distribution, typed=typed_keys(typed))
         finally:
             distribution.close()
-        if outcome.stopped_by is not None and HydraConfig.get().mode is RunMode.MULTIRUN:
+        sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
+        if outcome.stopped_by is not None and sweeps:
             sys.exit(0)  # else Hydra would begin the next run of the sweep
+        if is_guarded(outcome) and not sweeps:
+            sys.exit(3)
     elif command == "sample":
         from sfumato.evaluation.commands import sample_images
 
@@ -346,47 +349,11 @@ def migrate(arguments: Sequence[str]) -> None:
 
 def demo(arguments: Sequence[str]) -> None:
     """Run DRaFT and DRaFT+ in the tiny world and write a report of reward against diversity."""
+    from sfumato.demo.commands import add_options, check_options, run
+
     parser = options_parser("demo", demo)
-    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/demo)")
-    parser.add_argument("--seed", type=int, default=0, help="of the demo (default: 0)")
-    parser.add_argument(
-        "--rebuild",
-        type=Path,
-        metavar="DIR",
-        nargs="?",
-        const=Path("runs/demo_model"),
-        help="train the shipped models again, into this folder, instead of running the demo",
-    )
-    parser.add_argument("--stage", metavar="NAME", help="of the rebuild: only this stage")
-    parser.add_argument(
-        "--count", type=int, help="its training steps, pictures or pairs (default: 1)"
-    )
+    add_options(parser)
     options = parser.parse_args(arguments)
-    if options.stage and not options.rebuild:
-        parser.error(f"--stage {options.stage} is of the rebuild; say --rebuild DIR too")
-    if options.count is not None and not (options.rebuild and options.stage):
-        parser.error(
-            f"--count {options.count} is of one stage of the rebuild; say --rebuild DIR --stage "
-            "NAME too, or leave it out"
-        )
-    if options.count is not None and options.count < 1:
-        parser.error(f"--count {options.count} must be 1 or more")
-    if options.rebuild and options.out:
-        parser.error(f"--rebuild does not write to --out; say --rebuild {options.out}")
-    if options.rebuild and options.seed:
-        parser.error(f"--seed {options.seed} is of the demo, and --rebuild has none; leave it out")
-    if not 0 <= options.seed < 2**63:
-        parser.error(f"--seed {options.seed} must be 0 or more, and less than 2^63")
+    check_options(parser, options)
     with mistakes_explained():
-        if options.rebuild and options.stage:
-            from sfumato.demo.rebuild import run_stage
-
-            run_stage(options.rebuild, options.stage, options.count or 1)
-        elif options.rebuild:
-            from sfumato.demo.rebuild import rebuild
-
-            rebuild(options.rebuild)
-        else:
-            from sfumato.demo.experiment import run_demo
-
-            run_demo(options.out or Path("runs/demo"), seed=options.seed)
+        run(options)

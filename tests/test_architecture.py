@@ -82,9 +82,10 @@ OUTSIDE = (
     # Kinds of rewards, of which the core knows the contract alone.
     *(f"rewards.{kind}" for kind in ("aesthetic", "classifier", "clip_iqa", "image_reward")),
     "rewards.hpsv3",
+    "models.learning_autoencoder",
     *("rewards.code", "rewards.own", "rewards.remote", "rewards.learning_clip"),
 )
-MAX_CORE = 12_700  # lines
+MAX_CORE = 13_600  # lines
 
 # Contracts for the whole core: a stream gives samples, whatever they are read from.
 SAMPLES = ("data.stream", "data.sample")
@@ -154,6 +155,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
         SETTINGS,
     ),
     "wandb": (("training.tracking",), "trackers belong in training/tracking.py"),
+    "resvg_py": (("demo",), "drawings are rendered in demo/emoji.py"),
     "lpips": (("evaluation.diversity",), "image features belong in evaluation/diversity.py"),
     "torch_fidelity": (("evaluation.inception",), "Inception belongs in evaluation/inception.py"),
     "matplotlib": (("report",), "plots belong in report/"),

@@ -30,7 +30,7 @@ FILES = """
 """
 SAMPLER = "sampler.{num_inference_steps,guidance_scale,eta,height,width,solver,prompt_cache}"
 TRAIN = f"""
-    name runs_dir export verify allow_changed recipe method {MODEL} {SAMPLER}
+    name runs_dir export verify allow_changed guard recipe method {MODEL} {SAMPLER}
     model.{{trainable,parts,dtype,gradient_checkpointing,channels_last}}
     model.merge{{,.NAME.path,.NAME.scale}} model.network.{{config,from_pretrained}}
     objective objective.{{kl_coeff,truncation_range,lv_samples,clamp_images}}
@@ -39,7 +39,8 @@ TRAIN = f"""
     objective.{{images_per_prompt,batches,inner_epochs,rollout_batch_size,statistics,deviation}}
     objective.{{advantage_clip,eta,window,clip_range,beta,trained_times,old_decay,old_decay_rise}}
     objective.{{step_weights,shared_start,likelihood,timesteps,weighting,caption_dropout}}
-    objective.{{noise_offset,sample_latents,guidance_scale,start_scale}}
+    objective.{{noise_offset,sample_latents,guidance_scale,start_scale,start,decoder_only}}
+    objective.{{square_coeff,edge_coeff}}
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
     reward.{{predictor,resize,label,score,good,bad,version,preprocessing}}
     reward.{{path,url,timeout,metadata,cache}}
@@ -127,6 +128,10 @@ def test_conditions_speak_of_settings(command: str) -> None:
 
 
 IN_VAIN: list[tuple[Sequence[str], str, str]] = [
+    ((*DRAFT, "validation.every_steps=0"), "guard.dark.limit=1", "validation.every_steps=0"),
+    ((*DRAFT, "validation.every_steps=0"), "training.target_reward=9", "validation.every_steps=0"),
+    (IMAGES, "training.target_reward=9", "with reward=none"),
+    (IMAGES, "validation.gauges=false", "with reward=none"),
     (DRAFT, "model.prediction_type=v_prediction", "without model.network.config"),
     (DRAFT, "model.image_size=64", "without model.network.config"),
     (DRAFT, "model.tokenizer=/no/such", "without model.network.config"),
@@ -440,7 +445,7 @@ def test_repeated_prompts_of_an_evaluation_are_said(
 def test_another_setting_has_a_way_on(model: str, way: str) -> None:
     typed = [f"model.{text}" for text in model.split()]
     config, _ = compose_train([*typed, "data.prompts=P", "reward=color"])
-    assert way_on(config.model, RunFolder(Path("F"))).endswith(f": name=... {way}")
+    assert way_on(config, RunFolder(Path("F"))).endswith(f": name=... {way}")
 
 
 def test_the_demos_prompts_are_shipped() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from nightly import nightly_but
 from runs import (
     PROMPTS,
     command,
@@ -134,9 +135,11 @@ def test_two_processes_as_the_recipes_for_real_models_have_it(
         assert rows[0][step]["reward"] == pytest.approx(rows[1][step]["reward"], rel=2e-2)
 
 
-@pytest.mark.parametrize(
-    ("kind", "strategy"), [("lora", "fsdp"), ("full", "ddp"), ("full", "fsdp")]
-)
+# tests/test_distributed_supervised.py has full weights under FSDP.
+CUTS = [("lora", "fsdp"), ("full", "ddp"), ("full", "fsdp")]
+
+
+@pytest.mark.parametrize(("kind", "strategy"), nightly_but(CUTS[:2], CUTS))
 def test_two_processes(
     tmp_path: Path, sd_folder: Path, alone: Mapping[str, Path], kind: str, strategy: str
 ) -> None:

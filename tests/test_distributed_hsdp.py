@@ -82,6 +82,7 @@ def test_copies_of_shards_train_as_one_process(
     assert_same(run, alone, 4, before=2)
 
 
+@pytest.mark.nightly  # tests/test_distributed.py has LoRA under FSDP
 def test_lora_over_copies_of_shards(tmp_path: Path, sd_folder: Path) -> None:
     lora = [*SETTINGS, "model.trainable=lora", "model.lora.rank=2", "training.max_steps=2"]
     start(command(tmp_path, "whole", *lora, model=sd_folder))
@@ -91,6 +92,7 @@ def test_lora_over_copies_of_shards(tmp_path: Path, sd_folder: Path) -> None:
     assert_same(tmp_path / "run", tmp_path / "whole", 2)
 
 
+@pytest.mark.nightly  # tests/test_distributed.py has the average
 def test_the_average_may_lie_on_the_cpu_in_shards(tmp_path: Path, sd_folder: Path) -> None:
     seldom = [*SETTINGS, "training.ema_every_steps=2", "training.max_steps=3"]
     start(command(tmp_path, "whole", *seldom, model=sd_folder))
@@ -138,6 +140,7 @@ def start_overflowing(rank: int, overrides: Sequence[str]) -> None:
     start(overrides)
 
 
+@pytest.mark.nightly  # copies of shards are tested above
 def test_in_half_precision_no_gradient_comes_late(tmp_path: Path, sd_folder: Path) -> None:
     """AdamW's first moment after one step of several micro-batches is a tenth of the gradient.
 
@@ -153,6 +156,7 @@ def test_in_half_precision_no_gradient_comes_late(tmp_path: Path, sd_folder: Pat
     assert (left - right).norm() <= 0.02 * right.norm()
 
 
+@pytest.mark.nightly  # tests/test_speed_networks.py has channels_last
 def test_channels_last_over_two_processes(tmp_path: Path, sd_folder: Path) -> None:
     """Whose gradients DDP keeps as views of its buckets."""
     settings = [*SETTINGS, "model.channels_last=true", "training.max_steps=2"]

@@ -158,7 +158,7 @@ def is_setting(text: str) -> bool:
         return value in choices
     sources = ("data.images.sources.", "data.shards.sources.")
     free = ("model.merge.", *sources, "reward.parts.", "validation.rewards.")
-    free += ("objective.settings.",)
+    free += ("objective.settings.", "guard.")
     return key in known_keys(command) or key.startswith(free)
 
 

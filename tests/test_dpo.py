@@ -375,6 +375,7 @@ def test_a_killed_run_goes_on_bitwise_and_two_processes_are_one(
     assert_same_run(tmp_path / "two", tmp_path / "whole", 4)
 
 
+@pytest.mark.nightly  # tests/test_methods.py shards one that learns from a reward
 def test_a_sharded_transformer_is_a_whole_one(tmp_path: Path, table: Path) -> None:
     """FSDP2, two processes: the reference predicts on the same shards."""
     WRITERS["stable_diffusion_3"](tmp_path / "model")

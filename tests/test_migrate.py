@@ -207,6 +207,7 @@ def test_a_stage_is_the_recipe_that_ships(call: Call, tmp_path: Path, name: str)
     assert migrated["data.images.min_size"] == (None if size == "all" else int(size))
 
 
+@pytest.mark.nightly  # tests/test_plan.py plans stages
 def test_a_migrated_stage_is_planned(call: Call, tmp_path: Path) -> None:
     name = "860m_res_256_pretrain"
     call("migrate", write_yaml(tmp_path / f"{name}.yaml", published(name)))

@@ -115,6 +115,7 @@ def test_the_peak_is_that_of_torchs_allocations_in_a_real_step(
     assert cost.activations == pytest.approx(peak, rel=PEAK)
 
 
+@pytest.mark.nightly  # peaks are measured above
 def test_sampling_steps_cost_time_and_no_memory(sd_folder: Path, clip: Path):
     config = aligned(sd_folder, clip, "sampler.num_inference_steps=5")
     plan, whole = make_plan(config), cost_of(config, read_blueprint(config), ROWS)
@@ -143,6 +144,7 @@ def activations(folder: Path, clip: Path, *settings: str) -> int:
     return cost_of(config, read_blueprint(config), config.training.micro_batch_size).activations
 
 
+@pytest.mark.nightly  # peaks are measured above
 def test_activations_grow_with_window_batch_and_size(sd_folder: Path, clip: Path):
     base, *more = (
         activations(sd_folder, clip, *settings)
@@ -160,6 +162,7 @@ def test_activations_grow_with_window_batch_and_size(sd_folder: Path, clip: Path
     assert 1.8 * base < size < 2 * base  # the reward reads pictures of one size
 
 
+@pytest.mark.nightly  # peaks are measured above
 def test_a_window_of_random_length_is_planned_at_its_longest(sd_folder: Path, clip: Path):
     drawn, fixed = (
         make_plan(aligned(sd_folder, clip, setting))

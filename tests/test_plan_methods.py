@@ -45,7 +45,7 @@ PASSES: dict[str, tuple[list[str], float, float]] = {
     "refl": ([], STEPS + 1, 0),
     "rsm": (["objective.active_steps=2"], STEPS + 2, 2),
 }
-QUICK = ["adjoint_matching", "direct_align", "rsm"]
+QUICK = ["direct_align"]
 
 
 def of_method(folder: Path, method: str, *settings: str) -> PlanConfig:
@@ -99,6 +99,7 @@ def cost(folder: Path, *settings: str) -> StepCost:
     return cost_of(config, read_blueprint(config), 1)
 
 
+@pytest.mark.nightly  # takes 8 s; the passes are counted below
 def test_memory_does_not_depend_on_the_number_of_active_steps(sd_folder: Path) -> None:
     """A step more costs a pass and its backward; steps in one call keep their activations."""
     one, two, three, stacked = (

@@ -1,4 +1,4 @@
-"""The README: its commands compose, its targets and files exist, its tour is short."""
+"""The README: its commands compose, its targets and files exist; the tour of the code is short."""
 
 import ast
 import re
@@ -70,8 +70,19 @@ def lines_to_read(stop: str) -> int:
 
 
 def test_the_tour_of_the_code_is_under_700_lines() -> None:
-    tour = README.partition("## A tour of the code")[2].partition("\n\nFrom there")[0]
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tour = page.partition("## A tour of the code")[2].partition("\n\nFrom there")[0]
     stops = re.findall(r"^\d\. .+(?:\n   .+)*", tour, flags=re.M)
     assert len(stops) == 5
     assert "under 700 lines" in tour
     assert sum(map(lines_to_read, stops)) < 700
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\(([\w.]+\.md)", index)) == pages

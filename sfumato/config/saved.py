@@ -22,11 +22,14 @@ MAY_CHANGE = (
         "export",
         "verify",
         "allow_changed",
+        "guard",
         "validation.every_steps",
+        "validation.gauges",
         "objective.visits_on_cpu",
         "objective.rollout_batch_size",
     ),
     *("training.max_steps", "training.max_time", "training.micro_batch_size"),
+    "training.target_reward",
     *("training.checkpoint_every_steps", "training.keep_checkpoints"),
     *("training.async_checkpoints", "training.ema_on_cpu", "training.peak_tflops"),
     *("training.strategy", "training.shard_size", "training.compile"),
@@ -144,5 +147,6 @@ def differences(
 
 
 def _may_change(key: str) -> bool:
-    """Say whether a setting may differ in a resumed run; each of several rewards counts as one."""
+    """Say whether a setting may differ in a resumed run; parts and held-out rewards are rewards."""
+    key = re.sub(r"^guard\..+", "guard", key)
     return re.sub(r"^(reward\.parts|validation\.rewards)\..+\.", "reward.", key) in MAY_CHANGE

@@ -233,6 +233,19 @@ class ValidationConfig:
     pairs: PairDataConfig = field(default_factory=PairDataConfig)  # held out
     loss_images: int = setting(64, Rule(least=0, most=10**6))  # for its loss, or pairs; 0 is off
     rewards: dict[str, Any] = entries(RewardConfig)  # NAME: {kind: ..., ...}; never trained on
+    gauges: bool = True  # of reward hacking: docs/reward_hacking.md
+
+
+@dataclass
+class GuardConfig:
+    """A limit of what validation measures, and what happens beyond it."""
+
+    metric: str | None = None  # null is the guard's NAME
+    limit: float | None = None  # null: limit and `relative` of the default guard NAME
+    relative: str = choice("off", "ratio", "difference")  # to the base model's own value
+    direction: str | None = setting(None, Rule(choices=("above", "below")))  # null: the bad side
+    action: str = choice("warn", "stop", "rollback")  # rollback: the best step is the result
+    patience: int = setting(1, COUNT)  # validations in a row beyond the limit
 
 
 @dataclass
@@ -240,6 +253,7 @@ class TrainingConfig:
     """The loop."""
 
     max_steps: int = setting(1000, Rule(least=1, most=10**12))
+    target_reward: float | None = None  # end when the reward of validation images reaches it
     micro_batch_size: int = setting(1, FEW)  # images per process and forward
     global_batch_size: int = setting(4, FEW)  # images per optimiser step, over all processes
     precision: str = choice("no", "bf16", "fp16")  # of autocast
@@ -276,3 +290,4 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    guard: dict[str, Any] = entries(GuardConfig)  # NAME: {limit: ..., action: ...}

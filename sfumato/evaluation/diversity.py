@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any, final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.rewards.clip import ClipReward
+from sfumato.training.gauges import pixel_distances
 
-PIXEL_GRID = 16  # pixels per side: composition and colour count, texture does not
 LPIPS_PAIRS = 16  # pairs per batch of AlexNet
 
 
@@ -56,9 +55,7 @@ class PixelDistance(Distance):
 
     @torch.no_grad()
     def pairs(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, " p"]:
-        size = (PIXEL_GRID, PIXEL_GRID)
-        small = F.interpolate(images.float(), size, mode="bilinear", antialias=True).flatten(1)
-        return torch.pdist(small) / small.shape[1] ** 0.5
+        return pixel_distances(images)
 
 
 @final

@@ -6,8 +6,9 @@ from sfumato.config import PrepareConfig, TrainConfig
 from sfumato.data.prepared.folder import CACHE, INDEX, PreparedFolder
 from sfumato.files import read_object
 from sfumato.launch.jobs import Job
-from sfumato.training.checkpoint import fingerprint, list_checkpoints, step_of
+from sfumato.training.checkpoint import fingerprint, guards_of, list_checkpoints, step_of
 from sfumato.training.folder import RunFolder
+from sfumato.training.guards import Guards
 
 
 def is_complete(job: Job, code: int, asked: bool) -> bool:
@@ -35,17 +36,24 @@ def what_is_missing(job: Job) -> str | None:
 
 
 def _missing_of_run(config: TrainConfig) -> str | None:
-    """A run is complete with the checkpoint of its last step and an export made after it."""
+    """A run is complete with the checkpoint of its last step and an export made after it.
+
+    A guard that goes back, or a reward that was to be reached, makes an earlier step the last.
+    """
     folder = RunFolder(Path(config.runs_dir) / config.name)
     checkpoints = list_checkpoints(folder.checkpoints)
     step, last = step_of(checkpoints[-1]) if checkpoints else 0, config.training.max_steps
-    if step < last:
+    guards = Guards(config)
+    guards.restore(guards_of(checkpoints[-1]) if checkpoints else {})
+    action = guards.verdict.action if guards.verdict else None
+    if step < last and action not in ("rollback", "reach"):
         return f"{folder.path} is at step {step} of {last}"
     note = folder.path / "export.json"
     if not note.exists() or not folder.export.exists():
         return f"{folder.path} is not exported"
     source = read_object(note, "remove it and run the same command again").get("checkpoint")
-    sources = checkpoints[-1:] if config.export == "last" else checkpoints
+    alone = config.export == "last" and action != "rollback"
+    sources = checkpoints[-1:] if alone else checkpoints
     if source not in map(fingerprint, sources):
         return f"{folder.path} is exported from another checkpoint"
     return None

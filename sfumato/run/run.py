@@ -3,10 +3,11 @@
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from sfumato.conditions import leaves_of, why_unread
-from sfumato.config import ModelConfig, TrainConfig
+from sfumato.config import TrainConfig
 from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
 from sfumato.files import lock, refuse_link, write_text
@@ -29,6 +30,7 @@ from sfumato.run.open_data import Data, open_data, own_pictures, why_uncached
 from sfumato.training.checkpoint import list_checkpoints, tidy
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
+from sfumato.training.guards import Verdict
 from sfumato.training.loop import Outcome, fit
 from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import check_trackers, read_metrics
@@ -59,7 +61,7 @@ def train(
     check_trackers(config.training)
     check_own(config, own)
     say = distribution.is_main
-    own_model = own.load is not None or config.objective.trains_reward
+    own_model = own.load is not None or config.objective.trains != "model"
     limits = None if own_model else check_model(config, folder, typed, say=say)
     data = open_data(config, limits, own.stream, own.prompts)
     with exclusive(folder, distribution):
@@ -75,7 +77,9 @@ def train(
         report_left_out(data.stream, folder, distribution)
         with distribution.together():
             if distribution.is_main and is_complete(outcome, config, folder):
-                export_run(config, own.load, data.prompts, distribution.device)
+                back = outcome.verdict is not None and outcome.verdict.action == "rollback"
+                chosen = replace(config, export="best") if back else config
+                export_run(chosen, own.load, data.prompts, distribution.device)
     return outcome
 
 
@@ -146,7 +150,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
             listed = "; ".join(f"{key}: {text}" for key, text in differing.items())
             raise ValueError(
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
-                f"(name=...), or remove the folder. {way_on(config.model, folder)}"
+                f"(name=...), or remove the folder. {way_on(config, folder)}"
             )
         refuse_changed(config, folder, contents)
     write_began(folder.path, contents)
@@ -204,11 +208,13 @@ def cache_images(
         print(f"{key}.cache=auto: {where if why is None else f'off, as {why}'}", flush=True)
 
 
-def way_on(model: ModelConfig, folder: RunFolder) -> str:
+def way_on(config: TrainConfig, folder: RunFolder) -> str:
     """Say how a run of other settings starts from the weights of the run in a folder."""
-    start = f"model.pretrained={folder.export}/pipeline"
-    if model.pretrained is None and model.network.config is None:  # a reward is trained
+    start, model = f"model.pretrained={folder.export}/pipeline", config.model
+    if config.objective.trains == "reward":
         start = f"reward.pretrained={folder.export}/reward"
+    elif config.objective.trains == "autoencoder":
+        start = f"objective.start={folder.export}/autoencoder"
     elif model.trainable == "lora":
         start = f"model.lora.start={folder.export}/lora"
     elif model.network.config is not None:
@@ -227,7 +233,12 @@ def report_left_out(stream: Stream[Any], folder: RunFolder, distribution: Distri
 
 
 def is_complete(outcome: Outcome, config: TrainConfig, folder: RunFolder) -> bool:
-    """Print how the run ended; say whether it reached its last step."""
+    """Print how the run ended; say whether it has a result to export."""
+    verdict = outcome.verdict
+    if verdict is not None:
+        print(f"{folder.path}: ended at step {verdict.step} by {verdict.key}: {verdict.said}")
+        print(f"  {_result(verdict, outcome, folder)}", flush=True)
+        return not is_guarded(outcome)
     if outcome.stopped_by is None:
         print(f"{folder.path}: complete at step {outcome.step}")
         for line in compare_with_base(folder):
@@ -239,6 +250,35 @@ def is_complete(outcome: Outcome, config: TrainConfig, folder: RunFolder) -> boo
         flush=True,
     )
     return False
+
+
+def is_guarded(outcome: Outcome) -> bool:
+    """Say whether a guard has ended the run without a result."""
+    verdict = outcome.verdict
+    if verdict is None or verdict.action == "reach":
+        return False
+    return verdict.action == "stop" or outcome.best is None
+
+
+def _result(verdict: Verdict, outcome: Outcome, folder: RunFolder) -> str:
+    """Say what the result of a run is that ended before its last step, and how it goes on."""
+    if verdict.action == "reach":
+        return f"the target is reached; a higher {verdict.key} goes on from there"
+    on = (
+        f"to go on from there, change the guard ({verdict.key}.limit=...) or take it out "
+        f"({verdict.key}=null)"
+    )
+    if verdict.action == "rollback" and outcome.best is not None:
+        return (
+            f"the result is step {outcome.best}, the best within the guards' limits "
+            f"(step=best of sample and evaluate); later checkpoints stay; {on}"
+        )
+    why = "nothing is exported"
+    if verdict.action == "rollback":
+        why = f"no step was better than the base model within the limits, so {why}"
+    return (
+        f"{why}; its checkpoints stay: `sfumato sample run={folder.path} step=N` shows them; {on}"
+    )
 
 
 def compare_with_base(folder: RunFolder) -> list[str]:

@@ -58,10 +58,11 @@ class _Manifest:
 
 @dataclass(frozen=True)
 class _State:
-    """What is read of state.json without its run: the step, and the best step with its loss."""
+    """What is read of state.json without its run: the step, the best with its loss, the guards."""
 
     step: Count
     best: tuple[Count, float] | None = None
+    guards: dict[str, Any] = field(default_factory=dict)
 
 
 def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
@@ -167,6 +168,11 @@ def best_step(root: Path) -> int | None:
     checkpoints = list_checkpoints(root)
     best = _read_state(checkpoints[-1]).best if checkpoints else None
     return best[0] if best and best[0] in map(step_of, checkpoints) else None
+
+
+def guards_of(path: Path) -> Mapping[str, Any]:
+    """Return the state of the guards that a checkpoint records."""
+    return _read_state(path).guards
 
 
 def step_of(path: Path) -> int:

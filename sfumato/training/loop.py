@@ -17,6 +17,7 @@ from sfumato.objectives.objective import Loss, ObjectiveOf
 from sfumato.training.checkpoint import CheckpointWriter, list_checkpoints, read_checkpoint
 from sfumato.training.distribution import Distribution, whole
 from sfumato.training.folder import RunFolder
+from sfumato.training.guards import Verdict
 from sfumato.training.module import Trainee, TrainingModule
 from sfumato.training.optimizer import learning_rate
 from sfumato.training.state import TrainState
@@ -53,7 +54,9 @@ class Outcome:
     """How a call of `fit` ended."""
 
     step: int
-    stopped_by: str | None  # None: the run is complete
+    stopped_by: str | None  # None: the run is complete, or has a verdict
+    verdict: Verdict | None = None  # of a guard, or of a reward that was to be reached
+    best: int | None = None  # the step that a guard goes back to
 
 
 def fit(job: Job, folder: RunFolder, distribution: Distribution, watch: StopWatch) -> Outcome:
@@ -88,9 +91,9 @@ def fit(job: Job, folder: RunFolder, distribution: Distribution, watch: StopWatc
     with watch.listening(), bar, writer.closing():
         if state.step == 0:
             started = time.monotonic()
-            validate(job.validation, model, state, folder, trackers, {})
+            validate(job.validation, model, state, folder, trackers, distribution, {})
             watch.took(time.monotonic() - started)
-        while state.step < training.max_steps:
+        while state.step < training.max_steps and state.guards.verdict is None:
             stopped_by = watch.reason()
             if distribution.any(stopped_by is not None):
                 stopped_by = stopped_by or "another process"
@@ -106,8 +109,8 @@ def fit(job: Job, folder: RunFolder, distribution: Distribution, watch: StopWatc
             bar.update()
             best = False
             if is_due(state.step, config.validation.every_steps, training.max_steps):
-                metrics = validate(job.validation, model, state, folder, trackers, metrics)
-                best = state.improves(metrics)
+                validate(job.validation, model, state, folder, trackers, distribution, metrics)
+                best = state.improves(state.guards.loss)
             else:
                 trackers.log(state.step, metrics)
             if best or is_due(state.step, training.checkpoint_every_steps, training.max_steps):
@@ -119,7 +122,7 @@ def fit(job: Job, folder: RunFolder, distribution: Distribution, watch: StopWatc
         with distribution.together():
             writer.wait()
     trackers.close()
-    return Outcome(state.step, stopped_by)
+    return Outcome(state.step, stopped_by, state.guards.verdict, state.best_step)
 
 
 def take_step(
@@ -251,15 +254,17 @@ def validate(
     state: TrainState,
     folder: RunFolder,
     trackers: Trackers,
+    distribution: Distribution,
     metrics: dict[str, float],
-) -> dict[str, float]:
-    """Validate the averaged weights, without dropout; log and return it with the step's metrics."""
+) -> None:
+    """Validate the averaged weights, without dropout; log it with the step's metrics, and judge."""
     model.trained.eval()
     with state.ema.shown():
         metrics = metrics | validation.run(model, state.step, folder, trackers)
     model.trained.train()
-    trackers.log(state.step, metrics)
-    return metrics
+    (first, *_) = distribution.gather([metrics])  # all judge by what one process measured
+    judged = state.guards.judge(state.step, first)
+    trackers.log(state.step, metrics | judged)
 
 
 def resume(state: TrainState, folder: RunFolder, distribution: Distribution) -> None:

@@ -15,6 +15,7 @@ from sfumato.training.collection import Source
 from sfumato.training.distribution import Distribution, like, whole
 from sfumato.training.ema import Ema, Shadow
 from sfumato.training.flops import Meter
+from sfumato.training.guards import Guards
 from sfumato.training.module import Trainee
 from sfumato.training.optimizer import build_optimizer
 from sfumato.weights import differences
@@ -24,7 +25,7 @@ ADVICE = "restore the model's settings in config.yaml, or choose another name fo
 
 @final
 class TrainState:
-    """Weights, EMA, optimiser, loss scale, step, objective, and the position in the data."""
+    """Weights, EMA, optimiser, loss scale, step, objective, guards and the position in the data."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class TrainState:
         self.source = Source(config, objective, stream, distribution)
         self.old = Shadow(self.parameters) if objective.needs_old else None
         objective.old = self.old
+        self.guards = Guards(config, say=distribution.is_main)
         self.step = 0
         self.best_step: int | None = None
         self.best_loss = math.inf
@@ -76,9 +78,8 @@ class TrainState:
         self.step += 1
         return moved
 
-    def improves(self, metrics: Mapping[str, float]) -> bool:
-        """Say whether the validation loss is the lowest so far, and remember this step if it is."""
-        loss = metrics.get("validation/loss", math.inf)
+    def improves(self, loss: float) -> bool:
+        """Say whether a validation's loss is the lowest so far, and remember this step if it is."""
         if not loss < self.best_loss:  # NaN included
             return False
         self.best_step, self.best_loss = self.step, loss
@@ -102,6 +103,8 @@ class TrainState:
         }
         if learned := self.objective.state():
             state["objective"] = learned
+        if guarded := self.guards.state():
+            state["guards"] = guarded
         rows, collected = self.source.snapshot(self.step)
         if collected:
             state["collection"] = collected
@@ -143,6 +146,7 @@ class TrainState:
         self.source.stream.restore(snapshot.state["data"])
         self.scaler.load_state_dict(snapshot.state["scaler"])
         self.objective.restore(snapshot.state.get("objective", {}))
+        self.guards.restore(snapshot.state.get("guards", {}))
         rows, old = (
             {
                 name.removeprefix(kind): each

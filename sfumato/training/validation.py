@@ -23,6 +23,8 @@ from sfumato.objectives.objective import StableLoss
 from sfumato.rewards.reward import Reward, score_rows
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder, json_lines, read_rows
+from sfumato.training.gauges import diversity
+from sfumato.training.guards import DIVERSITY
 from sfumato.training.module import Trainee
 from sfumato.training.tracking import Trackers
 
@@ -55,6 +57,7 @@ class Validation:
         reward: scores each image with its own prompt; None leaves scores out.
         held_out: samples of the validation loss; None leaves the loss out.
         rewards: score the images too, by name; no training sees them.
+        gauges: of reward hacking, by name; with any, the images' diversity is measured too.
     """
 
     def __init__(
@@ -65,12 +68,15 @@ class Validation:
         held_out: HeldOut | None,
         distribution: Distribution,
         rewards: Mapping[str, Reward] = MappingProxyType({}),
+        gauges: Mapping[str, Reward] = MappingProxyType({}),
     ) -> None:
         self._config = config
         self._prompts = list(prompts)
         self._seeds = [derive(config.validation.seed, i) for i in range(len(prompts))]
         trained = {} if reward is None else {"reward": reward}
         self._rewards = trained | {f"held_out/{name}": each for name, each in rewards.items()}
+        self._rewards |= {f"gauge/{name}": each for name, each in gauges.items()}
+        self._gauged = bool(gauges)
         self._held_out = held_out
         self._distribution = distribution
         self._base: Pictures | None = None
@@ -95,6 +101,9 @@ class Validation:
             for name, values in pictures.rewards.items():
                 if not values.isnan().all():
                     metrics[f"validation/{_named(name, end)}"] = values.nanmean().item()
+            spread = diversity(pictures.images, self._prompts) if self._gauged else None
+            if spread is not None:
+                metrics[f"validation/gauge{end}/{DIVERSITY}"] = spread
         with self._distribution.together():
             if self._distribution.is_main:
                 self._record(folder.samples(step), step, trackers, (tuned, self._base))
@@ -222,6 +231,6 @@ class Validation:
 
 
 def _named(name: str, end: str) -> str:
-    """Return reward + end, or held_out + end/NAME."""
+    """Return reward + end, held_out + end/NAME, or gauge + end/NAME."""
     kind, slash, rest = name.partition("/")
     return f"{kind}{end}{slash}{rest}"

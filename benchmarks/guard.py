@@ -1,0 +1,282 @@
+"""Reward hacking on the demo world, and what the default guards say of it.
+
+DRaFT without a penalty, at three times the demo's rate, hacks the demo's reward. The same run with
+the default guards as guards that stop ends before. DRaFT+ at the demo's own settings must not be
+stopped: each warning there is a false alarm. Limits were chosen on seed 0; the other seeds see no
+choice. Held-out is the demo's reader on images of six open prompts, with the same noise for each
+checkpoint.
+
+    python benchmarks/guard.py run --out guard --seeds 0 1 2 3     # trains, resumable
+    python benchmarks/guard.py score --out guard --seeds 0 1 2 3   # held-out scores
+    python benchmarks/guard.py table --out guard --seeds 0 1 2 3   # the figures
+    python benchmarks/guard.py pictures --out guard                # docs/hacking_*.png
+    python benchmarks/guard.py cost                                # seconds of a validation's parts
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import quiet
+
+STEPS = {"hack": 24, "plus_10": 20, "plus_40": 20}
+HACK = ("objective.kl_coeff=0", "optimizer.lr=6e-3")
+RUNS: Mapping[str, Sequence[str]] = {
+    "hack": HACK,
+    "plus_10": ("objective.kl_coeff=10",),
+    "plus_40": ("objective.kl_coeff=40",),
+}
+VALIDATION = 24  # images, four of each of six prompts
+IMAGES = 40  # of each prompt, for the held-out score
+SHOWN, COLUMNS = (0, 6, 12, 18, 24), 8
+GAUGES = ("edges", "high_frequencies", "diversity", "dark", "grid", "sharpness")
+
+
+def reader(images: Any, prompts: Sequence[str], metadata: Any) -> Any:
+    """Score as the demo's held-out reader does, for `validation.rewards`."""
+    from sfumato.demo.reader import read_attributes
+
+    return read_attributes(images.clamp(0, 1), prompts)
+
+
+def settings(out: Path, name: str, seed: int, *more: str) -> list[str]:
+    from sfumato.demo.world import SHAPES
+
+    out.mkdir(parents=True, exist_ok=True)
+    prompts = out / "shapes.txt"
+    prompts.write_text("".join(f"a {shape}\n" for shape in SHAPES))
+    return [
+        "recipe=demo_draft_plus",
+        f"runs_dir={out}",
+        f"name={name}_{seed}",
+        *RUNS[name],
+        f"training.seed={seed}",
+        f"training.max_steps={STEPS[name]}",
+        "training.checkpoint_every_steps=1",
+        f"validation.prompts={prompts}",
+        f"validation.num_images={VALIDATION}",
+        f"validation.rewards.reader={{kind: function, path: '{__file__}:reader'}}",
+        "validation.every_steps=1",
+        "training.tensorboard=false",
+        "verify=false",
+        *more,
+    ]
+
+
+def stopping() -> list[str]:
+    """Return the default guards, as guards that stop."""
+    from sfumato.training.guards import DEFAULTS
+
+    return [f"guard.{name}.action=stop" for name in DEFAULTS]
+
+
+def train(overrides: Sequence[str]) -> Any:
+    from sfumato.compose import compose_train
+    from sfumato.run.run import train as train_run
+    from sfumato.training.distribution import Distribution
+
+    config, plain = compose_train(overrides)
+    distribution = Distribution(config.training)
+    try:
+        outcome = train_run(config, plain, distribution)
+    finally:
+        distribution.close()
+    if outcome.stopped_by is not None:
+        sys.exit(f"stopped by {outcome.stopped_by}")
+    return outcome
+
+
+def run(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Train with guards that stop; note where; then go on with guards that warn, to the end."""
+    each = [(name, seed) for name in names for seed in seeds]
+    for name, seed in each:
+        note = out / f"{name}_{seed}.json"
+        if not note.exists():
+            verdict = train(settings(out, name, seed, *stopping())).verdict
+            stopped = None if verdict is None else [verdict.step, verdict.key, verdict.said]
+            note.write_text(json.dumps(stopped))
+    for name, seed in each:
+        train(settings(out, name, seed))
+
+
+@torch.no_grad()
+def images_of(model: Any, config: Any, run: Path, step: int, count: int) -> tuple[Any, list[str]]:
+    from sfumato.demo.world import SHAPES
+    from sfumato.diffusion.randomness import derive
+    from sfumato.models.generate import generate_in_batches
+    from sfumato.training.checkpoint import read_shown_weights
+    from sfumato.training.state import load_weights
+
+    if step:
+        load_weights(model, read_shown_weights(run / "checkpoints" / f"step-{step:06d}"))
+    prompts = [f"a {shape}" for shape in SHAPES for _ in range(count)]
+    seeds = [derive(7, i) for i in range(len(prompts))]
+    schedule = "draft" if step else "base"
+    images = generate_in_batches(model, prompts, seeds, config.sampler, 30, schedule=schedule)
+    return images, prompts
+
+
+def model_of(run: Path) -> tuple[Any, Any]:
+    from sfumato.compose import load_settings
+    from sfumato.models.registry import load_model
+
+    config = load_settings(run / "config.yaml")
+    model = load_model(config.model)
+    model.trained.eval()
+    return model, config
+
+
+def marks(out: Path, name: str, seed: int) -> list[int]:
+    """Return the steps that are scored: the first, the last so far, and where a guard stopped."""
+    from sfumato.training.checkpoint import list_checkpoints, step_of
+
+    stopped = json.loads((out / f"{name}_{seed}.json").read_text())
+    last = step_of(list_checkpoints(out / f"{name}_{seed}" / "checkpoints")[-1])
+    return sorted({0, last, *([stopped[0]] if stopped else [])})
+
+
+def score(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Write the held-out score of each marked checkpoint."""
+    from sfumato.demo.reader import read_attributes
+
+    for seed in seeds:
+        for name in names:
+            place = out / f"{name}_{seed}"
+            file = out / f"{name}_{seed}_scores.json"
+            scores = json.loads(file.read_text()) if file.exists() else {}
+            model, config = model_of(place)
+            base = out / "base.json"
+            if base.exists():
+                scores["0"] = json.loads(base.read_text())
+            for step in marks(out, name, seed):
+                if str(step) not in scores:
+                    images, prompts = images_of(model, config, place, step, IMAGES)
+                    scores[str(step)] = read_attributes(images, prompts).mean().item()
+                    print(place, step, scores[str(step)], flush=True)
+                file.write_text(json.dumps(scores))
+                if not step:
+                    base.write_text(json.dumps(scores["0"]))
+
+
+def logged(out: Path, name: str, seed: int) -> list[dict[str, float]]:
+    lines = (out / f"{name}_{seed}" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def table(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Print where each run was stopped, by what, and its held-out score there and at the end."""
+    print("| run | seed | stopped at | by | held-out: base | at the stop | at the end | warnings |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in names:
+        for seed in seeds:
+            stopped = json.loads((out / f"{name}_{seed}.json").read_text())
+            scores = json.loads((out / f"{name}_{seed}_scores.json").read_text())
+            rows = logged(out, name, seed)
+            alarms = sum(any(r.get(k, 0) > 0 for k in r if k.startswith("guard/")) for r in rows)
+            step, key = (stopped[0], stopped[1]) if stopped else ("-", "-")
+            there = f"{scores[str(step)]:.3f}" if stopped else "-"
+            end = max(map(int, scores))
+            print(
+                f"| {name} | {seed} | {step} | {key} | {scores['0']:.3f} | {there} | "
+                f"{scores[str(end)]:.3f} (step {end}) | "
+                f"{alarms} of {len(rows)} validations |"
+            )
+
+
+def pictures(out: Path, folder: Path) -> None:
+    """Draw the pictures and the curves of docs/reward_hacking.md, of seed 0."""
+    import matplotlib.pyplot as plt
+    from PIL import Image, ImageDraw
+
+    from sfumato.training.guards import DEFAULTS
+
+    cell, margin = 68, 52
+    sheet = Image.new("RGB", (margin + COLUMNS * cell, len(SHOWN) * cell), "white")
+    for y, step in enumerate(SHOWN):
+        ImageDraw.Draw(sheet).text((4, y * cell + 28), f"step {step}", fill="black")
+        place = out / "hack_0" / "samples" / f"step-{step:06d}"
+        for x in range(COLUMNS):
+            sheet.paste(Image.open(place / f"{x:03d}-tuned.png"), (margin + x * cell, y * cell))
+    sheet.save(folder / "hacking_pictures.png", optimize=True)
+    figure, axes = plt.subplots(2, 4, figsize=(12, 5))
+    panels = ["reward", "held_out/reader", *(f"gauge/{name}" for name in GAUGES)]
+    for panel, ax in zip(panels, axes.flat, strict=True):
+        title, rows = panel.rpartition("/")[2], []
+        for name in RUNS:
+            rows = logged(out, name, 0)
+            values = [row[f"validation/{panel}"] for row in rows]
+            ax.plot([row["step"] for row in rows], values, label=name)
+        if title in DEFAULTS:
+            base = rows[0][f"validation/gauge_base/{title}"]
+            ax.axhline(base * (DEFAULTS[title].limit or 0), color="black", lw=0.8, ls="--")
+        ax.set_title(title)
+    axes.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(folder / "hacking_curves.png", dpi=80)
+
+
+def cost(images: int) -> None:
+    """Print the seconds of sampling, of gauges and of the sharpness, in one validation."""
+    from sfumato.compose import compose_train
+    from sfumato.models.generate import generate_in_batches
+    from sfumato.models.registry import load_model
+    from sfumato.rewards.build import build_reward
+    from sfumato.run.build import grid_period
+    from sfumato.training.gauges import build_gauges, diversity
+
+    config = compose_train(["recipe=demo_draft_plus"])[0]
+    model, reward = load_model(config.model), build_reward(config.reward)
+    gauges = build_gauges(reward, grid_period(model, config))
+    prompts, parts = ["a star"] * images, dict[str, float]()
+
+    def timed(name: str, act: Callable[..., Any], *given: Any) -> Any:
+        started = time.process_time()
+        found = act(*given)
+        parts[name] = parts.get(name, 0.0) + time.process_time() - started
+        return found
+
+    with torch.no_grad():
+        for _ in range(2):  # the first warms up
+            parts.clear()
+            sampled = (model, prompts, range(images), config.sampler, 16)
+            made = timed("sampling", generate_in_batches, *sampled)
+            timed("reward", reward, made, prompts)
+            for name, gauge in gauges.items():
+                kind = "sharpness" if name == "sharpness" else "gauges of pictures"
+                timed(kind, gauge, made, prompts)
+            timed("gauges of pictures", diversity, made, prompts)
+    total = sum(parts.values())
+    for name, seconds in parts.items():
+        print(f"{name}: {seconds:.3f} CPU s, {100 * seconds / total:.1f} %")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=("run", "score", "table", "pictures", "cost"))
+    parser.add_argument("--out", type=Path, default=Path("guard"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
+    options = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    match options.action:
+        case "run":
+            run(options.out, options.only, options.seeds)
+        case "score":
+            score(options.out, options.only, options.seeds)
+        case "table":
+            table(options.out, options.only, options.seeds)
+        case "pictures":
+            pictures(options.out, options.docs)
+        case _:
+            cost(8)
+
+
+if __name__ == "__main__":
+    main()
