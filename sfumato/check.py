@@ -2,9 +2,15 @@
 
 from pathlib import Path
 
-from sfumato.check_objective import check_dpo, check_objective, check_reward_pairs
+from sfumato.check_objective import (
+    check_autoencoder,
+    check_dpo,
+    check_objective,
+    check_reward_pairs,
+)
 from sfumato.conditions import is_own, named_files
 from sfumato.config import (
+    AutoencoderConfig,
     DpoConfig,
     RewardedConfig,
     RewardPairsConfig,
@@ -44,8 +50,8 @@ def check_train(config: TrainConfig, processes: int) -> None:
     with_loss = config.objective.has_validation_loss
     if config.export == "best" and not (with_loss and config.validation.loss_images):
         raise ValueError(
-            "export=best chooses by the validation loss, which needs objective=supervised, dpo or "
-            "reward_pairs, and validation.loss_images above 0; use export=last"
+            "export=best chooses by the validation loss, which needs objective=supervised, dpo, "
+            "reward_pairs or autoencoder, and validation.loss_images above 0; use export=last"
         )
     for key, value in named_files(config).items():
         if is_own(key):  # before the run folder has it
@@ -55,6 +61,8 @@ def check_train(config: TrainConfig, processes: int) -> None:
         check_dpo(config)
     if isinstance(config.objective, RewardPairsConfig):
         check_reward_pairs(config)
+    if isinstance(config.objective, AutoencoderConfig):
+        check_autoencoder(config)
     if isinstance(config.objective, RewardedConfig):
         check_objective(config, config.objective)
 

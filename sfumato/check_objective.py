@@ -103,6 +103,24 @@ def check_reward_pairs(config: TrainConfig) -> None:
         )
 
 
+def check_autoencoder(config: TrainConfig) -> None:
+    """Refuse to train an autoencoder on what another one encoded.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if config.data.shards.cached:
+        raise ValueError(
+            "data.shards.cached=true reads latents that another autoencoder made, and "
+            "objective=autoencoder learns from pictures; set data.shards.cached=false"
+        )
+    if not isinstance(config.reward, NoRewardConfig):
+        raise ValueError(
+            f"reward={config.reward.kind} scores images of a text-to-image model, and "
+            "objective=autoencoder trains none; set reward=none"
+        )
+
+
 def _check_reward(reward: RewardConfig, objective: str, *, differentiable: bool) -> None:
     if isinstance(reward, WeightedRewardConfig):
         if not any(part.weight for part in reward.parts.values()):

@@ -144,6 +144,8 @@ def _unread(config: DictConfig) -> list[str]:
         missing.append("data.prompts")
     if objective.reads_pairs and _is_open(data.pairs, "path", None, ""):
         missing.append("data.pairs.path")
+    if objective.trains == "autoencoder" and _is_open(config.objective, "start", None, ""):
+        missing.append("objective.start")
     rooms = (data.images, data.shards) if objective.reads_images else ()
     if rooms and all(_is_open(room, "path", None, "") and not room.sources for room in rooms):
         missing.append("data.shards.path" if data.shards.cached else "data.images.path")
@@ -155,10 +157,10 @@ def _is_open(node: DictConfig, name: str, *empty: str | None) -> bool:
 
 
 def _leave_out_model(config: DictConfig) -> None:
-    """Set `model.pretrained` to null where a reward is trained, and no model is read."""
+    """Set `model.pretrained` to null where no text-to-image model is trained, and none is read."""
     if not OmegaConf.is_missing(config, "objective"):
         objective: Any = OmegaConf.to_object(config.objective)
-        if objective.trains_reward and OmegaConf.is_missing(config.model, "pretrained"):
+        if objective.trains != "model" and OmegaConf.is_missing(config.model, "pretrained"):
             config.model.pretrained = None
 
 

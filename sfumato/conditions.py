@@ -104,9 +104,9 @@ _DATA: Sequence[Row] = (
     (r"data\.verify", "data.shards.cached=false"),
     (r"validation\.column", "validation.prompts"),
     (r"validation\.gauges", "reward!=none"),
-    (r"validation\.images\..+", "objective=supervised"),
+    (r"validation\.images\..+", "objective=supervised|autoencoder"),
     (r"validation\.pairs\..+", "objective=dpo|reward_pairs"),
-    (r"validation\.loss_images", "objective=supervised|dpo|reward_pairs"),
+    (r"validation\.loss_images", "objective=supervised|dpo|reward_pairs|autoencoder"),
     (r"validation\.pairs\.(?!path).+", "validation.pairs.path"),
     (r"validation\.pairs\.(cache|crop|flip|shuffle|buffer|workers|prefetch)", _IN_ORDER),
     (r"validation\.images\.(cache|crop|flip|captions|buckets|shuffle|workers|prefetch)", _IN_ORDER),
@@ -124,8 +124,8 @@ _DATA: Sequence[Row] = (
         "never: a held-out picture has one caption, its first line",
     ),
 )
-# What is of text-to-image models alone: a reward is trained on pictures of one size and makes none.
-_NOT_OF_REWARDS = re.compile(
+# What is of text-to-image models alone: others are trained on pictures of one size and make none.
+_OF_MODELS = re.compile(
     r"model\.(?!pretrained).+|model\.pretrained=(?!null$).+|sampler\.(?!height|width).+|"
     r"training\.(compile|target_reward)|validation\.(prompts|column|num_images|seed|gauges)|"
     r"data\.pairs\.cache"
@@ -211,9 +211,10 @@ def why_unread(settings: Any, key: str) -> tuple[str, str] | None:
     if isinstance(settings, TrainConfig) and isinstance(settings.objective, OwnConfig):
         return None
     command, value = _command(settings), shown(_value(settings, key))
-    vain = any(_NOT_OF_REWARDS.fullmatch(text) for text in (key, f"{key}={value}"))
-    if vain and isinstance(settings, TrainConfig) and settings.objective.trains_reward:
-        return f"with objective={settings.objective.kind}, which trains a reward", ""
+    vain = any(_OF_MODELS.fullmatch(text) for text in (key, f"{key}={value}"))
+    if vain and isinstance(settings, TrainConfig) and settings.objective.trains != "model":
+        objective = settings.objective
+        return f"with objective={objective.kind}, which trains a {objective.trains}", ""
     conditions = [*conditions_of(command, key), *conditions_of(command, f"{key}={value}")]
     broken = (_broken(settings, condition) for condition in conditions)
     return next((reason for reason in broken if reason is not None), None)
@@ -250,7 +251,13 @@ def is_path(key: str, value: object) -> bool:
     room, _, name = key.rpartition(".")
     if not (isinstance(value, str) and value) or key.startswith("data.shards"):
         return False
-    if key in (*STARTS, "model.network.config", "data.prompts", "validation.prompts"):
+    if key in (
+        *STARTS,
+        "model.network.config",
+        "objective.start",
+        "data.prompts",
+        "validation.prompts",
+    ):
         return True
     if is_own(key):
         return True

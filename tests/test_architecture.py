@@ -82,9 +82,10 @@ OUTSIDE = (
     # Kinds of rewards, of which the core knows the contract alone.
     *(f"rewards.{kind}" for kind in ("aesthetic", "classifier", "clip_iqa", "image_reward")),
     "rewards.hpsv3",
+    "models.learning_autoencoder",
     *("rewards.code", "rewards.own", "rewards.remote", "rewards.learning_clip"),
 )
-MAX_CORE = 13_250  # lines
+MAX_CORE = 13_600  # lines
 
 # Contracts for the whole core: a stream gives samples, whatever they are read from.
 SAMPLES = ("data.stream", "data.sample")

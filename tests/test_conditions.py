@@ -39,7 +39,8 @@ TRAIN = f"""
     objective.{{images_per_prompt,batches,inner_epochs,rollout_batch_size,statistics,deviation}}
     objective.{{advantage_clip,eta,window,clip_range,beta,trained_times,old_decay,old_decay_rise}}
     objective.{{step_weights,shared_start,likelihood,timesteps,weighting,caption_dropout}}
-    objective.{{noise_offset,sample_latents,guidance_scale,start_scale}}
+    objective.{{noise_offset,sample_latents,guidance_scale,start_scale,start,decoder_only}}
+    objective.{{square_coeff,edge_coeff}}
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
     reward.{{predictor,resize,label,score,good,bad,version,preprocessing}}
     reward.{{path,url,timeout,metadata,cache}}
@@ -444,7 +445,7 @@ def test_repeated_prompts_of_an_evaluation_are_said(
 def test_another_setting_has_a_way_on(model: str, way: str) -> None:
     typed = [f"model.{text}" for text in model.split()]
     config, _ = compose_train([*typed, "data.prompts=P", "reward=color"])
-    assert way_on(config.model, RunFolder(Path("F"))).endswith(f": name=... {way}")
+    assert way_on(config, RunFolder(Path("F"))).endswith(f": name=... {way}")
 
 
 def test_the_demos_prompts_are_shipped() -> None:

@@ -89,7 +89,7 @@ def test_without_both_numbers_at_two_scales_nothing_is_drawn(
 
 def test_numbers_of_two_manifests_are_no_curve(tmp_path: Path) -> None:
     first = evaluation(1.5, kid=0.1, clip_score=20)
-    with pytest.raises(ValueError, match=r"differently \(seed: 1 and 2\)"):
+    with pytest.raises(ValueError, match=r"scale 1.5 and .* scale 5 were .*\(seed: 1 and 2\)"):
         write_guidance(RunFolder(tmp_path), [first, evaluation(5.0, seed=2, kid=0, clip_score=2)])
     other = Metric(0.2, {"network": {"kind": "clip", "sha256": "2"}})
     second = evaluation(5.0, clip_score=20)

@@ -110,6 +110,15 @@ def test_a_layout_is_written_again_without_what_was_there(tmp_path: Path) -> Non
     assert names == ["00000/samples/00000.png"]
 
 
+def test_a_link_is_not_written_through(tmp_path: Path) -> None:
+    pictures = pictures_of(tmp_path / "images", 1)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "layouts").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="layouts is a symbolic link"):
+        write_layouts(["geneval"], tmp_path / "layouts", pictures, ROWS)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 @pytest.mark.parametrize(
     ("layout", "column"), [("geneval", "tag"), ("geneval", "include"), ("dpg", "item_id")]
 )

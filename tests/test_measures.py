@@ -278,8 +278,11 @@ def test_a_lost_picture_is_named(place: Path) -> None:
     (result,) = evaluate_run(request(place))
     assert result.folder is not None
     (result.folder / "images" / "003-001.png").unlink()
-    with pytest.raises(ValueError, match=r"lacks images/003-001.png; remove .*step-000001"):
-        measured(place, "vendi")
+    for settings in ({"metrics": ["vendi"]}, {"layouts": ["geneval2"]}):
+        asked = request(place, metric_features=str(place / "clip"), **settings)
+        with pytest.raises(ValueError, match=r"lacks images/003-001.png; remove .*step-000001"):
+            evaluate_run(asked)
+    assert evaluate_run(request(place)) == [result]  # which needs no picture
 
 
 @pytest.mark.parametrize("step", [1, 7])

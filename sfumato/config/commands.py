@@ -141,7 +141,7 @@ class EvaluateConfig:
     batch_size: int = setting(8, FEW)
     features: str = "pixels"  # for diversity: pixels, lpips, a CLIP folder or hub id
     metrics: list[str] = setting([], Rule(choices=METRICS))  # of sets of images; docs/evaluate.md
-    metric_features: str | None = None  # their network: CLIP, DINOv2, SigLIP or image classifier
+    metric_features: str | None = None  # inception; DIR of a DINOv2, CLIP, SigLIP or classifier
     metric_clip: str | None = None  # CLIP of cmmd and clip_score; null is metric_features
     reference: str | None = None  # a folder of pictures, or one that sfumato prepare made
     layouts: list[str] = setting([], Rule(choices=LAYOUTS))  # folders that benchmarks read

@@ -45,9 +45,9 @@ class ObjectiveConfig:
         return False
 
     @property
-    def trains_reward(self) -> bool:
-        """Whether the reward is trained, and no text-to-image model."""
-        return False
+    def trains(self) -> str:
+        """What is trained: "model" (a text-to-image model), "reward" or "autoencoder"."""
+        return "model"
 
 
 @dataclass
@@ -253,8 +253,32 @@ class RewardPairsConfig(ObjectiveConfig):
         return True
 
     @property
-    def trains_reward(self) -> bool:
+    def trains(self) -> str:
+        return "reward"
+
+
+@dataclass
+class AutoencoderConfig(ObjectiveConfig):
+    """Training of an AutoencoderKL: pictures come back from their latents."""
+
+    kind: str = "autoencoder"
+    start: str | None = None  # a config.json, to begin at random; or a folder or hub id of weights
+    decoder_only: bool = False  # latents stay, and with them the models that were trained on them
+    square_coeff: float = setting(2.0, NOT_NEGATIVE)  # weight of the squared error
+    edge_coeff: float = setting(0.5, NOT_NEGATIVE)  # weight of the error of neighbours' differences
+    kl_coeff: float = setting(1e-6, NOT_NEGATIVE)  # weight of KL(posterior || normal) per latent
+
+    @property
+    def reads_images(self) -> bool:
         return True
+
+    @property
+    def has_validation_loss(self) -> bool:
+        return True
+
+    @property
+    def trains(self) -> str:
+        return "autoencoder"
 
 
 @dataclass
@@ -280,5 +304,6 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "supervised": SupervisedConfig,
     "dpo": DpoConfig,
     "reward_pairs": RewardPairsConfig,
+    "autoencoder": AutoencoderConfig,
     "own": OwnConfig,
 }

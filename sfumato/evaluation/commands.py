@@ -326,7 +326,8 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
         model = load_model(replace(settings, reference=True) if whole else without_start(settings))
         model.to(device)
         size = image_size(model, trained.sampler)
-        check_layouts(config.layouts, prompts, _rows(config), size)
+        if config.layouts:
+            check_layouts(config.layouts, prompts, _rows(config), size)
         held_out = {
             name: ready(build_reward(each), device, partial(_rows, config))
             for name, each in trained.validation.rewards.items()
@@ -358,9 +359,9 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
 
 def _publish(config: EvaluateConfig, study: Study, results: Sequence[Evaluation]) -> None:
     for result in results:
-        assert result.folder is not None
-        folder, pictures = result.folder / LAYOUTS, study.pictures(result.folder)
-        write_layouts(config.layouts, folder, pictures, _rows(config))
+        if config.layouts and result.folder is not None:
+            pictures = study.pictures(result.folder)
+            write_layouts(config.layouts, result.folder / LAYOUTS, pictures, _rows(config))
         print(_line(result))
 
 

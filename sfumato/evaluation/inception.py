@@ -30,7 +30,9 @@ class Inception(nn.Module):
         """
         super().__init__()
         try:
-            from torch_fidelity import feature_extractor_inceptionv3 as published
+            from torch_fidelity import (  # pyright: ignore[reportMissingImports]
+                feature_extractor_inceptionv3 as published,
+            )
         except (ImportError, RuntimeError) as error:  # an unfit torchvision
             raise ValueError(
                 f"metric_features = {NAME!r} needs torch-fidelity ({error}): pip install "

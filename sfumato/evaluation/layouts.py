@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sfumato.evaluation.making import link
-from sfumato.files import new_folder
+from sfumato.files import new_folder, refuse_link
 from sfumato.images import load_images, save_image
 
 Rows = Mapping[str, Mapping[str, Any]]  # what the user's table has beside each prompt
@@ -79,6 +79,7 @@ def write_layouts(layouts: Sequence[str], folder: Path, pictures: Pictures, rows
     Raises:
         ValueError: a folder cannot be written.
     """
+    refuse_link(folder)  # a run may come from a stranger
     for layout in layouts:
         with new_folder(folder / layout) as beside:
             _WRITERS[layout](beside, folder / layout, pictures, rows)

@@ -73,8 +73,8 @@ def metric_label(name: str, metric: Metric) -> str:
     if name == "fid" and metric.kind.startswith("dinov2"):
         return "FDD"
     if name in LABELS:
-        others = "" if metric.kind == INCEPTION else f" ({metric.kind} features)"
-        return f"{LABELS[name]}{others}"
+        network = metric.kind.removesuffix("ForImageClassification")
+        return LABELS[name] if network == INCEPTION else f"{LABELS[name]} ({network} features)"
     return {"cmmd": "CMMD", "clip_score": "CLIP score"}.get(name, name)
 
 
@@ -105,6 +105,7 @@ class Measures:
         self.networks: dict[str, VisionNetwork | Inception] = {}
         self.manifests: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, Features] = {}  # features of the reference, by network
+        self._texts: dict[str, Features] = {}  # of the prompts, by CLIP
         with group.together():
             if config.reference is not None and not set(LEAST).isdisjoint(config.metrics):
                 self.reference = find_reference(config.reference, size)
@@ -228,12 +229,16 @@ class Measures:
                 each = images.split(self.study.num_images)
                 return {name: sum(map(vendi, each)) / len(each)}
             case _:
-                texts = ClipReward.from_pretrained(path).to(self.device)
-                with torch.no_grad():
-                    prompts = texts.text_features(self.study.prompts)
-                prompts = prompts.repeat_interleave(self.study.num_images, 0)
+                prompts = self._of_prompts(path).repeat_interleave(self.study.num_images, 0)
                 cosine = (F.normalize(images, dim=1) * prompts).sum(1)
                 return {name: 100 * cosine.mean().item()}
+
+    @torch.no_grad()
+    def _of_prompts(self, path: str) -> Features:
+        if path not in self._texts:
+            clip = ClipReward.from_pretrained(path).to(self.device)
+            self._texts[path] = clip.text_features(self.study.prompts)
+        return self._texts[path]
 
 
 def _network(config: EvaluateConfig, name: str) -> tuple[str, str | None]:

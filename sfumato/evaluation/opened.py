@@ -67,7 +67,12 @@ def open_run(request: SampleConfig | EvaluateConfig) -> OpenedRun:
     """
     folder = RunFolder(Path(str(request.run)))
     settings = load_settings(folder.config)
-    if settings.objective.trains_reward:
+    if settings.objective.trains == "autoencoder":
+        raise ValueError(
+            f"{folder.path} trained an autoencoder, which makes no images from prompts; another "
+            f"run can train a model on its latents: model.autoencoder={folder.export}/autoencoder"
+        )
+    if settings.objective.trains == "reward":
         raise ValueError(
             f"{folder.path} trained a reward, which makes no images; another run can learn "
             f"from it: reward=clip reward.pretrained={folder.export}/reward"

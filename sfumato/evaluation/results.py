@@ -233,7 +233,8 @@ def at_equal_reward(
     if levels.isnan().any():
         return None
     difference = (second - first).mean().item()
-    return EqualReward(*(tuple(each.tolist()) for each in (levels, first, second)), difference)
+    found = [tuple(each.tolist()) for each in (levels, first, second)]
+    return EqualReward(found[0], found[1], found[2], difference)
 
 
 def equal_reward_interval(

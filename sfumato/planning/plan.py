@@ -137,10 +137,10 @@ def check_plan(config: PlanConfig) -> None:
             "objective = own: a script brings this objective, and sfumato plan runs no script; set "
             "objective=draft or objective=supervised"
         )
-    if config.objective.trains_reward:
+    if config.objective.trains != "model":
         raise ValueError(
-            f"objective={config.objective.kind} trains a reward, and sfumato plan counts the costs "
-            "of text-to-image models alone"
+            f"objective={config.objective.kind} trains a {config.objective.trains}, and sfumato "
+            "plan counts the costs of text-to-image models alone"
         )
     check_train(config, config.gpus)
 

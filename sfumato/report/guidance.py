@@ -74,24 +74,31 @@ def _measured(results: Sequence[Evaluation]) -> tuple[str, list[Evaluation]]:
     """Return the distance to draw, and the evaluations that have it beside a CLIP score."""
     measured = [one for one in results if SCORE in one.metrics]
     common = [name for name in DISTANCES if measured and all(name in o.metrics for o in measured)]
-    if not common or len({one.settings["sampler"]["guidance_scale"] for one in measured}) < 2:
+    if not common or len(set(map(_scale, measured))) < 2:
         return "", []
     first, name = measured[0], common[0]
     for one in measured[1:]:
         for metric in (name, SCORE):
-            names = (_title(each) for each in (first, one))
-            check_alike(*names, first.manifest(metric), one.manifest(metric), but=(SCALE,))
+            a, b = first.manifest(metric), one.manifest(metric)
+            check_alike(_named(first), _named(one), a, b, but=(SCALE,))
     return name, measured
 
 
 def _point(one: Evaluation, name: str) -> Point:
-    scale = one.settings["sampler"]["guidance_scale"]
-    line = _title(replace(one, variant=replace(one.variant, guidance_scale=None)))
-    return Point(line, scale, one.metrics[name].value, one.metrics[SCORE].value)
+    return Point(_line(one), _scale(one), one.metrics[name].value, one.metrics[SCORE].value)
 
 
-def _title(one: Evaluation) -> str:
-    return f"step {one.step} {one.variant.name}".strip() if one.step else "base model"
+def _line(one: Evaluation) -> str:
+    variant = replace(one.variant, guidance_scale=None)
+    return f"step {one.step} {variant.name}".strip() if one.step else "base model"
+
+
+def _scale(one: Evaluation) -> float:
+    return one.settings["sampler"]["guidance_scale"]
+
+
+def _named(one: Evaluation) -> str:
+    return f"{_line(one)} at guidance scale {_scale(one):g}"
 
 
 def _images(one: Evaluation) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from sfumato.config import (
     AdjointMatchingConfig,
+    AutoencoderConfig,
     AwmConfig,
     ClipRewardConfig,
     DirectAlignConfig,
@@ -29,11 +30,14 @@ from sfumato.config import (
 )
 from sfumato.data.stream import Stream
 from sfumato.diffusion.randomness import derive
+from sfumato.models.autoencoder_kl import downsampling
 from sfumato.models.generate import image_size
+from sfumato.models.learning_autoencoder import LearningAutoencoder, load_autoencoder
 from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
 from sfumato.models.registry import load_model
 from sfumato.objectives.adjoint_matching import AdjointMatching
+from sfumato.objectives.autoencoder import Autoencoder
 from sfumato.objectives.awm import AdvantageWeightedMatching
 from sfumato.objectives.direct import Direct
 from sfumato.objectives.direct_align import DirectAlign
@@ -49,9 +53,9 @@ from sfumato.objectives.with_data import WithData
 from sfumato.rewards.build import build_learner, build_reward, ready
 from sfumato.rewards.learning_clip import LearningClip
 from sfumato.rewards.reward import Reward
-from sfumato.run.open_data import Data, prompt_rows
+from sfumato.run.open_data import Data, frame_size, prompt_rows
 from sfumato.training.checkpoint import list_checkpoints
-from sfumato.training.compiling import arrange
+from sfumato.training.compiling import arrange, lay_channels_last
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
 from sfumato.training.gauges import build_gauges
@@ -122,8 +126,12 @@ def build_job(
             flush=True,
         )
     objective: ObjectiveOf[Any, Any]
-    if config.objective.trains_reward:
+    model: Trainee
+    if config.objective.trains == "reward":
         objective, model = RewardPairs(), load_learner(config)
+        model.to(distribution.device)
+    elif isinstance(config.objective, AutoencoderConfig):
+        objective, model = Autoencoder(config.objective), build_autoencoder(config)
         model.to(distribution.device)
     else:
         objective = own.objective or build_objective(config, reward)
@@ -157,7 +165,7 @@ def grid_period(model: TextToImageModel, config: TrainConfig) -> int:
 
 def build_scorer(config: TrainConfig) -> Reward | None:
     """Return what scores images, if the settings name a reward that is not trained."""
-    no_scorer = isinstance(config.reward, NoRewardConfig) or config.objective.trains_reward
+    no_scorer = isinstance(config.reward, NoRewardConfig) or config.objective.trains != "model"
     return None if no_scorer else build_reward(config.reward)
 
 
@@ -167,6 +175,28 @@ def load_learner(config: TrainConfig) -> LearningClip:
     assert isinstance(objective, RewardPairsConfig), "nothing else trains a reward"
     assert isinstance(reward, ClipRewardConfig), "checked with the settings"
     return build_learner(reward, start_scale=objective.start_scale)
+
+
+def build_autoencoder(config: TrainConfig) -> LearningAutoencoder:
+    """Load the autoencoder that the settings train, with the weights that it starts from.
+
+    Raises:
+        ValueError: if it cannot be found, or does not fit the size of the pictures.
+    """
+    settings = config.objective
+    assert isinstance(settings, AutoencoderConfig), "nothing else trains an autoencoder"
+    torch.manual_seed(derive(config.training.seed, "autoencoder"))
+    vae = load_autoencoder(str(settings.start))
+    factor = downsampling(vae.config)
+    height, width = frame_size(config, None)
+    if height % factor or width % factor:
+        raise ValueError(
+            f"sampler.height={height} and sampler.width={width} are not multiples of {factor}, by "
+            f"which {settings.start} divides a side; give others"
+        )
+    if config.training.strategy == "ddp":  # shards have one order
+        lay_channels_last(vae)
+    return LearningAutoencoder(vae, decoder_only=settings.decoder_only)
 
 
 def build_objective(config: TrainConfig, reward: Reward | None) -> Objective[Any]:

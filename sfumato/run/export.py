@@ -11,16 +11,21 @@ import torch
 from torch import Tensor
 
 from sfumato.config import ModelConfig, TrainConfig
+from sfumato.data.sample import Sample
 from sfumato.diffusion.randomness import Rng
 from sfumato.files import new_folder, read_object, write_text
+from sfumato.models.autoencoder_kl import posterior
 from sfumato.models.generate import generate, image_size
+from sfumato.models.learning_autoencoder import load_autoencoder
 from sfumato.models.model import DTYPES, TextToImageModel
 from sfumato.models.origins import unlike_original, write_original
 from sfumato.models.registry import load_model
+from sfumato.objectives.autoencoder import pixels_of
 from sfumato.precision import without_tf32
 from sfumato.rewards.clip import ClipReward
 from sfumato.rewards.learning_clip import LearningClip
-from sfumato.run.build import load_learner
+from sfumato.run.build import build_autoencoder, load_learner
+from sfumato.run.open_data import held_out_samples
 from sfumato.training.checkpoint import (
     best_step,
     find_fault,
@@ -36,6 +41,7 @@ NOTE = "export.json"
 VERIFY_STEPS = 4
 LARGEST_DIFFERENCE = 2e-3  # of a pixel, where nothing is rounded
 VERIFY_ROWS, LARGEST_SCORE_DIFFERENCE = 4, 1e-5
+SCALED_BY = 512  # pictures whose latents an autoencoder's scaling is measured on
 MEAN_DIFFERENCE = {"bfloat16": 0.02, "float16": 0.005}  # of all pixels, where weights are rounded
 _OLDER = ("pipeline/model_index.json", "pipeline/*", "lora/*", "original/*")
 
@@ -63,8 +69,10 @@ def export_run(
         done = read_object(note, "remove it and run the same command again")
     origin = {"checkpoint": fingerprint(path), "verify": config.verify}
     if any(done.get(key) != value for key, value in origin.items()):
-        if config.objective.trains_reward:
+        if config.objective.trains == "reward":
             lines = export_reward(config, path, folder.export, device)
+        elif config.objective.trains == "autoencoder":
+            lines = export_autoencoder(config, path, folder.export, device)
         else:
             lines = export(config, path, folder.export, device, prompts[0], load or load_model)
         done = {"step": step_of(path), **origin, "exports": lines}
@@ -146,6 +154,47 @@ def export_reward(
         line = str(folder / "reward")
         if config.verify:
             line += f" (verified: {_compare_scores(model, beside / 'reward', device)})"
+    return [line]
+
+
+@torch.no_grad()
+def export_autoencoder(
+    config: TrainConfig, checkpoint: Path, folder: Path, device: torch.device
+) -> list[str]:
+    """Write the averaged weights of a trained autoencoder as folder/autoencoder, for diffusers.
+
+    Its scaling gives the latents of the validation's pictures a deviation of 1. With
+    `config.verify`, loads it back and compares these pictures.
+
+    Returns:
+        One line: its path, and how it compared.
+
+    Raises:
+        ExportError: if the disk is full, or a picture differs.
+        CheckpointError: if the checkpoint is damaged.
+    """
+    model = build_autoencoder(config)
+    load_weights(model, read_shown_weights(checkpoint), str(checkpoint))
+    model.to(device)
+    settings = replace(config, validation=replace(config.validation, loss_images=SCALED_BY))
+    samples = [s for s in held_out_samples(settings, None) if isinstance(s, Sample)]
+    with without_tf32(), new_folder(folder, failure=ExportError) as beside:
+        batches = [pixels_of(samples[i : i + 32]).to(device) for i in range(0, len(samples), 32)]
+        decoded, moments = zip(*(model.reconstruct(each, None) for each in batches), strict=True)
+        noise = Rng(range(len(samples))).normal(*model.latent_shape(batches[0]), device=device)
+        model.save(beside / "autoencoder", posterior(torch.cat(moments), noise))
+        line = str(folder / "autoencoder")
+        if config.verify:
+            other: Any = load_autoencoder(str(beside / "autoencoder")).to(device)
+            difference = (other(batches[0]).sample - decoded[0]).abs().max().item()
+            if not difference <= LARGEST_DIFFERENCE:
+                raise ExportError(
+                    f"the exported autoencoder gives other pictures than here: a pixel differs by "
+                    f"{difference:.3g} (allowed {LARGEST_DIFFERENCE}). The checkpoint is unharmed; "
+                    "please report this with the version of diffusers, or train with verify=false"
+                )
+            same = f"diffusers gives the same pictures, largest difference {difference:.1e}"
+            line += f" (verified: {same})"
     return [line]
 
 

@@ -128,8 +128,8 @@ def why_uncached(config: TrainConfig) -> str | None:
         ValueError: if a merged LoRA file is missing.
     """
     key, data = own_pictures(config)
-    if config.objective.trains_reward:
-        return "a reward learns from the pictures themselves"
+    if config.objective.trains != "model":
+        return f"the {config.objective.trains} learns from the pictures themselves"
     if data.crop == "random":
         return f"{key}.crop=random cuts each picture anew"
     if config.model.parts not in (["network"], ["unet"], ["transformer"]):
@@ -229,8 +229,8 @@ def validation_prompts(config: TrainConfig, brought: Sequence[str] | None = None
     Raises:
         ValueError: if there is no prompt, or a file cannot be read.
     """
-    if config.objective.trains_reward:
-        return []  # it makes no images
+    if config.objective.trains != "model":
+        return []  # it makes no images from prompts
     count = config.validation.num_images
     own, data, (key, images) = config.validation, config.data, validation_images(config)
     own_captions = config.objective.has_validation_loss

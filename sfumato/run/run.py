@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sfumato.conditions import leaves_of, why_unread
-from sfumato.config import ModelConfig, TrainConfig
+from sfumato.config import TrainConfig
 from sfumato.config.saved import differences, flatten, read_saved, write_saved
 from sfumato.data.stream import Stream
 from sfumato.files import lock, refuse_link, write_text
@@ -61,7 +61,7 @@ def train(
     check_trackers(config.training)
     check_own(config, own)
     say = distribution.is_main
-    own_model = own.load is not None or config.objective.trains_reward
+    own_model = own.load is not None or config.objective.trains != "model"
     limits = None if own_model else check_model(config, folder, typed, say=say)
     data = open_data(config, limits, own.stream, own.prompts)
     with exclusive(folder, distribution):
@@ -150,7 +150,7 @@ def prepare_folder(folder: RunFolder, config: TrainConfig, settings: dict[str, A
             listed = "; ".join(f"{key}: {text}" for key, text in differing.items())
             raise ValueError(
                 f"{folder.path} holds a run with other settings ({listed}); choose another name "
-                f"(name=...), or remove the folder. {way_on(config.model, folder)}"
+                f"(name=...), or remove the folder. {way_on(config, folder)}"
             )
         refuse_changed(config, folder, contents)
     write_began(folder.path, contents)
@@ -208,11 +208,13 @@ def cache_images(
         print(f"{key}.cache=auto: {where if why is None else f'off, as {why}'}", flush=True)
 
 
-def way_on(model: ModelConfig, folder: RunFolder) -> str:
+def way_on(config: TrainConfig, folder: RunFolder) -> str:
     """Say how a run of other settings starts from the weights of the run in a folder."""
-    start = f"model.pretrained={folder.export}/pipeline"
-    if model.pretrained is None and model.network.config is None:  # a reward is trained
+    start, model = f"model.pretrained={folder.export}/pipeline", config.model
+    if config.objective.trains == "reward":
         start = f"reward.pretrained={folder.export}/reward"
+    elif config.objective.trains == "autoencoder":
+        start = f"objective.start={folder.export}/autoencoder"
     elif model.trainable == "lora":
         start = f"model.lora.start={folder.export}/lora"
     elif model.network.config is not None:

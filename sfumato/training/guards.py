@@ -32,7 +32,7 @@ DEFAULTS: Mapping[str, GuardConfig] = {
 }
 _SPREAD = f"validation/gauge/{DIVERSITY}"
 # What falls when a run goes wrong; all else rises.
-FALLS = {*("reward", "held_out", "accuracy", "margin"), DIVERSITY}
+FALLS = {*("reward", "held_out", "accuracy", "margin", "psnr"), DIVERSITY}
 FALLS |= {"edges", "entropy", "high_frequencies"}
 
 
@@ -285,4 +285,4 @@ def base_of(metric: str) -> str | None:
 
 
 def _is_scored(config: TrainConfig) -> bool:
-    return not (config.objective.trains_reward or isinstance(config.reward, NoRewardConfig))
+    return config.objective.trains == "model" and not isinstance(config.reward, NoRewardConfig)
