@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sfumato.config.saved import flatten, read_saved
+from sfumato.config.saved import read_saved
 from sfumato.data.entries import is_utf8
-from sfumato.evaluation.manifest import check_alike
+from sfumato.evaluation.manifest import check_alike, difference
 from sfumato.evaluation.results import (
     SCORES,
     SUMMARY,
@@ -299,8 +299,8 @@ def _read_run(run: RunFolder, name: str) -> RunRecord:
 
 def _is_like(variant: Evaluation, own: Evaluation) -> bool:
     """Say whether a variant's settings are the run's own, its guidance scale apart."""
-    left, right = ({**flatten(one.settings), _GUIDANCE: None} for one in (variant, own))
-    return left == right and variant.diversity_label == own.diversity_label
+    other = difference(variant.settings, own.settings, but=(_GUIDANCE,))
+    return other is None and variant.diversity_label == own.diversity_label
 
 
 def _refuse_links(run: RunFolder) -> None:
