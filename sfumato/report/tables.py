@@ -232,7 +232,8 @@ def _costs(record: RunRecord, step: int) -> dict[str, Cell]:
 
 
 def _count(value: float) -> Cell:
-    return Cell(f"{value:,.0f}", "", {"": value})
+    exact = value < 10 and value != int(value)  # seconds of a short run
+    return Cell(f"{value:.2g}" if exact else f"{value:,.0f}", "", {"": value})
 
 
 def _plain(value: float) -> Cell:
