@@ -62,6 +62,23 @@ def test_numbers_of_rows_are_named_by_a_key(key: str) -> None:
     assert found == paired_interval(rows_of(first), rows_of(second), "reward")
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.1] * 7 + [0.3],  # the error of a draw without the last is rounding alone
+        [0.7] * 5 + [0.2],
+        [1 / 3] * 9 + [0.4],
+        [0.1, 0.11, 0.12, 0.1, 0.11, 0.12, 1.0],
+        [0.0, 0.001, -0.001, 0.002, 0.0, 0.001, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0],
+    ],
+)
+def test_one_prompt_that_is_unlike_all_others_makes_no_endless_interval(values: list[float]):
+    each = torch.tensor(values, dtype=torch.float64)
+    mean, low, high = interval(lambda m: m[:, 0], each[:, None])
+    error = each.std().item() / len(each) ** 0.5
+    assert mean - 11 * error < low < mean < high < mean + 11 * error
+
+
 def test_a_level_of_half_is_narrower() -> None:
     draw = np.random.default_rng(4)
     first, second = rows_of(draw.normal(size=(9, 2))), rows_of(draw.normal(size=(9, 2)))

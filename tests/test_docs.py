@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sfumato.catalog import CHOICES, choices_of, find_slot, known_keys, walk
-from sfumato.compose import compose_train, register
+from sfumato.compose import compose_train, register, to_settings
 from sfumato.config import (
     COMMANDS,
     CONF,
@@ -29,6 +29,7 @@ from sfumato.config import (
     ModelConfig,
     OwnConfig,
     SamplerConfig,
+    check_values,
 )
 from sfumato.diffusion.randomness import Rng
 from sfumato.help import command_page, markdown, settings_of
@@ -132,7 +133,9 @@ def test_commands_compose(words: list[str], monkeypatch: pytest.MonkeyPatch, own
     else:
         register(words[start + 1])
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            assert compose(words[start + 1], rewritten(words[start + 1], overrides))
+            config = compose(words[start + 1], rewritten(words[start + 1], overrides))
+        if words[start + 1] == "evaluate":
+            check_values(to_settings(config))
 
 
 # --- What the tables say

@@ -3,6 +3,7 @@
 t* = (f(m*) - f(m)) / s*, and the interval is [f(m) - s q(1 - alpha/2), f(m) - s q(alpha/2)]
 with m the mean over prompts, s the delta method's error of f(m), and q the quantiles of t*
 
+An s* below a tenth of s counts as that: without a prompt that is unlike all others it is almost 0.
 Prompts are drawn with replacement, each with all its images: images of one prompt resemble each
 other. That is the studentised bootstrap (Davison and Hinkley 1997, section 5.2.1). Of two models
 that are trained again the interval says nothing: it is about prompts and noise.
@@ -22,6 +23,7 @@ from torch import Tensor
 DRAWS = 1999  # with 95 %, whole numbers of draws lie outside
 LEVEL = 0.95
 MIN_PROMPTS = 5  # of fewer, too many draws hold one prompt alone
+LEAST_ERROR = 0.1  # of a draw's s, as a share of the whole's
 AT_ONCE = 2_000_000  # numbers in memory
 Row = Mapping[str, Any]
 Smooth = Callable[[Float[Tensor, "b m"]], Float[Tensor, " b"]]
@@ -86,8 +88,8 @@ def interval(
         weights = torch.zeros(len(draws), count, dtype=torch.float64)
         weights.scatter_add_(1, drawn, torch.ones_like(weights))
         values_drawn, errors = _with_error(smooth, values, weights)
-        # A draw of equal prompts has no error of its own: the whole's stands in.
-        ratios.append((values_drawn - found) / torch.where(errors > 0, errors, error))
+        # Of a draw of prompts that are almost equal, the error is almost 0, and t* has no bound.
+        ratios.append((values_drawn - found) / errors.clamp_min(LEAST_ERROR * error.item()))
     ratio = torch.cat(ratios)
     ratio = ratio[ratio.isfinite()]
     mean, width = found.item(), error.item()
