@@ -79,6 +79,16 @@ def test_long_values_are_cut() -> None:
     assert text is not None and len(text) < 200
 
 
+@pytest.mark.parametrize("place", [0, 20, 39])
+def test_long_values_are_shown_where_they_differ(place: int) -> None:
+    prompts = [f"a photo of {i} red cubes" for i in range(40)]
+    other = [*prompts[:place], "a blue ring", *prompts[place + 1 :]]
+    text = difference(changed("prompts", prompts), changed("prompts", other))
+    assert text is not None and len(text) < 200
+    assert text.startswith("prompts: ") and text.count("blue ring") == 1
+    assert f"of {place} red" in text.partition(" and ")[0]
+
+
 def test_equal_reward_is_of_one_manifest() -> None:
     def curve(**settings: Any) -> list[Evaluation]:
         points = enumerate([(0.0, 1.0), (1.0, 0.5)])

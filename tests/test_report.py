@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -501,6 +502,30 @@ def test_variants_of_other_settings_are_left_out_and_named(
     assert "Variants of the checkpoints" not in html
 
 
+@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("num_images", 5), ("features", "lpips")])
+def test_variants_without_the_runs_own_evaluations_are_compared_too(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    run = write_draft(tmp_path / "draft", 0.0, {20: DRAFT[20]})
+    paths = [write_variant(run, 20, 19.0, 0.28, lora_scale=scale) for scale in (0.25, 0.5)]
+    write_variant(run, 20, 23.0, 0.1, guidance_scale=8.0)
+    shutil.rmtree(run.evaluation(20))
+    plus = write_draft(tmp_path / "plus", 1.0, PLUS)
+    assert "LoRA scale" in report([run, plus], tmp_path).html
+    summary = json.loads(paths[1].read_text())
+    summary["settings"][key] = value
+    paths[1].write_text(json.dumps(summary))
+    assert record_of(run).unlike == ["lora_scale_0.5/step-000020"]
+    shutil.rmtree(paths[0].parent)
+    shutil.rmtree(run.path / "evaluation" / "guidance_scale_8")
+    with pytest.raises(ValueError, match=f"draft and plus were evaluated differently .{key}: "):
+        report([run, plus], tmp_path)
+    del summary["settings"]["sampler"]
+    paths[1].write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=r"lora_scale_0.5/step-000020/summary.json settings"):
+        report([run], tmp_path)
+
+
 def test_a_page_of_200_checkpoints_stays_small(tmp_path: Path) -> None:
     points: Points = {step: (18 + step / 100, 0.3 - step / 1000) for step in range(201)}
     run = write_draft(tmp_path / "long", 0.0, points, num_images=1)
@@ -644,6 +669,11 @@ def test_runs_that_cannot_be_compared_are_refused(runs: list[RunFolder], tmp_pat
     with pytest.raises(ValueError, match=r"red and blue .* .reward.color: red and blue"):
         report([runs[0], red, blue], tmp_path)
     assert report([runs[0], red], tmp_path)
+    change(red, '"prompts"', '"contents": {"reward.pretrained": "51aa"}, "prompts"')
+    assert report([runs[0], red], tmp_path)  # the file of a reward that the other run has not
+    change(red, '"reward.pretrained"', '"model.pretrained"')
+    with pytest.raises(ValueError, match=r"contents.model.pretrained: None and 51aa"):
+        report([runs[0], red], tmp_path)
 
 
 # ---- arithmetic

@@ -14,7 +14,7 @@ from sfumato.training.folder import LIBRARIES
 
 PICTURES = "PNG, 8 bits"
 LATER = ("format", "versions.")  # keys that manifests of older versions lack
-_SHOWN = 80  # characters of a value in messages
+_SHOWN, _BEFORE = 80, 20  # characters of a value in messages, and before the difference
 
 
 def surroundings() -> dict[str, Any]:
@@ -35,7 +35,7 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any], but: Collection[str] 
     for key in {**left, **right}:
         unknown = key.startswith(LATER) and not (key in left and key in right)
         if left.get(key) != right.get(key) and key not in but and not unknown:
-            return f"{key}: {_shown(left.get(key))} and {_shown(right.get(key))}"
+            return f"{key}: {_shown(left.get(key), right.get(key))}"
     return None
 
 
@@ -63,6 +63,11 @@ def check_alike(
         )
 
 
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+def _shown(a: Any, b: Any) -> str:
+    """Return both values, where they are long from shortly before they differ."""
+    texts = [str(a), str(b)]
+    if max(map(len, texts)) > _SHOWN:
+        pairs = enumerate(zip(*texts, strict=False))
+        start = next((i for i, (one, other) in pairs if one != other), 0) - _BEFORE
+        texts = [f"…{text[start:]}" if start > 0 else text for text in texts]
+    return " and ".join(t if len(t) <= _SHOWN else f"{t[: _SHOWN - 1]}…" for t in texts)

@@ -228,14 +228,21 @@ def read_runs(runs: Sequence[RunFolder]) -> list[RunRecord]:
     if not runs:
         raise ValueError("there are no runs to report; name at least one run folder")
     records = [_read_run(run, name) for run, name in zip(runs, _names(runs), strict=True)]
-    evaluated = [record for record in records if record.evaluations]
+    evaluated = [record for record in records if record.evaluations or record.variants]
     for first, second in itertools.combinations(evaluated, 2):
-        a, b = (record.evaluations[0].settings for record in (first, second))
+        a, b = ([*r.evaluations, *r.variants][0].settings for r in (first, second))
         if a.get("reward") is None or b.get("reward") is None:
             # The rewards of one run cannot be mixed up with those of the other.
-            a, b = {**a, "reward": None}, {**b, "reward": None}
-        check_alike(first.name, second.name, a, b)
+            a, b = _without_reward(a), _without_reward(b)
+        whole = first.evaluations and second.evaluations
+        check_alike(first.name, second.name, a, b, but=() if whole else (_GUIDANCE,))
     return records
+
+
+def _without_reward(settings: Mapping[str, Any]) -> dict[str, Any]:
+    contents = settings.get("contents") or {}
+    others = {key: value for key, value in contents.items() if not key.startswith("reward.")}
+    return {**settings, "reward": None, "contents": others}
 
 
 def read_scores(record: RunRecord, step: int) -> list[ShownImage]:
@@ -280,8 +287,9 @@ def _read_run(run: RunFolder, name: str) -> RunRecord:
     settings = read_saved(run.path, _RESTORE)
     convert(settings, _Settings, str(run.config), _RESTORE)
     evaluations = read_evaluations(run)
-    for one in evaluations:
-        folder = run.evaluation(one.step)
+    variants = [one for each in read_variants(run) for one in each if one.variant != Variant()]
+    for one in evaluations or variants[:1]:
+        folder = run.evaluation(one.step, one.variant.name)
         again = f"remove {folder} and evaluate again"
         convert(one.settings, _Method, f"{folder / SUMMARY} settings", again)
     for other in evaluations[1:]:
@@ -291,14 +299,13 @@ def _read_run(run: RunFolder, name: str) -> RunRecord:
     metrics, lost = _read_metrics(run.metrics) if run.metrics.exists() else ([], [])
     path = run.path / "run.json"
     starts = read_record(path, _Starts, "remove or correct it").starts if path.exists() else []
-    variants = [one for each in read_variants(run) for one in each if one.variant != Variant()]
-    like = [one for one in variants if not evaluations or _is_like(one, evaluations[0])]
+    like = [one for one in variants if _is_like(one, [*evaluations, *variants][0])]
     unlike = [f"{one.variant.name}/step-{one.step:06d}" for one in variants if one not in like]
     return RunRecord(name, run, settings, starts, metrics, lost, evaluations, like, unlike)
 
 
 def _is_like(variant: Evaluation, own: Evaluation) -> bool:
-    """Say whether a variant's settings are the run's own, its guidance scale apart."""
+    """Say whether a variant's settings are another evaluation's, its guidance scale apart."""
     other = difference(variant.settings, own.settings, but=(_GUIDANCE,))
     return other is None and variant.diversity_label == own.diversity_label
 
