@@ -558,6 +558,32 @@ def test_what_a_value_refers_to_is_looked_up_in_the_file_alone(
     assert code == 0 and "trainer.precision = " in missing and "give training.precision" in missing
 
 
+@pytest.mark.parametrize("text", ["${training.}", "${.}", "${..}", "${}", "${training..}"])
+def test_a_value_that_refers_to_nothing_is_missing(call: Call, tmp_path: Path, text: str) -> None:
+    values = published("draftp_sd") | {"trainer.precision": text}
+    code, out, _ = call("migrate", write_yaml(tmp_path / "c.yaml", values))
+    missing = out.partition("missing here:\n")[2].partition("\n\n")[0]
+    assert code == 0 and "trainer.precision = " in missing
+
+
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", "a ${nowhere} b", "???"])
+def test_a_value_beside_it_may_refer_to_nothing(call: Call, tmp_path: Path, text: str) -> None:
+    given = {"log_with": "wandb", "tracker_project_name": text}
+    code, out, _ = call("migrate", write_call(tmp_path / "c.py", "AlignPropConfig", given))
+    missing = out.partition("missing here:\n")[2].partition("\n\n")[0]
+    assert code == 0 and "log_with = " in missing and "tracker_project_name = " in missing
+    assert "training.wandb_project" not in recipe_of("c")
+
+
+@pytest.mark.parametrize("name", ["sd15_draft_plus", "sd15_dpo", "sdxl_reward"])
+def test_a_recipe_has_no_name_of_one_that_ships(call: Call, tmp_path: Path, name: str) -> None:
+    """Hydra would take the one that ships."""
+    file = write_yaml(tmp_path / f"{name}.yaml", published("draftp_sd"))
+    assert_mistake(call("migrate", file), f"a recipe named {name} ships", "--name NAME")
+    assert not (tmp_path / "recipe").exists()
+    assert call("migrate", file, "--name", "mine")[0] == 0
+
+
 def test_letters_of_a_terminal_are_not_printed(call: Call, tmp_path: Path) -> None:
     values = published("draftp_sd") | {"model.infer.out\x1b[2J": "\x1b[31m\n\nwritten: x"}
     _, out, _ = call("migrate", write_yaml(tmp_path / "c.yaml", values))

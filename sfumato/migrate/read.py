@@ -84,7 +84,7 @@ def _resolve(key: str, values: Mapping[str, Any], found: dict[str, Any]) -> Any:
     parts = re.split(r"(\$\{[\w.]+\})", value)
     for i in range(1, len(parts), 2):
         name = parts[i][2:-1].removeprefix("training.")  # where NeMo's launcher puts a stage
-        name = f"{key.rpartition('.')[0]}{name}" if name[0] == "." else name
+        name = f"{key.rpartition('.')[0]}{name}" if name.startswith(".") else name
         if name in values:
             parts[i] = _resolve(name, values, found)
     whole = len(parts) == 3 and not parts[0] + parts[2]

@@ -16,6 +16,7 @@ from sfumato.compose import compose_command
 from sfumato.conditions import shown, why_unread
 from sfumato.config import COMMANDS, MISSING, TrainConfig
 from sfumato.files import write_text
+from sfumato.help import heads_in
 from sfumato.migrate.changes import PROCESSES, change
 from sfumato.migrate.read import Config, read_config
 from sfumato.migrate.table import UNSAID, Kind, Row, kinds
@@ -61,6 +62,11 @@ def migrate(
     known = _find_kind(path, config, kind)
     verdicts = list(judge(config, known, processes))
     recipe = re.sub(r"[^\w.-]+", "_", name or path.stem).strip(".") or "recipe"
+    if recipe in heads_in("recipe"):
+        raise ValueError(
+            f"a recipe named {recipe} ships with Sfumato, and recipe={recipe} would mean that one; "
+            "give another name: --name NAME"
+        )
     settings = {**known.settings}
     if known.command == "train":
         settings["name"] = recipe
@@ -121,6 +127,8 @@ def _verdict(
             found = {} if value in NOTHING else {ours.removeprefix(f"{to} "): value}
         else:
             found = change(row.how, value, values)
+        if beside := next((v for v in found.values() if v == MISSING or "${" in str(v)), None):
+            raise ValueError(f"it needs a value that the file does not have, {beside}")
         settings = {name: _fitted(to, name, each) for name, each in found.items()}
     except ValueError as error:
         return Verdict(key, value, "missing", f"{error}; {ours}: {row.note}")
