@@ -107,6 +107,23 @@ def test_a_guard_acts_beyond_its_limit(guard: str, found: dict[str, float], beyo
         assert (judge.verdict.key, judge.verdict.step) == (f"guard.{name}", 3)
 
 
+@pytest.mark.parametrize(
+    ("guard", "key"),
+    [
+        ("dark.limit=0.3", "gauge__dark"),
+        ("diversity.limit=0.3", "gauge__diversity"),
+        ("diversity={limit: 0.3, relative: ratio}", "gauge__diversity"),
+        ("reader.limit=0.4", "held_out__reader"),
+    ],
+)
+def test_what_is_not_a_number_is_beyond_any_limit(guard: str, key: str) -> None:
+    name = guard.partition(".")[0].partition("=")[0]
+    reader = "validation.rewards.reader={kind: brightness}"
+    judge = guards(reader, f"guard.{guard}", f"guard.{name}.action=stop")
+    judge.judge(3, row(**{key: math.nan, "gauge_base__diversity": 0.2}))
+    assert judge.verdict is not None and "nan" in judge.verdict.said
+
+
 def test_a_number_that_is_not_there_ends_the_row() -> None:
     judge = guards("guard.dark={limit: 0.3, action: stop, patience: 2}")
     dark, nothing = {"gauge__dark": 0.5}, {}

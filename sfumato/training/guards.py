@@ -142,7 +142,7 @@ class Guards:
             words = f", {measured:.4g} {how} the base model's {base:.4g}"
         limit, above = guard.limit, guard.direction == "above"
         assert limit is not None, "resolved"
-        if not (measured > limit if above else measured < limit):
+        if measured <= limit if above else measured >= limit:  # NaN is beyond any limit
             return ""
         return f"{metric} is {value:.4g}{words}, {guard.direction} the limit {limit:g}"
 
