@@ -391,6 +391,15 @@ def test_a_schedule_that_makes_no_curve_is_refused(schedules: list[str], message
         variants_of(EvaluateConfig(run="run", schedules=schedules), 7.5)
 
 
+@pytest.mark.parametrize("scales", ["lora_scales", "guidance_scales"])
+def test_two_scales_that_would_share_a_folder_are_refused(scales: str) -> None:
+    near: Any = {scales: [0.1234567, 0.1234568]}
+    with pytest.raises(ValueError, match=r"would both be '[a-z_]*_scale_0.123457'"):
+        variants_of(EvaluateConfig(run="run", **near), 7.5)
+    twice: Any = {scales: [0.5, 0.5]}
+    assert len({one.name for one in variants_of(EvaluateConfig(run="run", **twice), 7.5)}) == 1
+
+
 def test_one_process_is_a_group() -> None:
     with ALONE.together():
         assert ALONE.gather([1]) == [1]

@@ -209,9 +209,17 @@ def variants_of(config: EvaluateConfig, guidance_scale: float) -> list[Variant]:
     scales = [
         None if g == guidance_scale else g for g in config.guidance_scales or [guidance_scale]
     ]
-    return [
+    variants = [
         Variant(schedule, lora_scale, scale)
         for schedule in config.schedules
         for lora_scale in config.lora_scales
         for scale in scales
     ]
+    named: dict[str, Variant] = {}
+    for one in variants:
+        if named.setdefault(one.name, one) != one:
+            raise ValueError(
+                f"lora_scales or guidance_scales has two numbers that would both be {one.name!r}, "
+                "a folder's name with six digits; give numbers that differ more"
+            )
+    return variants
