@@ -173,6 +173,7 @@ def gauged(run: RunFolder, guard: dict[str, Any], base: float = 0.05) -> None:
         ({"dark": {"limit": 0.05, "relative": "difference"}}, [0.1]),
         ({"night": {"metric": "dark", "limit": 0.1, "relative": "off"}}, [0.1]),
         ({"night": {"metric": "validation/gauge/dark", "limit": 0.1}}, [0.1]),
+        ({"night": {"metric": "gauge/dark", "limit": 0.2}}, [0.1, 0.2]),  # as training reads it
         ({"edges": {"limit": 0.3, "relative": "off"}}, [0.1]),  # of dark, by default
     ],
 )

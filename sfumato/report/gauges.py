@@ -5,7 +5,7 @@ from typing import Any
 
 from sfumato.report.figures import Line, Panel
 from sfumato.report.records import RunRecord
-from sfumato.training.guards import DEFAULTS
+from sfumato.training.guards import DEFAULTS, find_metric
 
 GAUGE, BASE, GUARD = "validation/gauge/", "validation/gauge_base/", "guard/"  # begin metrics
 
@@ -48,7 +48,7 @@ def _guards(record: RunRecord, name: str) -> dict[str, Mapping[str, Any]]:
     return {
         key: rule
         for key, rule in guards.items()
-        if (rule.get("metric") or key) in (name, f"{GAUGE}{name}")
+        if find_metric(rule.get("metric") or key, (f"{GAUGE}{name}",)) is not None
     }
 
 
