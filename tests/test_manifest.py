@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from sfumato.evaluation.manifest import check_alike, difference, surroundings
+from sfumato.evaluation.measures import metric_label
 from sfumato.evaluation.results import Evaluation, Metric, at_equal_reward
 
 MANIFEST: dict[str, Any] = {
@@ -72,6 +73,11 @@ def test_what_older_versions_did_not_write_is_not_compared() -> None:
     check_alike("a", "b", MANIFEST, older)
     with pytest.raises(ValueError, match="seed: 7 and 8"):
         check_alike("a", "b", older, changed("seed", 8))
+
+
+@pytest.mark.parametrize("network", [{"kind": None}, {}, 5, [], None])
+def test_a_metric_without_the_kind_of_its_network_has_a_label(network: Any) -> None:
+    assert metric_label("kid", Metric(0.1, {"network": network})) == "KID (None features)"
 
 
 def test_long_values_are_cut() -> None:

@@ -526,6 +526,21 @@ def test_variants_without_the_runs_own_evaluations_are_compared_too(
         report([run], tmp_path)
 
 
+@pytest.mark.parametrize("scale", ["x", [8.0], None])
+def test_a_damaged_guidance_scale_of_a_variant_is_named(tmp_path: Path, scale: Any) -> None:
+    run = write_draft(tmp_path / "draft", 0.0, {0: BASE, **DRAFT})
+    path = write_variant(run, 20, 23.0, 0.1, guidance_scale=8.0)
+    summary = json.loads(path.read_text())
+    summary["settings"]["sampler"]["guidance_scale"] = scale
+    path.write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=r"guidance_scale_8/step-000020/summary.json settings"):
+        report([run], tmp_path)
+    del summary["settings"]["sampler"]["guidance_scale"]
+    path.write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=r"guidance_scale_8/step-000020/summary.json settings"):
+        report([run], tmp_path)
+
+
 def test_a_page_of_200_checkpoints_stays_small(tmp_path: Path) -> None:
     points: Points = {step: (18 + step / 100, 0.3 - step / 1000) for step in range(201)}
     run = write_draft(tmp_path / "long", 0.0, points, num_images=1)

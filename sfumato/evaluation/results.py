@@ -61,7 +61,8 @@ class Metric:
     @property
     def kind(self) -> str:
         """Return the type of the network, such as clip or dinov2."""
-        return str(self.manifest.get("network", {}).get("kind"))
+        network = self.manifest.get("network")
+        return str(network.get("kind")) if isinstance(network, Mapping) else str(None)
 
 
 @dataclass(frozen=True)

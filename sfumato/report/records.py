@@ -288,7 +288,8 @@ def _read_run(run: RunFolder, name: str) -> RunRecord:
     convert(settings, _Settings, str(run.config), _RESTORE)
     evaluations = read_evaluations(run)
     variants = [one for each in read_variants(run) for one in each if one.variant != Variant()]
-    for one in evaluations or variants[:1]:
+    like = [one for one in variants if _is_like(one, [*evaluations, *variants][0])]
+    for one in [*evaluations, *like]:
         folder = run.evaluation(one.step, one.variant.name)
         again = f"remove {folder} and evaluate again"
         convert(one.settings, _Method, f"{folder / SUMMARY} settings", again)
@@ -299,7 +300,6 @@ def _read_run(run: RunFolder, name: str) -> RunRecord:
     metrics, lost = _read_metrics(run.metrics) if run.metrics.exists() else ([], [])
     path = run.path / "run.json"
     starts = read_record(path, _Starts, "remove or correct it").starts if path.exists() else []
-    like = [one for one in variants if _is_like(one, [*evaluations, *variants][0])]
     unlike = [f"{one.variant.name}/step-{one.step:06d}" for one in variants if one not in like]
     return RunRecord(name, run, settings, starts, metrics, lost, evaluations, like, unlike)
 
