@@ -510,7 +510,7 @@ def test_variants_without_the_runs_own_evaluations_are_compared_too(
     paths = [write_variant(run, 20, 19.0, 0.28, lora_scale=scale) for scale in (0.25, 0.5)]
     write_variant(run, 20, 23.0, 0.1, guidance_scale=8.0)
     shutil.rmtree(run.evaluation(20))
-    plus = write_draft(tmp_path / "plus", 1.0, PLUS)
+    plus = write_draft(tmp_path / "plus", 1.0, {**PLUS})
     assert "LoRA scale" in report([run, plus], tmp_path).html
     summary = json.loads(paths[1].read_text())
     summary["settings"][key] = value
