@@ -76,10 +76,16 @@ def sbatch(*arguments: str) -> None:
 
 
 def control(number: str) -> None:
-    """Wait for the job before, and run the script until it ends without being requeued."""
+    """Wait for the job before, and run the script until it ends without being requeued.
+
+    A job with the flag `hold` waits until it is cancelled.
+    """
     job = read(number)
     _, _, before = job["options"].get("dependency", "").partition("afterok:")
-    while before and read(before)["state"] in WAITING and not flag("cancel", number).exists():
+    held = flag("hold", number).exists()
+    while held or (before and read(before)["state"] in WAITING):
+        if flag("cancel", number).exists():
+            break
         time.sleep(0.1)
     cancelled = flag("cancel", number).exists()
     if cancelled or (before and read(before)["state"] != "COMPLETED"):

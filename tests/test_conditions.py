@@ -57,7 +57,7 @@ ALWAYS = {
         sampler.guidance_interval model.variant
     """,
     "evaluate": f"""
-        run steps schedules lora_scales guidance_scales
+        run steps schedules lora_scales guidance_scales metrics layouts
         prompts num_images seed batch_size features allow_pickle allow_changed {FILES}
         model.variant reward reward.{{pretrained,processor,dtype,color,scale,parts}}
         reward.{{path,url,timeout,metadata,cache}}

@@ -14,9 +14,12 @@ import pytest
 import torch
 from scipy.spatial.distance import pdist
 from scipy.stats import sem
+from test_vision import write_dinov2
+from tiny_aesthetic import write_tiny_siglip
 from tiny_clip import write_tiny_clip
 from tiny_sd import write_tiny_sd
 
+from sfumato.clip import load_vision
 from sfumato.config import ColorRewardConfig, DraftConfig, ModelConfig, SamplerConfig, TrainConfig
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation import evaluate as evaluation
@@ -69,6 +72,21 @@ def test_clip_distances_are_those_of_scipy(tmp_path: Path) -> None:
     expected = pdist(features.double().numpy(), "cosine")
     np.testing.assert_allclose(distance.pairs(images), expected, atol=2e-6)
     assert distance.label == "mean pairwise CLIP cosine distance"
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_dinov2, "DINOv2"), (write_tiny_siglip, "SigLIP")]
+)
+def test_cosine_distances_are_those_of_transformers_own_features(
+    tmp_path: Path, write: Callable[[Path], object], name: str
+) -> None:
+    write(tmp_path)
+    images = images_of(4, 40)
+    features = load_vision(str(tmp_path), "features").features(images)
+    distance = build_distance(str(tmp_path), CPU)
+    expected = pdist(features.double().numpy(), "cosine")
+    np.testing.assert_allclose(distance.pairs(images), expected, atol=2e-6)
+    assert distance.label == f"mean pairwise {name} cosine distance"
 
 
 def test_lpips_sees_every_pair_once_in_minus_one_to_one() -> None:

@@ -222,8 +222,8 @@ def test_a_refused_job_leaves_nothing_in_the_queue(
 def test_jobs_in_the_queue_refuse_another_launch(
     tmp_path: Path, slurm: Path, jobs: dict[str, str], cluster: str
 ):
+    (slurm / "hold-1").touch()
     submit(tmp_path, jobs)
-    fake_slurm.write("1", {"state": "PENDING"})
     again = [f"cluster={cluster}", *(SLURM[1:] if cluster == "slurm" else ())]
     settings, _ = compose_command("launch", arguments(tmp_path, jobs, *again))
     with pytest.raises(ValueError, match=r"still queued or running \(train: 1.*scancel 1"):

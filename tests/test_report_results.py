@@ -29,6 +29,7 @@ from sfumato.report.figures import MOST_MARKS, Line, Panel, draw_panel, thinned
 from sfumato.report.gauges import gauge_panels
 from sfumato.report.pictures import SIZES, SMALLEST
 from sfumato.report.records import read_runs
+from sfumato.report.tables import metric_tables
 from sfumato.training.folder import RunFolder
 
 PROMPTS = 8
@@ -257,3 +258,34 @@ def test_the_curve_over_guidance_is_shown(tmp_path: Path) -> None:
     html = measure(("1", "2"))
     assert 'data-name="guidance of run"' not in html
     assert "run has no curve over guidance: " in html and "sha256: 1 and 2" in html
+
+
+def test_metrics_of_two_manifests_stand_in_two_tables(tmp_path: Path) -> None:
+    runs = [write_scored(tmp_path / name, kl, 1) for name, kl in (("a", 0.0), ("b", 1.0))]
+    networks = [{"network": {"kind": kind, "sha256": 64 * kind[0]}} for kind in ("clip", "dinov2")]
+    reference = {"reference": {"sha256": 64 * "c", "count": 2048, "resize": None}}
+    measured = {
+        (0, 0): {"clip_score": (31.5, networks[0]), "kid": (0.25, networks[1] | reference)},
+        (0, 20): {"clip_score": (30.25, networks[0]), "kid": (0.5, networks[1] | reference)},
+        (1, 20): {"clip_score": (29.75, networks[0]), "kid": (0.125, networks[0] | reference)},
+    }
+    for (i, step), metrics in measured.items():
+        file = runs[i].evaluation(step) / "summary.json"
+        summary = json.loads(file.read_text())
+        summary["metrics"] = {k: {"value": v, "manifest": m} for k, (v, m) in metrics.items()}
+        file.write_text(json.dumps(summary))
+    records = read_runs(runs)
+    first, second, third = metric_tables(records, records[0].base)
+    assert first.caption == "Features of clip (SHA-256 cccccccc)"
+    assert [cell.text for row in first.rows for cell in row] == [
+        *("base model", "0", "31.50", "a", "20", "30.25", "b", "20", "29.75")
+    ]
+    assert (
+        second.caption
+        == "Features of dinov2 (SHA-256 dddddddd), against 2,048 pictures (SHA-256 cccccccc)"
+    )
+    assert list(second.header) == ["model", "step", "KID (dinov2 features)"]
+    assert [row[-1].text for row in second.rows] == ["0.250", "0.500"]
+    assert [[cell.text for cell in row] for row in third.rows] == [["b", "20", "0.125"]]
+    page = report(runs, tmp_path)
+    assert "Metrics of sets of images" in page.html

@@ -29,6 +29,7 @@ from sfumato.training.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
+from sfumato.training.validation import Validation
 
 KILLED = -9
 BESIDE = "training.async_checkpoints=true"
@@ -192,13 +193,12 @@ def test_killed_at_a_moment(tmp_path: Path, whole: Path, function: str, number: 
 
 def test_the_best_is_kept_as_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {0: 5.0, 1: 4.0, 2: 1.0, 3: 3.0, 4: 2.5, 5: 2.0, 6: 2.2}
-    validate = loop.validate
+    run = Validation.run
 
-    def measured(validation, model, state, folder, trackers, metrics):
-        found = validate(validation, model, state, folder, trackers, metrics)
-        return found | {"validation/loss": losses[state.step]}
+    def measured(validation, model, step, *rest):
+        return run(validation, model, step, *rest) | {"validation/loss": losses[step]}
 
-    monkeypatch.setattr(loop, "validate", measured)
+    monkeypatch.setattr(Validation, "run", measured)
     often = ["validation.every_steps=1", "training.keep_checkpoints=2"]
     for name, beside in (("beside", "true"), ("before", "false")):
         start(command(tmp_path, name, *often, f"training.async_checkpoints={beside}"))

@@ -139,7 +139,7 @@ class EvaluateConfig:
     num_images: int = setting(16, Rule(least=2, most=1_000_000))  # per prompt; 2 have a diversity
     seed: int = 4321
     batch_size: int = setting(8, FEW)
-    features: str = "pixels"  # for diversity: pixels, lpips, a CLIP folder or hub id
+    features: str = "pixels"  # for diversity: pixels, lpips, or a network's folder or hub id
     metrics: list[str] = setting([], Rule(choices=METRICS))  # of sets of images; docs/evaluate.md
     metric_features: str | None = None  # inception; DIR of a DINOv2, CLIP, SigLIP or classifier
     metric_clip: str | None = None  # CLIP of cmmd and clip_score; null is metric_features

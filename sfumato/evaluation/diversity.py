@@ -8,13 +8,15 @@ from collections.abc import Callable
 from typing import Any, final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.rewards.clip import ClipReward
+from sfumato.clip import VisionNetwork, load_vision
 from sfumato.training.gauges import pixel_distances
 
 LPIPS_PAIRS = 16  # pairs per batch of AlexNet
+NAMES = {"clip": "CLIP", "dinov2": "DINOv2", "siglip": "SigLIP", "siglip_vision_model": "SigLIP"}
 
 
 class Distance(abc.ABC):
@@ -59,17 +61,16 @@ class PixelDistance(Distance):
 
 
 @final
-class ClipDistance(Distance):
-    """1 - cosine of the image features of a CLIP-architecture model."""
+class CosineDistance(Distance):
+    """1 - cosine of the features of a CLIP, a DINOv2, a SigLIP or an image classifier."""
 
-    label = "mean pairwise CLIP cosine distance"
-
-    def __init__(self, clip: ClipReward) -> None:
-        self._clip = clip
+    def __init__(self, network: VisionNetwork) -> None:
+        self._network = network
+        self.label = f"mean pairwise {NAMES.get(network.kind, network.kind)} cosine distance"
 
     @torch.no_grad()
     def pairs(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, " p"]:
-        features = self._clip.image_features(images).float()
+        features = F.normalize(self._network.features(images), dim=-1)
         first, second = torch.triu_indices(len(images), len(images), 1)
         return 1 - (features @ features.T)[first, second]
 
@@ -102,7 +103,7 @@ def build_distance(features: str, device: torch.device) -> Distance:
     """Return the distance that `features` names.
 
     Args:
-        features: `pixels`, `lpips`, or a CLIP folder or hub id.
+        features: `pixels`, `lpips`, or the folder or hub id of a network, as `load_vision` reads.
 
     Raises:
         ValueError: if the model is missing or cannot be read.
@@ -112,12 +113,13 @@ def build_distance(features: str, device: torch.device) -> Distance:
     if features == "lpips":
         return LpipsDistance(_load_lpips(device))
     try:
-        clip = ClipReward.from_pretrained(features)
+        network = load_vision(features, "features")
     except ValueError as error:
         raise ValueError(
-            f"features = {features!r} must be pixels, lpips, or a CLIP folder or hub id: {error}"
+            f"features = {features!r} must be pixels, lpips, or the folder or hub id of a CLIP, a "
+            f"DINOv2, a SigLIP or an image classifier: {error}"
         ) from error
-    return ClipDistance(clip.to(device))
+    return CosineDistance(network.to(device))
 
 
 def _load_lpips(device: torch.device) -> Any:
@@ -127,7 +129,7 @@ def _load_lpips(device: torch.device) -> Any:
     except (ImportError, RuntimeError) as error:
         raise ValueError(
             f"features = 'lpips' needs the lpips package ({error}): pip install 'sfumato[lpips]', "
-            "or choose pixels or a CLIP folder"
+            "or choose pixels or a folder"
         ) from error
     try:
         network = lpips.LPIPS(net="alex", verbose=False)
@@ -135,6 +137,6 @@ def _load_lpips(device: torch.device) -> Any:
         raise ValueError(
             f"features = 'lpips' found no AlexNet weights ({error}): pip install "
             "'sfumato[lpips]' and connect once to the network, so that torchvision can fetch "
-            "them, or choose pixels or a CLIP folder"
+            "them, or choose pixels or a folder"
         ) from error
     return network.eval().requires_grad_(False).to(device)

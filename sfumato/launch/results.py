@@ -6,7 +6,13 @@ from sfumato.config import PrepareConfig, TrainConfig
 from sfumato.data.prepared.folder import CACHE, INDEX, PreparedFolder
 from sfumato.files import read_object
 from sfumato.launch.jobs import Job
-from sfumato.training.checkpoint import fingerprint, guards_of, list_checkpoints, step_of
+from sfumato.training.checkpoint import (
+    CheckpointError,
+    fingerprint,
+    guards_of,
+    list_checkpoints,
+    step_of,
+)
 from sfumato.training.folder import RunFolder
 from sfumato.training.guards import Guards
 
@@ -35,6 +41,16 @@ def what_is_missing(job: Job) -> str | None:
             return f"{job.out} does not exist" if job.out and not job.out.exists() else None
 
 
+def _ended_by(config: TrainConfig, checkpoint: Path) -> str | None:
+    """Return the action of the guard that ended a run; training itself says what is damaged."""
+    guards = Guards(config)
+    try:
+        guards.restore(guards_of(checkpoint))
+    except CheckpointError:
+        return None
+    return guards.verdict.action if guards.verdict else None
+
+
 def _missing_of_run(config: TrainConfig) -> str | None:
     """A run is complete with the checkpoint of its last step and an export made after it.
 
@@ -43,9 +59,7 @@ def _missing_of_run(config: TrainConfig) -> str | None:
     folder = RunFolder(Path(config.runs_dir) / config.name)
     checkpoints = list_checkpoints(folder.checkpoints)
     step, last = step_of(checkpoints[-1]) if checkpoints else 0, config.training.max_steps
-    guards = Guards(config)
-    guards.restore(guards_of(checkpoints[-1]) if checkpoints else {})
-    action = guards.verdict.action if guards.verdict else None
+    action = _ended_by(config, checkpoints[-1]) if checkpoints else None
     if step < last and action not in ("rollback", "reach"):
         return f"{folder.path} is at step {step} of {last}"
     note = folder.path / "export.json"

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sfumato.config.saved import flatten
+from sfumato.evaluation.measures import metric_label
 from sfumato.evaluation.results import EqualReward, Evaluation
+from sfumato.files import compact
 from sfumato.report.comparison import guidance_of
 from sfumato.report.cost import cost
 from sfumato.report.differences import DIVERSITY, HELD_OUT, REWARD, Difference, means
@@ -89,25 +92,72 @@ def summary_table(
 
 def evaluation_table(records: Sequence[RunRecord], base: Evaluation | None) -> Table | None:
     """Return one row per evaluated step and variant, or None without any."""
+    rows = [
+        cells | _scores(one, {}) | (_costs(record, one.step) if one.step else {})
+        for cells, record, one in _evaluated(records, base)
+    ]
+    header = ["model", "step", *_ways(records), *score_names(records), *COSTS]
+    return _table("", header, rows, records) if rows else None
+
+
+def metric_tables(records: Sequence[RunRecord], base: Evaluation | None) -> list[Table]:
+    """Return the metrics of sets of images: a table for each network and reference.
+
+    Numbers of two manifests are never in one table.
+    """
+    tables: dict[bytes, tuple[dict[str, Any], dict[int, dict[str, Cell]]]] = {}
+    labels: dict[str, None] = {}
+    for i, (cells, _, one) in enumerate(_evaluated(records, base)):
+        for name, metric in one.metrics.items():
+            label = metric_label(name, metric)
+            _, rows = tables.setdefault(compact(metric.manifest), (metric.manifest, {}))
+            rows.setdefault(i, dict(cells))[label] = Cell(
+                number(metric.value), "", {"": metric.value}
+            )
+            labels[label] = None
+    found = []
+    for manifest, rows in tables.values():
+        own = [label for label in labels if any(label in row for row in rows.values())]
+        header = ["model", "step", *_ways(records), *own]
+        found.append(_table(_measured_by(manifest), header, list(rows.values()), records))
+    return found
+
+
+def _measured_by(manifest: Mapping[str, Any]) -> str:
+    """Say by which network, and against what, a metric was measured."""
+    network, reference = manifest.get("network", {}), manifest.get("reference")
+    text = f"Features of {network.get('kind', 'a network')}"
+    if (sum_ := network.get("sha256")) is not None:
+        text += f" (SHA-256 {str(sum_)[:8]})"
+    if reference is not None:
+        text += f", against {reference['count']:,} pictures (SHA-256 {reference['sha256'][:8]})"
+    return text
+
+
+def _evaluated(
+    records: Sequence[RunRecord], base: Evaluation | None
+) -> list[tuple[dict[str, Cell], RunRecord, Evaluation]]:
+    """Return every evaluation, with the cells that name it."""
     ones = [("base model", records[0], base)] if base is not None else []
     ones += [(r.name, r, one) for r in records for one in r.evaluations if one.step]
-    variants = [
-        (r.name if one.step else "base model", r, one) for r in records for one in r.variants
-    ]
-    rows = []
-    for name, record, one in (*ones, *variants):
+    ones += [(r.name if one.step else "base model", r, one) for r in records for one in r.variants]
+    found = []
+    for name, record, one in ones:
         cells = {"model": Cell(name), "step": _count(one.step)}
-        if variants:
+        if _ways(records):
             cells |= {
                 "schedule": Cell(one.variant.schedule),
                 "LoRA scale": _plain(one.variant.lora_scale),
                 "guidance scale": _plain(guidance_of(one)),
             }
-        cells |= _scores(one, {})
-        rows.append(cells | (_costs(record, one.step) if one.step else {}))
-    ways = ["schedule", "LoRA scale", "guidance scale"] if variants else []
-    header = ["model", "step", *ways, *score_names(records), *COSTS]
-    return _table("", header, rows, records) if rows else None
+        found.append((cells, record, one))
+    return found
+
+
+def _ways(records: Sequence[RunRecord]) -> list[str]:
+    """Return the columns that say how images were made; [] without variants."""
+    some = any(record.variants for record in records)
+    return ["schedule", "LoRA scale", "guidance scale"] if some else []
 
 
 def run_difference_table(
