@@ -8,7 +8,7 @@ Prompts are drawn with replacement, each with all its images: images of one prom
 other. That is the studentised bootstrap (Davison and Hinkley 1997, section 5.2.1). Of two models
 that are trained again the interval says nothing: it is about prompts and noise.
 
-Of 1,000 intervals of 95 % each, 94 to 95 % covered the truth of normal differences of 5 to 200
+Of 1,000 intervals of 95 % each, 94 to 96 % covered the truth of normal differences of 5 to 200
 prompts. Below 10 prompts scores of few values fall short (80 % at 5 prompts, 93 % at 8). Skewed
 scores (lognormal) have 89 to 92 % up to 50 prompts and 95 % at 200; Student's t has 83 to 90 %.
 """

@@ -25,7 +25,7 @@ DEFAULTS: Mapping[str, GuardConfig] = {
     for name, limit in {
         DIVERSITY: 0.85,
         "edges": 0.75,
-        "high_frequencies": 0.75,
+        "high_frequencies": 0.65,
         "dark": 2.0,
         "grid": 2.0,
     }.items()
