@@ -5,7 +5,7 @@ from typing import Any
 
 from sfumato.report.figures import Line, Panel
 from sfumato.report.records import RunRecord
-from sfumato.training.guards import DEFAULTS, find_metric
+from sfumato.training.guards import find_metric, limit_of
 
 GAUGE, BASE, GUARD = "validation/gauge/", "validation/gauge_base/", "guard/"  # begin metrics
 
@@ -54,15 +54,15 @@ def _guards(record: RunRecord, name: str) -> dict[str, Mapping[str, Any]]:
 
 def _rule(key: str, typed: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings of a guard, with the limit of a default guard where none is typed."""
-    rule = typed.get(key, {}) or {}
-    default = DEFAULTS.get(key)
-    unset = rule.get("metric") is None and rule.get("limit") is None
-    if (key in typed and typed[key] is None) or default is None or not unset:
-        return rule
-    return {**rule, "limit": default.limit, "relative": default.relative}
+    rule = typed.get(key, {})
+    if rule is None:  # switched off
+        return {}
+    own = rule.get("limit"), rule.get("relative", "off")
+    limit, relative = limit_of(key, rule.get("metric"), *own)
+    return {**rule, "limit": limit, "relative": relative}
 
 
 def _limit(rule: Mapping[str, Any], base: float) -> float:
     """Return the value of a gauge at which its guard acts."""
     limit = rule["limit"]
-    return {"ratio": limit * base, "difference": base + limit}.get(rule.get("relative", ""), limit)
+    return {"ratio": limit * base, "difference": base + limit}.get(rule["relative"], limit)

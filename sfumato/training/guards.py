@@ -198,10 +198,18 @@ def resolved(config: TrainConfig) -> dict[str, GuardConfig]:
     return {name: _resolved(name, config.guard.get(name) or GuardConfig(), known) for name in names}
 
 
+def limit_of(
+    name: str, metric: str | None, limit: float | None, relative: str
+) -> tuple[float | None, str]:
+    """Return `limit` and `relative` of a guard: its own, or those of the default guard NAME."""
+    if limit is None and metric is None and name in DEFAULTS:
+        return DEFAULTS[name].limit, DEFAULTS[name].relative
+    return limit, relative
+
+
 def _resolved(name: str, guard: GuardConfig, known: Collection[str]) -> GuardConfig:
-    if guard.limit is None and guard.metric is None and name in DEFAULTS:
-        default = DEFAULTS[name]
-        guard = replace(guard, limit=default.limit, relative=default.relative)
+    limit, relative = limit_of(name, guard.metric, guard.limit, guard.relative)
+    guard = replace(guard, limit=limit, relative=relative)
     if guard.direction is None:
         wanted = guard.metric or name
         kinds = set((find_metric(wanted, known) or wanted).split("/"))
