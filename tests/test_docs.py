@@ -1,5 +1,6 @@
 """The pages of docs/ and CONTRIBUTING.md say what is so, and the example of one's own trains."""
 
+import ast
 import os
 import re
 import shlex
@@ -405,3 +406,24 @@ def test_a_family_of_ones_own_is_found_as_the_page_says(
     scope["FAMILIES"] = registry.FAMILIES
     scope["add_family"]("mine", family)
     assert find_family(config) == (family, folder)
+
+
+def test_messages_of_the_page_on_trouble_are_sfumatos() -> None:
+    texts = []
+    for file in (ROOT / "sfumato").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                pieces = [v.value if isinstance(v, ast.Constant) else "..." for v in node.values]
+                texts.append("".join(map(str, pieces)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    rows = re.findall(r"^\| `(.+?)` \|", PAGES["docs/troubleshooting.md"], flags=re.M)
+    said = [row for row in rows if " " in row]
+    assert len(said) > 25
+    unknown = []
+    for message in said:
+        parts = [part.strip(" ().") for part in message.split("...")]
+        pattern = re.compile(".*?".join(map(re.escape, filter(None, parts))), flags=re.S)
+        if not any(pattern.search(text) for text in texts):
+            unknown.append(message)
+    assert unknown == []
