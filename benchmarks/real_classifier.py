@@ -129,7 +129,7 @@ def main() -> None:
             array = np.array(Image.open(folder / file).convert("RGB"))
             images = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
             with torch.no_grad():
-                pixels = preprocess(images, reward.image_settings)
+                pixels = preprocess(images, reward.views[0])
                 logits = reward.model(pixel_values=pixels).logits
                 difference = (logits - published(state, pixels)).abs().max().item()
             best = labels[int(logits.argmax())]

@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tiny_clip import END, START, byte_vocabulary, write_tokenizer
+from tiny_flux import SETTINGS as FLUX_SCHEDULER
+from tiny_sd3 import INDEX as SD3_INDEX
+from tiny_sd3 import SCHEDULER as SD3_SCHEDULER
+from tiny_sd3 import write_t5_tokenizer
 
 from sfumato.planning.described import AUTOENCODER
 
@@ -31,6 +35,51 @@ SDXL_UNET = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
+}
+
+T5_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "vocab_size": 32_128,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+    "tie_word_embeddings": False,
+}
+SD35_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+FLUX_DEV = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+VAE_OF_16 = {
+    **AUTOENCODER,
+    "latent_channels": 16,
+    "sample_size": 1024,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
 }
 
 
@@ -76,6 +125,43 @@ def write_sdxl(folder: Path) -> Path:
     return _write(folder, index, parts, TABLE)
 
 
+def write_sd35_medium(folder: Path) -> Path:
+    """Write the settings of stable-diffusion-3.5-medium."""
+    parts = {
+        "transformer": SD35_MEDIUM,
+        "vae": {**VAE_OF_16, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+        "text_encoder": _tower({**CLIP_L, "projection_dim": 768}),
+        "text_encoder_2": _tower({**BIG_G, "projection_dim": 1280}),
+        "text_encoder_3": T5_XXL,
+    }
+    _write(folder, SD3_INDEX, parts, SD3_SCHEDULER)
+    write_t5_tokenizer(folder / "tokenizer_3")
+    return folder
+
+
+def write_flux_dev(folder: Path) -> Path:
+    """Write the settings of FLUX.1-dev."""
+    index = {
+        "_class_name": "FluxPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    parts = {
+        "transformer": FLUX_DEV,
+        "vae": {**VAE_OF_16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+        "text_encoder": _tower(CLIP_L),
+        "text_encoder_2": T5_XXL,
+    }
+    _write(folder, index, parts, FLUX_SCHEDULER)
+    write_t5_tokenizer(folder / "tokenizer_2")
+    return folder
+
+
 def write_pickscore(folder: Path) -> Path:
     """Write the settings of PickScore_v1: CLIP ViT-H/14."""
     text = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -114,7 +200,8 @@ def _write(
     for name, settings in parts.items():
         _write_json(folder / name / "config.json", settings)
         (folder / name / "weights.safetensors").touch()  # a plan asks whether they are there
-    for name in (name for name in index if name.startswith("tokenizer")):
+    clips = (name for name, kind in index.items() if kind[-1] == "CLIPTokenizer")
+    for name in clips:
         write_tokenizer(folder / name, byte_vocabulary())
     return folder
 

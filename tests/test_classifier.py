@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, label: str = "espresso", **options: Any) -> ClassifierReward:
+def load(folder: Path, label: str | None = "espresso", **options: Any) -> ClassifierReward:
     return ClassifierReward.from_pretrained(str(folder), label, **options)
 
 
@@ -88,8 +89,9 @@ def test_a_plan_reads_no_weights(models: Path, tmp_path: Path, kind: str):
     folder = shutil.copytree(models / kind, tmp_path / "model")
     (folder / "model.safetensors").unlink()
     with torch.device("meta"):
-        reward = load(folder)
+        reward, each = load(folder), load(folder, None)
         score = reward(torch.empty(2, 3, 40, 44), ["", ""])
+        assert each(torch.empty(2, 3, 40, 44), ["", ""]).is_meta
     assert score.is_meta
     assert score.shape == (2,)
     with pytest.raises(ValueError, match=r"has no model\.safetensors"):
@@ -136,6 +138,49 @@ def test_an_unknown_label_is_refused(names: dict[int, str], label: str, expected
     with pytest.raises(ValueError) as refused:
         find_label(label, names, "x")
     assert_explained(str(refused.value), "reward.label", label, expected)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "labels"),
+    [
+        ("a tabby, watercolor", [0]),
+        ("A TABBY CAT", [0]),  # the longest text that begins there
+        ("a crane at dawn", [1, 3]),  # either counts
+        ("a lifting crane", [3]),
+        ("espresso beside a tabby", [2]),  # the first
+    ],
+)
+def test_a_prompt_names_its_own_label(models: Path, prompt: str, labels: list[int]):
+    images = random_images(1, 3, 40, 40)
+    every = torch.cat([load(models / "resnet", str(i))(images, [""]) for i in range(len(LABELS))])
+    found = load(models / "resnet", None)(images, [prompt])
+    torch.testing.assert_close(found[0], every[labels].logsumexp(0))
+
+
+@pytest.mark.parametrize("prompt", ["", "a dog", "espressos", "the crane2", "lifting"])
+def test_a_prompt_without_a_label_is_refused(models: Path, prompt: str):
+    with pytest.raises(ValueError) as refused:
+        load(models / "resnet", None)(random_images(2, 3, 40, 40), ["a tabby", prompt])
+    assert_explained(str(refused.value), "reward.label", prompt, "names no label")
+
+
+def test_several_sizes_give_their_mean(models: Path):
+    images = random_images(2, 3, 24, 24)
+    settings = read_processor(models / "resnet")
+    model = AutoModelForImageClassification.from_pretrained(models / "resnet").eval()
+    values = []
+    for size in (16, 40):
+        view = replace(settings, size=(size, size), crop=None)
+        logits = model(pixel_values=preprocess(images, view)).logits
+        values.append(logits.log_softmax(1)[:, 2])
+    found = load(models / "resnet", sizes=[16, 40])(images, ["", ""])
+    torch.testing.assert_close(found, torch.stack(values).mean(0))
+    assert not torch.allclose(values[0], values[1])
+
+
+def test_a_size_that_the_model_does_not_take_is_refused(models: Path):
+    with pytest.raises(ValueError, match="is no image classifier that can be read"):
+        load(models / "vit", sizes=[SIDE, SIDE + 8])
 
 
 # --- Preprocessing

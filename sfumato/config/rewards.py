@@ -11,6 +11,7 @@ from sfumato.config.fields import (
     MISSING,
     NOT_NEGATIVE,
     POSITIVE,
+    SIDE,
     choice,
     entries,
     setting,
@@ -85,7 +86,8 @@ class ClassifierRewardConfig(RewardConfig):
 
     kind: str = "classifier"
     pretrained: str = MISSING  # an image classifier: folder or hub id
-    label: str = MISSING  # the text of a label, or its index
+    label: str | None = None  # its text or index; null: the one that each prompt names
+    sizes: list[int] = setting([], SIDE)  # pixels; their mean is the score; []: the processor's
     processor: str | None = None  # folder or hub id of the preprocessing, if elsewhere
     dtype: str = choice(*DTYPES)
 

@@ -98,6 +98,7 @@ def build_reward(config: RewardConfig) -> Reward:
             return ClassifierReward.from_pretrained(
                 config.pretrained,
                 config.label,
+                sizes=config.sizes,
                 processor=config.processor,
                 dtype=DTYPES[config.dtype],
             )

@@ -1,7 +1,10 @@
 """Log-probability of a label by an image classifier of transformers."""
 
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -30,28 +33,41 @@ ONE_OF_MANY = (None, "single_label_classification")  # of a config's problem_typ
 
 @final
 class ClassifierReward(Reward):
-    """Score log p(label | image) by a frozen classifier, whatever the prompt.
+    """Score log p(label | image) by a frozen classifier, as the mean over sizes of the image.
 
     Attributes:
-        index: of the label.
+        index: of the label, whatever the prompt; None takes the label that each prompt names.
+        views: settings of preprocessing, one for each size.
     """
 
     def __init__(
-        self, model: "transformers.PreTrainedModel", image_settings: ImageSettings, index: int
+        self,
+        model: "transformers.PreTrainedModel",
+        views: Sequence[ImageSettings],
+        index: int | None,
+        names: Mapping[int, str],
     ) -> None:
-        """Take over and freeze a model whose output has logits."""
+        """Take over and freeze a model whose output has logits.
+
+        Args:
+            names: of all labels, by their indices; several texts of one stand between commas.
+        """
         super().__init__()
         self.model = model.requires_grad_(False)
-        self.image_settings = image_settings
+        self.views = tuple(views)
         self.index = index
+        self.texts = texts_of(names)
+        choices = sorted(map(re.escape, self.texts), key=len, reverse=True)  # the longest wins
+        self.pattern = re.compile(rf"(?<!\w)(?:{'|'.join(choices)})(?!\w)")
         self.eval()
 
     @classmethod
     def from_pretrained(
         cls,
         path_or_hub_id: str,
-        label: str,
+        label: str | None,
         *,
+        sizes: Sequence[int] = (),
         processor: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "ClassifierReward":
@@ -60,7 +76,9 @@ class ClassifierReward(Reward):
         Inside `torch.device("meta")` no weight is read, and the model has no memory.
 
         Args:
-            label: its text, or one of its texts between commas, or its index.
+            label: its text, or one of its texts between commas, or its index; None takes the label
+                that each prompt names.
+            sizes: sides in pixels to which a square image is resized; by default the processor's.
             processor: folder or hub id of preprocessor_config.json, by default `path_or_hub_id`.
             dtype: of the frozen weights; preprocessing and softmax stay in float32 or better.
 
@@ -72,28 +90,69 @@ class ClassifierReward(Reward):
 
         source = f"reward.pretrained = {path_or_hub_id!r}"
         folder = model_folder(path_or_hub_id)
-        model, settings = _blank(folder, processor_folder(processor or path_or_hub_id), source)
-        index = find_label(label, model.config.id2label, source)
+        preprocessing = processor_folder(processor or path_or_hub_id)
+        model, views = _blank(folder, preprocessing, sizes, source)
+        names = model.config.id2label
+        index = None if label is None else find_label(label, names, source)
         if torch.get_default_device().type != "meta":
             model = load_whole(
                 *(AutoModelForImageClassification, folder, "image classifier"),
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-        return cls(model, settings, index).to(dtype)
+        elif index is None:
+            index = 0  # a plan has no prompts of its own
+        return cls(model, views, index, names).to(dtype)
 
     def train(self, mode: bool = True) -> "ClassifierReward":
         """Stay in evaluation mode: with dropout one image would have many scores."""
         return super().train(False)
 
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:
-        """Return the log-probability of the label row by row."""
-        pixels = preprocess(images, self.image_settings)
+        """Return the log-probability of the label row by row.
+
+        Raises:
+            ValueError: a prompt names no label, where it has to.
+        """
         weights = next(self.model.parameters())
-        with without_autocast(weights):
-            logits = self.model(pixel_values=pixels.to(weights.dtype)).logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return Score(logits.log_softmax(1)[:, self.index])
+        goals = self.goals(prompts).to(images.device)
+        values = []
+        for view in self.views:
+            pixels = preprocess(images, view)
+            with without_autocast(weights):
+                logits = self.model(pixel_values=pixels.to(weights.dtype)).logits
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            values.append((logits.log_softmax(1) + goals).logsumexp(1))
+        return Score(torch.stack(values).mean(0))
+
+    def goals(self, prompts: Sequence[str]) -> Float[Tensor, "b labels"]:
+        """Return, for each prompt, 0 at its labels and minus infinity elsewhere."""
+        found = torch.full((len(prompts), self.model.config.num_labels), -torch.inf)
+        for row, prompt in zip(found, prompts, strict=True):
+            row[self.named(prompt) if self.index is None else self.index] = 0
+        return found
+
+    def named(self, prompt: str) -> list[int]:
+        """Return the labels of the first text of a label in a prompt; two labels may share it.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if (match := self.pattern.search(prompt.casefold())) is None:
+            raise ValueError(
+                f"the prompt {prompt!r} names no label of the classifier; leave it out, or give "
+                "one label for all prompts (reward.label)"
+            )
+        return self.texts[match[0]]
+
+
+def texts_of(names: Mapping[int, str]) -> dict[str, list[int]]:
+    """Return the labels of each text, in lower case; ImageNet's "crane" is two of them."""
+    texts = defaultdict[str, list[int]](list)
+    for index, name in names.items():
+        for text in sorted({part.strip().casefold() for part in name.split(",")}):
+            texts[text].append(index)
+    return texts
 
 
 def find_label(label: str, names: Mapping[int, str], source: str) -> int:
@@ -129,29 +188,34 @@ def find_label(label: str, names: Mapping[int, str], source: str) -> int:
     return found[0]
 
 
-def _blank(folder: Path, processor: Path, source: str) -> tuple[Any, ImageSettings]:
-    """Return a classifier without memory and its preprocessing, which has given it a picture."""
+def _blank(
+    folder: Path, processor: Path, sizes: Sequence[int], source: str
+) -> tuple[Any, list[ImageSettings]]:
+    """Return a classifier without memory and its preprocessings, each of which gave a picture."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
     own = {"trust_remote_code": False}
     with _explained(source):
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, **own)
         with torch.device("meta"):
-            model: Any = AutoModelForImageClassification.from_config(config, **own)
-    settings = read_processor(processor)
-    side = settings.crop or settings.size
-    assert side is not None, "all images get one size, as checked with the image processor"
-    pixels = torch.empty(1, 3, *((side, side) if isinstance(side, int) else side), device="meta")
-    with _explained(source):
-        shape = model.eval()(pixel_values=pixels).logits.shape
-    count = len(config.id2label)
-    if list(shape) != [1, count] or count < 2 or config.problem_type not in ONE_OF_MANY:
-        raise ValueError(
-            f"{source} states {count} labels, logits of shape {list(shape)} and problem_type = "
-            f"{config.problem_type!r}, and only a choice among labels has log-probabilities; "
-            "choose another classifier"
-        )
-    return model, settings
+            model: Any = AutoModelForImageClassification.from_config(config, **own).eval()
+    stated = read_processor(processor)
+    views = [replace(stated, size=(size, size), crop=None, letterbox=False) for size in sizes]
+    for view in views or [stated]:
+        side = view.crop or view.size
+        assert side is not None, "all images get one size, as checked with the image processor"
+        height, width = (side, side) if isinstance(side, int) else side
+        with _explained(source):
+            pixels = torch.empty(1, 3, height, width, device="meta")
+            shape = model(pixel_values=pixels).logits.shape
+        count = len(config.id2label)
+        if list(shape) != [1, count] or count < 2 or config.problem_type not in ONE_OF_MANY:
+            raise ValueError(
+                f"{source} states {count} labels, logits of shape {list(shape)} and problem_type = "
+                f"{config.problem_type!r}, and only a choice among labels has log-probabilities; "
+                "choose another classifier"
+            )
+    return model, views or [stated]
 
 
 @contextmanager
