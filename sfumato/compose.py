@@ -45,6 +45,7 @@ from sfumato.overrides import escaped, rewritten
 
 DEMO_MODELS = Path(__file__).parent / "demo" / "model"
 DEMO_IMAGES = Path(__file__).parent / "demo" / "images"
+DEMO_NETWORKS = Path(__file__).parent / "demo" / "networks"
 QUOTES = "'\""
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
@@ -54,9 +55,11 @@ def register(command: str) -> None:
     """Make dataclasses known to Hydra, once: the root of a command, and one node per group choice.
 
     `${demo:base}` in a recipe is the folder of a shipped model, `${demo_images:moons}` one of
-    shipped images; `${demo_images:prompts.txt}` has the prompts of `sfumato demo`.
+    shipped images; `${demo_images:prompts.txt}` has the prompts of `sfumato demo`, and
+    `${demo_networks:unet.json}` the sizes of a network of the demo.
     """
-    for resolver, folder in (("demo", DEMO_MODELS), ("demo_images", DEMO_IMAGES)):
+    folders = {"demo": DEMO_MODELS, "demo_images": DEMO_IMAGES, "demo_networks": DEMO_NETWORKS}
+    for resolver, folder in folders.items():
         OmegaConf.register_new_resolver(
             resolver, lambda name, folder=folder: str(folder / name), replace=True
         )

@@ -214,7 +214,7 @@ def why_unread(settings: Any, key: str) -> tuple[str, str] | None:
     vain = any(_OF_MODELS.fullmatch(text) for text in (key, f"{key}={value}"))
     if vain and isinstance(settings, TrainConfig) and settings.objective.trains != "model":
         objective = settings.objective
-        return f"with objective={objective.kind}, which trains a {objective.trains}", ""
+        return f"with objective={objective.kind}, which trains no model but {objective.trains}s", ""
     conditions = [*conditions_of(command, key), *conditions_of(command, f"{key}={value}")]
     broken = (_broken(settings, condition) for condition in conditions)
     return next((reason for reason in broken if reason is not None), None)

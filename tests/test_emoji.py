@@ -9,10 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from runs import start
+from transformers import CLIPTokenizer
 
-from sfumato.demo import emoji
+from sfumato.cli import run_command
+from sfumato.compose import compose_command
+from sfumato.config import ModelConfig
+from sfumato.demo import emoji, emoji_text
 from sfumato.files import sha256_of
+from sfumato.launch.jobs import read_jobs
+from sfumato.models.registry import load_model
+from sfumato.planning.memory import count_parameters
+from sfumato.preparation.prepare import prepare
+from sfumato.rewards.clip import ClipReward
 
 THINGS = ("red-apple", "rocket", "grapes", "cactus", "orange-book")
 BODY = '<circle cx="16" cy="16" r="12" fill="red"/>'
@@ -90,6 +101,35 @@ def test_pictures_are_the_same_at_each_writing(tmp_path: Path, packages: Path) -
     rows = (tmp_path / "a" / "pictures" / "train" / "metadata.jsonl").read_text().splitlines()
     names = [json.loads(row)["file_name"] for row in rows]
     assert len(set(names)) == len(names) == 11 * emoji.VARIANTS
+
+
+def test_every_stage_of_the_ladder_runs(
+    tmp_path: Path, packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emoji, "HELD_NAMES", 0)
+    monkeypatch.setattr(emoji, "HELD_STYLE_NAMES", 1)
+    monkeypatch.setattr(emoji_text, "BATCH", 16)  # there are 66 pictures
+    free = {"icons.json": drawings(red_apple=BODY), "info.json": {"license": {"spdx": "MIT"}}}
+    monkeypatch.setitem(emoji.STYLES, "flat", write_package(packages, emoji.STYLES["flat"], free))
+    ladder = ["recipe=ladder/emoji", f"given.out={tmp_path}"]
+    ladder += [f"given.steps.{name}=1" for name in ("autoencoder", "text", "text_image", "base")]
+    for job in read_jobs(compose_command("launch", ladder)[0]):
+        match job.command:
+            case "demo":
+                run_command(["demo", *job.arguments])
+            case "prepare":
+                prepare(job.settings)
+            case "train":
+                few = [] if "recipe=autoencoder" in job.arguments else ["validation.num_images=1"]
+                assert start([*job.arguments, *few]).step == 1
+    runs = tmp_path / "runs"
+    model = load_model(ModelConfig(pretrained=str(runs / "base" / "export" / "pipeline")))
+    assert count_parameters(model.trained) < 12e6
+    clip = ClipReward.from_pretrained(str(tmp_path / "parts" / "emoji_text_image"))
+    images = torch.rand(2, 3, 64, 64)
+    assert clip(images, ["a red apple, noto style", "grapes"]).isfinite().all()
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "parts" / "emoji_tokenizer")
+    assert len(tokenizer("a red apple, flat style").input_ids) == 2 + 6  # each word, and the comma
 
 
 def test_a_picture_shows_what_its_caption_says() -> None:

@@ -425,9 +425,7 @@ def test_what_a_reward_cannot_use_is_refused(override: str, key: str, value: obj
 
 def test_a_reward_is_not_planned() -> None:
     config, _ = compose_command("plan", ["recipe=reward_pairs", "data.pairs.path=P"])
-    with pytest.raises(
-        ValueError, match="objective=reward_pairs trains a reward, and sfumato plan"
-    ):
+    with pytest.raises(ValueError, match="objective=reward_pairs trains rewards, and sfumato plan"):
         make_plan(config)
 
 

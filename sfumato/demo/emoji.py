@@ -294,7 +294,7 @@ def _picture(
 
 
 def caption(emoji: Emoji, background: str, rng: random.Random) -> dict[str, str]:
-    """Return three captions: all of the picture, some of it, and its name with keywords."""
+    """Return three captions (all of it, some of it, its name with keywords), and what it shows."""
     name = phrase(emoji.name)
     style, place = f"{emoji.style} style", f"on {article(background)} {background} background"
     kept = rng.choice([(), (), (style,), (place,)])
@@ -303,6 +303,9 @@ def caption(emoji: Emoji, background: str, rng: random.Random) -> dict[str, str]
         "text": ", ".join((name, style, place)),
         "short": ", ".join((name, *kept)),
         "words": ", ".join((name, *words)),
+        "name": emoji.name,
+        "style": emoji.style,
+        "background": background,
     }
 
 

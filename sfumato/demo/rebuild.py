@@ -15,11 +15,12 @@ import torch
 
 from sfumato.compose import compose_command
 from sfumato.demo.autoencoder import train_autoencoder, train_decoder
+from sfumato.demo.emoji_text import train_emoji_clip, train_emoji_text, write_emoji_tokenizer
 from sfumato.demo.preference import write_pairs
 from sfumato.demo.steps import draw_scenes, prompt_of
 from sfumato.demo.text import train_text
 from sfumato.demo.text_image import train_text_image
-from sfumato.demo.tokenizer import write_tokenizer
+from sfumato.demo.tokenizer import world_words, write_tokenizer
 from sfumato.demo.world import render
 from sfumato.files import RECORD, new_folder, read_object, refuse_others, write_text
 from sfumato.images import save_image
@@ -42,13 +43,16 @@ def write_pictures(folder: Path, parts: Path, count: int) -> None:
 
 
 STAGES: dict[str, Callable[[Path, Path, int], None]] = {
-    "tokenizer": lambda folder, _parts, _count: write_tokenizer(folder),
+    "tokenizer": lambda folder, _parts, _count: write_tokenizer(folder, world_words()),
     "autoencoder": train_autoencoder,
     "text_image": train_text_image,
     "pairs": write_pairs,
     "text": train_text,
     "decoder": train_decoder,
     "pictures": write_pictures,
+    "emoji_tokenizer": write_emoji_tokenizer,
+    "emoji_text": train_emoji_text,
+    "emoji_text_image": train_emoji_clip,
 }
 SHIP = "ship"
 

@@ -35,7 +35,9 @@ def train_text(folder: Path, parts: Path, steps: int) -> None:
     update = Update(torch.optim.AdamW(trained, 1e-3, weight_decay=0.0), steps=steps)
     for show in counted("text", steps):
         asked = [prompt_of(scene, rng) for scene in draw_scenes(rng, BATCH)]
-        pooled = encoder(**tokenize(parts, [one.caption() for one in asked])).pooler_output
+        pooled = encoder(
+            **tokenize(parts / "tokenizer", [one.caption() for one in asked])
+        ).pooler_output
         losses, right = [], []
         for i, (head, choices) in enumerate(zip(heads, CHOICES, strict=True)):
             goal = torch.tensor([choices.index(one.values()[i]) for one in asked])

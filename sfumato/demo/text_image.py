@@ -89,7 +89,9 @@ def train_text_image(folder: Path, parts: Path, steps: int) -> None:
     for show in counted("text-image", steps):
         scenes = draw_alike(rng, groups=8, each=12)
         pixels = normalize(render(scenes, rng))
-        tokens = tokenize(parts, [prompt_of(scene, rng).caption() for scene in scenes])
+        tokens = tokenize(
+            parts / "tokenizer", [prompt_of(scene, rng).caption() for scene in scenes]
+        )
         loss = clip(**tokens, pixel_values=pixels, return_loss=True).loss
         update(loss)
         clip.logit_scale.data.clamp_(max=math.log(100))

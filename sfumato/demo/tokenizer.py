@@ -1,7 +1,7 @@
 """CLIP tokenizer for the words of the tiny world."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -13,18 +13,26 @@ from sfumato.demo.world import PALETTE, PLACES, RADII, SHAPES
 TEXT_LENGTH = 20  # tokens; the longest caption of the world has 14
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write a CLIP tokenizer that knows each word of the world as one token."""
+def world_words() -> set[str]:
+    """Return the words of the tiny world's captions."""
+    words = {"a", "an", "on", "in", "at", "the", "background"}
+    return words | {*SHAPES, *PALETTE, *RADII} | {w for place in PLACES for w in place.split()}
+
+
+def write_tokenizer(folder: Path, words: Collection[str], size: int = 2000) -> None:
+    """Write a CLIP tokenizer that knows each of the words as one token.
+
+    Args:
+        size: of the vocabulary, at least; it holds 512 bytes, and each word's pieces and whole.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
-    words = {"a", "an", "on", "in", "at", "the", "background"}
-    words |= {*SHAPES, *PALETTE, *RADII} | {word for place in PLACES for word in place.split()}
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=2000,
+        vocab_size=size,
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         special_tokens=["<|startoftext|>", "<|endoftext|>"],
@@ -53,8 +61,8 @@ def _load(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def tokenize(parts: Path, captions: Sequence[str]) -> Mapping[str, Tensor]:
+def tokenize(folder: Path, captions: Sequence[str]) -> Mapping[str, Tensor]:
     """Return input_ids and attention_mask, each of shape (b, TEXT_LENGTH)."""
-    return _load(parts / "tokenizer")(
+    return _load(folder)(
         list(captions), padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt"
     )

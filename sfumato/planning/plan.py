@@ -139,7 +139,7 @@ def check_plan(config: PlanConfig) -> None:
         )
     if config.objective.trains != "model":
         raise ValueError(
-            f"objective={config.objective.kind} trains a {config.objective.trains}, and sfumato "
+            f"objective={config.objective.kind} trains {config.objective.trains}s, and sfumato "
             "plan counts the costs of text-to-image models alone"
         )
     check_train(config, config.gpus)
