@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test types tests nightly clean
+.PHONY: setup demo pictures test types tests nightly clean
 
 setup: $(VENV)/.done
 
@@ -16,6 +16,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/sfumato demo
+
+pictures: demo
+	$(BIN)/python benchmarks/pictures.py
 
 test: setup
 	$(BIN)/ruff check .
