@@ -40,6 +40,7 @@ class SamplerOverrides:
 
     num_inference_steps: int | None = setting(None, FEW)
     guidance_scale: float | None = None
+    negative_prompt: str | None = setting(None, Rule(blank=True))  # an empty text is none
     eta: float | None = setting(None, UNIT)
     height: int | None = setting(None, SIDE)  # pixels
     width: int | None = setting(None, SIDE)

@@ -96,6 +96,9 @@ class SamplerConfig:
 
     num_inference_steps: int = setting(50, FEW)
     guidance_scale: float = 7.5
+    negative_prompt: str | None = setting(
+        None, Rule(blank=True)
+    )  # guidance leads away from it; null: the empty one, which caption dropout trains in any case
     eta: float = setting(0.0, UNIT)  # 0 is deterministic
     height: int | None = setting(None, SIDE)  # pixels; null is the model's own size
     width: int | None = setting(None, SIDE)

@@ -1,6 +1,5 @@
 """Limits of a model, read from its JSON files before a weight is loaded: sizes, steps, guidance."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sfumato.config import SamplerConfig
@@ -73,7 +72,7 @@ def check_sampling(sampler: SamplerConfig, limits: Limits) -> None:
     if limits.max_steps is None:
         check_spacing(sampler.training_spacing)
     if not limits.has_cfg:
-        check_interval(sampler.guidance_interval)
+        check_guidance(sampler)
 
 
 def check_spacing(spacing: str | None) -> None:
@@ -89,15 +88,20 @@ def check_spacing(spacing: str | None) -> None:
         )
 
 
-def check_interval(interval: Sequence[float] | None) -> None:
-    """Refuse an interval of guidance, for a model without classifier-free guidance.
+def check_guidance(sampler: SamplerConfig) -> None:
+    """Refuse settings of classifier-free guidance, for a model without it.
 
     Raises:
         ValueError: naming the setting.
     """
-    if interval is not None:
-        raise ValueError(
-            f"sampler.guidance_interval = {list(interval)} leaves out the prediction without the "
-            "prompt, and this model makes none: the guidance scale is an input of its network; "
-            "leave it out"
-        )
+    interval, negative = sampler.guidance_interval, sampler.negative_prompt
+    made = (
+        (interval, f"sampler.guidance_interval = {interval} leaves out"),
+        (negative, f"sampler.negative_prompt = {negative!r} changes"),
+    )
+    for value, does in made:
+        if value not in (None, ""):
+            raise ValueError(
+                f"{does} the prediction without the prompt, and this model makes none: the "
+                "guidance scale is an input of its network; leave it out"
+            )

@@ -138,9 +138,13 @@ class PipelineModel(TextToImageModel):
             guidance_scale: for networks that take it as an input.
         """
 
-    def pipeline_arguments(self, noise: Latents, guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(
+        self, noise: Latents, guidance_scale: float, negative_prompt: str | None = None
+    ) -> dict[str, Any]:
         """Return the pipeline's arguments for starting noise and guidance."""
-        return {"latents": noise, "guidance_scale": guidance_scale}
+        # Without one, SDXL's pipeline may take zeros; it encodes an empty one that is given.
+        negative = [negative_prompt] * len(noise) if negative_prompt else None
+        return {"latents": noise, "guidance_scale": guidance_scale, "negative_prompt": negative}
 
     # --- Files
 
@@ -382,10 +386,10 @@ class PipelineModel(TextToImageModel):
         pipeline.to(self.device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline(
-            prompt,
+            [prompt],  # as many as negative ones
             height=noise.shape[2] * self.limits.factor,
             width=noise.shape[3] * self.limits.factor,
             num_inference_steps=sampler.num_inference_steps,
             output_type="pt",
-            **self.pipeline_arguments(noise, sampler.guidance_scale),
+            **self.pipeline_arguments(noise, sampler.guidance_scale, sampler.negative_prompt),
         ).images.float()

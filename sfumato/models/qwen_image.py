@@ -165,9 +165,11 @@ class QwenImage(PipelineModel):
         ).sample
         return unpack(tokens.float(), height, width)
 
-    def pipeline_arguments(self, noise: Latents, guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(
+        self, noise: Latents, guidance_scale: float, negative_prompt: str | None = None
+    ) -> dict[str, Any]:
         return {
             "latents": pack(noise),
             "true_cfg_scale": guidance_scale,
-            "negative_prompt": [""] * len(noise),
+            "negative_prompt": [negative_prompt or ""] * len(noise),
         }
