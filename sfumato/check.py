@@ -81,6 +81,11 @@ def check_sampler(sampler: SamplerConfig) -> None:
             f"sampler.solver={sampler.solver} is deterministic; set sampler.eta=0, or "
             "sampler.solver=first_order"
         )
+    if sampler.eta and sampler.scheduler is not None:
+        raise ValueError(
+            f"sampler.eta={sampler.eta} is of sampler.solver=first_order, and pictures are stepped "
+            f"by sampler.scheduler={sampler.scheduler}; set sampler.eta=0, or leave it out"
+        )
     negative = sampler.negative_prompt or ""
     readable = negative.replace("\0", "").encode(errors="ignore").decode()
     if len(negative) > LONGEST or readable != negative:

@@ -143,7 +143,11 @@ _PREPARED: Sequence[Row] = (
 READ: Mapping[str, Sequence[Row]] = {
     "train": (*_PLANNED, *_DATA),
     "plan": _PLANNED,
-    "sample": ((r"step|schedule|allow_changed|model\.(?!variant).+", "run"), ("column", "prompts")),
+    "sample": (
+        (r"step|schedule|allow_changed|model\.(?!variant).+", "run"),
+        ("column", "prompts"),
+        (r"sampler\.solver", "sampler.scheduler=null"),
+    ),
     "evaluate": (
         ("column", "prompts"),
         ("metric_features", "metrics"),

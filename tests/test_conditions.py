@@ -28,9 +28,9 @@ MODEL = "model.{pretrained,variant,allow_pickle,family}"
 FILES = """
     model.{autoencoder,text_encoder,tokenizer,scheduler} model.merge{,.NAME.path} model.pretrained
 """
-SAMPLER = "sampler.{num_inference_steps,guidance_scale,eta,height,width,solver,prompt_cache}"
+SAMPLER = "sampler.{num_inference_steps,guidance_scale,eta,height,width,scheduler,prompt_cache}"
 TRAIN = f"""
-    name runs_dir export verify allow_changed guard recipe method {MODEL} {SAMPLER}
+    name runs_dir export verify allow_changed guard recipe method {MODEL} {SAMPLER} sampler.solver
     model.{{trainable,parts,dtype,gradient_checkpointing,channels_last}}
     model.merge{{,.NAME.path,.NAME.scale}} model.network.{{config,from_pretrained}}
     objective objective.{{kl_coeff,truncation_range,lv_samples,clamp_images}}

@@ -210,6 +210,8 @@ def open_model(config: SampleConfig) -> Opened:
         origin = {"run": config.run, "model": settings.pretrained}
         origin |= {"step": step_of(checkpoint), "checkpoint": fingerprint(checkpoint)}
     changes = {name: value for name, value in vars(config.sampler).items() if value is not None}
+    if "solver" in changes:  # and no scheduler: it is chosen in place of the run's
+        changes["scheduler"] = None
     sampler = replace(sampler, **changes)
     check_values(sampler, "sampler.")
     check_sampler(sampler)

@@ -18,7 +18,7 @@ from sfumato.run.identity import typed
 IMAGES = "images"
 HeldOut = Callable[[Tensor, Sequence[str]], Tensor]
 NOT_OF_IMAGES = ("training_steps", "training_spacing", "prompt_cache")  # of a sampler's settings
-NEWER = ("solver", "guidance_interval", "negative_prompt")
+NEWER = ("solver", "guidance_interval", "negative_prompt", "scheduler")
 ADDED = ("score", "model")  # of a reward's settings, which evaluations of older versions lack
 
 

@@ -116,7 +116,10 @@ def generate(
         ValueError: if an image has NaN or infinity.
     """
     height, width = image_size(model, sampler)
-    times = model.times(sampler.num_inference_steps, height, width)
+    steps, scheduled = sampler.num_inference_steps, None
+    if sampler.scheduler is not None:
+        scheduled = model.scheduled(sampler.scheduler, steps, height, width)
+    times = scheduled.times if scheduled else model.times(steps, height, width)
     rng = Rng(seeds)
     noise = rng.normal(*model.latent_shape(height, width), device=model.device)
     guided = encode_guided(model, prompts, sampler)
@@ -125,13 +128,14 @@ def generate(
         guided = encode_guided(model, prompts, sampler, "reference")
     reference = guided_denoiser(model, guided, sampler, "reference")
     denoiser = annealed_importance(policy, reference, schedule, times)
-    solver = cast(Solver, sampler.solver)
-    trajectory = sample(
-        denoiser, model.process, noise, times, eta=sampler.eta, rng=rng, solver=solver
-    )
-    images = model.decode(trajectory.x)
+    if scheduled:
+        x = scheduled.sample(denoiser, noise, rng)
+    else:
+        solver = cast(Solver, sampler.solver)
+        x = sample(denoiser, model.process, noise, times, eta=sampler.eta, rng=rng, solver=solver).x
+    images = model.decode(x)
     if not images.isfinite().all():
-        what = "latents" if not trajectory.x.isfinite().all() else "decoded images"
+        what = "latents" if not x.isfinite().all() else "decoded images"
         raise ValueError(
             f"the {what} are not finite; lower sampler.guidance_scale "
             f"({sampler.guidance_scale:g}), or set model.dtype=float32"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from sfumato.config import SamplerConfig
+from sfumato.config.train import FLOW_SCHEDULERS
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,10 @@ class Limits:
     max_steps: int | None = None  # of a sampling run; None if time is continuous
     largest: int | None = None  # pixels of a side, if positions come from a table
     has_cfg: bool = True  # False if guidance is an input of the network
+
+    def tokens(self, height: int, width: int) -> int:
+        """Return the number of tokens of an image, `multiple` pixels a side each."""
+        return (height // self.multiple) * (width // self.multiple)
 
 
 def check_side(name: str, pixels: int, limits: Limits) -> None:
@@ -71,6 +76,7 @@ def check_sampling(sampler: SamplerConfig, limits: Limits) -> None:
         check_steps(sampler.training_steps, limits, "training_steps")
     if limits.max_steps is None:
         check_spacing(sampler.training_spacing)
+    check_scheduler_class(sampler.scheduler, is_flow=limits.max_steps is None)
     if not limits.has_cfg:
         check_guidance(sampler)
 
@@ -85,6 +91,19 @@ def check_spacing(spacing: str | None) -> None:
         raise ValueError(
             f"sampler.training_spacing = {spacing} is a spacing of the steps that a model was "
             "trained on, and the time of this model is continuous; leave it out"
+        )
+
+
+def check_scheduler_class(name: str | None, *, is_flow: bool) -> None:
+    """Refuse a scheduler of diffusers that does not follow a flow model's settings.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if name is not None and is_flow and name not in FLOW_SCHEDULERS:
+        raise ValueError(
+            f"sampler.scheduler = {name} does not fit the noise of this model, which predicts a "
+            f"flow; choose {', '.join(FLOW_SCHEDULERS)}, or leave it out and set sampler.solver"
         )
 
 

@@ -81,6 +81,7 @@ class QwenImage(PipelineModel):
     process = RectifiedFlow()
     prediction_type: PredictionType = "flow"
     has_cfg = True
+    gives_sigmas = True
 
     def __init__(
         self, pipeline: Any, parts: dict[str, Roles], source: Path, config: ModelConfig

@@ -162,6 +162,7 @@ class _Sampler:
     solver: Literal["first_order", "dpmpp_2m"] = "first_order"
     guidance_interval: list[Finite] | None = None
     negative_prompt: str | None = None
+    scheduler: str | None = None
 
 
 @dataclass(frozen=True)
