@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "qwen_image": (write_tiny_qwen_image, reference_qwen_image),
 }
 PACKED = ("flux", "qwen_image")
-SIZES = {"height": 32, "width": 32}
+SIZES: dict[str, Any] = {"height": 32, "width": 32}
 GIVEN = ["model.pretrained=M", "data.prompts=P", "reward=color"]
 
 

@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "qwen_image": (write_tiny_qwen_image, reference_qwen_image),
 }
 FLOWS = ("sd3", "flux", "schnell", "qwen_image")
-SIZES = {"height": 32, "width": 32}
+SIZES: dict[str, Any] = {"height": 32, "width": 32}
 GIVEN = ["model.pretrained=M", "data.prompts=P", "reward=color"]
 
 
@@ -113,7 +113,7 @@ def test_pictures_of_flow_models_equal_those_of_diffusers(
 ) -> None:
     pipeline = FAMILIES[family][1](folders[family])
     settings = pipeline.scheduler.config
-    pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(
+    pipeline.scheduler = getattr(diffusers, UNIPC).from_config(
         settings,
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
