@@ -24,6 +24,8 @@ from sfumato.training.guards import check_guards
 from sfumato.training.sharding import check_sharding
 from sfumato.training.stop import parse_duration
 
+LONGEST = 10_000  # characters of a prompt
+
 
 def check_train(config: TrainConfig, processes: int) -> None:
     """Refuse single values and combinations that cannot work.
@@ -78,6 +80,18 @@ def check_sampler(sampler: SamplerConfig) -> None:
             f"sampler.eta={sampler.eta} adds noise at each step, and "
             f"sampler.solver={sampler.solver} is deterministic; set sampler.eta=0, or "
             "sampler.solver=first_order"
+        )
+    if sampler.eta and sampler.scheduler is not None:
+        raise ValueError(
+            f"sampler.eta={sampler.eta} is of sampler.solver=first_order, and pictures are stepped "
+            f"by sampler.scheduler={sampler.scheduler}; set sampler.eta=0, or leave it out"
+        )
+    negative = sampler.negative_prompt or ""
+    readable = negative.replace("\0", "").encode(errors="ignore").decode()
+    if len(negative) > LONGEST or readable != negative:
+        raise ValueError(
+            f"sampler.negative_prompt={negative[:40]!r} is not UTF-8, or has more than "
+            f"{LONGEST:,} characters; give another"
         )
     bounds = sampler.guidance_interval
     if bounds is not None and (len(bounds) != 2 or bounds[0] > bounds[1]):

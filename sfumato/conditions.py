@@ -58,7 +58,8 @@ _PLANNED: Sequence[Row] = (
     (r"model\.lora\.encoder_targets", f"model.parts!={_TRAINED}"),
     (r"model\.reference", "model.trainable=full"),
     (r"objective\.truncation_steps", "objective.truncation_range=null"),
-    (r"objective\.cfg_gradient|sampler\.guidance_interval", "sampler.guidance_scale>1"),
+    (r"objective\.cfg_gradient", "sampler.guidance_scale>1"),
+    (r"sampler\.(guidance_interval|negative_prompt)", "sampler.guidance_scale>1"),
     (r"sampler\.training_(steps|spacing)", _READS_PROMPTS),
     (r"objective\.steps", "objective.path!=lagrange"),
     (r"objective\.(active_steps|late_bias|listed)", "objective.path!=lagrange"),
@@ -142,7 +143,11 @@ _PREPARED: Sequence[Row] = (
 READ: Mapping[str, Sequence[Row]] = {
     "train": (*_PLANNED, *_DATA),
     "plan": _PLANNED,
-    "sample": ((r"step|schedule|allow_changed|model\.(?!variant).+", "run"), ("column", "prompts")),
+    "sample": (
+        (r"step|schedule|allow_changed|model\.(?!variant).+", "run"),
+        ("column", "prompts"),
+        (r"sampler\.solver", "sampler.scheduler=null"),
+    ),
     "evaluate": (
         ("column", "prompts"),
         ("metric_features", "metrics"),

@@ -542,7 +542,7 @@ def test_closed_streams_and_ascii_terminals_end_without_a_traceback(tmp_path: Pa
         (["sample", "run=a", "pretrained=b"], ["run=FOLDER or pretrained=MODEL"]),
         (["sample", "run=a"], ['prompt="..." or prompts=FILE']),
         (["sample", "rum=a"], ["unknown key rum", "did you mean run?"]),
-        (["sample", "run=a", "negative_prompt=b"], ["negative_prompt", "run with --help to see"]),
+        (["sample", "run=a", "negative_prompt=b"], ["did you mean sampler.negative_prompt?"]),
         (["sample", "run=a", "sampler.kind=b"], ["sampler.kind", "run with --help sampler to see"]),
         (
             ["sample", "run=a", "reward=jpeg"],

@@ -28,9 +28,9 @@ MODEL = "model.{pretrained,variant,allow_pickle,family}"
 FILES = """
     model.{autoencoder,text_encoder,tokenizer,scheduler} model.merge{,.NAME.path} model.pretrained
 """
-SAMPLER = "sampler.{num_inference_steps,guidance_scale,eta,height,width,solver,prompt_cache}"
+SAMPLER = "sampler.{num_inference_steps,guidance_scale,eta,height,width,scheduler,prompt_cache}"
 TRAIN = f"""
-    name runs_dir export verify allow_changed guard recipe method {MODEL} {SAMPLER}
+    name runs_dir export verify allow_changed guard recipe method {MODEL} {SAMPLER} sampler.solver
     model.{{trainable,parts,dtype,gradient_checkpointing,channels_last}}
     model.merge{{,.NAME.path,.NAME.scale}} model.network.{{config,from_pretrained}}
     objective objective.{{kl_coeff,truncation_range,lv_samples,clamp_images}}
@@ -54,7 +54,7 @@ ALWAYS = {
     "train": TRAIN,
     "sample": f"""
         run pretrained allow_pickle prompt prompts num_images seed batch_size out {SAMPLER}
-        sampler.guidance_interval model.variant
+        sampler.{{guidance_interval,negative_prompt}} model.variant
     """,
     "evaluate": f"""
         run steps schedules lora_scales guidance_scales metrics layouts
@@ -157,6 +157,8 @@ IN_VAIN: list[tuple[Sequence[str], str, str]] = [
     ((*DRAFT, "objective.truncation_range=[1,3]"), "objective.truncation_steps=2", "[1, 3]"),
     ((*DRAFT, "sampler.guidance_scale=1"), "objective.cfg_gradient=rescale", "above 1"),
     ((*DRAFT, "sampler.guidance_scale=1"), "sampler.guidance_interval=[0,0.5]", "above 1"),
+    ((*DRAFT, "sampler.guidance_scale=1"), "sampler.negative_prompt=ugly", "above 1"),
+    ((*IMAGES, "sampler.guidance_scale=0"), "sampler.negative_prompt=", "above 1"),
     (IMAGES, "sampler.training_steps=10", "with objective=supervised"),
     (SHARDS, "sampler.training_spacing=trailing", "set objective=draft"),
     (DRAFT, "data.images.path=P", "with objective=draft"),

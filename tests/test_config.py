@@ -440,12 +440,13 @@ def test_a_wrong_part_is_named(part: str, expected: str):
         ("training.lr", "did you mean optimizer.lr?"),
         ("model.lora.ranks", "did you mean model.lora.rank?"),
         ("recip", "did you mean recipe?"),
+        ("negative_prompt", "did you mean sampler.negative_prompt?"),
         ("qqq.zzz", "run with --help to see every key, or look into docs/settings.md"),
         *(
             (key, f"run with --help {section} to see every key, or look into docs/settings.md")
             for key, section in (
                 ("sampler.kind", "sampler"),
-                ("sampler.negative_prompt", "sampler"),
+                ("sampler.karras", "sampler"),
                 ("optimizer.name", "optimizer"),
                 ("optimizer.kind", "optimizer"),
                 ("model.lora.bias", "model.lora"),
@@ -453,7 +454,7 @@ def test_a_wrong_part_is_named(part: str, expected: str):
         ),
         *(
             (key, "run with --help to see every key, or look into docs/settings.md")
-            for key in ("negative_prompt", "fid", "clip_score", "push_to_hub", "xformers")
+            for key in ("fid", "clip_score", "push_to_hub", "xformers")
         ),
     ],
 )

@@ -416,7 +416,7 @@ def test_a_value_is_converted(name: str, values: dict[str, Any], expected: dict[
         ("ddpo", "train_gradient_accumulation_steps", 4),  # 2 images are no whole number of steps
         ("ddpo", "sample_eta", 1.5),
         ("ddpo", "log_with", "mlflow"),
-        ("ddpo", "negative_prompts", "ugly"),
+        ("ddpo", "negative_prompts", ["ugly", "blurred"]),
         ("ddpo", "per_prompt_stat_tracking_buffer_size", 32),
         ("alignprop", "truncated_rand_backprop_minmax", [1]),
         ("alignprop", "train_use_8bit_adam", True),

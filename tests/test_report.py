@@ -618,6 +618,9 @@ def test_gaps_of_supervised_runs_are_named(tmp_path: Path) -> None:
         ({"solver": "first_order", "guidance_interval": None}, "20 sampling steps, guidance scale"),
         ({"solver": "dpmpp_2m"}, "20 sampling steps of DPM-Solver++ 2M, guidance scale 4. "),
         ({"guidance_interval": [0.2, 0.5]}, "guidance scale 4 for t in [0.2, 0.5]. "),
+        ({"negative_prompt": "<b>ugly"}, "guidance scale 4, away from “&lt;b&gt;ugly”. "),
+        ({"scheduler": "PNDMScheduler"}, "20 sampling steps of PNDMScheduler, guidance scale 4. "),
+        ({"negative_prompt": ""}, "20 sampling steps, guidance scale 4. "),
     ],
 )
 def test_the_page_says_how_images_were_sampled(

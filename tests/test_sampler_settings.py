@@ -184,7 +184,7 @@ def test_outside_the_interval_the_network_runs_once(folders: dict[str, Path]):
 @torch.no_grad()
 def test_inside_the_interval_nothing_changes(folders: dict[str, Path], name: str):
     model = load(folders[name])
-    prompts = encode_guided(model, PROMPTS, 5.0)
+    prompts = encode_guided(model, PROMPTS, SamplerConfig(guidance_scale=5.0))
     sampler = SamplerConfig(10, 5.0, **SIZES, guidance_interval=[0.25, 0.5])
     denoiser = guided_denoiser(model, prompts, sampler)
     whole = guided_denoiser(model, prompts, replace(sampler, guidance_interval=None))
@@ -285,12 +285,13 @@ def test_a_kept_prompt_is_what_it_is_alone(
     long = "a very long description of a small blue ring " * 3
     alone = {each: model.encode_prompts([each]) for each in (*PROMPTS, "", long)}
     batches = counted(model, monkeypatch)
+    unguided = SamplerConfig(guidance_scale=1.0, prompt_cache=4)
     for prompts in ([PROMPTS[0], long], [long, PROMPTS[1]], [*PROMPTS, PROMPTS[0], ""]):
         expected = Conditioning.stack([alone[each] for each in prompts])
         assert_equal(model.encode_alone(prompts, 4), expected)
-        assert_equal(encode_guided(model, prompts, 1.0, keep=4).cond, expected)
+        assert_equal(encode_guided(model, prompts, unguided).cond, expected)
     assert batches == [[PROMPTS[0]], [long], [PROMPTS[1]], [""]]
-    guided = encode_guided(model, PROMPTS, 5.0, keep=4)
+    guided = encode_guided(model, PROMPTS, replace(unguided, guidance_scale=5.0))
     if model.has_cfg:
         assert guided.uncond is not None
         assert_equal(guided.uncond, Conditioning.stack([alone[""]] * 2))
@@ -314,7 +315,7 @@ def test_nothing_is_kept_by_default(folders: dict[str, Path], monkeypatch: pytes
     expected = Guided(model.encode_prompts(PROMPTS), model.encode_prompts([""]).repeat(2))
     batches = counted(model, monkeypatch)
     for _ in range(2):
-        found = encode_guided(model, PROMPTS, 5.0)
+        found = encode_guided(model, PROMPTS, SamplerConfig(guidance_scale=5.0))
         assert_equal(found.cond, expected.cond)
         assert found.uncond is not None and expected.uncond is not None
         assert_equal(found.uncond, expected.uncond)

@@ -5,21 +5,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.config import SamplerConfig
 from sfumato.diffusion.process import Prediction, Time
 from sfumato.diffusion.sampling import sample
 from sfumato.diffusion.solvers import Solver
+from sfumato.models.generate import encode_guided, guided_denoiser
 from sfumato.models.pipeline_model import PipelineModel
 
 PROMPTS = ["a red star", "a small blue ring on a yellow background"]
 
 
 def our_run(
-    model: PipelineModel, noise: Tensor, steps: int, scale: float, solver: Solver = "first_order"
+    model: PipelineModel,
+    noise: Tensor,
+    steps: int,
+    scale: float,
+    solver: Solver = "first_order",
+    negative: str | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Return the state after each step, and the images."""
-    uncond = model.encode_prompts([""]).repeat(len(noise))
-    cond = model.encode_prompts(PROMPTS[: len(noise)])
-    denoiser = model.denoiser(cond, uncond=uncond, guidance_scale=scale)
+    sampler = SamplerConfig(guidance_scale=scale, negative_prompt=negative)
+    guided = encode_guided(model, PROMPTS[: len(noise)], sampler)
+    denoiser = guided_denoiser(model, guided, sampler)
     states = []
 
     def watched(x_t: Tensor, t: Time) -> Prediction:
@@ -50,7 +57,6 @@ def their_run(
         num_inference_steps=steps,
         output_type="pt",
         callback_on_step_end=keep,
-        **model.pipeline_arguments(noise, scale),
-        **more,
+        **(model.pipeline_arguments(noise, scale) | more),
     ).images
     return states, images

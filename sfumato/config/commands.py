@@ -22,6 +22,7 @@ from sfumato.config.train import (
     MAX_PIXELS,
     MISSING,
     PIXELS,
+    SCHEDULERS,
     SOLVERS,
     ImageSourceConfig,
     ModelConfig,
@@ -40,10 +41,12 @@ class SamplerOverrides:
 
     num_inference_steps: int | None = setting(None, FEW)
     guidance_scale: float | None = None
+    negative_prompt: str | None = setting(None, Rule(blank=True))  # an empty text is none
     eta: float | None = setting(None, UNIT)
     height: int | None = setting(None, SIDE)  # pixels
     width: int | None = setting(None, SIDE)
-    solver: str | None = setting(None, Rule(choices=SOLVERS))
+    solver: str | None = setting(None, Rule(choices=SOLVERS))  # instead of the run's scheduler too
+    scheduler: str | None = setting(None, Rule(choices=SCHEDULERS))  # of diffusers
     guidance_interval: list[float] | None = setting(None, UNIT)  # [low, high] of t
     prompt_cache: int | None = setting(None, NOT_NEGATIVE)
 

@@ -38,6 +38,11 @@ class Rng:
         """Return the randomness of rows (positions in the global batch) of one step."""
         return Rng([derive(seed, step, row) for row in rows], derive(seed, step, "shared"))
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The stream of each row."""
+        return self._rows
+
     def rows(self, start: int, stop: int) -> "Rng":
         """Return the randomness of rows start to stop - 1; their streams go on where they are."""
         part = copy(self)

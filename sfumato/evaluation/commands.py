@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import sfumato
-from sfumato.check import check_sampler
-from sfumato.conditions import check_sample
+from sfumato.check import LONGEST, check_sampler
+from sfumato.conditions import check_sample, shown
 from sfumato.config import (
     EvaluateConfig,
     ModelConfig,
@@ -63,7 +63,6 @@ from sfumato.training.validation import PAIRS
 SAMPLED = "sample.json"
 CAPTIONS = "metadata.jsonl"  # of Hugging Face's imagefolder, which data.images.path reads
 MEASURED = ("model", "reward", "validation.rewards")  # sections of the settings
-LONGEST = 10_000  # characters of a prompt
 
 
 @dataclass(frozen=True)
@@ -211,14 +210,17 @@ def open_model(config: SampleConfig) -> Opened:
         origin = {"run": config.run, "model": settings.pretrained}
         origin |= {"step": step_of(checkpoint), "checkpoint": fingerprint(checkpoint)}
     changes = {name: value for name, value in vars(config.sampler).items() if value is not None}
+    if "solver" in changes:  # and no scheduler: it is chosen in place of the run's
+        changes["scheduler"] = None
     sampler = replace(sampler, **changes)
     check_values(sampler, "sampler.")
     check_sampler(sampler)
-    if config.sampler.guidance_interval and sampler.guidance_scale <= 1:
-        raise ValueError(
-            f"sampler.guidance_interval={sampler.guidance_interval} has no effect with "
-            f"sampler.guidance_scale={sampler.guidance_scale:g}; leave it out"
-        )
+    for name in ("guidance_interval", "negative_prompt"):
+        if vars(config.sampler)[name] and sampler.guidance_scale <= 1:
+            raise ValueError(
+                f"sampler.{name}={shown(vars(sampler)[name])} has no effect with "
+                f"sampler.guidance_scale={sampler.guidance_scale:g}; leave it out"
+            )
     find_family(settings, sampler)
     if run is not None:
         origin["contents"] = run.contents("model")

@@ -18,7 +18,7 @@ from sfumato.run.identity import typed
 IMAGES = "images"
 HeldOut = Callable[[Tensor, Sequence[str]], Tensor]
 NOT_OF_IMAGES = ("training_steps", "training_spacing", "prompt_cache")  # of a sampler's settings
-NEWER = ("solver", "guidance_interval")
+NEWER = ("solver", "guidance_interval", "negative_prompt", "scheduler")
 ADDED = ("score", "model")  # of a reward's settings, which evaluations of older versions lack
 
 
@@ -109,7 +109,7 @@ def _of_images(sampler: SamplerConfig) -> dict[str, Any]:
     return {
         key: value
         for key, value in vars(sampler).items()
-        if key not in NOT_OF_IMAGES and not (key in NEWER and value == default[key])
+        if key not in NOT_OF_IMAGES and not (key in NEWER and value in (default[key], ""))
     }
 
 

@@ -148,14 +148,17 @@ class Flux(PipelineModel):
         ).sample
         return unpack(tokens.float(), height, width)
 
-    def pipeline_arguments(self, noise: Latents, guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(
+        self, noise: Latents, guidance_scale: float, negative_prompt: str | None = None
+    ) -> dict[str, Any]:
         shared = {
             "latents": pack(noise),
             "max_sequence_length": self.tokens["text_encoder_2"],
         }
         if not self.has_cfg:
             return shared | {"guidance_scale": guidance_scale}
-        return shared | {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(noise)}
+        negative = [negative_prompt or ""] * len(noise)
+        return shared | {"true_cfg_scale": guidance_scale, "negative_prompt": negative}
 
 
 def pack(x: Latents) -> Float[Tensor, "b n d"]:

@@ -13,13 +13,13 @@ from sfumato.diffusion.guidance import CfgGradient, annealed_importance, within
 from sfumato.diffusion.randomness import Rng
 from sfumato.diffusion.sampling import Denoiser, sample
 from sfumato.diffusion.solvers import Solver
-from sfumato.models.limits import check_interval
+from sfumato.models.limits import check_guidance
 from sfumato.models.model import Conditioning, Role, TextToImageModel
 
 
 @dataclass(frozen=True)
 class Guided:
-    """Prompts, and the empty prompts that guidance leads away from, or None."""
+    """Prompts, and the negative or empty ones that guidance leads away from, or None."""
 
     cond: Conditioning
     uncond: Conditioning | None
@@ -33,16 +33,16 @@ class Guided:
 def encode_guided(
     model: TextToImageModel,
     prompts: Sequence[str],
-    guidance_scale: float,
+    sampler: SamplerConfig,
     role: Role = "policy",
     *,
-    keep: int = 0,
+    guided: bool = True,
 ) -> Guided:
-    """Encode prompts, and the empty prompt if classifier-free guidance needs it.
+    """Encode prompts, and the negative one if classifier-free guidance needs it.
 
-    Args:
-        keep: how many prompts' states to keep, of a frozen text encoder (`encode_alone`).
+    `sampler.prompt_cache` is how many prompts' states are kept (`encode_alone`).
     """
+    keep = sampler.prompt_cache
 
     def encode(texts: Sequence[str]) -> Conditioning:
         if keep and model.device.type != "meta":  # a plan counts each prompt
@@ -50,9 +50,9 @@ def encode_guided(
         return model.encode_prompts(texts, role=role)
 
     cond = encode(prompts)
-    if not model.has_cfg or guidance_scale <= 1:
+    if not (guided and model.has_cfg and sampler.guidance_scale > 1):
         return Guided(cond, None)
-    return Guided(cond, encode([""]).repeat(len(prompts)))
+    return Guided(cond, encode([sampler.negative_prompt or ""]).repeat(len(prompts)))
 
 
 def guided_denoiser(
@@ -65,7 +65,7 @@ def guided_denoiser(
     """Return the denoiser of these prompts, guided where `sampler` says so.
 
     Raises:
-        ValueError: if the sampler has an interval of guidance that the model cannot have.
+        ValueError: if the sampler has settings of guidance that the model cannot have.
     """
     guided = model.denoiser(
         prompts.cond,
@@ -74,10 +74,10 @@ def guided_denoiser(
         role=role,
         cfg_gradient=cfg_gradient,
     )
+    if not model.has_cfg:
+        check_guidance(sampler)
     if sampler.guidance_interval is None:
         return guided
-    if not model.has_cfg:
-        check_interval(sampler.guidance_interval)
     low, high = sampler.guidance_interval
     return within(guided, model.denoiser(prompts.cond, role=role), low, high)
 
@@ -116,23 +116,26 @@ def generate(
         ValueError: if an image has NaN or infinity.
     """
     height, width = image_size(model, sampler)
-    times = model.times(sampler.num_inference_steps, height, width)
+    steps, scheduled = sampler.num_inference_steps, None
+    if sampler.scheduler is not None:
+        scheduled = model.scheduled(sampler.scheduler, steps, height, width)
+    times = scheduled.times if scheduled else model.times(steps, height, width)
     rng = Rng(seeds)
     noise = rng.normal(*model.latent_shape(height, width), device=model.device)
-    scale, keep = sampler.guidance_scale, sampler.prompt_cache
-    guided = encode_guided(model, prompts, scale, keep=keep)
+    guided = encode_guided(model, prompts, sampler)
     policy = guided_denoiser(model, guided, sampler)
     if model.trains_text and schedule != "draft":
-        guided = encode_guided(model, prompts, scale, "reference", keep=keep)
+        guided = encode_guided(model, prompts, sampler, "reference")
     reference = guided_denoiser(model, guided, sampler, "reference")
     denoiser = annealed_importance(policy, reference, schedule, times)
-    solver = cast(Solver, sampler.solver)
-    trajectory = sample(
-        denoiser, model.process, noise, times, eta=sampler.eta, rng=rng, solver=solver
-    )
-    images = model.decode(trajectory.x)
+    if scheduled:
+        x = scheduled.sample(denoiser, noise, rng)
+    else:
+        solver = cast(Solver, sampler.solver)
+        x = sample(denoiser, model.process, noise, times, eta=sampler.eta, rng=rng, solver=solver).x
+    images = model.decode(x)
     if not images.isfinite().all():
-        what = "latents" if not trajectory.x.isfinite().all() else "decoded images"
+        what = "latents" if not x.isfinite().all() else "decoded images"
         raise ValueError(
             f"the {what} are not finite; lower sampler.guidance_scale "
             f"({sampler.guidance_scale:g}), or set model.dtype=float32"

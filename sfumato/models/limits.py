@@ -1,9 +1,9 @@
 """Limits of a model, read from its JSON files before a weight is loaded: sizes, steps, guidance."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sfumato.config import SamplerConfig
+from sfumato.config.train import FLOW_SCHEDULERS
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,10 @@ class Limits:
     max_steps: int | None = None  # of a sampling run; None if time is continuous
     largest: int | None = None  # pixels of a side, if positions come from a table
     has_cfg: bool = True  # False if guidance is an input of the network
+
+    def tokens(self, height: int, width: int) -> int:
+        """Return the number of tokens of an image, `multiple` pixels a side each."""
+        return (height // self.multiple) * (width // self.multiple)
 
 
 def check_side(name: str, pixels: int, limits: Limits) -> None:
@@ -72,8 +76,9 @@ def check_sampling(sampler: SamplerConfig, limits: Limits) -> None:
         check_steps(sampler.training_steps, limits, "training_steps")
     if limits.max_steps is None:
         check_spacing(sampler.training_spacing)
+    check_scheduler_class(sampler.scheduler, is_flow=limits.max_steps is None)
     if not limits.has_cfg:
-        check_interval(sampler.guidance_interval)
+        check_guidance(sampler)
 
 
 def check_spacing(spacing: str | None) -> None:
@@ -89,15 +94,33 @@ def check_spacing(spacing: str | None) -> None:
         )
 
 
-def check_interval(interval: Sequence[float] | None) -> None:
-    """Refuse an interval of guidance, for a model without classifier-free guidance.
+def check_scheduler_class(name: str | None, *, is_flow: bool) -> None:
+    """Refuse a scheduler of diffusers that does not follow a flow model's settings.
 
     Raises:
         ValueError: naming the setting.
     """
-    if interval is not None:
+    if name is not None and is_flow and name not in FLOW_SCHEDULERS:
         raise ValueError(
-            f"sampler.guidance_interval = {list(interval)} leaves out the prediction without the "
-            "prompt, and this model makes none: the guidance scale is an input of its network; "
-            "leave it out"
+            f"sampler.scheduler = {name} does not fit the noise of this model, which predicts a "
+            f"flow; choose {', '.join(FLOW_SCHEDULERS)}, or leave it out and set sampler.solver"
         )
+
+
+def check_guidance(sampler: SamplerConfig) -> None:
+    """Refuse settings of classifier-free guidance, for a model without it.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    interval, negative = sampler.guidance_interval, sampler.negative_prompt
+    made = (
+        (interval, f"sampler.guidance_interval = {interval} leaves out"),
+        (negative, f"sampler.negative_prompt = {negative!r} changes"),
+    )
+    for value, does in made:
+        if value not in (None, ""):
+            raise ValueError(
+                f"{does} the prediction without the prompt, and this model makes none: the "
+                "guidance scale is an input of its network; leave it out"
+            )

@@ -17,6 +17,7 @@ from sfumato.diffusion.guidance import CfgGradient
 from sfumato.diffusion.process import DiffusionProcess, PredictionType
 from sfumato.diffusion.sampling import Denoiser
 from sfumato.models.limits import check_spacing
+from sfumato.models.scheduled import Scheduled
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Role: TypeAlias = Literal["policy", "reference"]
@@ -142,6 +143,17 @@ class TextToImageModel(abc.ABC):
         """
         check_spacing(spacing)
         return self.times(steps, height, width)
+
+    def scheduled(self, name: str, steps: int, height: int, width: int) -> Scheduled:
+        """Return the steps of a sampling run by a scheduler class of diffusers.
+
+        Raises:
+            ValueError: if the model is none of diffusers', or the class does not fit.
+        """
+        raise ValueError(
+            f"sampler.scheduler={name} steps models of diffusers' pipelines, and "
+            f"{type(self).__name__} is none; leave it out"
+        )
 
     @abc.abstractmethod
     def encode_prompts(

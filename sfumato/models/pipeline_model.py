@@ -37,6 +37,7 @@ from sfumato.models.model import (
     Role,
     TextToImageModel,
 )
+from sfumato.models.scheduled import Scheduled
 from sfumato.models.schedules import respaced, table_times
 from sfumato.precision import without_autocast
 
@@ -60,6 +61,7 @@ class PipelineModel(TextToImageModel):
     tokenizers: ClassVar[tuple[str, ...]]
     classes: ClassVar[Mapping[str, str]]  # of each component but the scheduler
     token_limits: ClassVar[Mapping[str, int]] = {}  # of encoders without a table of positions
+    gives_sigmas: ClassVar[bool] = False  # whether the pipeline gives its own to any scheduler
     prompts_vary: ClassVar[bool] = False  # whether a shorter prompt is encoded to fewer states
     optional: ClassVar[frozenset[str]] = frozenset()  # what model_index.json may leave out
     upcast: ClassVar[tuple[str, ...]] = ()  # in float32 if their `force_upcast` says so
@@ -138,9 +140,12 @@ class PipelineModel(TextToImageModel):
             guidance_scale: for networks that take it as an input.
         """
 
-    def pipeline_arguments(self, noise: Latents, guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(
+        self, noise: Latents, guidance_scale: float, negative_prompt: str | None = None
+    ) -> dict[str, Any]:
         """Return the pipeline's arguments for starting noise and guidance."""
-        return {"latents": noise, "guidance_scale": guidance_scale}
+        negative = [negative_prompt] * len(noise) if negative_prompt else None  # zeros in SDXL
+        return {"latents": noise, "guidance_scale": guidance_scale, "negative_prompt": negative}
 
     # --- Files
 
@@ -217,8 +222,7 @@ class PipelineModel(TextToImageModel):
 
     def times(self, num_inference_steps: int, height: int, width: int) -> Sequence[float]:
         check_steps(num_inference_steps, self.limits)
-        unit = self.limits.multiple
-        return self.grid(num_inference_steps, (height // unit) * (width // unit))
+        return self.grid(num_inference_steps, self.limits.tokens(height, width))
 
     def spaced_times(
         self, steps: int, height: int, width: int, spacing: str | None
@@ -227,6 +231,10 @@ class PipelineModel(TextToImageModel):
             return super().spaced_times(steps, height, width, spacing)
         check_steps(steps, self.limits, "training_steps")
         return table_times(self.process, respaced(self.scheduler, spacing), steps)
+
+    def scheduled(self, name: str, steps: int, height: int, width: int) -> Scheduled:
+        tokens = self.limits.tokens(height, width) if self.prediction_type == "flow" else None
+        return Scheduled.of(name, self.pipeline.scheduler, steps, tokens, even=self.gives_sigmas)
 
     def encode_prompts(
         self,
@@ -382,10 +390,10 @@ class PipelineModel(TextToImageModel):
         pipeline.to(self.device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline(
-            prompt,
+            [prompt],  # as many as negative ones
             height=noise.shape[2] * self.limits.factor,
             width=noise.shape[3] * self.limits.factor,
             num_inference_steps=sampler.num_inference_steps,
             output_type="pt",
-            **self.pipeline_arguments(noise, sampler.guidance_scale),
+            **self.pipeline_arguments(noise, sampler.guidance_scale, sampler.negative_prompt),
         ).images.float()

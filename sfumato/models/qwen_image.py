@@ -81,6 +81,7 @@ class QwenImage(PipelineModel):
     process = RectifiedFlow()
     prediction_type: PredictionType = "flow"
     has_cfg = True
+    gives_sigmas = True
 
     def __init__(
         self, pipeline: Any, parts: dict[str, Roles], source: Path, config: ModelConfig
@@ -165,9 +166,11 @@ class QwenImage(PipelineModel):
         ).sample
         return unpack(tokens.float(), height, width)
 
-    def pipeline_arguments(self, noise: Latents, guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(
+        self, noise: Latents, guidance_scale: float, negative_prompt: str | None = None
+    ) -> dict[str, Any]:
         return {
             "latents": pack(noise),
             "true_cfg_scale": guidance_scale,
-            "negative_prompt": [""] * len(noise),
+            "negative_prompt": [negative_prompt or ""] * len(noise),
         }

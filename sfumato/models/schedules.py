@@ -26,7 +26,7 @@ def flow_times(
     shift = {} if mu is None else {"mu": mu}
     if even:
         sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-        scheduler.set_timesteps(sigmas=sigmas, **shift)
+        scheduler.set_timesteps(sigmas=torch.tensor(sigmas, dtype=torch.float64).numpy(), **shift)
     else:
         scheduler.set_timesteps(num_inference_steps, **shift)
     return torch.as_tensor(scheduler.sigmas).double().tolist()
@@ -80,6 +80,13 @@ def table_times(table: VariancePreserving, scheduler: Any, num_inference_steps: 
 
 
 def table_index(table: VariancePreserving, t: Time, device: torch.device) -> Tensor:
-    """Return the training step of t, on the device; a number becomes a tensor without a copy."""
+    """Return the training step of t, on the device; a number becomes a tensor without a copy.
+
+    A scheduler of diffusers may ask between two steps.
+    """
     index = table.index(t)
-    return index if isinstance(index, Tensor) else torch.full((), index, device=device)
+    if isinstance(index, Tensor):
+        return index
+    assert not isinstance(t, Tensor), "rows have rows of steps"
+    exact = t * table.num_train_timesteps - 1
+    return torch.full((), index if abs(index - exact) < 1e-6 else exact, device=device)

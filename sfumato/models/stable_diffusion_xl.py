@@ -52,8 +52,9 @@ def published_names(names: Collection[str]) -> dict[str, tuple[str, ...]]:
 class StableDiffusionXL(PipelineModel):
     """The networks of a StableDiffusionXLPipeline.
 
-    Guidance leads away from the empty prompt. Its states are zeros if model_index.json sets
-    `force_zeros_for_empty_prompt`, as the release does and as the pipeline then does.
+    States of the empty prompt, which guidance leads away from where no negative one is given, are
+    zeros if model_index.json sets `force_zeros_for_empty_prompt`, as the release does and as the
+    pipeline then does.
     """
 
     pipeline_name = "StableDiffusionXLPipeline"

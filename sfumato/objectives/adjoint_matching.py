@@ -43,9 +43,8 @@ class AdjointMatching(RewardedObjective[Sequence[str]]):
     def pieces(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Sequence[Piece]:
         height, width = image_size(model, self.sampler)
         times = rollout_times(model, self.sampler, height, width)
-        scale = self.sampler.guidance_scale
         with torch.no_grad(), model.rolling_out():
-            guided = encode_guided(model, batch, scale, keep=self.sampler.prompt_cache)
+            guided = encode_guided(model, batch, self.sampler)
             policy = guided_denoiser(model, guided, self.sampler)
             start = rng.normal(*model.latent_shape(height, width), device=model.device)
             run = sample(policy, model.process, start, times, eta=1.0, rng=rng, keep=model.device)

@@ -199,12 +199,10 @@ class CollectedObjective(RewardedObjective[Rows]):
     ) -> Denoiser:
         """Return a denoiser of prompts; networks with embedded guidance get it in any case."""
         sampler = self.sampler
-        scale = sampler.guidance_scale
+        found = encode_guided(model, prompts, sampler, role, guided=guided)
         if guided:
-            found = encode_guided(model, prompts, scale, role, keep=sampler.prompt_cache)
             return guided_denoiser(model, found, sampler, role)
-        cond = encode_guided(model, prompts, 1.0, role, keep=sampler.prompt_cache).cond
-        return model.denoiser(cond, guidance_scale=scale, role=role)
+        return model.denoiser(found.cond, guidance_scale=sampler.guidance_scale, role=role)
 
     def finished(
         self,

@@ -62,14 +62,12 @@ class Direct(RewardedObjective[Sequence[str]]):
         """Encode the prompts once, if no step's gradient goes through the encoders."""
         if model.trains_text:
             return None
-        sampler = self.sampler
-        return encode_guided(model, batch, sampler.guidance_scale, keep=sampler.prompt_cache)
+        return encode_guided(model, batch, self.sampler)
 
     def _denoiser(
         self, model: TextToImageModel, batch: Sequence[str], role: Role, shared: Any, times: int = 1
     ) -> Denoiser:
-        scale = self.sampler.guidance_scale
-        prompts = encode_guided(model, batch, scale, role) if shared is None else shared
+        prompts = encode_guided(model, batch, self.sampler, role) if shared is None else shared
         prompts = prompts.repeat(times) if times > 1 else prompts
         gradient = cast(CfgGradient, self.config.cfg_gradient)
         return guided_denoiser(model, prompts, self.sampler, role, gradient)

@@ -81,7 +81,7 @@ class DirectAlign(RewardedObjective[Sequence[Any]]):
 
     def _denoiser(self, model: TextToImageModel, prompts: Sequence[str]) -> Denoiser:
         sampler = self.sampler
-        guided = encode_guided(model, prompts, sampler.guidance_scale, keep=sampler.prompt_cache)
+        guided = encode_guided(model, prompts, sampler)
         gradient = cast(CfgGradient, self.config.cfg_gradient)
         return guided_denoiser(model, guided, sampler, cfg_gradient=gradient)
 

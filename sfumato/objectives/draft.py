@@ -44,8 +44,7 @@ class Draft(RewardedObjective[Sequence[str]]):
     def loss(self, model: TextToImageModel, batch: Sequence[str], rng: Rng) -> Loss:
         height, width = image_size(model, self.sampler)
         times = rollout_times(model, self.sampler, height, width)
-        keep = self.sampler.prompt_cache
-        prompts = encode_guided(model, batch, self.sampler.guidance_scale, keep=keep)
+        prompts = encode_guided(model, batch, self.sampler)
         policy = self._denoiser(model, prompts, "policy")
         trajectory = sample(
             policy,
@@ -83,8 +82,7 @@ class Draft(RewardedObjective[Sequence[str]]):
         self, model: TextToImageModel, batch: Sequence[str], prompts: Guided, role: Role
     ) -> Denoiser:
         """Return the denoiser of a role; each encodes its own prompts if text is trained."""
-        scale = self.sampler.guidance_scale
-        own = encode_guided(model, batch, scale, role) if model.trains_text else prompts
+        own = encode_guided(model, batch, self.sampler, role) if model.trains_text else prompts
         return self._denoiser(model, own, role)
 
     def _truncation(self, rng: Rng) -> int:

@@ -161,6 +161,8 @@ class _Sampler:
     guidance_scale: Finite
     solver: Literal["first_order", "dpmpp_2m"] = "first_order"
     guidance_interval: list[Finite] | None = None
+    negative_prompt: str | None = None
+    scheduler: str | None = None
 
 
 @dataclass(frozen=True)

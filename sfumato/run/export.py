@@ -249,6 +249,7 @@ def _verify(
         # As diffusers' pipelines sample: first order, guided at all times.
         sampler = replace(config.sampler, num_inference_steps=VERIFY_STEPS, eta=0.0)
         sampler = replace(sampler, solver="first_order", guidance_interval=None, prompt_cache=0)
+        sampler = replace(sampler, scheduler=None)
         expected = generate(model, [prompt], [0], sampler)
         shape = model.latent_shape(*image_size(model, sampler))
         noise = Rng([0]).normal(*shape, device=model.device)
