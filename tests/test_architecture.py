@@ -85,7 +85,7 @@ OUTSIDE = (
     "models.learning_autoencoder",
     *("rewards.code", "rewards.own", "rewards.remote", "rewards.learning_clip"),
 )
-MAX_CORE = 13_600  # lines
+MAX_CORE = 13_900
 
 # Contracts for the whole core: a stream gives samples, whatever they are read from.
 SAMPLES = ("data.stream", "data.sample")
