@@ -36,7 +36,7 @@ GPU = "h100"
 def plan_of(recipe: str, model: Path, reward: Path) -> Plan:
     given = [f"recipe={recipe}", f"model.pretrained={model}", f"gpu={GPU}"]
     given += ["training.micro_batch_size=1"]
-    if "sft" not in recipe and "dpo" not in recipe:
+    if "draft" in recipe or "grpo" in recipe:
         given += [f"reward.pretrained={reward}"]
     config, _ = compose_command("plan", given)
     return make_plan(config)

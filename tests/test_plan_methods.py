@@ -12,7 +12,7 @@ from test_plan_draft import composed
 
 from sfumato.config import CONF, PlanConfig
 from sfumato.models.model import Role
-from sfumato.planning.blueprint import read_blueprint
+from sfumato.planning.blueprint import read_blueprint, steps_alike
 from sfumato.planning.memory import held
 from sfumato.planning.page import page
 from sfumato.planning.plan import cost_of, make_plan
@@ -92,6 +92,35 @@ def test_an_old_policy_is_one_more_copy_of_what_is_trained(
     size = sum(4 * parameter.numel() for parameter in blueprint.model.trainable().values())
     assert found.old == (size if method == "nft" else 0)
     assert found.total == replace(found, old=0).total + found.old
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("ddpo", []),
+        ("ddpo", ["objective.trained_steps=2"]),
+        ("ddpo", ["objective.window=3", "objective.kl_coeff=1"]),
+        ("nft", ["objective.trained_times=2"]),
+        ("awm", ["objective.trained_times=2"]),
+    ],
+)
+def test_steps_that_are_left_out_are_counted(
+    sd_folder: Path, method: str, settings: list[str]
+) -> None:
+    settings = [
+        *settings,
+        "training.global_batch_size=8",
+        "sampler.num_inference_steps=9",
+        "sampler.training_steps=null",
+    ]
+    config = of_method(sd_folder, method, *settings)
+    left_out = steps_alike(config)[1]
+    assert left_out >= 4
+    plan, whole = make_plan(config), cost_of(config, read_blueprint(config), 1)
+    assert plan.forward_flops == whole.forward
+    assert plan.step_flops == whole.flops
+    assert plan.executed == whole.executed
+    assert plan.memory[0].cost.activations == pytest.approx(whole.activations, rel=0.02)
 
 
 def cost(folder: Path, *settings: str) -> StepCost:

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.config import AdjointMatchingConfig, DirectConfig, DraftConfig, TrainConfig
+from sfumato.config import (
+    AdjointMatchingConfig,
+    AwmConfig,
+    DirectConfig,
+    DraftConfig,
+    NftConfig,
+    PolicyGradientConfig,
+    TrainConfig,
+)
 from sfumato.data.sample import Encoded, Preference, Sample
 from sfumato.data.stream import Pair
 from sfumato.diffusion.randomness import Rng
@@ -179,6 +187,10 @@ def steps_alike(config: TrainConfig) -> tuple[TrainConfig, int]:
             objective = replace(objective, weights="sigma", early_stop=None)
         case AdjointMatchingConfig():
             active = objective.trained_steps
+        case PolicyGradientConfig():  # a step more costs the same, whether it is trained or not
+            active = 1 + (objective.trained_steps or objective.window or 2)
+        case NftConfig() | AwmConfig():
+            active = objective.trained_times
         case _:
             return config, 0
     shortest = min(steps, active + 1) if config.sampler.guidance_interval is None else steps
