@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.card import CARD, hub_id, licence_of, model_card
 from sfumato.config import ModelConfig, TrainConfig
 from sfumato.data.sample import Sample
 from sfumato.diffusion.randomness import Rng
@@ -126,6 +127,12 @@ def export(
     older = _OLDER if (folder.parent / NOTE).exists() else ()
     with new_folder(folder, older=older, failure=ExportError) as beside:
         names = _write(config, model, beside)
+        base = config.model.pretrained
+        for name in set(names) - {"original"}:
+            card = model_card(
+                config, name, step_of(checkpoint), base=hub_id(base), licence=licence_of(base)
+            )
+            write_text(beside / name / CARD, card)
         lines = [_located(config, folder / name) for name in names]
         if config.verify:
             compared = _verify(config, model, beside, names, device, prompt)
