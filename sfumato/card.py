@@ -20,6 +20,8 @@ SILENT = re.compile(
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WHOLE = {"lora": "LoRA", "pipeline": "pipeline"}
+# A file that diffusers looks for in each; what a script's own model writes may be something else.
+MARKS = {"lora": "pytorch_lora_weights.safetensors", "pipeline": "model_index.json"}
 
 
 def model_card(
@@ -55,12 +57,12 @@ def model_card(
     trained = WHOLE[export]
     base_name = f"[{base}](https://huggingface.co/{base})" if base else "a model in a local folder"
     kinds = [each.kind for each in rewards_of(config.reward).values()]
-    rewards = f", reward {', '.join(dict.fromkeys(kinds))}" if kinds != ["none"] else ""
+    rewards = ", ".join(dict.fromkeys(kind for kind in kinds if kind != "none"))
+    how = f"objective {config.objective.kind}{rewards and f', reward {rewards}'}"
     lines = [
         *("---", data.to_yaml(), "---", ""),
         *(f"# {trained} by Sfumato" if repo is None else f"# {repo.rpartition('/')[2]}", ""),
-        f"This {trained} was trained with Sfumato from {base_name}: objective "
-        f"{config.objective.kind}{rewards}, {step} steps of "
+        f"This {trained} was trained with Sfumato from {base_name}: {how}, {step} steps of "
         f"{config.training.global_batch_size} images.",
         *("", "## Use", "", "```python", *_usage(config, export, repo, base), "```", ""),
     ]

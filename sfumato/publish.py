@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.card import CARD, HUB_ID, hub_id, licence_of, model_card
+from sfumato.card import CARD, HUB_ID, MARKS, hub_id, licence_of, model_card
 from sfumato.compose import load_settings
 from sfumato.config import TrainConfig
 from sfumato.evaluation.results import Evaluation, read_evaluations
@@ -92,10 +92,12 @@ def _chosen(folder: RunFolder, config: TrainConfig, export: str | None) -> str:
             f"{folder.path} has no finished export: a run writes it at its last step; run the same "
             "`sfumato train` command again"
         )
-    there = [each for each in ("lora", "pipeline") if (folder.export / each).is_dir()]
+    there = [name for name, mark in MARKS.items() if (folder.export / name / mark).is_file()]
     chosen = export or next(iter(there), "lora")
     if chosen not in there:
-        raise ValueError(f"{folder.export} has no {chosen}; it has {', '.join(there) or 'nothing'}")
+        raise ValueError(
+            f"{folder.export} has no {chosen} for diffusers; it has {', '.join(there) or 'nothing'}"
+        )
     return chosen
 
 

@@ -326,10 +326,12 @@ def test_the_two_largest_blocks_are_whole_and_what_lies_outside_is_one(
     sizes = sorted(bytes_of(block) for block in whole.model.blocks_of(network))
     outside = bytes_of(network) - sum(sizes)
     assert outside < sizes[-2]
-    gathered = memory.held(whole, config.training, 16, 1).gathered
+    gathered = memory.held(whole, config.training, 16, 1, config.optimizer).gathered
     assert gathered == sizes[-1] + sizes[-2]
     monkeypatch.setattr(type(whole.model), "blocks", ("mid_block",))
-    assert memory.held(whole, config.training, 16, 1).gathered == bytes_of(network)
+    assert memory.held(whole, config.training, 16, 1, config.optimizer).gathered == bytes_of(
+        network
+    )
 
 
 @pytest.mark.parametrize(("gpus", "copies"), [(4, 4), (8, 8), (64, 8)])

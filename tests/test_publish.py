@@ -205,7 +205,9 @@ def test_a_run_without_an_export(
     assert "is no run folder" in other and not (tmp_path / "nowhere").exists()
     shutil.rmtree(run / "export" / "pipeline")
     said = refused(monkeypatch, capsys, run, "--repo", REPO, "--export", "pipeline")
-    assert "has no pipeline; it has lora" in said
+    assert "has no pipeline for diffusers; it has lora" in said
+    (run / "export" / "lora" / "pytorch_lora_weights.safetensors").unlink()
+    assert "for diffusers; it has nothing" in refused(monkeypatch, capsys, run, "--repo", REPO)
     (run / "export.json").unlink()  # killed before it was noted
     said = refused(monkeypatch, capsys, run, "--repo", REPO)
     assert "has no finished export" in said and "`sfumato train` command again" in said
