@@ -11,13 +11,10 @@ from sfumato.catalog import find_slot
 from sfumato.conditions import leaves_of, shown, why_unread
 from sfumato.config import TrainConfig, rewards_of
 from sfumato.config.fields import Rule
+from sfumato.config.saved import MAY_CHANGE
 
 CARD = "README.md"
-SECTIONS = ("objective", "reward", "model", "sampler", "optimizer", "training")
-SILENT = re.compile(
-    r"training\.(tensorboard|keep_checkpoints|checkpoint_every_steps|async_checkpoints|peak_tflops)|"
-    r"model\.(allow_pickle|merge\..+)|.*\.timeout"
-)
+SECTIONS = ("objective.", "reward.", "model.", "sampler.", "optimizer.", "training.")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WHOLE = {"lora": "LoRA", "pipeline": "pipeline"}
 # A file that diffusers looks for in each; what a script's own model writes may be something else.
@@ -90,11 +87,11 @@ def _settings(config: TrainConfig) -> list[tuple[str, str]]:
     """Return the settings that say how it was trained: numbers and choices, no texts of a user."""
     rows = []
     for key, value, default in leaves_of(config):
-        if not key.startswith(tuple(f"{each}." for each in SECTIONS)) or SILENT.fullmatch(key):
+        slot = find_slot("train", key)
+        named = slot.named and not key.startswith("optimizer.options.")
+        if value == default or key in MAY_CHANGE or named or not key.startswith(SECTIONS):
             continue
-        if value == default or why_unread(config, key) is not None:
-            continue
-        if _is_public(value, find_slot("train", key).rule):
+        if _is_public(value, slot.rule) and why_unread(config, key) is None:
             rows.append((f"`{key}`", shown(value)))
     return rows
 

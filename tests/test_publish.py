@@ -18,7 +18,7 @@ from runs import command, start
 
 from sfumato.card import hub_id, licence_of, model_card
 from sfumato.cli import main
-from sfumato.compose import load_settings
+from sfumato.compose import compose_train, load_settings
 from sfumato.evaluation.results import Evaluation
 from sfumato.files import lock
 from sfumato.publish import _cleaned, _figures
@@ -252,6 +252,17 @@ def test_numbers_of_the_exported_checkpoint_alone(trained: Path) -> None:
     rows = _figures([base, tuned], 2, mark)
     card = model_card(load_settings(trained / "config.yaml"), "lora", 2, figures=rows)
     assert "## Evaluation\n\n|  | base model | step 2 |\n|---|---|---|\n| reward |" in card
+
+
+def test_names_that_a_user_chose_are_in_no_card(tmp_path: Path) -> None:
+    given = ["reward=weighted", "reward.parts.my_idea.kind=color", "reward.parts.my_idea.weight=2"]
+    given += ["optimizer.kind=sgd", "optimizer.options={momentum: 0.5}", "training.compile=full"]
+    config, _ = compose_train(command(tmp_path, "run", *given, "validation.column=null"))
+    card = model_card(config, "pipeline", 3)
+    assert "my_idea" not in card and "prompts" not in card and "reward color" in card
+    assert "| `optimizer.options.momentum` | 0.5 |" in card
+    assert "`optimizer.kind` | sgd |" in card
+    assert "training.compile" not in card  # no weight depends on it
 
 
 def test_paths_leave_the_settings_of_networks(tmp_path: Path) -> None:
