@@ -25,6 +25,7 @@ from sfumato.training.sharding import check_sharding
 from sfumato.training.stop import parse_duration
 
 LONGEST = 10_000  # characters of a prompt
+LEAST_OF_PRODIGY = 0.01  # a rate of AdamW is below
 
 
 def check_train(config: TrainConfig, processes: int) -> None:
@@ -47,8 +48,7 @@ def check_train(config: TrainConfig, processes: int) -> None:
     _check_merging(config, processes)
     _check_data(config)
     _check_lora_files(config)
-    if len(config.optimizer.betas) != 2:
-        raise ValueError(f"optimizer.betas={config.optimizer.betas} are not two numbers; give two")
+    _check_optimizer(config)
     with_loss = config.objective.has_validation_loss
     if config.export == "best" and not (with_loss and config.validation.loss_images):
         raise ValueError(
@@ -67,6 +67,29 @@ def check_train(config: TrainConfig, processes: int) -> None:
         check_autoencoder(config)
     if isinstance(config.objective, RewardedConfig):
         check_objective(config, config.objective)
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    """Refuse what an optimiser cannot do; the user's own code is not run."""
+    optimizer = config.optimizer
+    if len(optimizer.betas) != 2:
+        raise ValueError(f"optimizer.betas={optimizer.betas} are not two numbers; give two")
+    if optimizer.kind == "own" and not optimizer.path:
+        raise ValueError("optimizer.kind=own needs optimizer.path=FILE.py:CLASS")
+    if optimizer.kind == "prodigy" and optimizer.lr < LEAST_OF_PRODIGY:
+        raise ValueError(
+            f"optimizer.lr={optimizer.lr} multiplies the rate that Prodigy finds; set "
+            "optimizer.lr=1, and steer by optimizer.options.d_coef"
+        )
+    if optimizer.kind == "adamw_8bit" and config.model.channels_last:
+        raise ValueError(
+            "optimizer.kind=adamw_8bit reads weights in their plain layout; set "
+            "model.channels_last=false, or optimizer.kind=adamw"
+        )
+    if optimizer.options and optimizer.kind in ("adamw", "adafactor", "muon", "sgd"):
+        from sfumato.training.optimizer import try_optimizer
+
+        try_optimizer(optimizer)
 
 
 def check_sampler(sampler: SamplerConfig) -> None:

@@ -30,6 +30,8 @@ usage: sfumato COMMAND [...]
   recipes   list recipes:                       sfumato recipes
   migrate   turn a config of NeMo-Aligner, NeMo or TRL into a recipe:
             sfumato migrate draftp_sd.yaml
+  push      upload a LoRA or a pipeline to the Hugging Face hub:
+            sfumato push runs/NAME --repo USER/NAME
   demo      the whole road in a tiny world:     sfumato demo
 
 The first six take KEY=VALUE settings: `--help` lists them, `--help KEY` explains one, `--cfg job`
@@ -109,6 +111,7 @@ def run_command(arguments: Sequence[str]) -> None:
         "report": report,
         "recipes": recipes,
         "migrate": migrate,
+        "push": push,
         "demo": demo,
     }
     name, rest = arguments[0], arguments[1:]
@@ -116,7 +119,9 @@ def run_command(arguments: Sequence[str]) -> None:
         from sfumato.explain import nearest
 
         fail(f"unknown command {name!r}; {nearest(name, commands)}")
-    composed = name not in {"report", "recipes", "migrate", "demo"} and rest[:1] != ["verify"]
+    composed = name not in {"report", "recipes", "migrate", "push", "demo"} and rest[:1] != [
+        "verify"
+    ]
     if composed and not HELP.isdisjoint(rest):
         show_help(name, [text for text in rest if text not in HELP])
     else:
@@ -345,6 +350,25 @@ def migrate(arguments: Sequence[str]) -> None:
             kind=options.kind,
             processes=options.processes,
         )
+
+
+def push(arguments: Sequence[str]) -> None:
+    """Upload the LoRA or the pipeline of a run, with a model card, to the Hugging Face hub."""
+    parser = options_parser("push", push)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument(
+        "--repo", required=True, help="USER/NAME; made, and private, if it is not there"
+    )
+    parser.add_argument("--export", choices=["lora", "pipeline"], help="default: the LoRA, if any")
+    parser.add_argument(
+        "--public", action="store_true", help="let all see a repository that is made"
+    )
+    parser.add_argument("--base-model", help="hub id, if model.pretrained is a folder")
+    options = vars(parser.parse_args(arguments))
+    from sfumato.publish import push as push_export
+
+    with mistakes_explained():
+        print(push_export(options.pop("run"), options.pop("repo"), **options))
 
 
 def demo(arguments: Sequence[str]) -> None:

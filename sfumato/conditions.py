@@ -80,6 +80,9 @@ _PLANNED: Sequence[Row] = (
     (r"training\.target_reward", "reward!=none"),
     (r"training\.target_reward|guard\..+", "validation.every_steps"),
     (r"training\.shard_size", "training.strategy=hsdp"),
+    (r"optimizer\.path", "optimizer.kind=own"),
+    (r"optimizer\.(betas|eps)", "optimizer.kind=adamw|adamw_8bit|muon|prodigy"),
+    (r"optimizer\.weight_decay", "optimizer.kind!=own"),
 )
 _DATA: Sequence[Row] = (
     (r"data\.(prompts|column|shuffle|buffer)", _READS_PROMPTS),
@@ -246,9 +249,10 @@ def named_files(settings: TrainConfig) -> dict[str, str]:
 
 
 def is_own(key: str) -> bool:
-    """Say whether a setting names the code or the scorer of a reward."""
+    """Say whether a setting names code of the user's, or the scorer of a reward."""
     room, _, name = key.rpartition(".")
-    return name in OWN and f"{room}.".startswith(("reward.", "validation.rewards."))
+    rooms = ("reward.", "validation.rewards.", "optimizer.")
+    return name in OWN and f"{room}.".startswith(rooms)
 
 
 def is_path(key: str, value: object) -> bool:

@@ -161,7 +161,7 @@ def _settings(command: str, node: Any, prefix: str = "") -> Iterator[Setting]:
         key, item, rule = entry.key, entry.item, rule_of(entry.item)
         if choices_of(entry.owner, item):
             yield _group(command, key, entry.owner, item.type)
-        elif not (is_dataclass(entry.default) or (item.name == "kind" and "." in key)):
+        elif not (is_dataclass(entry.default) or (item.name == "kind" and not rule.choices)):
             bases = (
                 each for each in entry.owner.__mro__ if item.name in vars(each)["__annotations__"]
             )

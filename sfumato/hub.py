@@ -1,6 +1,6 @@
-"""Folders of the Hugging Face hub: from the local cache, or downloaded."""
+"""Folders of the Hugging Face hub: from the local cache, or downloaded; and uploads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -43,3 +43,46 @@ def fetch(
             f"could not be downloaded ({type(error).__name__}); give a folder, or check the id "
             "and the network"
         ) from error
+
+
+def upload(repo: str, files: Mapping[str, Path | bytes], *, public: bool, message: str) -> str:
+    """Put files into a repository of the hub, in one commit; return the repository's address.
+
+    The token is the library's own: HF_TOKEN, or what `hf auth login` stored.
+
+    Args:
+        repo: made if it is not there.
+        files: by their paths in the repository.
+        public: whether all may see a repository that is made.
+
+    Raises:
+        ValueError: if the hub cannot be reached or refuses, saying what to do.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    # The client's own, httpx or httpx2.
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        LocalTokenNotFoundError,
+    )
+
+    api = HfApi(library_name="sfumato")
+    operations = [CommitOperationAdd(name, path_or_fileobj=file) for name, file in files.items()]
+    try:
+        address = api.create_repo(repo, private=not public, exist_ok=True)
+        api.create_commit(repo, operations, commit_message=message)
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        code = error.response.status_code if isinstance(error, HfHubHTTPError) else 401
+        told = {
+            401: "no token is known to it, or an old one: run `hf auth login`, or set HF_TOKEN",
+            403: "your token may not write there: check the name, and that it is a write token",
+        }
+        why = told.get(code, f"it answered {code}; try again later")
+        raise ValueError(f"the hub refused the upload to {repo}: {why}") from error
+    except (HTTPError, OSError) as error:
+        raise ValueError(
+            f"the hub cannot be reached ({type(error).__name__}), so {repo} may lack the "
+            "upload; check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and push again"
+        ) from error
+    return str(address)

@@ -33,6 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "clip": set(),
     "conditions": {"catalog", "diffusion"},
     "check_objective": set(),
+    "card": {"catalog", "conditions"},
     "models": {"diffusion", "clip"},
     "rewards": {"diffusion", "clip"},
     "data": {"diffusion"},
@@ -49,7 +50,10 @@ ROOMS["report"] = ROOMS["evaluation"] | {"evaluation"}
 ROOMS["launch"] = ROOMS["preparation"] | {"preparation"}
 ROOMS["migrate"] = ROOMS["compose"] | {"compose"}
 ROOMS["demo"] = ROOMS["report"] | {"report", "preparation", "launch"}
-ROOMS["cli"] = ROOMS["demo"] | {"demo", "migrate", "planning"}
+ROOMS["publish"] = ROOMS["evaluation"] | {"evaluation"}
+ROOMS["api"] = ROOMS["evaluation"] | {"evaluation"}
+ROOMS["__init__"] = {"api"}
+ROOMS["cli"] = ROOMS["demo"] | {"demo", "migrate", "planning", "publish"}
 ROOMS["__main__"] = {"cli"}
 
 # Objectives know models and rewards through their contracts, not one family.
@@ -107,7 +111,7 @@ CROSSINGS: dict[str, tuple[str, ...]] = {
 
 TENSOR_ROOMS = (
     *("models", "clip", "rewards", "objectives", "training", "run", "evaluation", "demo", "images"),
-    *("weights", "precision"),
+    *("weights", "precision", "api"),
     *(
         "planning",
         "preparation.encoder_hash",
@@ -136,7 +140,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),
     "huggingface_hub": (
-        ("hub", "models", "rewards", "run.identity"),
+        ("hub", "card", "models", "rewards", "run.identity"),
         "downloads belong in the rims",
     ),
     "safetensors": (
@@ -154,6 +158,8 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
         ("compose", "config", "migrate"),
         SETTINGS,
     ),
+    "bitsandbytes": (("training.optimizer",), "optimisers belong in training/optimizer.py"),
+    "prodigyopt": (("training.optimizer",), "optimisers belong in training/optimizer.py"),
     "wandb": (("training.tracking",), "trackers belong in training/tracking.py"),
     "resvg_py": (("demo",), "drawings are rendered in demo/emoji.py"),
     "lpips": (("evaluation.diversity",), "image features belong in evaluation/diversity.py"),

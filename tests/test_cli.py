@@ -525,7 +525,8 @@ def test_closed_streams_and_ascii_terminals_end_without_a_traceback(tmp_path: Pa
             ["qqq"],
             [
                 "unknown command 'qqq'",
-                "train, sample, evaluate, plan, prepare, launch, report, recipes, migrate, demo",
+                "train, sample, evaluate, plan, prepare, launch, report, recipes, migrate, "
+                "push, demo",
             ],
         ),
         (["train"], ["missing settings: data.prompts, model.pretrained"]),

@@ -44,7 +44,7 @@ TRAIN = f"""
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
     reward.{{predictor,resize,label,score,good,bad,version,preprocessing}}
     reward.{{path,url,timeout,metadata,cache}}
-    optimizer.{{lr,betas,eps,weight_decay,warmup_steps,schedule,max_grad_norm}}
+    optimizer.{{kind,lr,options,warmup_steps,schedule,max_grad_norm}}
     training.{{max_steps,micro_batch_size,global_batch_size,precision,strategy,compile,ema_decay}}
     training.{{async_checkpoints,peak_tflops,checkpoint_every_steps,keep_checkpoints,max_time}}
     training.{{seed,tensorboard,wandb_project}}

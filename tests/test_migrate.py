@@ -419,7 +419,7 @@ def test_a_value_is_converted(name: str, values: dict[str, Any], expected: dict[
         ("ddpo", "negative_prompts", ["ugly", "blurred"]),
         ("ddpo", "per_prompt_stat_tracking_buffer_size", 32),
         ("alignprop", "truncated_rand_backprop_minmax", [1]),
-        ("alignprop", "train_use_8bit_adam", True),
+        ("alignprop", "train_use_8bit_adam", "yes"),
         ("alignprop", "resume_from", "checkpoints/checkpoint_3"),
     ],
 )

@@ -130,7 +130,7 @@ def test_mirrored_pictures_are_stored_as_well(sd_folder: Path):
 
 def test_memory_is_that_of_weights_optimizer_and_average(sd_folder: Path):
     recipe, blueprint = drawn(*SMALL, *FULL, f"model.pretrained={sd_folder}")
-    found = memory.held(blueprint, recipe.training, 1, 4)
+    found = memory.held(blueprint, recipe.training, 1, 4, recipe.optimizer)
     config = ModelConfig(pretrained=str(sd_folder), trainable="full", reference=False)
     model: Any = load_model(config)
     named = model.trainable()
@@ -157,7 +157,17 @@ def held(folder: Path, *settings: str) -> dict[str, Any]:
     config, found = drawn(*small, *settings)
     training = config.training
     accumulation = training.global_batch_size // (training.micro_batch_size * config.gpus)
-    return vars(memory.held(found, training, config.gpus, accumulation))
+    return vars(memory.held(found, training, config.gpus, accumulation, config.optimizer))
+
+
+def test_the_state_of_another_optimiser_is_counted(sd_folder: Path):
+    whole = held(sd_folder)["optimizer"]
+    assert held(sd_folder, "optimizer.kind=prodigy", "optimizer.lr=1")["optimizer"] == 2 * whole
+    assert 0 < held(sd_folder, "optimizer.kind=adafactor")["optimizer"] < 0.3 * whole
+    assert held(sd_folder, "optimizer.kind=sgd")["optimizer"] == 0
+    own = ["optimizer.kind=own", "optimizer.path=a.py:B"]
+    with pytest.raises(ValueError, match="code of your own, which sfumato plan does not run"):
+        planned(*SMALL, *FULL, f"model.pretrained={sd_folder}", *own)
 
 
 def test_ranks_share_weights_gradients_moments_and_average(sd_folder: Path):
@@ -316,10 +326,12 @@ def test_the_two_largest_blocks_are_whole_and_what_lies_outside_is_one(
     sizes = sorted(bytes_of(block) for block in whole.model.blocks_of(network))
     outside = bytes_of(network) - sum(sizes)
     assert outside < sizes[-2]
-    gathered = memory.held(whole, config.training, 16, 1).gathered
+    gathered = memory.held(whole, config.training, 16, 1, config.optimizer).gathered
     assert gathered == sizes[-1] + sizes[-2]
     monkeypatch.setattr(type(whole.model), "blocks", ("mid_block",))
-    assert memory.held(whole, config.training, 16, 1).gathered == bytes_of(network)
+    assert memory.held(whole, config.training, 16, 1, config.optimizer).gathered == bytes_of(
+        network
+    )
 
 
 @pytest.mark.parametrize(("gpus", "copies"), [(4, 4), (8, 8), (64, 8)])

@@ -135,7 +135,7 @@ def differences(
     learning rate falls towards it.
     """
     # Every part of a reward is saved with its kind: one without is not there.
-    known = {k: v for k, v in defaults.items() if v != MISSING and not k.endswith(".kind")}
+    known = {k: v for k, v in defaults.items() if v != MISSING and not _names_a_part(k)}
     before, now = known | dict(saved), known | dict(new)
     stretched = new.get("optimizer.schedule") in ("linear", "cosine")
     return {
@@ -144,6 +144,10 @@ def differences(
         if before.get(key) != now.get(key)
         and (not _may_change(key) or (stretched and key == "training.max_steps"))
     }
+
+
+def _names_a_part(key: str) -> bool:
+    return key.endswith(".kind") and key != "optimizer.kind"
 
 
 def _may_change(key: str) -> bool:

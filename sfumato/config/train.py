@@ -39,6 +39,7 @@ _NAMES = (
 )
 SCHEDULERS = tuple(f"{name}Scheduler" for name in _NAMES.split())
 FLOW_SCHEDULERS = SCHEDULERS[:1]
+OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "muon", "prodigy", "sgd", "own")
 
 
 @dataclass
@@ -222,15 +223,18 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with warm-up."""
+    """The optimiser, and its learning rate: a warm-up, then a schedule."""
 
-    lr: float = setting(1e-4, POSITIVE)
+    kind: str = choice(*OPTIMIZERS)  # docs/optimizers.md
+    path: str | None = None  # of kind=own: FILE.py:CLASS or package.module:CLASS
+    lr: float = setting(1e-4, POSITIVE)  # of prodigy 1: a factor of the rate that it finds
     betas: list[float] = setting([0.9, 0.999], FRACTION)
     eps: float = setting(1e-8, NOT_NEGATIVE)
     weight_decay: float = setting(0.0, NOT_NEGATIVE)
     warmup_steps: int = setting(10, NOT_NEGATIVE)
     schedule: str = choice("constant", "linear", "cosine")  # of lr, after the warm-up
     max_grad_norm: float = setting(10.0, POSITIVE)
+    options: dict[str, Any] = field(default_factory=dict)  # NAME: VALUE, of the class alone
 
 
 @dataclass

@@ -39,6 +39,7 @@ CHOICES = {
         },
     ),
     "inductor": ("training.compile", {"regional": ("True",), "none": ("False",)}),
+    "adam_bits": ("optimizer.kind", {"adamw": ("False",), "adamw_8bit": ("True",)}),
     "fsdp": ("training.strategy", {"fsdp": ("True",), "ddp": ("False",)}),
     "unet": ("model.network.config", {"sd1": ("768",), "sd2": ("1024",)}),
     "validation": ("validation.every_steps", {0: ("0",)}),

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sfumato.config import TrainingConfig
+from sfumato.config import OptimizerConfig, TrainingConfig
 from sfumato.planning.blueprint import Blueprint
 from sfumato.planning.step import StepCost
+from sfumato.training.optimizer import state_bytes, tables_of
 from sfumato.training.sharding import copy_size
 
 USABLE = 0.92  # of the memory; CUDA, NCCL, workspaces and the allocator's gaps take the rest
 GPUS_OF_A_MACHINE = 8  # share one copy under hsdp, if shard_size is not set
-MOMENTS = 2  # of AdamW
 LARGEST = 4096  # rows that are tried
 
 
@@ -55,7 +55,13 @@ class Held:
         return cost.activations if self.gradients is not None else cost.with_gradients
 
 
-def held(blueprint: Blueprint, training: TrainingConfig, gpus: int, accumulation: int) -> Held:
+def held(
+    blueprint: Blueprint,
+    training: TrainingConfig,
+    gpus: int,
+    accumulation: int,
+    optimizer: OptimizerConfig,
+) -> Held:
     """Return the bytes that one of several GPUs holds.
 
     Args:
@@ -66,6 +72,8 @@ def held(blueprint: Blueprint, training: TrainingConfig, gpus: int, accumulation
     sharded = bytes_of(nn.ModuleList(model.shards()))
     reward = sum(map(bytes_of, blueprint.rewards))
     copies = shards(training, gpus)
+    moved = [each for each in model.trained.parameters() if each.requires_grad]
+    moments = state_bytes(moved, optimizer, tables_of(model.trained))
     off_device = training.ema_decay is None or training.ema_on_cpu
     return Held(
         weights=_share(weights, copies),
@@ -74,7 +82,7 @@ def held(blueprint: Blueprint, training: TrainingConfig, gpus: int, accumulation
         reward=reward,
         gathered=_gathered(blueprint) if copies > 1 else 0,
         gradients=_gradients(4 * trained, gpus, copies, accumulation),
-        optimizer=_share(4 * MOMENTS * trained, copies),
+        optimizer=_share(moments, copies),
         ema=0 if off_device else _share(4 * trained, copies),
         old=_share(4 * trained, copies) if blueprint.objective.needs_old else 0,
     )

@@ -89,7 +89,7 @@ def _held(first: Memory, second: Memory) -> dict[str, tuple[int, int]]:
         "reward, frozen": "reward",
         "gathered blocks": "gathered",
         "gradients": "gradients",
-        "AdamW's moments": "optimizer",
+        "optimiser's state": "optimizer",
         "moving average": "ema",
         "old policy": "old",
     }

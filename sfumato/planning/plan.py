@@ -142,6 +142,11 @@ def check_plan(config: PlanConfig) -> None:
             f"objective={config.objective.kind} trains {config.objective.trains}s, and sfumato "
             "plan counts the costs of text-to-image models alone"
         )
+    if config.optimizer.kind == "own":
+        raise ValueError(
+            f"optimizer.path={config.optimizer.path!r} is code of your own, which sfumato "
+            "plan does not run: it cannot tell the bytes of its state; set optimizer.kind=adamw"
+        )
     check_train(config, config.gpus)
 
 
@@ -174,7 +179,7 @@ def memory_of(config: PlanConfig, blueprint: Blueprint) -> Memory:
 
     def holding(rows: int) -> Held:
         accumulation = -(-training.global_batch_size // (rows * config.gpus))
-        return held(blueprint, training, config.gpus, accumulation)
+        return held(blueprint, training, config.gpus, accumulation, config.optimizer)
 
     rows, memory = training.micro_batch_size, GPUS[config.gpu].memory
     largest = None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.card import CARD, MARKS, hub_id, licence_of, model_card
 from sfumato.config import ModelConfig, TrainConfig
 from sfumato.data.sample import Sample
 from sfumato.diffusion.randomness import Rng
@@ -75,10 +76,20 @@ def export_run(
             lines = export_autoencoder(config, path, folder.export, device)
         else:
             lines = export(config, path, folder.export, device, prompts[0], load or load_model)
+            write_cards(config, folder.export, step_of(path))
         done = {"step": step_of(path), **origin, "exports": lines}
         write_text(note, json.dumps(done, indent=2) + "\n")
     for line in [f"exported is step {done['step']}", *done["exports"]]:
         print(f"  {line}")
+
+
+def write_cards(config: TrainConfig, folder: Path, step: int) -> None:
+    """Write a model card into each export that diffusers reads."""
+    base = config.model.pretrained
+    for name, mark in MARKS.items():
+        if (folder / name / mark).is_file():
+            card = model_card(config, name, step, base=hub_id(base), licence=licence_of(base))
+            write_text(folder / name / CARD, card)
 
 
 def chosen_checkpoint(config: TrainConfig, folder: RunFolder) -> Path:

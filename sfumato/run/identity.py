@@ -39,7 +39,7 @@ def contents_of(
     run: Path,
     *,
     started: bool = False,
-    sections: Collection[str] = ("model", "reward", "data", "validation"),
+    sections: Collection[str] = ("model", "reward", "data", "validation", "optimizer"),
 ) -> dict[str, str]:
     """Return a digest of what lies at each path that the settings name.
 

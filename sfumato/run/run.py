@@ -32,6 +32,7 @@ from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
 from sfumato.training.guards import Verdict
 from sfumato.training.loop import Outcome, fit
+from sfumato.training.optimizer import try_optimizer
 from sfumato.training.stop import StopWatch
 from sfumato.training.tracking import check_trackers, read_metrics
 
@@ -60,6 +61,7 @@ def train(
     folder = RunFolder.of(config)
     check_trackers(config.training)
     check_own(config, own)
+    try_optimizer(config.optimizer, distribution.device)
     say = distribution.is_main
     own_model = own.load is not None or config.objective.trains != "model"
     limits = None if own_model else check_model(config, folder, typed, say=say)

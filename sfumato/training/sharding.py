@@ -2,6 +2,8 @@
 
 from sfumato.config import TrainConfig, TrainingConfig
 
+ELEMENTWISE = ("adamw", "sgd")  # optimisers that move each number by itself
+
 
 def copy_size(training: TrainingConfig, processes: int, per_machine: int) -> int:
     """Return how many processes share one copy of the trained weights; 1 if each has its own.
@@ -35,6 +37,12 @@ def check_sharding(config: TrainConfig, processes: int) -> None:
     if training.strategy == "ddp" or processes == 1:
         return
     copy_size(training, processes, per_machine=1)
+    if (kind := config.optimizer.kind) not in ELEMENTWISE:
+        raise ValueError(
+            f"optimizer.kind={kind} does not work with training.strategy={training.strategy}: it "
+            "reads whole matrices, blocks or sums of all weights, and a process holds a shard; set "
+            "optimizer.kind=adamw, or training.strategy=ddp"
+        )
     if config.model.channels_last:
         raise ValueError(
             f"model.channels_last=true does not work with training.strategy={training.strategy}, "

@@ -17,7 +17,14 @@ from sfumato.training.ema import Ema, Shadow
 from sfumato.training.flops import Meter
 from sfumato.training.guards import Guards
 from sfumato.training.module import Trainee
-from sfumato.training.optimizer import build_optimizer
+from sfumato.training.optimizer import (
+    NUMBER,
+    build_optimizer,
+    numbers_of,
+    set_rate,
+    state_of,
+    tables_of,
+)
 from sfumato.weights import differences
 
 ADVICE = "restore the model's settings in config.yaml, or choose another name for a run (name=...)"
@@ -44,7 +51,10 @@ class TrainState:
             every=training.ema_every_steps,
             on_cpu=training.ema_on_cpu,
         )
-        self.optimizer = build_optimizer(list(self.parameters.values()), config.optimizer)
+        self.optimizer = build_optimizer(
+            list(self.parameters.values()), config.optimizer, tables_of(model.trained)
+        )
+        self._numbers = numbers_of(self.optimizer)
         self.scaler = distribution.scaler
         self.meter = Meter(model, training, distribution)
         self.source = Source(config, objective, stream, distribution)
@@ -65,8 +75,7 @@ class TrainState:
         Returns:
             False if a gradient overflowed under fp16: then only the loss scale changes.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.ema.before_change()
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
@@ -91,10 +100,7 @@ class TrainState:
         All processes must call it; the other processes get empty tensors.
         """
         kept = self._keeps
-        moments: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
-                moments[f"{key}/{name}"] = whole(value, kept=kept)
+        moments = state_of(self.optimizer, self.parameters).items()
         state: dict[str, Any] = {
             "ema_updates": self.ema.updates,
             "data": self.source.stream.state(),
@@ -103,6 +109,10 @@ class TrainState:
         }
         if learned := self.objective.state():
             state["objective"] = learned
+        numbers = zip(numbers_of(self.optimizer), self._numbers, strict=True)
+        changed = [dict(sorted(now.items() - before.items())) for now, before in numbers]
+        if any(changed):
+            state["optimizer"] = changed
         if guarded := self.guards.state():
             state["guards"] = guarded
         rows, collected = self.source.snapshot(self.step)
@@ -116,7 +126,7 @@ class TrainState:
             step=self.step,
             weights={name: whole(p, kept=kept) for name, p in self.parameters.items()},
             ema=self.ema.snapshot(kept=kept),
-            optimizer=moments,
+            optimizer={name: whole(moment, kept=kept) for name, moment in moments},
             state=state,
             objective={
                 f"{kind}/{name}": each for kind in kinds for name, each in kinds[kind].items()
@@ -140,9 +150,14 @@ class TrainState:
             parameter.data.copy_(like(snapshot.weights[name], parameter))
         for key, value in snapshot.optimizer.items():
             kind, _, name = key.partition("/")
-            parameter = self.parameters[name]
-            moment = value.to(parameter.device) if value.ndim == 0 else like(value, parameter)
-            self.optimizer.state[parameter][kind] = moment
+            parameter, number = self.parameters[name], kind.removeprefix(NUMBER)
+            alike = value.shape == parameter.shape  # of a factor or a block it is not
+            moment = like(value, parameter) if alike else value.to(parameter.device)
+            self.optimizer.state[parameter][number] = moment if number == kind else value.item()
+        for group, numbers in zip(
+            self.optimizer.param_groups, snapshot.state.get("optimizer", []), strict=False
+        ):
+            group.update(numbers)
         self.source.stream.restore(snapshot.state["data"])
         self.scaler.load_state_dict(snapshot.state["scaler"])
         self.objective.restore(snapshot.state.get("objective", {}))
