@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def draw_grid(records: Sequence[RunRecord], out: Path, prompts: Sequence[int], noises: int) -> None:
-    """Draw the base model and each run at its last step: a row is a prompt, with the same noises."""
+    """Draw the base model and each run's last step: a row is a prompt, with the same noises."""
     columns = [("base model", _pictures(records[0], 0))]
     columns += [(record.name.replace("_", " "), _last(record)) for record in records]
     first = Image.open(columns[0][1][prompts[0], 0])

@@ -99,7 +99,9 @@ class Blueprint:
 
     def sampling(self, config: TrainConfig) -> "Blueprint":
         """Return the same networks, for a recipe of another number of sampling steps."""
-        return replace(self, objective=build_objective(config, self.reward))
+        objective = build_objective(config, self.reward)
+        objective.old = self.objective.old
+        return replace(self, objective=objective)
 
     def encoding_flops(self) -> int:
         """Return the FLOPs of encoding one image and its caption."""
