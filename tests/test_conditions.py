@@ -42,7 +42,7 @@ TRAIN = f"""
     objective.{{noise_offset,sample_latents,guidance_scale,start_scale,start,decoder_only}}
     objective.{{square_coeff,edge_coeff}}
     objective.settings reward reward.{{pretrained,processor,dtype,color,scale,parts}}
-    reward.{{predictor,resize,label,score,good,bad,version,preprocessing}}
+    reward.{{predictor,resize,label,sizes,score,good,bad,version,preprocessing}}
     reward.{{path,url,timeout,metadata,cache}}
     optimizer.{{kind,lr,options,warmup_steps,schedule,max_grad_norm}}
     training.{{max_steps,micro_batch_size,global_batch_size,precision,strategy,compile,ema_decay}}
@@ -61,7 +61,7 @@ ALWAYS = {
         prompts num_images seed batch_size features allow_pickle allow_changed {FILES}
         model.variant reward reward.{{pretrained,processor,dtype,color,scale,parts}}
         reward.{{path,url,timeout,metadata,cache}}
-        reward.{{predictor,resize,label,score,good,bad,version,preprocessing}}
+        reward.{{predictor,resize,label,sizes,score,good,bad,version,preprocessing}}
         reward.parts.NAME.{{pretrained,processor,predictor,path,url}}
         reward.{{standardise,gradients}}
         validation.rewards validation.rewards.NAME.{{pretrained,processor,predictor,path,url}}

@@ -448,7 +448,6 @@ def test_a_wrong_part_is_named(part: str, expected: str):
                 ("sampler.kind", "sampler"),
                 ("sampler.karras", "sampler"),
                 ("optimizer.name", "optimizer"),
-                ("optimizer.kind", "optimizer"),
                 ("model.lora.bias", "model.lora"),
             )
         ),

@@ -8,6 +8,7 @@ import pytest
 from sfumato.evaluation.manifest import check_alike, difference, surroundings
 from sfumato.evaluation.measures import metric_label
 from sfumato.evaluation.results import Evaluation, Metric, at_equal_reward
+from sfumato.evaluation.study import _by_content
 
 MANIFEST: dict[str, Any] = {
     "prompts": ["a star", "a ring"],
@@ -109,3 +110,11 @@ def test_the_manifest_of_a_metric_is_of_images_and_network() -> None:
     metric = Metric(0.5, MANIFEST["metric"])
     one = Evaluation(0, None, None, 0.1, "d", settings={"seed": 1}, metrics={"kid": metric})
     assert one.manifest("kid") == {"seed": 1, "metric": MANIFEST["metric"]}
+
+
+def test_settings_that_older_evaluations_lack_are_left_out_at_their_default() -> None:
+    old = {"kind": "classifier", "label": "cat", "parts": {"a": {"kind": "clip"}}}
+    new = {**old, "sizes": [], "parts": {"a": {"kind": "clip", "score": "model"}}}
+    assert _by_content(new, "reward.", {}) == _by_content(old, "reward.", {}) == old
+    other = {**old, "sizes": [96], "parts": {"a": {"kind": "clip", "score": "cosine"}}}
+    assert _by_content(other, "reward.", {}) == other

@@ -88,7 +88,7 @@ def test_an_old_policy_is_one_more_copy_of_what_is_trained(
     settings = [f"model.trainable={trainable}", "model.reference=true"]
     config = of_method(sd_folder, method, *settings, "training.global_batch_size=16")
     blueprint = read_blueprint(config)
-    found = held(blueprint, config.training, 1, 1)
+    found = held(blueprint, config.training, 1, 1, config.optimizer)
     size = sum(4 * parameter.numel() for parameter in blueprint.model.trainable().values())
     assert found.old == (size if method == "nft" else 0)
     assert found.total == replace(found, old=0).total + found.old

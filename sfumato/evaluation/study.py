@@ -19,7 +19,8 @@ IMAGES = "images"
 HeldOut = Callable[[Tensor, Sequence[str]], Tensor]
 NOT_OF_IMAGES = ("training_steps", "training_spacing", "prompt_cache")  # of a sampler's settings
 NEWER = ("solver", "guidance_interval", "negative_prompt", "scheduler")
-ADDED = ("score", "model")  # of a reward's settings, which evaluations of older versions lack
+# Of a reward's settings, with their defaults; evaluations of older versions lack them.
+ADDED: Sequence[tuple[str, Any]] = (("score", "model"), ("sizes", []))
 
 
 @dataclass(frozen=True)
@@ -122,5 +123,5 @@ def _by_content(
         if isinstance(value, dict)
         else ("by content" if typed(f"{prefix}{key}") in contents else value)
         for key, value in settings.items()
-        if (key, value) != ADDED
+        if (key, value) not in ADDED
     }
