@@ -70,15 +70,13 @@ def draw_curves(records: Sequence[RunRecord], out: Path) -> None:
     equal = {record.name: step for record, step in steps_at_equal_reward(records, base)}
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for record in records:
-        curve = [one for one in from_base(record, base) if one.reward is not None]
-        line = axes.plot(
-            [one.reward for one in curve],
-            [one.diversity for one in curve],
-            marker=".",
-            label=record.name.replace("_", " "),
-        )
-        for one in (one for one in curve if one.step == equal.get(record.name)):
-            axes.plot(one.reward, one.diversity, "o", ms=11, mfc="none", mec=line[0].get_color())
+        curve = [(one.step, one.reward or 0.0, one.diversity) for one in from_base(record, base)]
+        _, rewards, diversities = zip(*curve, strict=True)
+        name = record.name.replace("_", " ")
+        line = axes.plot(rewards, diversities, marker=".", label=name)
+        for step, reward, diversity in curve:
+            if step == equal.get(record.name):
+                axes.plot(reward, diversity, "o", ms=11, mfc="none", mec=line[0].get_color())
     axes.set_xlabel("reward")
     axes.set_ylabel(base.diversity_label)
     axes.spines[["top", "right"]].set_visible(False)

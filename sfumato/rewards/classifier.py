@@ -55,7 +55,7 @@ class ClassifierReward(Reward):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.views = tuple(views)
-        self.index = index
+        self.index, self.labels = index, len(names)
         self.texts = texts_of(names)
         choices = sorted(map(re.escape, self.texts), key=len, reverse=True)  # the longest wins
         self.pattern = re.compile(rf"(?<!\w)(?:{'|'.join(choices)})(?!\w)")
@@ -127,7 +127,7 @@ class ClassifierReward(Reward):
 
     def goals(self, prompts: Sequence[str]) -> Float[Tensor, "b labels"]:
         """Return, for each prompt, 0 at its labels and minus infinity elsewhere."""
-        found = torch.full((len(prompts), self.model.config.num_labels), -torch.inf)
+        found = torch.full((len(prompts), self.labels), -torch.inf)
         for row, prompt in zip(found, prompts, strict=True):
             row[self.named(prompt) if self.index is None else self.index] = 0
         return found
