@@ -1,6 +1,5 @@
 """Prepared folders in a store: read as from a disk, through a bounded cache, whatever happens."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import fsspec
 import pytest
 import torch
 from prepared import pictures, toy_identity, write_cache, write_prepared
+from runs import assert_same_state, in_child, kill, last_state, on_call, start
+from toy import use_toy
 
 from sfumato.config import ShardDataConfig
 from sfumato.data.epochs import RowPick
@@ -104,3 +105,60 @@ def test_a_stream_goes_on_from_a_disk_in_a_store_and_back(
         stream.restore(state)
         assert same(stream.next(9, 0, 9), whole.next(9, 0, 9))
         state = stream.state()
+
+
+# --- Training
+
+
+def overrides(path: object, tmp_path: Path, name: str) -> list[str]:
+    return [
+        f"runs_dir={tmp_path / 'runs'}",
+        f"name={name}",
+        *("model.pretrained=toy", "model.trainable=full", "objective=supervised"),
+        f"data.shards.path={path}",
+        f"data.shards.cache_dir={tmp_path / 'cache'}",
+        *("data.shards.flip=true", "data.shards.captions=random", "data.shards.buffer=3"),
+        *("sampler.num_inference_steps=2", "training.max_steps=8", "optimizer.lr=0.01"),
+        *("training.micro_batch_size=2", "training.global_batch_size=6"),
+        *("training.checkpoint_every_steps=2", "training.tensorboard=false"),
+        *("validation.num_images=1", "validation.loss_images=2", "validation.every_steps=4"),
+        "verify=false",
+    ]
+
+
+def test_training_from_a_store_that_is_killed_twice_ends_as_from_a_disk(
+    folder: Path, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise. The run may go on from the disk, too, as the samples are the same."""
+    use_toy(monkeypatch)
+    start(overrides(folder, tmp_path, "disk"))
+    for path, step in ((stored, 3), (folder, 3), (stored, 2)):
+
+        def run(path: object = path, step: int = step) -> None:
+            on_call(step, kill, "take_step")
+            start(overrides(path, tmp_path, "store"))
+
+        assert in_child(run) == -9
+    start(overrides(stored, tmp_path, "store"))
+    assert_same_state(tmp_path / "runs" / "store", tmp_path / "runs" / "disk")
+    assert last_state(tmp_path / "runs" / "store").step == 8
+    written = "".join(
+        file.read_text(errors="replace")
+        for file in (tmp_path / "runs" / "store").rglob("*")
+        if file.suffix in {".yaml", ".json", ".jsonl"}
+    )
+    assert stored in written and str(tmp_path / "cache" / "0") not in written
+
+
+def test_a_run_does_not_go_on_with_other_samples_in_a_store(
+    folder: Path, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_toy(monkeypatch)
+    few = [text.replace("max_steps=8", "max_steps=2") for text in overrides(stored, tmp_path, "a")]
+    start(few)
+    write_prepared(tmp_path / "other", pictures(COUNT + 1, captions=3))
+    for path in (tmp_path / "other", "memory://bucket/other"):
+        if not isinstance(path, Path):
+            fsspec.filesystem("memory").put(f"{tmp_path}/other/", "/bucket/other/", recursive=True)
+        with pytest.raises(ValueError, match="have other samples than the run was started with"):
+            start(overrides(path, tmp_path, "a"))

@@ -13,7 +13,6 @@ import numpy as np
 
 from sfumato.diffusion.randomness import derive
 
-
 AHEAD = 2  # shards behind a window that are told with it, at least
 
 
@@ -175,7 +174,6 @@ class ShardEpochs(Epochs):
             order = permutation(len(rows), derive(self._own_seed, "window", epoch, window))
             shards, rows = shards[order], rows[order]
         return shards, rows
-
 
     def _upcoming(self, epoch: int, window: int) -> list[int]:
         """Return the shards of a window, and of as many windows behind it as have `AHEAD`."""

@@ -1,8 +1,9 @@
 """Disk cache of objects of a store, bounded, which all processes of a machine share.
 
-A whole file has the name of its content, and an unfinished one `.part` behind it. Whoever reads a file
-holds a shared lock (flock) on it, and whoever writes it a lock of its own. The least recently used file
-that nobody holds goes first. A killed process holds nothing, and what it left unfinished goes like others.
+A whole file has the name of its content, and an unfinished one `.part` behind it. Whoever reads a
+file holds a shared lock (flock) on it, and whoever writes it a lock of its own. The least recently
+used file that nobody holds goes first. A killed process holds nothing; what it left unfinished is
+written again, or goes like others.
 """
 
 import errno

@@ -1,9 +1,9 @@
 """Objects of a store (s3://, gs://, hf://, https://) as files on this machine.
 
-An address of prepared data is opened by fsspec, and its objects are read in ranges, each tried again
-after a cut. `Store.hold` is the one door: where a reader would open a file of a folder, it holds the
-local file of an object, which lies in the cache, whole and compared with its SHA-256. Reading ahead is
-holding early, in the seeded order of the data, so that nothing else knows of stores.
+An address of prepared data is opened by fsspec, and its objects are read in ranges, each tried
+again after a cut. `Store.hold` is the one door: where a reader would open a file of a folder, it
+holds the local file of an object, whole and compared with its SHA-256, in a cache on the disk.
+Reading ahead is holding early, in the seeded order of the data, and nothing else knows of stores.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def check_address(key: str, address: str) -> None:
         shown = re.sub(r"^.*@", "***@", rest, flags=re.DOTALL)
         shown = re.sub(r"\?.*", "?***", shown, flags=re.DOTALL)
         raise ValueError(
-            f"{key}={scheme}://{shown} may hold credentials, which a run folder must not have; give "
+            f"{key}={scheme}://{shown} may hold credentials, which no run folder must hold; give "
             f"the address without {'a name or a password' if has_name else 'a query'}, and the "
             "credentials as the library of the store reads them (docs/prepare.md)"
         )
@@ -178,8 +178,7 @@ class Store:
     def _size(self, name: str) -> int | None:
         try:
             return self._system.info(f"{self._root}/{name}").get("size")
-        except Exception as error:
-            _LOGGER.debug("%s/%s has no size: %s", self.address, name, type(error).__name__)
+        except Exception:  # noqa: BLE001, the libraries share no class of errors
             return None
 
     def _cat(self, name: str, start: int | None, stop: int | None) -> bytes:
@@ -202,8 +201,8 @@ class Store:
                 return ask()
             except StoreError:
                 raise
-            except Exception as error:
-                # The texts of libraries are never shown, as they may hold signed addresses.
+            except Exception as error:  # noqa: BLE001, the libraries share no class of errors
+                # Their texts are never shown, as they may hold signed addresses.
                 reason, refusal = _reason(error), _refusal(error, self.address)
             if refusal is not None:
                 raise StoreError(f"{self.address}/{name} {refusal}")
@@ -212,8 +211,8 @@ class Store:
             _LOGGER.warning("%s/%s: %s; it is tried again", self.address, name, reason)
             time.sleep(pause)
         raise StoreError(
-            f"{self.address}/{name} cannot be read ({reason}), tried {len(PAUSES) + 1} times; check "
-            "that the store can be reached, and run the same command again"
+            f"{self.address}/{name} cannot be read ({reason}), tried {len(PAUSES) + 1} times; "
+            "check that the store can be reached, and run the same command again"
         )
 
 

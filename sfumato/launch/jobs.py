@@ -226,7 +226,7 @@ def value_of(settings: Any, key: str) -> str | None:
 
 
 def _exists(value: str, hub: bool) -> bool:
-    """Return whether a path exists, or is a pattern, a hub id or an address, as these are not known.
+    """Return whether a path exists; a pattern, a hub id and an address are not looked up.
 
     Args:
         hub: whether the value may be a hub id.

@@ -183,7 +183,5 @@ def open_folder(path: str, config: ShardDataConfig) -> PreparedFolder:
     if not is_address(path):
         return PreparedFolder(Path(path).expanduser())
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sfumato" / "shards"
-    cache = ShardCache(
-        Path(config.cache_dir or home).expanduser(), round(config.cache_gb * 10**9)
-    )
+    cache = ShardCache(Path(config.cache_dir or home).expanduser(), round(config.cache_gb * 10**9))
     return PreparedFolder(Path(path), store=Store(path, cache))

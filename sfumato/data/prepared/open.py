@@ -126,9 +126,7 @@ def open_shards(
     if config.workers and any(source.load is not None for source in sources):
         early = Forerunner(folders.load, _FETCHERS)
     order = _order(config, sources, choices, seed, early)
-    return OrderedStream(
-        order, folders.read, log, workers=config.workers, prefetch=config.prefetch
-    )
+    return OrderedStream(order, folders.read, log, workers=config.workers, prefetch=config.prefetch)
 
 
 def first_samples(

@@ -161,7 +161,9 @@ class TarReader:
         tar = self._tars.get(pick.shard)
         member = tar.members[pick.bucket][pick.row]
         blob = SpanBlob(tar.file.path, member.offset, member.size)
-        entry = Entry(self._selected.tar(pick.shard), f"{member.key}.{member.suffix}", member.captions, blob)
+        entry = Entry(
+            self._selected.tar(pick.shard), f"{member.key}.{member.suffix}", member.captions, blob
+        )
         return self._selected.choices.sample(entry, pick.bucket, pick.seed)
 
     def _load(self, shard: int) -> _Tar:
