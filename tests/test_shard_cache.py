@@ -235,9 +235,7 @@ def test_a_cache_too_small_for_what_is_in_use_is_refused(
 ) -> None:
     for buffer, gigabytes in ((2, 1e-5), (100, 1e-4)):
         config = settings(many[1], tmp_path, buffer=buffer, cache_gb=gigabytes)
-        with pytest.raises(
-            StoreError, match=r"data\.shards\.cache_gb=1e-0\d is too small"
-        ) as error:
+        with pytest.raises(StoreError, match=r"data\.shards\.cache_gb=\S+ is too small") as error:
             opened(config)
         assert f"data.shards.buffer={buffer}" in str(error.value)
 
@@ -258,7 +256,7 @@ def test_shards_are_told_ahead_in_their_order() -> None:
         assert pick.shard in told[-1]
         if len(told) > windows and windows:
             assert pick.shard in told[-2], "it was told with the window before"
-            assert len(told[-1]) > AHEAD or len(told[-1]) == sum(map(bool, counts))
+        assert len(told[-1]) >= AHEAD
         order.append(pick.shard)
     assert all(1 not in shards for shards in told), "it has no sample"
 

@@ -9,7 +9,6 @@ from prepared import pictures, toy_identity, write_cache, write_prepared
 from store_server import StoreServer
 from test_store import COUNT, opened, same, settings
 
-from sfumato.check import check_train
 from sfumato.compose import compose_train
 from sfumato.data import store
 from sfumato.data.shard_cache import StoreError
@@ -74,7 +73,7 @@ def test_what_passes_is_read_again(
         ("cut", ["ClientPayloadError", "tried 3 times", "run the same command again"]),
         ("500", ["status 500", "tried 3 times"]),
         ("slow", ["Timeout", "tried 3 times"]),
-        ("403", ["access is denied", "Give the credentials"]),
+        ("403", ["access is denied", "give the credentials"]),
         ("401", ["access is denied"]),
         ("404", ["is not there", "check the address"]),
         ("redirect", ["another host, http://127.0.0.2", "give its address"]),
@@ -95,7 +94,8 @@ def test_what_stays_is_named(
             assert part in str(error.value)
         assert "secret" not in str(error.value)
     server.faults.clear()
-    assert len(stream.next(COUNT, 0, COUNT)) == COUNT, "the same batch, once the store is mended"
+    if not workers:  # threads have read it ahead
+        assert len(stream.next(COUNT, 0, COUNT)) == COUNT, "the batch, once the store is mended"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_damaged_record_is_named_by_its_address_and_asked_for_again(
             rows = opened(config).next(COUNT, 0, COUNT)
         except ValueError as error:
             assert server.address in str(error) and record in str(error)
-            assert str(tmp_path) not in str(error)
+            assert str(tmp_path) not in str(error) and "//127" in str(error)
         else:
             break
     assert len(rows) == COUNT
@@ -156,9 +156,8 @@ BASE = ("model.pretrained=M", "objective=supervised", "sampler.height=16", "samp
 )
 @pytest.mark.parametrize("key", ["data.shards.path", "data.shards.sources.a.path"])
 def test_credentials_in_an_address_are_refused_and_not_shown(address: str, key: str) -> None:
-    config, _ = compose_train([*BASE, f'{key}="{address}"'])
     with pytest.raises(ValueError, match="may hold credentials") as error:
-        check_train(config, 1)
+        compose_train([*BASE, f"{key}={address}"])
     assert key in str(error.value)
     assert "wJalr" not in str(error.value) and "=secret" not in str(error.value)
     assert ":secret" not in str(error.value)
@@ -169,13 +168,13 @@ def test_credentials_in_an_address_are_refused_and_not_shown(address: str, key: 
 )
 def test_addresses_are_accepted_before_they_are_read(address: str) -> None:
     config, _ = compose_train([*BASE, f"data.shards.path={address}"])
-    check_train(config, 1)
+    assert config.data.shards.path == address
 
 
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("s4://bucket/folder", "no store that fsspec knows"),
+        ("s4://bucket/folder", "fsspec knows no s4://; give one of s3://"),
         ("oss://bucket/folder", "not installed; pip install 'sfumato"),
     ],
 )
@@ -186,9 +185,8 @@ def test_unknown_stores_are_named(tmp_path: Path, address: str, said: str) -> No
 
 @pytest.mark.parametrize("address", ["://bucket", "simplecache::s3://bucket/a", "s3://", "S3://b"])
 def test_what_is_no_address_is_refused(address: str) -> None:
-    config, _ = compose_train([*BASE, f'data.shards.path="{address}"'])
     with pytest.raises(ValueError, match="is no address of a store"):
-        check_train(config, 1)
+        compose_train([*BASE, f"data.shards.path={address}"])
 
 
 # --- A real client of S3
@@ -229,7 +227,10 @@ def test_rows_from_s3_are_those_from_a_disk(
         for _ in range(3):
             assert same(ours.next(COUNT, 0, COUNT), theirs.next(COUNT, 0, COUNT))
     system.rm("bucket/a/folder/shards/00001.tar")
-    with pytest.raises(ValueError, match=r"00001\.tar is missing, though index\.json lists it"):
+    with pytest.raises(
+        ValueError,
+        match=r"s3://bucket/a/folder/shards/00001\.tar is missing, though index\.json lists it",
+    ):
         opened(settings("s3://bucket/a/folder", tmp_path))
     for missing in ("s3://bucket/b", "s3://other/a"):
         with pytest.raises(StoreError, match=rf"{missing}/index\.json is not there"):

@@ -182,9 +182,8 @@ class ShardEpochs(Epochs):
         for shards in chain(later, self._windows(epoch + 1)[1]):
             if len(behind) >= AHEAD:
                 break
-            behind += shards.tolist()
-        shards = dict.fromkeys([*own.tolist(), *behind])
-        return [shard for shard in shards if self._counts[shard]]
+            behind += shards[self._counts[shards] > 0].tolist()
+        return list(dict.fromkeys([*own[self._counts[own] > 0].tolist(), *behind]))
 
 
 def permutation(count: int, seed: int) -> np.ndarray:

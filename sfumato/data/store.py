@@ -29,6 +29,7 @@ _WITH_REVISION = "hf"  # its addresses name a revision behind an @
 _INDEX = "index.json"
 _DOWNGRADE = ("https", "http")
 AGAIN = "upload the prepared folder again, index.json last"
+_CREDENTIALS = "give the credentials as its library reads them"
 _HOW = {
     "s3": " (AWS_PROFILE, AWS_ACCESS_KEY_ID or ~/.aws, and AWS_ENDPOINT_URL)",
     "gs": " (gcloud auth application-default login)",
@@ -122,6 +123,7 @@ class Store:
         if self.address.startswith(("http:", "https:")):
             return None
         path = f"{self._root}/{folder}"
+        self._system.invalidate_cache()
         listed = self._ask(folder, lambda: self._system.ls(path, detail=True))
         return {PurePosixPath(each["name"]).name: each["size"] or 0 for each in listed}
 
@@ -177,6 +179,7 @@ class Store:
 
     def _size(self, name: str) -> int | None:
         try:
+            self._system.invalidate_cache()
             return self._system.info(f"{self._root}/{name}").get("size")
         except Exception:  # noqa: BLE001, the libraries share no class of errors
             return None
@@ -226,10 +229,10 @@ def _open(address: str) -> tuple[Any, str]:
         return url_to_fs(address, **options)
     except ImportError:
         missing = "its library is not installed; pip install 'sfumato[stores]'"
-    except ValueError as error:
-        is_unknown = str(error).startswith("Protocol not known")
-        missing = f"{scheme}:// is no store that fsspec knows" if is_unknown else "it is refused"
-        missing += "; give an address of s3://, gs://, hf:// or https://"
+    except Exception as error:  # noqa: BLE001, the libraries share no class of errors
+        missing = f"its library fails ({type(error).__name__}); {_CREDENTIALS}"
+        if str(error).startswith("Protocol not known"):
+            missing = f"fsspec knows no {scheme}://; give one of s3://, gs://, hf:// or https://"
     raise StoreError(f"{address} cannot be opened: {missing}")
 
 
@@ -283,8 +286,8 @@ def _refusal(error: Exception, address: str) -> str | None:
     if lacks or isinstance(error, PermissionError) or status in _DENIED:
         why = "no credentials were found" if lacks else "access is denied"
         return (
-            f"cannot be read: {why}. Give the credentials as its library reads them"
-            f"{_HOW.get(scheme, '')}, and check that they may read this address"
+            f"cannot be read: {why}; {_CREDENTIALS}{_HOW.get(scheme, '')}, and check that they may "
+            "read this address"
         )
     if isinstance(error, FileNotFoundError) or status in _MISSING:
         return "is not there; check the address, and upload the whole folder that was prepared"

@@ -275,7 +275,7 @@ def _manifests(selected: Selected, kind: str) -> Iterator[tuple[str, dict[str, A
             continue
         stored, identity = selected.folder.manifest(name)
         if stored != kind or name != f"{kind}-{cache_key(identity)}":
-            path = selected.folder.cache(name) / MANIFEST
+            path = selected.folder.shown(selected.folder.cache(name) / MANIFEST)
             raise PreparedError(
                 f"{path} does not belong to its folder, whose name is a hash of it; one of them "
                 "was changed. Remove the folder and precache again"

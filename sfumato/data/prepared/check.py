@@ -165,7 +165,8 @@ def _counts_of(selected: Selected, caches: Caches | None, shard: int) -> list[in
 def _check_files(folder: PreparedFolder, files: Sequence[tuple[Path, int]]) -> None:
     size_of = _size_on_disk if folder.store is None else _sizes_in(folder, files)
     found = _in_threads(partial(_fault, size_of), files) if size_of is not None else ()
-    faults = [fault for fault in found if fault is not None]
+    # Nothing changes in a folder on the disk, whose name is its path.
+    faults = [fault.replace(str(folder.path), str(folder)) for fault in found if fault is not None]
     if faults:
         more = f" (and {len(faults) - 1} more of {len(files)} files)" if len(faults) > 1 else ""
         raise PreparedError(

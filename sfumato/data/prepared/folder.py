@@ -109,6 +109,15 @@ class PreparedFolder:
         """Return a file that the index does not list, on this machine; raises as `hold`."""
         return LocalFile(path) if self.store is None else self.store.hold_record(self._name(path))
 
+    def forget_record(self, path: Path) -> None:
+        """Have a file of a store that the index does not list fetched again."""
+        if self.store is not None:
+            self.store.forget_record(self._name(path))
+
+    def shown(self, path: Path) -> str:
+        """Return a path below the folder as messages name it: in a store, its address."""
+        return f"{self}/{self._name(path)}"
+
     def tar_record(self, name: str) -> TarRecord:
         """Read what is in a tar."""
         return self._read(self.shards / f"{name}.json", TarRecord)
@@ -166,9 +175,9 @@ class PreparedFolder:
         try:
             return read_record(held.path, kind, self.again, version=FORMAT, failure=PreparedError)
         except PreparedError as error:
-            self.store.forget_record(self._name(path))
-            address = f"{self}/{self._name(path)}"
-            raise PreparedError(str(error).replace(str(held.path), address)) from None
+            self.forget_record(path)
+            said = str(error).replace(str(held.path), self.shown(path))
+            raise PreparedError(said) from None
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.path).as_posix()

@@ -103,8 +103,9 @@ def read_empty(folder: PreparedFolder, cache: str, sha256: str | None) -> dict[s
             check_sum(file.path, sha256, folder)
         return load_file(file.path)
     except (OSError, SafetensorError) as error:
+        folder.forget_record(path)
         raise PreparedError(
-            f"{path}, the states of the empty prompt, cannot be read ({error}); "
+            f"{folder.shown(path)}, the states of the empty prompt, cannot be read ({error}); "
             f"{folder.again if folder.of_run else 'precache again'}"
         ) from None
 
