@@ -8,7 +8,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-SLOW = 1.5  # seconds of a slow answer
+SLOW = 2.0  # seconds of a slow answer
 
 
 @dataclass

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 from prepared import pictures, toy_identity, write_cache, write_prepared
-from store_server import StoreServer
+from store_server import SLOW, StoreServer
 from test_store import COUNT, opened, same, settings
 
 from sfumato.compose import compose_train
+from sfumato.config import PrepareConfig
 from sfumato.data import store
 from sfumato.data.shard_cache import StoreError
+from sfumato.data.sources import find_files_of
+from sfumato.preparation.settings import check_prepare
 
 pytest.importorskip("aiohttp", reason="fsspec reads http with aiohttp")
 EVER = 10**6
@@ -34,9 +37,10 @@ def server(folder: Path) -> Iterator[StoreServer]:
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "slow" in request.node.name:
+        monkeypatch.setattr(store, "TIMEOUT", SLOW / 2)
     monkeypatch.setattr(store, "PAUSES", (0.01, 0.01))
-    monkeypatch.setattr(store, "TIMEOUT", 0.5)
     monkeypatch.setattr(store, "RANGE", 4000)
 
 
@@ -187,6 +191,19 @@ def test_unknown_stores_are_named(tmp_path: Path, address: str, said: str) -> No
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="is no address of a store"):
         compose_train([*BASE, f"data.shards.path={address}"])
+
+
+@pytest.mark.parametrize("key", ["data.prompts", "data.images.path", "data.pairs.path"])
+@pytest.mark.parametrize("path", ["s3://bucket/secret.jsonl", "https://me:secret@host/a.txt"])
+def test_other_settings_take_no_address(key: str, path: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} names an address") as error:
+        find_files_of(path, key)
+    assert "secret" not in str(error.value)
+
+
+def test_nothing_is_prepared_at_an_address() -> None:
+    with pytest.raises(ValueError, match="out names an address.*upload it afterwards"):
+        check_prepare(PrepareConfig(out="s3://bucket/folder"))
 
 
 # --- A real client of S3
