@@ -202,7 +202,7 @@ def test_other_settings_take_no_address(key: str, path: str) -> None:
 
 
 def test_nothing_is_prepared_at_an_address() -> None:
-    with pytest.raises(ValueError, match="out names an address.*upload it afterwards"):
+    with pytest.raises(ValueError, match=r"out names an address.*upload it afterwards"):
         check_prepare(PrepareConfig(out="s3://bucket/folder"))
 
 
