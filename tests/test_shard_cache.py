@@ -188,6 +188,23 @@ def test_a_full_disk_is_named_and_leaves_nothing(
     assert kept(cache) == set()
 
 
+@pytest.mark.parametrize("function", ["open", "unlink", "replace"])
+def test_other_errors_of_the_disk_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    cache = ShardCache(tmp_path, 3 * KB)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match=r"Too many.*ulimit -n"):
+        patch.setattr(*((os, "open") if function == "open" else (Path, function)), fail)
+        if function == "unlink":  # of a damaged file
+            (tmp_path / key("a")).write_bytes(b"damaged")
+        hold(cache, "a")
+    assert hold(cache, "a").path.read_bytes() == content("a")
+
+
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")

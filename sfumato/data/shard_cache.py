@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import re
+import resource
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from sfumato.files import sha256_of
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.part)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_OPEN_FILES = 2**16
 _LOGGER = logging.getLogger(__name__)
 _whole: set[tuple[str, int, int]] = set()  # files that this process has compared with their sums
 _warned: set[Path] = set()  # folders that have grown beyond their limit
@@ -54,6 +56,7 @@ class ShardCache:
             StoreError: the folder cannot be made.
         """
         self.folder, self.limit = folder, limit
+        _allow_open_files()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._alone():
@@ -83,25 +86,24 @@ class ShardCache:
                 f"and one shard has {size:,}; set a larger data.shards.cache_gb"
             )
         path = self.folder / key
-        while (held := self._find(path, size, sha256)) is None:
-            with self._unfinished(path) as part:
-                if part is None:
-                    continue
-                try:
+        with self._explained():
+            while (held := self._find(path, size, sha256)) is None:
+                with self._unfinished(path) as part:
+                    if part is None:
+                        continue
                     self._make_room(size, part)
                     write(part)
-                except OSError as error:
-                    raise self._unwritten(error) from None
-                if sha256 is None:
-                    os.fsync(part)  # what has no sum is never compared
-                path.with_suffix(".part").replace(path)
-                if sha256 is not None:  # `write` has compared it
-                    _whole.add(_state(path, part))
+                    if sha256 is None:
+                        os.fsync(part)  # what has no sum is never compared
+                    path.with_suffix(".part").replace(path)
+                    if sha256 is not None:  # `write` has compared it
+                        _whole.add(_state(path, part))
         return held
 
     def find(self, key: str) -> LocalFile | None:
         """Return the file of a key without a sum, if it is there."""
-        return self._find(self.folder / key, 0, None)
+        with self._explained():
+            return self._find(self.folder / key, 0, None)
 
     def forget(self, key: str) -> None:
         """Remove the file of a key; who reads it goes on reading."""
@@ -121,7 +123,8 @@ class ShardCache:
         state = _state(path, lock)
         if sha256 is not None and state not in _whole:
             if about.st_size != size or sha256_of(path) != sha256:
-                path.unlink(missing_ok=True)
+                if _is_at(lock, path):  # and nobody has fetched it again
+                    path.unlink(missing_ok=True)
                 return None
             _whole.add(state)
         with suppress(OSError):  # somebody else's file: its order alone is lost
@@ -184,14 +187,28 @@ class ShardCache:
                 *(self.folder, f"{total:,}"),
             )
 
-    def _unwritten(self, error: OSError) -> StoreError:
-        full = error.errno in _FULL
-        advice = "free some space, set a smaller data.shards.cache_gb, or " if full else ""
-        reason = "no space is left on its disk" if full else error.strerror
-        return StoreError(
-            f"the cache {self.folder} cannot be written: {reason}; {advice}set "
-            "data.shards.cache_dir to a folder on another disk"
-        )
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in _FULL
+            reason = "no space is left on its disk" if full else error.strerror
+            advice = "free some space, set a smaller data.shards.cache_gb, or " if full else ""
+            if error.errno == errno.EMFILE:
+                advice = "allow this process more open files (ulimit -n), or "
+            raise StoreError(
+                f"the cache {self.folder} cannot be used: {reason}; {advice}set "
+                "data.shards.cache_dir to a folder on another disk"
+            ) from None
+
+
+def _allow_open_files() -> None:
+    """Raise this process's own limit: each file in use is an open one."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(most, _OPEN_FILES)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def key_of(*parts: str) -> str:

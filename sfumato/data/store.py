@@ -249,7 +249,7 @@ def _http_options() -> dict[str, Any]:
     trace = TraceConfig()
     trace.on_request_redirect.append(follow)
     return {
-        "client_kwargs": {"trace_configs": [trace]},
+        "client_kwargs": {"trace_configs": [trace], "trust_env": True},  # ~/.netrc, proxies
         "headers": {"Accept-Encoding": "identity"},
         "skip_instance_cache": True,
     }
