@@ -1,11 +1,13 @@
 """Stores that cut, fail, deny or answer another object: read again, or refused by name."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prepared import pictures, toy_identity, write_cache, write_prepared
+from runs import fork
 from store_server import SLOW, StoreServer
 from test_store import COUNT, opened, same, settings
 
@@ -136,6 +138,24 @@ def test_a_damaged_record_is_named_by_its_address_and_asked_for_again(
         else:
             break
     assert len(rows) == COUNT
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_processes_of_a_machine_fetch_each_shard_once(
+    server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    monkeypatch.setattr(store, "RANGE", 2**23)
+
+    def read() -> None:
+        stream = opened(settings(server.address, tmp_path, cached=cached, workers=3))
+        for _ in range(2):
+            assert len(stream.next(COUNT, 0, COUNT)) == COUNT
+
+    children = [fork(read) for _ in range(3)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 3
+    shards = [name for name in server.asked if name.endswith((".tar", ".safetensors"))]
+    asked = {name: server.asked[name] for name in shards if "empty" not in name}
+    assert set(asked.values()) == {1} and len(asked) == (12 if cached else 6)
 
 
 def test_a_store_that_is_not_there_is_named(tmp_path: Path, server: StoreServer) -> None:
