@@ -148,7 +148,7 @@ class ImageDataConfig(ImageSourceConfig):
 class ShardSourceConfig:
     """A folder that `sfumato prepare` wrote."""
 
-    path: str | None = None  # the prepared folder
+    path: str | None = None  # the prepared folder, or its address in a store (s3://, https://)
     selection: str = "all"  # name of the filter whose samples are read
     repeats: int = setting(1, COUNT)  # times in an epoch
     weight: float | None = setting(None, POSITIVE)  # share of the rows; null: by size x repeats

@@ -139,6 +139,7 @@ class Store:
 
     def _download(self, name: str, size: int, sha256: str, file: int) -> None:
         """Write an object to a file; one that was altered on the way is read twice."""
+        actual = ""
         for _ in range(2):
             found, start = hashlib.sha256(), 0
             while start < size:
@@ -146,10 +147,11 @@ class Store:
                 _write(file, data, start)
                 found.update(data)
                 start += len(data)
-            if found.hexdigest() == sha256:
+            actual = found.hexdigest()
+            if actual == sha256:
                 return
         raise StoreError(
-            f"{self.address}/{name} is damaged or was changed: its SHA-256 is {found.hexdigest()}, "
+            f"{self.address}/{name} is damaged or was changed: its SHA-256 is {actual}, "
             f"and {sha256} when it was indexed; {AGAIN}"
         )
 
@@ -191,7 +193,8 @@ class Store:
         from fsspec.asyn import sync
 
         call = self._system._cat_file
-        return sync(self._system.loop, call, path, start=start, end=stop, timeout=TIMEOUT)
+        data: Any = sync(self._system.loop, call, path, start=start, end=stop, timeout=TIMEOUT)
+        return data
 
     def _ask(self, name: str, ask: Callable[[], Result]) -> Result:
         """Ask a store; again after a pause where that may help.
@@ -199,6 +202,7 @@ class Store:
         Raises:
             StoreError: it does not help.
         """
+        reason = ""
         for pause in (*PAUSES, None):
             try:
                 return ask()
@@ -238,7 +242,7 @@ def _open(address: str) -> tuple[Any, str]:
 
 def _http_options() -> dict[str, Any]:
     """Return settings of fsspec's HTTP: bytes as they lie there, and never from another host."""
-    from aiohttp import TraceConfig
+    from aiohttp import TraceConfig  # pyright: ignore[reportMissingImports]
 
     async def follow(session: Any, context: Any, sent: Any) -> None:
         del session, context
@@ -263,10 +267,11 @@ def _status(error: Exception) -> int | None:
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if response is not None:
         return vars(response).get("status_code")
-    if error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        return _status(error.__cause__)  # s3fs turns botocore's errors into Python's
-    found = held.get("status", held.get("code"))
-    return int(found) if str(found).isdecimal() else None
+    found = str(held.get("status", held.get("code")))
+    if found.isdecimal():
+        return int(found)
+    cause = error.__cause__  # s3fs turns botocore's errors into Python's
+    return _status(cause) if isinstance(cause, Exception) else None
 
 
 def _reason(error: Exception) -> str:
