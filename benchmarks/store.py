@@ -5,7 +5,7 @@ step sleeps for as long as a GPU would compute, and reading goes on beside it. T
 that steps wait for their batch is printed, from the disk and from the store with an empty cache;
 the first batches are left out.
 
-    python benchmarks/store.py --step 0.2 --batch 16
+    python benchmarks/store.py --step 0.8 --latency 0.02
 """
 
 import argparse
@@ -96,14 +96,14 @@ def write_folder(folder: Path, shards: int, per_shard: int) -> Path:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shards", type=int, default=60)
-    parser.add_argument("--per-shard", type=int, default=100)
-    parser.add_argument("--buffer", type=int, default=200)
-    parser.add_argument("--cache-gb", type=float, default=0.02, help="smaller than all tars")
+    parser.add_argument("--shards", type=int, default=40)
+    parser.add_argument("--per-shard", type=int, default=20)
+    parser.add_argument("--buffer", type=int, default=40)
+    parser.add_argument("--cache-gb", type=float, default=0.004, help="smaller than all tars")
     parser.add_argument("--latency", type=float, default=0.02)
-    parser.add_argument("--step", type=float, default=0.2)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--step", type=float, default=0.8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--first", type=int, default=5, help="batches that are left out")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--prefetch", type=int, default=2)
