@@ -135,6 +135,28 @@ def test_threads_and_processes_fetch_a_file_once(tmp_path: Path) -> None:
     assert sorted(log.read_text().split("\n")[:-1]) == sorted(names)
 
 
+def test_who_waits_for_a_file_has_it_while_its_writer_holds_it(tmp_path: Path) -> None:
+    """Both hold what the other one waited for, for as long as they like."""
+    cache, begun, held = ShardCache(tmp_path, 10 * KB), threading.Event(), []
+
+    def slow(file: int) -> None:
+        begun.set()
+        time.sleep(0.3)
+        writer("a")(file)
+
+    first = threading.Thread(
+        target=lambda: held.append(cache.hold(key("a"), KB, slow, key("a"))), daemon=True
+    )
+    first.start()
+    assert begun.wait(30)
+    second = threading.Thread(target=lambda: held.append(hold(cache, "a")), daemon=True)
+    second.start()
+    for thread in (first, second):
+        thread.join(30)
+    assert len(held) == 2 and held[0].path == held[1].path
+    assert kept(cache) == {key("a")}
+
+
 @pytest.mark.parametrize("half", [0, KB // 2])
 def test_what_a_killed_process_left_is_written_again_or_goes(tmp_path: Path, half: int) -> None:
     cache = ShardCache(tmp_path, 3 * KB)

@@ -25,6 +25,7 @@ from sfumato.files import sha256_of
 _OURS = re.compile(r"[0-9a-f]{64}(\.part)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OPEN_FILES = 2**16
+_POLL = 0.02  # seconds between looks at a file that somebody else writes
 _LOGGER = logging.getLogger(__name__)
 _whole: set[tuple[str, int, int]] = set()  # files that this process has compared with their sums
 _warned: set[Path] = set()  # folders that have grown beyond their limit
@@ -137,8 +138,7 @@ class ShardCache:
         part = path.with_suffix(".part")
         lock = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for who writes the same file
-            if not _is_at(lock, part) or path.exists():
+            if not _lock_at(lock, part) or path.exists():
                 yield None
                 return
             try:
@@ -225,6 +225,19 @@ def _is_at(file: int, path: Path) -> bool:
     """Tell whether an open file still lies at a path."""
     with suppress(FileNotFoundError):
         return os.fstat(file).st_ino == path.stat().st_ino
+    return False
+
+
+def _lock_at(file: int, path: Path) -> bool:
+    """Wait for the lock of an unfinished file; return False once the file lies there no more.
+
+    Whoever finished it may hold it under its new name for long: so no call waits for the lock.
+    """
+    while _is_at(file, path):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _is_at(file, path)
+        time.sleep(_POLL)
     return False
 
 
