@@ -57,7 +57,7 @@ class Forerunner(Generic[T]):
             threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        while True:
+        while threading.main_thread().is_alive():
             item = self._next()
             try:
                 self._work(item)

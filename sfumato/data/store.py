@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -213,7 +214,7 @@ class Store:
                 reason, refusal = _reason(error), _refusal(error, self.address)
             if refusal is not None:
                 raise StoreError(f"{self.address}/{name} {refusal}")
-            if pause is None:
+            if pause is None or not threading.main_thread().is_alive():  # or the process ends
                 break
             _LOGGER.warning("%s/%s: %s; it is tried again", self.address, name, reason)
             time.sleep(pause)
