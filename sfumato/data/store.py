@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -214,7 +213,7 @@ class Store:
                 reason, refusal = _reason(error), _refusal(error, self.address)
             if refusal is not None:
                 raise StoreError(f"{self.address}/{name} {refusal}")
-            if pause is None or not threading.main_thread().is_alive():  # or the process ends
+            if pause is None or reason == RuntimeError.__name__:  # as the process ends
                 break
             _LOGGER.warning("%s/%s: %s; it is tried again", self.address, name, reason)
             time.sleep(pause)
