@@ -91,7 +91,7 @@ _DATA: Sequence[Row] = (
     (r"data\.(images|shards)\..+", _READS_IMAGES),
     (rf"data\.images\.({_SHARED}|caption_lines|cache)", _IMAGES),
     (r"data\.images\.cache", "data.images.crop=center"),
-    (rf"data\.shards\.({_SHARED}|buffer)", _SHARDS),
+    (rf"data\.shards\.({_SHARED}|buffer|cache_dir|cache_gb)", _SHARDS),
     (r"data\.images\.(base_path|image_column|caption_column|repeats)", "data.images.path"),
     (r"data\.shards\.(selection|repeats)", "data.shards.path"),
     (r"data\.pairs\..+", _READS_PAIRS),

@@ -139,6 +139,8 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
         "text encoders and CLIP belong in the rims",
     ),
     "tokenizers": (("demo",), "tokenizers come from transformers"),
+    "fsspec": (("data.store",), "objects of stores are read in data/store.py"),
+    "aiohttp": (("data.store",), "objects of stores are read in data/store.py"),
     "huggingface_hub": (
         ("hub", "card", "models", "rewards", "run.identity"),
         "downloads belong in the rims",

@@ -38,6 +38,8 @@ MAY_CHANGE = (
     *("reward.timeout", "reward.cache"),
     *("data.images.workers", "data.images.prefetch"),
     *("data.shards.workers", "data.shards.prefetch", "data.verify", "model.allow_pickle"),
+    # Of prepared data the samples count, wherever they lie: a checkpoint has a hash of them.
+    *("data.shards.path", "data.shards.cache_dir", "data.shards.cache_gb"),
 )
 
 
@@ -153,4 +155,5 @@ def _names_a_part(key: str) -> bool:
 def _may_change(key: str) -> bool:
     """Say whether a setting may differ in a resumed run; parts and held-out rewards are rewards."""
     key = re.sub(r"^guard\..+", "guard", key)
+    key = re.sub(r"^data\.shards\.sources\..+\.path$", "data.shards.path", key)
     return re.sub(r"^(reward\.parts|validation\.rewards)\..+\.", "reward.", key) in MAY_CHANGE

@@ -162,7 +162,7 @@ class ImageDataConfig(ImageSourceConfig):
 class ShardSourceConfig:
     """A folder that `sfumato prepare` wrote."""
 
-    path: str | None = None  # the prepared folder
+    path: str | None = None  # the prepared folder, or its address in a store (s3://, https://)
     selection: str = "all"  # name of the filter whose samples are read
     repeats: int = setting(1, COUNT)  # times in an epoch
     weight: float | None = setting(None, POSITIVE)  # share of the rows; null: by size x repeats
@@ -184,6 +184,8 @@ class ShardDataConfig(ShardSourceConfig):
     buffer: int = setting(10_000, COUNT)  # samples of the window in which samples are shuffled
     workers: int = setting(4, NOT_NEGATIVE)  # threads that read and decode; 0 reads when asked
     prefetch: int = setting(2, NOT_NEGATIVE)  # batches read ahead
+    cache_dir: str | None = None  # of a store's shards; null is ~/.cache/sfumato/shards
+    cache_gb: float = setting(20.0, POSITIVE)  # 10^9 bytes of them that are kept at most
 
 
 @dataclass

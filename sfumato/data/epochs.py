@@ -3,14 +3,17 @@
 import abc
 import bisect
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import final
 
 import numpy as np
 
 from sfumato.diffusion.randomness import derive
+
+AHEAD = 2  # shards behind a window that are told with it, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ class ShardEpochs(Epochs):
         shuffle: bool,
         buffer: int,
         key: str | None = None,
+        ahead: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
         """Count the samples.
 
@@ -116,6 +120,7 @@ class ShardEpochs(Epochs):
             shuffle: False keeps file order in every epoch.
             buffer: samples that are shuffled among each other, at least.
             key: of the pool, if there are several.
+            ahead: is told, when a window begins, its shards and those of the next, in their order.
         """
         assert buffer >= 1 and sum(counts) >= 1, "settings and counts were checked"
         self._counts = np.asarray(counts, dtype=np.int64)
@@ -126,7 +131,8 @@ class ShardEpochs(Epochs):
         self._shuffle = shuffle
         self._buffer = buffer
         self.samples = int(self._ends[-1])
-        self._windows = lru_cache(maxsize=1)(self._list_windows)
+        self._ahead = ahead
+        self._windows = lru_cache(maxsize=2)(self._list_windows)  # the next epoch's are told ahead
         self._window = lru_cache(maxsize=1)(self._list_window)
 
     def pick(self, number: int) -> RowPick:
@@ -159,6 +165,8 @@ class ShardEpochs(Epochs):
     def _list_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Return shard and row of each sample of a window, in their order."""
         shards = self._windows(epoch)[1][window]
+        if self._ahead is not None:
+            self._ahead(self._upcoming(epoch, window))
         counts = self._counts[shards]
         rows = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         shards = np.repeat(shards, counts)
@@ -166,6 +174,16 @@ class ShardEpochs(Epochs):
             order = permutation(len(rows), derive(self._own_seed, "window", epoch, window))
             shards, rows = shards[order], rows[order]
         return shards, rows
+
+    def _upcoming(self, epoch: int, window: int) -> list[int]:
+        """Return the shards of a window, and of as many windows behind it as have `AHEAD`."""
+        own, *later = self._windows(epoch)[1][window:]
+        behind: list[int] = []
+        for shards in chain(later, self._windows(epoch + 1)[1]):
+            if len(behind) >= AHEAD:
+                break
+            behind += shards[self._counts[shards] > 0].tolist()
+        return list(dict.fromkeys([*own[self._counts[own] > 0].tolist(), *behind]))
 
 
 def permutation(count: int, seed: int) -> np.ndarray:

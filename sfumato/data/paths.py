@@ -7,6 +7,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from sfumato.data.store import is_address
+
 _NAMED_FILES = 5
 # Unlike Path's methods, these take a pattern that is longer than any file name.
 is_file, is_folder = os.path.isfile, os.path.isdir
@@ -25,6 +27,11 @@ def find_files(path: str, key: str, suffixes: Sequence[str]) -> tuple[Path, ...]
         ValueError: a file that is named is missing, a glob finds none, or a suffix is unknown.
     """
     whole = Path(path).expanduser()
+    if is_address(path):
+        raise ValueError(
+            f"{key} names an address, and only data.shards.path reads from a store; give a path on "
+            "this machine, or prepare the pictures (docs/prepare.md)"
+        )
     if not path.strip():
         raise ValueError(f"{key} is empty; name a file, a folder or a pattern")
     if is_file(whole):

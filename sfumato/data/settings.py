@@ -6,6 +6,7 @@ from sfumato.config import ImageDataConfig, PairDataConfig, ShardDataConfig, che
 from sfumato.data.decode import Bounds
 from sfumato.data.pools import bucket_sizes, check_size
 from sfumato.data.sample import Choices
+from sfumato.data.store import check_address, is_address
 
 
 def checked_sources(key: str, config: ImageDataConfig | ShardDataConfig) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def checked_sources(key: str, config: ImageDataConfig | ShardDataConfig) -> dict
     for name, source in named.items():
         if not source.path:
             raise ValueError(f"{name}.path is missing; name what to read")
+        if is_address(source.path) and isinstance(config, ShardDataConfig):
+            check_address(f"{name}.path", source.path)
         if weights and source.weight is None:
             raise ValueError(f"{name} has no weight, but others have; give all of them one")
         if weights and source.repeats != 1:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sfumato.config import ShardSourceConfig
+from sfumato.config import ShardDataConfig, ShardSourceConfig
 from sfumato.data.paths import expand_pattern
-from sfumato.data.prepared.folder import INDEX, PreparedFolder
+from sfumato.data.prepared.folder import INDEX, open_folder
 from sfumato.launch.jobs import STARTS, Job, value_of
 from sfumato.training.checkpoint import fingerprint, list_checkpoints
 from sfumato.training.folder import RunFolder
@@ -24,7 +24,7 @@ def starts_from(job: Job) -> dict[str, str]:
     if job.command == "train":
         shards = job.settings.data.shards
         for source in (shards, *shards.sources.values()):
-            states |= _samples_of(source) if source.path else {}
+            states |= _samples_of(source, shards) if source.path else {}
     for key in STARTS.get(job.command, ()):
         path = value_of(job.settings, key)
         if path is not None and (state := _state_of(path)) is not None:
@@ -57,11 +57,11 @@ def _files(top: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
-def _samples_of(shards: ShardSourceConfig) -> dict[str, str]:
+def _samples_of(source: ShardSourceConfig, shards: ShardDataConfig) -> dict[str, str]:
     """Return the prepared folder of a job, with a hash of the samples that the job reads."""
-    folder = Path(str(shards.path)).expanduser()
-    if not (folder / INDEX).exists():
+    folder = open_folder(str(source.path), shards)
+    if folder.store is None and not (folder.path / INDEX).exists():
         return {}
-    index = PreparedFolder(folder).index()
-    samples = [index.kept.get(shards.selection), [tar.sha256 for tar in index.tars]]
-    return {str(shards.path): hashlib.sha256(json.dumps(samples).encode()).hexdigest()}
+    index = folder.index()
+    samples = [index.kept.get(source.selection), [tar.sha256 for tar in index.tars]]
+    return {str(source.path): hashlib.sha256(json.dumps(samples).encode()).hexdigest()}

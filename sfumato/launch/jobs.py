@@ -22,6 +22,7 @@ from sfumato.config import (
     SlurmClusterConfig,
     TrainConfig,
 )
+from sfumato.data.store import is_address
 from sfumato.explain import nearest
 from sfumato.models.registry import find_family
 from sfumato.preparation.settings import check_prepare
@@ -225,15 +226,15 @@ def value_of(settings: Any, key: str) -> str | None:
 
 
 def _exists(value: str, hub: bool) -> bool:
-    """Return whether a path exists, or is a pattern or a hub id, which cannot be looked up.
+    """Return whether a path exists; a pattern, a hub id and an address are not looked up.
 
     Args:
         hub: whether the value may be a hub id.
     """
     if hub and value[:1] not in "/.~" and value.count("/") < 2:
         return True
-    pattern = any(letter in value for letter in "*?[{")
-    return pattern or Path(value).expanduser().exists()
+    unknown = any(letter in value for letter in "*?[{") or is_address(value)
+    return unknown or Path(value).expanduser().exists()
 
 
 def _absolute(path: Path | None) -> Path:

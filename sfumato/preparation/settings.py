@@ -3,12 +3,18 @@
 import re
 
 from sfumato.config import PrepareConfig, check_values
+from sfumato.data.store import is_address
 
 
 def check_prepare(config: PrepareConfig) -> None:
     """Refuse single values and combinations that cannot work, with a ValueError naming the key."""
     check_values(config)
     pack = config.pack
+    if is_address(config.out):
+        raise ValueError(
+            "out names an address, and prepared data is written to a disk; give a folder on this "
+            "machine, and upload it afterwards (docs/prepare.md)"
+        )
     if pack.repeats != 1 or pack.weight is not None:
         raise ValueError(
             "pack.repeats and pack.weight are for training; each picture is packed once"

@@ -18,6 +18,7 @@ from sfumato.data.prepared.format import CacheIdentity, Member, PreparedError, c
 from sfumato.data.prepared.tars import LruCache, Selected
 from sfumato.data.prepared.tensors import BrokenFileError, ShardFiles, open_shard, read_empty
 from sfumato.data.sample import Sample, central_crop
+from sfumato.data.shard_cache import LocalFile
 from sfumato.data.stream import BrokenRowError
 
 OPEN_SHARDS = 32  # each two files
@@ -102,6 +103,7 @@ class _Bucket:
 
     path: Path  # of the moments
     tar: Path  # of the pictures
+    files: Sequence[LocalFile]  # of moments and states
     rows: CachedRows
     members: Sequence[Member]
 
@@ -132,13 +134,15 @@ class CacheReader:
         self._caches = caches
         self._counts = counts
         index, folder = selected.index, selected.folder
-        self._sums = {
-            name: {s.name: s.sha256 for s in index.caches[name]} for name in caches.folders
-        }
+        self._stored = {name: {s.name: s for s in index.caches[name]} for name in caches.folders}
         self._empty = read_empty(folder, caches.text, index.empty.get(caches.text))
         self._choices = selected.choices
         self._shards = LruCache(self._load, lambda all_: sum(len(b.members) for b in all_), keep)
         self._files = LruCache(self._open, lambda _: 1, OPEN_SHARDS)
+
+    def load(self, shard: int) -> None:
+        """Have a shard's records, and its files, at hand before they are asked for."""
+        self._shards.get(shard)
 
     def read(self, pick: RowPick) -> Sample:
         """Read a row.
@@ -185,23 +189,30 @@ class CacheReader:
         buckets = cached_rows(selected.folder, self._caches, name, selected.rows(shard, record))
         samples = [rows.samples for rows in buckets]
         selected.check(shard, samples, self._counts, "precache,index")
+        text = self._hold(self._caches.text, shard)
         return [
             _Bucket(
                 self._path(moments, shard),
                 selected.tar(shard),
+                (self._hold(moments, shard), text) if moments else (),
                 rows,
                 [record.samples[i] for i in rows.samples],
             )
             for moments, rows in zip(self._caches.moments, buckets, strict=True)
         ]
 
+    def _hold(self, cache: str, shard: int) -> LocalFile:
+        name, folder = self._selected.tars[shard].name, self._selected.folder
+        return folder.hold(folder.tensors(cache, name), self._stored[cache][name])
+
     def _open(self, shard: int, bucket: int) -> ShardFiles:
-        name = self._selected.tars[shard].name
+        name, opened = self._selected.tars[shard].name, self._shards.get(shard)[bucket]
         caches = (self._caches.moments[bucket], self._caches.text)
+        sums = [self._stored[cache][name].sha256 for cache in caches]
         return open_shard(
             self._selected.folder,
-            {self._path(cache, shard): self._sums[cache][name] for cache in caches},
-            self._shards.get(shard)[bucket].rows.stored,
+            dict(zip((file.path for file in opened.files), sums, strict=True)),
+            opened.rows.stored,
             flip=self._choices.flip,
             names=tuple(self._empty),
         )
@@ -264,7 +275,7 @@ def _manifests(selected: Selected, kind: str) -> Iterator[tuple[str, dict[str, A
             continue
         stored, identity = selected.folder.manifest(name)
         if stored != kind or name != f"{kind}-{cache_key(identity)}":
-            path = selected.folder.cache(name) / MANIFEST
+            path = selected.folder.shown(selected.folder.cache(name) / MANIFEST)
             raise PreparedError(
                 f"{path} does not belong to its folder, whose name is a hash of it; one of them "
                 "was changed. Remove the folder and precache again"

@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from sfumato.config import ShardSourceConfig
+from sfumato.config import ShardDataConfig, ShardSourceConfig
 from sfumato.data.ahead import ahead
 from sfumato.data.left_out import SkipLog
 from sfumato.data.prepared.cache import Caches, cached_rows
-from sfumato.data.prepared.folder import INDEX, PreparedFolder
+from sfumato.data.prepared.folder import INDEX, PreparedFolder, open_folder
 from sfumato.data.prepared.format import PreparedError
 from sfumato.data.prepared.tars import Selected
 from sfumato.data.sample import Choices
@@ -24,13 +24,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def select(source: ShardSourceConfig, choices: Choices) -> Selected:
-    """Return what is read of a prepared folder.
+def select(source: ShardSourceConfig, choices: Choices, config: ShardDataConfig) -> Selected:
+    """Return what is read of a prepared folder; `config` says where a store's shards are kept.
 
     Raises:
+        StoreError: the folder lies in a store that does not give it.
         PreparedError: the folder has no index or no such selection, or the selection is empty.
     """
-    folder, selection = PreparedFolder(Path(source.path or "").expanduser()), source.selection
+    folder, selection = open_folder(source.path or "", config), source.selection
     index = folder.index()
     counts = index.selections.get(selection)
     if counts is None:
@@ -162,7 +163,10 @@ def _counts_of(selected: Selected, caches: Caches | None, shard: int) -> list[in
 
 
 def _check_files(folder: PreparedFolder, files: Sequence[tuple[Path, int]]) -> None:
-    faults = [fault for fault in _in_threads(_fault, files) if fault is not None]
+    size_of = _size_on_disk if folder.store is None else _sizes_in(folder, files)
+    found = _in_threads(partial(_fault, size_of), files) if size_of is not None else ()
+    # Nothing changes in a folder on the disk, whose name is its path.
+    faults = [fault.replace(str(folder.path), str(folder)) for fault in found if fault is not None]
     if faults:
         more = f" (and {len(faults) - 1} more of {len(files)} files)" if len(faults) > 1 else ""
         raise PreparedError(
@@ -171,10 +175,34 @@ def _check_files(folder: PreparedFolder, files: Sequence[tuple[Path, int]]) -> N
         )
 
 
-def _fault(file: tuple[Path, int]) -> str | None:
+def _size_on_disk(path: Path) -> int:
+    return os.stat(path).st_size  # noqa: PTH116, quicker by the million
+
+
+def _sizes_in(
+    folder: PreparedFolder, files: Sequence[tuple[Path, int]]
+) -> Callable[[Path], int] | None:
+    """Return what looks sizes up in a store's lists of its objects; None where it has no lists."""
+    assert folder.store is not None, "who calls has seen to it"
+    sizes: dict[Path, int] = {}
+    for parent in dict.fromkeys(path.parent for path, _ in files):
+        listed = folder.store.sizes(parent.relative_to(folder.path).as_posix())
+        if listed is None:
+            return None
+        sizes |= {parent / name: size for name, size in listed.items()}
+
+    def size_of(path: Path) -> int:
+        if path not in sizes:
+            raise FileNotFoundError
+        return sizes[path]
+
+    return size_of
+
+
+def _fault(size_of: Callable[[Path], int], file: tuple[Path, int]) -> str | None:
     path, size = file
     try:
-        actual = os.stat(path).st_size  # noqa: PTH116, quicker by the million
+        actual = size_of(path)
     except FileNotFoundError:
         return f"{path} is missing, though {INDEX} lists it"
     except OSError as error:

@@ -13,19 +13,24 @@ index.json                   Index: what training opens, and every sample's bin
 KEY is the first 16 hex digits of the SHA-256 of the identity as sorted, compact JSON.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sfumato.config import ShardDataConfig
 from sfumato.data.prepared.format import (
     FORMAT,
     CachedRecord,
     Index,
+    IndexedShard,
     KeptRecord,
     PreparedError,
     Shapes,
     TarRecord,
 )
+from sfumato.data.shard_cache import LocalFile, ShardCache
+from sfumato.data.store import AGAIN, Store, is_address
 from sfumato.records import read_record
 
 Record = TypeVar("Record")
@@ -41,18 +46,23 @@ class PreparedFolder:
     Reading a record raises a PreparedError where the file is missing, damaged or of another format.
 
     Attributes:
+        path: of a folder in a store, its address with one slash: paths below it name objects.
         of_run: whether this is a run folder, which has no more than cache/.
+        store: where the folder lies, if that is not a disk.
     """
 
     path: Path
     of_run: bool = False
+    store: Store | None = None
 
     def __str__(self) -> str:
-        return str(self.path)
+        return str(self.path) if self.store is None else self.store.address
 
     @property
     def again(self) -> str:
         """What makes a file that was removed, in words."""
+        if self.store is not None:
+            return AGAIN
         return f"run the same sfumato {'train' if self.of_run else 'prepare'} again"
 
     @property
@@ -78,12 +88,35 @@ class PreparedFolder:
 
     def index(self) -> Index:
         """Read the index."""
-        if not (self.path / INDEX).exists():
+        if self.store is None and not (self.path / INDEX).exists():
             raise PreparedError(
                 f"{self} has no {INDEX}, so it is no prepared folder, or not prepared to the end; "
                 f"run: sfumato prepare out={self} stages=[index]"
             )
         return self._read(self.path / INDEX, Index)
+
+    def hold(self, path: Path, shard: IndexedShard) -> LocalFile:
+        """Return the file of a tar or a shard of a cache on this machine.
+
+        Raises:
+            StoreError: a store does not give it, or gives another one.
+        """
+        if self.store is None:
+            return LocalFile(path)
+        return self.store.hold(self._name(path), shard.bytes, shard.sha256)
+
+    def hold_record(self, path: Path) -> LocalFile:
+        """Return a file that the index does not list, on this machine; raises as `hold`."""
+        return LocalFile(path) if self.store is None else self.store.hold_record(self._name(path))
+
+    def forget_record(self, path: Path) -> None:
+        """Have a file of a store that the index does not list fetched again."""
+        if self.store is not None:
+            self.store.forget_record(self._name(path))
+
+    def shown(self, path: Path) -> str:
+        """Return a path below the folder as messages name it: in a store, its address."""
+        return f"{self}/{self._name(path)}"
 
     def tar_record(self, name: str) -> TarRecord:
         """Read what is in a tar."""
@@ -135,5 +168,29 @@ class PreparedFolder:
         return sorted(path.parent.name for path in self.cache("").glob(f"[!.]*/{MANIFEST}"))
 
     def _read(self, path: Path, kind: type[Record]) -> Record:
-        advice = f"remove it, if it is there, and {self.again}"
-        return read_record(path, kind, advice, version=FORMAT, failure=PreparedError)
+        if self.store is None:
+            advice = f"remove it, if it is there, and {self.again}"
+            return read_record(path, kind, advice, version=FORMAT, failure=PreparedError)
+        held = self.hold_record(path)
+        try:
+            return read_record(held.path, kind, self.again, version=FORMAT, failure=PreparedError)
+        except PreparedError as error:
+            self.forget_record(path)
+            said = str(error).replace(str(held.path), self.shown(path))
+            raise PreparedError(said) from None
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix()
+
+
+def open_folder(path: str, config: ShardDataConfig) -> PreparedFolder:
+    """Return a prepared folder by its path, or by its address in a store.
+
+    Raises:
+        StoreError: the address cannot be opened, or the cache not be made.
+    """
+    if not is_address(path):
+        return PreparedFolder(Path(path).expanduser())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sfumato" / "shards"
+    cache = ShardCache(Path(config.cache_dir or home).expanduser(), round(config.cache_gb * 10**9))
+    return PreparedFolder(Path(path), store=Store(path, cache))

@@ -2,13 +2,17 @@
 
 import bisect
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
+from typing import final
 
 from sfumato.config import ShardDataConfig, ShardSourceConfig
+from sfumato.data.ahead import Forerunner
 from sfumato.data.decode import Bounds
-from sfumato.data.epochs import RowPick, ShardEpochs
+from sfumato.data.epochs import AHEAD, RowPick, ShardEpochs
 from sfumato.data.left_out import SkipLog
 from sfumato.data.order import Guard, Pool, PoolOrder
 from sfumato.data.pools import SourceShare, build_pools
@@ -24,10 +28,12 @@ from sfumato.data.prepared.format import CacheIdentity
 from sfumato.data.prepared.tars import Selected, TarReader
 from sfumato.data.sample import Choices, Sample
 from sfumato.data.settings import checked_sources, choices_of
+from sfumato.data.shard_cache import StoreError
 from sfumato.data.stream import OrderedStream
 from sfumato.files import digest
 
 _DIGITS = 16  # of fingerprints
+_FETCHERS = 8  # threads that wait for a store
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,17 @@ class _Source:
         share: how often it is drawn from.
         counts: samples of each bucket and shard.
         read: reads a row, by the index of the shard in this folder.
+        load: has a shard at hand before it is read; None where it lies on a disk.
         fingerprint: a hash of its samples.
+        need: bytes of the cache that are in use at once.
     """
 
     share: SourceShare
     counts: Sequence[Sequence[int]]
     read: Callable[[RowPick], Sample]
+    load: Callable[[int], None] | None
     fingerprint: str
+    need: int
 
     @property
     def shards(self) -> int:
@@ -52,15 +62,28 @@ class _Source:
         return len(self.counts[0])
 
 
-def _reader(folders: Sequence[_Source]) -> Callable[[RowPick], Sample]:
-    """Return a reader of folders whose shards are numbered through."""
-    firsts = [0, *accumulate(folder.shards for folder in folders)]
+@final
+class _Folders:
+    """Folders whose shards are numbered through."""
 
-    def read(pick: RowPick) -> Sample:
-        folder = bisect.bisect_right(firsts, pick.shard) - 1
-        return folders[folder].read(replace(pick, shard=pick.shard - firsts[folder]))
+    def __init__(self, sources: Sequence[_Source]) -> None:
+        self._sources = sources
+        self._firsts = [0, *accumulate(source.shards for source in sources)]
 
-    return read
+    def read(self, pick: RowPick) -> Sample:
+        """Read a row."""
+        source, shard = self._find(pick.shard)
+        return source.read(replace(pick, shard=shard))
+
+    def load(self, shard: int) -> None:
+        """Have a shard at hand."""
+        source, shard = self._find(shard)
+        if source.load is not None:
+            source.load(shard)
+
+    def _find(self, shard: int) -> tuple[_Source, int]:
+        source = bisect.bisect_right(self._firsts, shard) - 1
+        return self._sources[source], shard - self._firsts[source]
 
 
 def open_shards(
@@ -97,9 +120,13 @@ def open_shards(
         _open_source(name, source, config, choices, identity, log, verify=verify)
         for name, source in named.items()
     ]
-    order = _order(config, sources, choices, seed)
-    read = _reader([sources[index] for index in _repeated(sources)])
-    return OrderedStream(order, read, log, workers=config.workers, prefetch=config.prefetch)
+    _check_room(config, sources)
+    folders = _Folders([sources[index] for index in _repeated(sources)])
+    early = None
+    if config.workers and any(source.load is not None for source in sources):
+        early = Forerunner(folders.load, _FETCHERS)
+    order = _order(config, sources, choices, seed, early)
+    return OrderedStream(order, folders.read, log, workers=config.workers, prefetch=config.prefetch)
 
 
 def first_samples(
@@ -135,7 +162,7 @@ def first_captions(config: ShardDataConfig, count: int) -> list[str]:
     """
     captions: list[str] = []
     for source in checked_sources("data.shards", config).values():
-        selected = select(source, choices_of(config, 1, 1))
+        selected = select(source, choices_of(config, 1, 1), config)
         for shard in selected.used:
             if len(captions) < count:
                 record = selected.folder.tar_record(selected.tars[shard].name)
@@ -154,21 +181,41 @@ def _open_source(
     *,
     verify: bool,
 ) -> _Source:
-    selected = select(source, choices)
-    counts = count_sorted(selected, log)
+    selected = select(source, choices, config)
+    counts, largest = count_sorted(selected, log), max(selected.counts)
+    is_stored = selected.folder.store is not None
     # While one window ends, prefetching is in the next: so no record is read twice.
-    keep = 2 * (config.buffer + max(selected.counts))
+    keep = 2 * (config.buffer + largest)
+    if is_stored:  # and the shards behind the next are fetched
+        keep = 3 * (config.buffer + largest) + AHEAD * largest
+    files = list(selected.tars)
     if config.cached:
         assert identity is not None, "whoever reads a cache says of what model"
         caches = find_caches(selected, identity, [any(bucket) for bucket in counts])
         check_caches(selected, caches)
         counts = count_cached(selected, caches, counts, log)
-        read = CacheReader(selected, caches, counts, keep=keep).read
+        reader = CacheReader(selected, caches, counts, keep=keep)
+        files = [file for cache in caches.folders for file in selected.index.caches[cache]]
     else:
         check_tars(selected)
-        read = TarReader(selected, counts, keep=keep, verify=verify).read
+        reader = TarReader(selected, counts, keep=keep, verify=verify)
     share = SourceShare(name, [sum(bucket) for bucket in counts], source.repeats, source.weight)
-    return _Source(share, counts, read, _fingerprint(selected, counts))
+    load = reader.load if is_stored else None
+    part = min(1.0, keep / sum(selected.counts)) if is_stored else 0.0
+    need = math.ceil(part * sum(file.bytes for file in files))
+    return _Source(share, counts, reader.read, load, _fingerprint(selected, counts), need)
+
+
+def _check_room(config: ShardDataConfig, sources: Sequence[_Source]) -> None:
+    """Refuse a cache that is too small for what is read of it at once."""
+    need, has = sum(source.need for source in sources), config.cache_gb * 10**9
+    if need > has:
+        raise StoreError(
+            f"data.shards.cache_gb={config.cache_gb:g} is too small: some {need / 10**9:.2g} GB of "
+            f"shards are in use at once with data.shards.buffer={config.buffer}; set "
+            f"data.shards.cache_gb={math.ceil(need / 10**7) / 100:g} or more, or a smaller buffer "
+            "in a new run"
+        )
 
 
 def _repeated(sources: Sequence[_Source]) -> list[int]:
@@ -177,7 +224,11 @@ def _repeated(sources: Sequence[_Source]) -> list[int]:
 
 
 def _order(
-    config: ShardDataConfig, sources: Sequence[_Source], choices: Choices, seed: int
+    config: ShardDataConfig,
+    sources: Sequence[_Source],
+    choices: Choices,
+    seed: int,
+    early: Forerunner[int] | None,
 ) -> PoolOrder:
     def rows(key: str | None, bucket: int, chosen: Sequence[int]) -> ShardEpochs:
         """List the samples of one bucket; a source that is not chosen counts as empty."""
@@ -188,7 +239,13 @@ def _order(
             counts += source.counts[bucket] if index in chosen else none
             totals += map(sum, zip(*source.counts, strict=True)) if index in chosen else none
         return ShardEpochs(
-            counts, totals, key=key, seed=seed, shuffle=config.shuffle, buffer=config.buffer
+            counts,
+            totals,
+            key=key,
+            seed=seed,
+            shuffle=config.shuffle,
+            buffer=config.buffer,
+            ahead=None if early is None else partial(early.expect, key or ""),
         )
 
     guards = _guards(config, sources, seed)

@@ -24,6 +24,7 @@ from sfumato.data.prepared.format import (
     TarRecord,
 )
 from sfumato.data.sample import Choices, Sample
+from sfumato.data.shard_cache import LocalFile
 from sfumato.files import sha256_of
 
 Value = TypeVar("Value")
@@ -115,6 +116,14 @@ class Selected:
                 )
 
 
+@dataclass(frozen=True)
+class _Tar:
+    """A tar on this machine, and its samples by bucket."""
+
+    file: LocalFile
+    members: Sequence[Sequence[Member]]
+
+
 @final
 class TarReader:
     """Decode pictures of a prepared folder."""
@@ -135,7 +144,11 @@ class TarReader:
         self._selected = selected
         self._counts = counts
         self._verify = verify
-        self._members = LruCache(self._load, lambda buckets: sum(map(len, buckets)), keep)
+        self._tars = LruCache(self._load, lambda tar: sum(map(len, tar.members)), keep)
+
+    def load(self, shard: int) -> None:
+        """Have a shard's records, and its file, at hand before they are asked for."""
+        self._tars.get(shard)
 
     def read(self, pick: RowPick) -> Sample:
         """Decode a picture.
@@ -145,20 +158,23 @@ class TarReader:
             PreparedError: the shard's records are missing, damaged, or not those of the index; or
                 the tar is another file than its SHA-256 says.
         """
-        member = self._members.get(pick.shard)[pick.bucket][pick.row]
-        tar = self._selected.tar(pick.shard)
-        blob = SpanBlob(tar, member.offset, member.size)
-        entry = Entry(tar, f"{member.key}.{member.suffix}", member.captions, blob)
+        tar = self._tars.get(pick.shard)
+        member = tar.members[pick.bucket][pick.row]
+        blob = SpanBlob(tar.file.path, member.offset, member.size)
+        entry = Entry(
+            self._selected.tar(pick.shard), f"{member.key}.{member.suffix}", member.captions, blob
+        )
         return self._selected.choices.sample(entry, pick.bucket, pick.seed)
 
-    def _load(self, shard: int) -> list[list[Member]]:
+    def _load(self, shard: int) -> _Tar:
         record = self._selected.folder.tar_record(self._selected.tars[shard].name)
         rows = self._selected.rows(shard, record)
         self._selected.check(shard, rows, self._counts, "index")
-        if self._verify:
-            tar = self._selected.tar(shard)
-            check_sum(tar, self._selected.tars[shard].sha256, self._selected.folder)
-        return [[record.samples[index] for index in bucket] for bucket in rows]
+        tar, folder = self._selected.tar(shard), self._selected.folder
+        if self._verify and folder.store is None:  # a store's files always are
+            check_sum(tar, self._selected.tars[shard].sha256, folder)
+        members = [[record.samples[index] for index in bucket] for bucket in rows]
+        return _Tar(folder.hold(tar, self._selected.tars[shard]), members)
 
 
 @final

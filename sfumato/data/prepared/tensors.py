@@ -76,7 +76,7 @@ def open_shard(
         PreparedError: a file is another one than its SHA-256 says.
     """
     try:
-        for path, sha256 in sums.items():
+        for path, sha256 in sums.items() if folder.store is None else ():  # or it has compared them
             check_sum(path, sha256, folder)
         moments, text = (safe_open(path, framework="pt") for path in sums)
         planes = ["mirrored", "moments"] if flip else ["moments"]
@@ -97,13 +97,15 @@ def open_shard(
 def read_empty(folder: PreparedFolder, cache: str, sha256: str | None) -> dict[str, Tensor]:
     """Read the states of the empty prompt; an older index has no SHA-256 of them."""
     path = folder.cache(cache) / EMPTY
+    file = folder.hold_record(path)
     try:
         if sha256 is not None:
-            check_sum(path, sha256, folder)
-        return load_file(path)
+            check_sum(file.path, sha256, folder)
+        return load_file(file.path)
     except (OSError, SafetensorError) as error:
+        folder.forget_record(path)
         raise PreparedError(
-            f"{path}, the states of the empty prompt, cannot be read ({error}); "
+            f"{folder.shown(path)}, the states of the empty prompt, cannot be read ({error}); "
             f"{folder.again if folder.of_run else 'precache again'}"
         ) from None
 
