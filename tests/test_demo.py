@@ -162,7 +162,8 @@ def test_every_stage_of_the_rebuild_runs(
                 is_model = "recipe=demo_reward_pairs" not in job.arguments
                 few = ["validation.num_images=1"] if is_model else []
                 assert start([*job.arguments, *few]).step == 1
-    assert {path.name for path in (tmp_path / "parts").glob("[!.]*")} == set(rebuild.STAGES)
+    shapes = {name for name in rebuild.STAGES if not name.startswith("emoji")}
+    assert {path.name for path in (tmp_path / "parts").glob("[!.]*")} == shapes
     model = tmp_path / "model"
     assert {path.name for path in model.glob("[!.]*")} == {"base", "reward", "text_image"}
     shipped = {str(p.relative_to(DEMO_MODELS)) for p in DEMO_MODELS.rglob("*") if p.is_file()}

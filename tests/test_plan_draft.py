@@ -174,7 +174,7 @@ def test_a_window_of_random_length_is_planned_at_its_longest(sd_folder: Path, cl
 
 
 def held_by(config: PlanConfig) -> Held:
-    return held(read_blueprint(config), config.training, config.gpus, 1)
+    return held(read_blueprint(config), config.training, config.gpus, 1, config.optimizer)
 
 
 def bytes_held(tensors: Sequence[Tensor]) -> int:

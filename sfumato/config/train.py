@@ -104,20 +104,20 @@ class SamplerConfig:
 
     num_inference_steps: int = setting(50, FEW)
     guidance_scale: float = 7.5
-    negative_prompt: str | None = setting(
-        None, Rule(blank=True)
-    )  # guidance leads away from it; null: the empty one, which caption dropout trains in any case
     eta: float = setting(0.0, UNIT)  # 0 is deterministic
     height: int | None = setting(None, SIDE)  # pixels; null is the model's own size
     width: int | None = setting(None, SIDE)
     solver: str = choice(*SOLVERS)  # DDIM or Euler; DPM-Solver++ 2M needs fewer steps
-    scheduler: str | None = setting(
-        None, Rule(choices=SCHEDULERS)
-    )  # of diffusers, for pictures alone; null: solver, which training takes in any case
     guidance_interval: list[float] | None = setting(None, UNIT)  # [low, high] of t; null is all t
     training_steps: int | None = setting(None, FEW)  # of rollouts; null is num_inference_steps
     training_spacing: str | None = setting(None, Rule(choices=SPACINGS))  # null is the release's
     prompt_cache: int = setting(0, NOT_NEGATIVE)  # prompts whose states are kept, encoded alone
+    negative_prompt: str | None = setting(
+        None, Rule(blank=True)
+    )  # guidance leads away from it; null: the empty one, which caption dropout trains in any case
+    scheduler: str | None = setting(
+        None, Rule(choices=SCHEDULERS)
+    )  # of diffusers, for pictures alone; null: solver, which training takes in any case
 
     @property
     def rollout_steps(self) -> int:
