@@ -200,8 +200,8 @@ def _write(
     for name, settings in parts.items():
         _write_json(folder / name / "config.json", settings)
         (folder / name / "weights.safetensors").touch()  # a plan asks whether they are there
-    clips = (name for name, kind in index.items() if kind[-1] == "CLIPTokenizer")
-    for name in clips:
+    clip = ["transformers", "CLIPTokenizer"]
+    for name in (name for name, kind in index.items() if kind == clip):
         write_tokenizer(folder / name, byte_vocabulary())
     return folder
 
