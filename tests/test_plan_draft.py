@@ -257,6 +257,7 @@ RECIPES = sorted(
     path.relative_to(CONF / "recipe").with_suffix("").as_posix()
     for folder in (CONF / "recipe", CONF / "recipe" / "stable_diffusion")
     for path in folder.glob("*.yaml")
+    if path.stem not in ("autoencoder", "demo_reward_pairs", "reward_pairs")  # no model is trained
 )
 GIVEN = {
     "demo_base": [
@@ -275,7 +276,12 @@ def stand_ins(recipe: str, folder: Path, clip: Path) -> list[str]:
         return GIVEN.get(recipe, [])
     WRITERS[family](folder / family)
     size = ["sampler.height=64", "sampler.width=64", f"model.pretrained={folder / family}"]
-    return [*size, *([f"reward.pretrained={clip}"] if "draft" in recipe else [])]
+    scored = is_draft(recipe) or ("grpo" in recipe and "demo" not in recipe)
+    return [*size, *([f"reward.pretrained={clip}"] if scored else [])]
+
+
+def is_draft(recipe: str) -> bool:
+    return "draft" in recipe or (recipe.endswith("_reward") and "demo" not in recipe)
 
 
 # One of each objective; the others are planned by make nightly.
@@ -292,4 +298,4 @@ def test_every_recipe_is_planned(recipe: str, tmp_path: Path, clip: Path):
     assert plan.executed >= plan.step_flops > plan.forward_flops > 0
     costs = sorted(plan.memory, key=lambda each: each.checkpointing)
     assert 0 < costs[1].cost.activations <= costs[0].cost.activations
-    assert ("objective=draft" in text) == ("draft" in recipe)
+    assert ("objective=draft" in text) == (is_draft(recipe) or recipe == "demo_reward")
