@@ -17,13 +17,7 @@ from sfumato.records import Count, read_record
 from sfumato.run.export import NOTE
 from sfumato.training.folder import RunFolder
 
-PUBLIC = (
-    ".safetensors",
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-)  # suffixes of files that are uploaded
+PUBLIC = (".safetensors", ".json", ".txt", ".model", ".jinja")  # suffixes of what is uploaded
 ORIGINS = ("_name_or_path", "name_or_path", "base_model_name_or_path")  # paths of who trained
 
 
@@ -84,8 +78,8 @@ def _chosen(folder: RunFolder, config: TrainConfig, export: str | None) -> str:
     """Return the name of the export to upload."""
     if config.objective.trains != "model":
         raise ValueError(
-            f"{folder.path} trained a {config.objective.trains}; push uploads the LoRA or the "
-            "pipeline of a text-to-image model"
+            f"{folder.path} has objective={config.objective.kind}, which trains no text-to-image "
+            "model; push uploads the LoRA or the pipeline of one"
         )
     if not (folder.path / NOTE).is_file() or not folder.export.is_dir():
         raise ValueError(
