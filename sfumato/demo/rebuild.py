@@ -15,6 +15,7 @@ import torch
 
 from sfumato.compose import compose_command
 from sfumato.demo.autoencoder import train_autoencoder, train_decoder
+from sfumato.demo.classifier import write_classifier
 from sfumato.demo.emoji_text import train_emoji_clip, train_emoji_text, write_emoji_tokenizer
 from sfumato.demo.preference import write_pairs
 from sfumato.demo.steps import draw_scenes, prompt_of
@@ -53,6 +54,7 @@ STAGES: dict[str, Callable[[Path, Path, int], None]] = {
     "emoji_tokenizer": write_emoji_tokenizer,
     "emoji_text": train_emoji_text,
     "emoji_text_image": train_emoji_clip,
+    "emoji_classifier": write_classifier,
 }
 SHIP = "ship"
 
