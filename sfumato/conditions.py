@@ -58,6 +58,7 @@ _PLANNED: Sequence[Row] = (
     (r"model\.lora\.encoder_targets", f"model.parts!={_TRAINED}"),
     (r"model\.reference", "model.trainable=full"),
     (r"objective\.truncation_steps", "objective.truncation_range=null"),
+    (r"objective\.latent_noise", "objective.decoder_only"),
     (r"objective\.cfg_gradient", "sampler.guidance_scale>1"),
     (r"sampler\.(guidance_interval|negative_prompt)", "sampler.guidance_scale>1"),
     (r"sampler\.training_(steps|spacing)", _READS_PROMPTS),

@@ -103,6 +103,30 @@ def test_the_loss_is_that_of_torch_and_diffusers(config: Path, weights: dict[str
         torch.testing.assert_close(ours[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
+def test_noise_on_latents_has_a_level_for_each_picture(config: Path) -> None:
+    """The draws of a picture: noise of the posterior, a level, then noise of that level."""
+    settings = AutoencoderConfig(decoder_only=True, latent_noise=0.7)
+    model, batch = learner(config, decoder_only=True), samples(3)
+    model.vae.register_to_config(scaling_factor=0.25)
+    found = Autoencoder(settings).loss(model, batch, Rng([5, 6, 7])).value
+
+    rng, shape = Rng([5, 6, 7]), (3, SIZE // 2, SIZE // 2)
+    with torch.no_grad():
+        posterior = model.vae.encode(stacked(batch)).latent_dist
+        latents = posterior.mean + posterior.std * rng.normal(*shape)
+        levels = 0.7 * rng.uniform()
+        noise = rng.normal(*shape) / 0.25
+        decoded = model.vae.decode(latents + levels.view(3, 1, 1, 1) * noise).sample
+    error = decoded - stacked(batch)
+    edges = error.diff(dim=3).abs().mean() + error.diff(dim=2).abs().mean()
+    expected = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+    kl = posterior.kl().mean() / noise[0].numel()
+    torch.testing.assert_close(found.detach(), expected + settings.kl_coeff * kl)
+    assert levels.unique().numel() == 3
+    found.backward()
+    assert all(p.grad is not None for p in model.trainable().values())
+
+
 def test_psnr_is_that_of_its_definition(config: Path) -> None:
     class Shifted:
         device = torch.device("cpu")
@@ -208,12 +232,13 @@ def test_the_export_is_diffusers_and_its_latents_have_a_deviation_of_one(
     assert float(scaled.std()) == pytest.approx(1, rel=0.05)
 
 
+@pytest.mark.parametrize("noise", [[], ["objective.latent_noise=0.5"]])
 def test_a_decoder_alone_leaves_the_latents_as_they_are(
-    tmp_path: Path, pictures: Path, config: Path
+    tmp_path: Path, pictures: Path, config: Path, noise: list[str]
 ) -> None:
     start(command(tmp_path, "first", pictures, config))
     first = tmp_path / "first" / "export" / "autoencoder"
-    more = ["objective.decoder_only=true", "training.max_steps=2"]
+    more = ["objective.decoder_only=true", "training.max_steps=2", *noise]
     start(command(tmp_path, "second", pictures, first, *more))
     folders = [tmp_path / name / "export" / "autoencoder" for name in ("first", "second")]
     before, after = (load_autoencoder(str(folder)) for folder in folders)

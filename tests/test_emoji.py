@@ -49,7 +49,7 @@ def test_counts_what_is_drawn_and_what_is_left_out(tmp_path: Path, packages: Pat
 
     assert counts == {
         "train": (5 + 1 + 5) * pictures.VARIANTS,  # clocks and flags are not drawn
-        "things": 4 * pictures.THING_VARIANTS,  # grapes and rockets are labels
+        "things": 4 * 24,  # grapes and rockets are labels: two on each background
         "not drawn": 2,  # classic's rocket is no SVG, and its grapes are empty
         "classic: no picture": 2,
         "flat: licence CC-BY-SA-4.0": 5,
@@ -84,7 +84,7 @@ def test_every_stage_of_the_ladder_runs(
     monkeypatch.setitem(pictures.STYLES, "flat", write_npm(packages, pictures.STYLES["flat"], free))
     ladder = ["recipe=ladder/emoji", f"given.out={tmp_path}"]
     ladder += [
-        f"given.steps.{name}=1" for name in ("autoencoder", "smooth", "text", "text_image", "base")
+        f"given.steps.{name}=1" for name in ("autoencoder", "decoder", "text", "text_image", "base")
     ]
     for job in read_jobs(compose_command("launch", ladder)[0]):
         match job.command:
@@ -122,25 +122,36 @@ def test_the_converted_classifier_equals_the_definition(tmp_path: Path) -> None:
 
 def test_a_picture_shows_what_its_caption_says() -> None:
     one = pictures.Emoji("noto", "red-apple", ("fruit",), _svg(BODY))
-    drawn = pictures.draw(one, 6)
-    assert drawn is not None
-    for png, captions in drawn:
+    anywhere, centred = pictures.draw(one, centred=True)
+    for i, (png, captions) in enumerate(anywhere + centred):
         pixels = np.asarray(Image.open(io.BytesIO(png)), np.int64)
         assert pixels.shape == (64, 64, 3)
         background = captions["text"].split()[-2]
         assert np.abs(pixels[0, 0] - pictures.BACKGROUNDS[background]).max() <= pictures.JITTER
         red = (np.abs(pixels - (255, 0, 0)).sum(-1) < 6).sum()
         size = np.sqrt(red / np.pi) * 32 / 12  # of the emoji whose circle this is
-        assert 36 <= size <= 62
+        least, most = (36, 62) if i < pictures.VARIANTS else (48, 62)
+        assert least <= size <= most
         assert captions["text"].startswith("a red apple, noto style, on a")
         assert captions["text"].startswith(captions["short"].split(",")[0])
         assert captions["words"] == "a red apple, fruit"
 
 
+def test_centred_pictures_show_each_background_twice_and_the_emoji_near_the_middle() -> None:
+    _, centred = pictures.draw(pictures.Emoji("noto", "red-apple", (), _svg(BODY)), centred=True)
+    assert Counter(captions["background"] for _, captions in centred) == dict.fromkeys(
+        pictures.BACKGROUNDS, 2
+    )
+    for png, _ in centred:
+        pixels = np.asarray(Image.open(io.BytesIO(png)), np.int64)
+        y, x = np.nonzero(np.abs(pixels - (255, 0, 0)).sum(-1) < 6)
+        assert abs(y.mean() - 31.5) <= pictures.SHIFT + 1
+        assert abs(x.mean() - 31.5) <= pictures.SHIFT + 1
+
+
 def test_the_first_picture_is_centred_on_white() -> None:
-    drawn = pictures.draw(pictures.Emoji("flat", "grapes", (), _svg(BODY)), 1)
-    assert drawn is not None
-    png, captions = drawn[0]
+    ((first, *_),) = pictures.draw(pictures.Emoji("flat", "grapes", (), _svg(BODY)), centred=False)
+    png, captions = first
     pixels = np.asarray(Image.open(io.BytesIO(png)), np.int64)
     assert captions["text"] == "grapes, flat style, on a white background"
     assert np.abs(pixels - pixels[:, ::-1]).max() <= 8

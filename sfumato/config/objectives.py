@@ -267,6 +267,7 @@ class AutoencoderConfig(ObjectiveConfig):
     square_coeff: float = setting(2.0, NOT_NEGATIVE)  # weight of the squared error
     edge_coeff: float = setting(0.5, NOT_NEGATIVE)  # weight of the error of neighbours' differences
     kl_coeff: float = setting(1e-6, NOT_NEGATIVE)  # weight of KL(posterior || normal) per latent
+    latent_noise: float = setting(0.0, NOT_NEGATIVE)  # most that decoder_only bears, of deviation 1
 
     @property
     def reads_images(self) -> bool:

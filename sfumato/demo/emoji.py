@@ -25,11 +25,14 @@ from sfumato.rewards.classifier import texts_of
 IMAGE_SIZE = 64
 DRAWN_SIZE = 256  # pixels of the drawing that is shrunk into a picture
 VARIANTS = 6  # pictures of each emoji in each style
-THING_VARIANTS = 24  # of those in `things`, the first of which are in train too
+CENTRED_SIZES, SHIFT = (52, 60), 2  # pixels of a centred emoji, and how far it is off the middle
 SIZES = (40, 60)  # pixels of an emoji; the first variant has PORTRAIT
 PORTRAIT = 58
 JITTER = 8  # of 255, of a background's color
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+TWICE = 2  # centred pictures of each emoji on each background
+Color = tuple[int, int, int]
+Picture = tuple[bytes, dict[str, str]]  # PNG, and captions with what they name
+BACKGROUNDS: dict[str, Color] = {
     "white": (255, 255, 255),
     "gray": (196, 200, 206),
     "black": (38, 38, 46),
@@ -46,7 +49,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
 CLOCKS = ("oclock", "thirty")  # 24 names that differ in the hands of a clock
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-SPLITS = ("train", "things", "held_style", "held_names")
+# Folders of pictures anywhere, and those of centred ones of the same emoji.
+SPLITS = {"train": "things", "held_style": "held_things", "held_names": "new_things"}
 HELD_STYLE, HELD_STYLE_NAMES, HELD_NAMES = "fluent", 150, 60
 
 
@@ -93,12 +97,14 @@ class Emoji:
 
 
 def write_pictures(out: Path, *, workers: int | None = None) -> Counter[str]:
-    """Write four folders of out/pictures, each of PNG files and metadata.jsonl.
+    """Write six folders of out/pictures, each of PNG files and metadata.jsonl.
 
-    train has most. held_names has 60 names that train has in no style; held_style has 150 names
-    that train has in the three other styles. things has those of train whose name is a label of
-    ImageNet. Captions: `text` says all, `short` leaves some of it open, and `words`
-    adds keywords. SOURCES.json says where the drawings come from, and what was left out.
+    An emoji of train, held_style and held_names has any size and place. held_names has 60 names
+    that train has in no style; held_style has 150 names that train has in the three other styles.
+    things, held_things and new_things have emoji of these three, large and near the middle, on
+    each background: of the first two those whose name is a label of ImageNet. Captions: `text`
+    says all, `short` leaves some of it open, and `words` adds keywords. SOURCES.json says where
+    the drawings come from, and what was left out.
 
     Args:
         out: a new folder, but for out/packages, where the packages lie or are fetched to.
@@ -117,26 +123,24 @@ def write_pictures(out: Path, *, workers: int | None = None) -> Counter[str]:
     emoji = list(find_emoji(packages, keywords, counts))
     splits = split_names(emoji)
     with new_folder(out / "pictures") as folder, ProcessPoolExecutor(workers) as pool:
-        lines: dict[str, list[str]] = {split: [] for split in SPLITS}
+        lines: dict[str, list[str]] = {name: [] for both in SPLITS.items() for name in both}
         for split in lines:
             (folder / split).mkdir()
         homes = [splits.get((one.style, one.name), "train") for one in emoji]
         are_things = [
-            home == "train" and one.name.replace("-", " ") in labels
+            home == "held_names" or one.name.replace("-", " ") in labels
             for one, home in zip(emoji, homes, strict=True)
         ]
-        wanted = [THING_VARIANTS if is_thing else VARIANTS for is_thing in are_things]
-        drawn = pool.map(draw, emoji, wanted, chunksize=16)
-        for one, home, is_thing, pictures in zip(emoji, homes, are_things, drawn, strict=True):
-            if pictures is None:
+        drawn = pool.map(draw, emoji, are_things, chunksize=16)
+        for one, home, groups in zip(emoji, homes, drawn, strict=True):
+            if not groups:
                 counts["not drawn"] += 1
-                continue
-            for split, count in [(home, VARIANTS), *([("things", THING_VARIANTS)] * is_thing)]:
-                for i, (png, captions) in enumerate(pictures[:count]):
+            for split, pictures in zip((home, SPLITS[home]), groups, strict=False):
+                for i, (png, captions) in enumerate(pictures):
                     name = f"{one.style}-{one.name}-{i}.png"
                     (folder / split / name).write_bytes(png)
                     lines[split].append(json.dumps({"file_name": name, **captions}) + "\n")
-                counts[split] += min(count, len(pictures))
+                counts[split] += len(pictures)
         for split, rows in lines.items():
             (folder / split / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
         sources = [asdict(one) for one in (*STYLES.values(), KEYWORDS, LABELS)]
@@ -206,8 +210,21 @@ def split_names(emoji: list[Emoji]) -> dict[tuple[str, str], str]:
     }
 
 
-def draw(emoji: Emoji, count: int) -> list[tuple[bytes, dict[str, str]]] | None:
-    """Return the PNG bytes and captions of `count` pictures, or None if the SVG fails."""
+def draw(emoji: Emoji, centred: bool) -> list[list[Picture]]:
+    """Return pictures of any size and place, then centred ones; nothing if the SVG fails."""
+    drawn = _rasterize(emoji)
+    if drawn is None:
+        return []
+    rng = random.Random(f"{emoji.style}/{emoji.name}")
+    groups = [[_anywhere(emoji, drawn, rng, portrait=i == 0) for i in range(VARIANTS)]]
+    if centred:
+        rng = random.Random(f"centred {emoji.style}/{emoji.name}")
+        groups.append([_centred(emoji, drawn, rng, each) for each in [*BACKGROUNDS] * TWICE])
+    return groups
+
+
+def _rasterize(emoji: Emoji) -> Image.Image | None:
+    """Return a square of premultiplied colors, or None if the SVG fails or shows nothing."""
     import resvg_py
 
     try:
@@ -221,28 +238,48 @@ def draw(emoji: Emoji, count: int) -> list[tuple[bytes, dict[str, str]]] | None:
         return None
     square = Image.new("RGBa", (DRAWN_SIZE, DRAWN_SIZE))
     square.paste(image, ((DRAWN_SIZE - image.width) // 2, (DRAWN_SIZE - image.height) // 2))
-    rng = random.Random(f"{emoji.style}/{emoji.name}")
-    return [_picture(emoji, square, rng, portrait=i == 0) for i in range(count)]
+    return square
 
 
-def _picture(
-    emoji: Emoji, drawn: Image.Image, rng: random.Random, *, portrait: bool
-) -> tuple[bytes, dict[str, str]]:
-    """Return one picture as PNG bytes, and its captions."""
+def _anywhere(emoji: Emoji, drawn: Image.Image, rng: random.Random, *, portrait: bool) -> Picture:
     background, size = "white", PORTRAIT
     x = y = (IMAGE_SIZE - size) // 2
     color = BACKGROUNDS[background]
     if not portrait:
         background, size = rng.choice(list(BACKGROUNDS)), rng.randint(*SIZES)
         x, y = rng.randint(0, IMAGE_SIZE - size), rng.randint(0, IMAGE_SIZE - size)
-        shift = [rng.randint(-JITTER, JITTER) for _ in range(3)]
-        red, green, blue = (c + s for c, s in zip(BACKGROUNDS[background], shift, strict=True))
-        color = (min(max(red, 0), 255), min(max(green, 0), 255), min(max(blue, 0), 255))
+        color = _shade(background, rng)
         if rng.random() < 0.5:
             drawn = ImageOps.mirror(drawn)
+    return _picture(emoji, drawn, rng, background, size, (x, y), color)
+
+
+def _centred(emoji: Emoji, drawn: Image.Image, rng: random.Random, background: str) -> Picture:
+    size = rng.randint(*CENTRED_SIZES)
+    x, y = ((IMAGE_SIZE - size) // 2 + rng.randint(-SHIFT, SHIFT) for _ in range(2))
+    return _picture(emoji, drawn, rng, background, size, (x, y), _shade(background, rng))
+
+
+def _shade(background: str, rng: random.Random) -> Color:
+    red, green, blue = (
+        min(max(value + rng.randint(-JITTER, JITTER), 0), 255) for value in BACKGROUNDS[background]
+    )
+    return red, green, blue
+
+
+def _picture(
+    emoji: Emoji,
+    drawn: Image.Image,
+    rng: random.Random,
+    background: str,
+    size: int,
+    place: tuple[int, int],
+    color: Color,
+) -> Picture:
+    """Return one picture as PNG bytes, and its captions."""
     small = drawn.resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")
     canvas = Image.new("RGBA", (IMAGE_SIZE, IMAGE_SIZE), (*color, 255))
-    canvas.alpha_composite(small, (x, y))
+    canvas.alpha_composite(small, place)
     stream = io.BytesIO()
     canvas.convert("RGB").save(stream, "PNG")
     return stream.getvalue(), caption(emoji, background, rng)

@@ -50,17 +50,21 @@ class LearningAutoencoder:
         return [*self.vae.encoder.down_blocks, *self.vae.decoder.up_blocks, self.trained]
 
     def reconstruct(
-        self, images: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c y x"] | None
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        noise: Float[Tensor, "b c y x"] | None,
+        error: Float[Tensor, "b c y x"] | None = None,
     ) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b m y x"]]:
         """Encode and decode images in [-1, 1].
 
         Args:
             noise: standard normal, for a draw of the latents; None is their mean.
+            error: what is added to the latents, which have a deviation of about 1 here.
 
         Returns:
             The images that come back, float32, and the moments of their latents.
         """
-        return self.trained(images, noise)
+        return self.trained(images, noise, error)
 
     def latent_shape(self, images: Float[Tensor, "b 3 h w"]) -> tuple[int, int, int]:
         """Return channels, height and width of the latents of images."""
@@ -87,11 +91,16 @@ class _Reconstruction(nn.Module):
         self.vae, self.decoder_only = vae, decoder_only
 
     def forward(
-        self, images: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c y x"] | None
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        noise: Float[Tensor, "b c y x"] | None,
+        error: Float[Tensor, "b c y x"] | None,
     ) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b m y x"]]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
             moments = moments_kl(self.vae, images)
             latents = posterior(moments, noise)
+            if error is not None:
+                latents = latents + error / self.vae.config.scaling_factor
         return self.vae.decode(latents).sample.float(), moments
 
 

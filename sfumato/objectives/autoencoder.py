@@ -1,9 +1,12 @@
 """Training of an autoencoder: pictures come back from their latents.
 
-    e    = decode(mean + noise x deviation) - x,   x in [-1, 1]
+    e    = decode(mean + noise x deviation + u x other noise) - x,   x in [-1, 1]
     loss = mean(|e|) + square_coeff mean(e^2)
          + edge_coeff (mean |difference of e to the right| + mean |difference of e below|)
          + kl_coeff mean over latents of KL(posterior || standard normal)
+
+u is uniform from 0 to latent_noise for each picture, in units of the latents that models are
+trained on: so the decoder learns to bear the errors of such a model. Validation has no noise.
 
 The third term asks for sharp edges: it is zero for an error that is the same everywhere. There is
 no adversarial and no perceptual term, so the pictures are of few details.
@@ -32,7 +35,10 @@ class Reconstructing(Protocol):
     def latent_shape(self, images: Float[Tensor, "b 3 h w"]) -> tuple[int, int, int]: ...
 
     def reconstruct(
-        self, images: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c y x"] | None
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        noise: Float[Tensor, "b c y x"] | None,
+        error: Float[Tensor, "b c y x"] | None = None,
     ) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b m y x"]]: ...
 
 
@@ -48,8 +54,13 @@ class Autoencoder(ObjectiveOf[Reconstructing, Sequence[Sample]]):
 
     def loss(self, model: Reconstructing, batch: Sequence[Sample], rng: Rng) -> Loss:
         images = pixels_of(batch).to(model.device)
-        noise = rng.normal(*model.latent_shape(images), device=model.device)
-        rows = self._rows(images, *model.reconstruct(images, noise))
+        shape = model.latent_shape(images)
+        noise = rng.normal(*shape, device=model.device)
+        error = None
+        if self._config.latent_noise > 0:
+            level = self._config.latent_noise * rng.uniform(model.device)
+            error = level[:, None, None, None] * rng.normal(*shape, device=model.device)
+        rows = self._rows(images, *model.reconstruct(images, noise, error))
         metrics = {name: values.detach().mean() for name, values in rows.items()}
         return Loss(rows["loss"].mean(), metrics)
 
