@@ -1,5 +1,6 @@
 """Runs with sharded checkpoints: saved by some processes, taken up by another number of them."""
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from runs import (
 from split import assert_same_tensors, place_of
 from toy import use_toy
 
-from sfumato.training import checkpoint, loop
+from sfumato.training import loop, shards
 from sfumato.training.checkpoint import (
     find_fault,
     list_checkpoints,
@@ -34,7 +35,7 @@ from sfumato.training.checkpoint import (
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import RunFolder
 from sfumato.training.state import TrainState
-from sfumato.weights import Shards, shard_files
+from sfumato.weights import Shards, Share, shard_files, shard_names, write_shard
 
 KILLED = -9
 COMMON = (
@@ -226,18 +227,19 @@ def test_a_full_disk_is_told_by_all_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """While training goes on; the checkpoint before it stays."""
-    write = checkpoint.save_shares
 
-    def fail(shares, begin, end, group):
-        write(shares, begin, end, group)
-        if begin().name.startswith(".step-000004"):
-            raise OSError(28, "No space left on device")
+    def fail(file: Path, shares: Mapping[str, Share]) -> None:
+        if file.parent.name.startswith(".step-000004") and file.name == shard_names(2)[1]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_shard(file, shares)
 
-    monkeypatch.setattr(checkpoint, "save_shares", fail)
+    monkeypatch.setattr(shards, "write_shard", fail)
     again = command(tmp_path, "run", *SHARDED, "training.async_checkpoints=true")
     in_processes(2, lambda _: start_cli(again), code=2)
     said = capfd.readouterr().err
-    assert "could not be written: no space is left on the disk" in said
+    four = place_of(tmp_path / "run" / "checkpoints", 4)
+    for who in ("sfumato", "sfumato (process 1)"):
+        assert f"{who}: {four} could not be written: no space is left on the disk" in said
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert names == ["step-000002"]
 
