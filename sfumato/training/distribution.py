@@ -222,17 +222,16 @@ def placed(tensors: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tenso
     return united(tensors.read(name, chunk.offsets, chunk.sizes), parameter)
 
 
-def share(value: Tensor, whole: Tensor) -> Share:
-    """Return a copy on the CPU of this process's part of a tensor, and where it lies.
+def share(value: Tensor, parameter: Tensor) -> Share:
+    """Return a copy on the CPU of the part of a tensor that this process holds, sharded or not.
 
     Args:
-        value: the part.
-        whole: a tensor that is sharded in the same way, or the part itself if nothing is.
+        value: the part, sharded as `parameter` is.
     """
-    sharded = isinstance(whole, DTensor)
-    offsets = whole.__create_chunk_list__()[0].offsets if sharded else [0] * value.ndim
+    sharded = isinstance(parameter, DTensor)
+    offsets = parameter.__create_chunk_list__()[0].offsets if sharded else [0] * value.ndim
     copied = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return Share(copied, offsets, whole.shape if sharded else value.shape)
+    return Share(copied, offsets, parameter.shape if sharded else value.shape)
 
 
 def local(tensor: Tensor) -> Tensor:
