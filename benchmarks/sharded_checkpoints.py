@@ -38,7 +38,7 @@ WIDTH = 1024
 def main() -> None:
     options = parse()
     layers = max(1, options.megabytes * 2**20 // (4 * WIDTH**2))
-    print(f"{machine()}; weights of {layers * 4 * WIDTH**2 / 2**20:.0f} MiB")
+    print(f"{machine('cpu')}; weights of {layers * 4 * WIDTH**2 / 2**20:.0f} MiB")
     with tempfile.TemporaryDirectory() as name:
         for world in options.processes:
             for sharded in (False, True):

@@ -25,7 +25,7 @@ from runs import (
 from split import assert_same_tensors, place_of
 from toy import use_toy
 
-from sfumato.training import loop, shards
+from sfumato.training import loop, sharding, shards
 from sfumato.training.checkpoint import (
     find_fault,
     list_checkpoints,
@@ -259,9 +259,17 @@ def test_copies_of_shards_are_written_once(tmp_path: Path) -> None:
     assert max(sizes) < 0.5 * sum(sizes)
 
 
-def test_one_file_by_default(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [0, 1])
+def test_by_default_large_states_are_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Mapping[int, Path], more: int
+) -> None:
+    """Counted are all bytes of the state, not those of one process."""
+    whole = last_state(saved[2] / "whole")
+    kinds = (whole.weights, whole.ema, whole.optimizer)
+    total = sum(each.nbytes for kind in kinds for each in kind.values())
+    monkeypatch.setattr(sharding, "SHARDED_BYTES", total - more)
     run = command(tmp_path, "run", *COMMON, "training.max_steps=1")
     in_processes(2, lambda _: start_cli(run))
-    assert shard_files(place_of(tmp_path / "run" / "checkpoints", 1)) == []
-    names = {path.name for path in place_of(tmp_path / "run" / "checkpoints", 1).iterdir()}
-    assert {"weights.safetensors", "ema.safetensors", "optimizer.safetensors"} <= names
+    place = place_of(tmp_path / "run" / "checkpoints", 1)
+    assert len(shard_files(place)) == 2 * more
+    assert (place / "weights.safetensors").exists() == (not more)

@@ -141,10 +141,9 @@ class TrainState:
 
     def _nbytes(self, moments: Mapping[str, Tensor]) -> int:
         """Return the bytes of all tensors of the state but collected rows, over all processes."""
-        weights = self.parameters.values()
         copies = 1 + bool(self.ema.shadow) + (self.old is not None)
-        sizes = [each.numel() * each.element_size() for each in (*weights, *moments.values())]
-        return sum(sizes) + (copies - 1) * sum(sizes[: len(weights)])
+        weights = sum(each.nbytes for each in self.parameters.values())
+        return copies * weights + sum(each.nbytes for each in moments.values())
 
     def _shares(
         self, moments: Mapping[str, Tensor], rows: Mapping[str, Tensor]
