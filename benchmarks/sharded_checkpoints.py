@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # processes that see 
 
 from runs import in_processes
 
-from sfumato.config import TrainConfig
+from sfumato.config import NoRewardConfig, SupervisedConfig, TrainConfig
 from sfumato.training.checkpoint import CheckpointWriter, read_checkpoint
 from sfumato.training.distribution import Distribution
 from sfumato.training.folder import step_name
@@ -75,7 +75,7 @@ def state_of(layers: int, distribution: Distribution, config: TrainConfig) -> Tr
 
 
 def settings(*, sharded: bool) -> TrainConfig:
-    config = TrainConfig()
+    config = TrainConfig(objective=SupervisedConfig(), reward=NoRewardConfig())
     config.training.strategy = "fsdp"
     config.training.sharded_checkpoints = sharded
     return config

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from split import assert_same_tensors, place_of, split, write_split
 
 from sfumato.config import TrainingConfig
+from sfumato.evaluation.evaluate import scaled
 from sfumato.files import RECORD
 from sfumato.training import shards
 from sfumato.training.checkpoint import (
@@ -118,6 +119,15 @@ def test_the_averaged_weights_are_shown(root: Path, tmp_path: Path) -> None:
     assert write_split(tmp_path / "without", without, 2) == [0, 0]
     shown = read_shown_weights(place_of(tmp_path / "without", 3))
     assert torch.equal(shown["matrix"], make(1).weights["matrix"])
+
+
+def test_adapters_are_scaled(tmp_path: Path) -> None:
+    names = ("unet.to_q.lora_A.default.weight", "unet.to_q.lora_B.default.weight")
+    adapters = dict(zip(names, (torch.ones(4, 3), torch.full((5, 4), 3.0)), strict=True))
+    assert write_split(tmp_path, Snapshot(1, adapters, {}, {}, {}), 2) == [0, 0]
+    found = scaled(read_shown_weights(place_of(tmp_path, 1)), 0.5)
+    assert torch.equal(found[names[0]], adapters[names[0]])
+    assert torch.equal(found[names[1]], adapters[names[1]] / 2)
 
 
 def test_both_layouts_lie_side_by_side(root: Path) -> None:

@@ -30,7 +30,6 @@ from sfumato.files import (
 )
 from sfumato.records import Count, read_record
 from sfumato.training.folder import step_name
-from sfumato.training.shards import save_shares
 from sfumato.weights import SHARD, Shards, Share, shard_files, shard_names
 
 TENSORS = ("weights", "ema", "optimizer")
@@ -139,6 +138,8 @@ def write_sharded(root: Path, snapshot: Snapshot, group: Any) -> None:
     Raises:
         CheckpointError: on every process, if the disk is full or cannot be written.
     """
+    from sfumato.training.shards import save_shares  # its package is slow to import
+
     path = root / step_name(snapshot.step)
     with _naming_last_good(root), writing(path, CheckpointError), ExitStack() as folders:
         made = new_folder(path, older=_OLDER, failure=CheckpointError)

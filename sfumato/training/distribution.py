@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar, final
 
 import torch
@@ -135,7 +136,8 @@ class Distribution(Group):
     def beside(self) -> Any:
         """Return a group of all processes for a thread, beside training; all must call it."""
         if self._beside is None:
-            self._beside = dist.new_group(backend="gloo")
+            # A slow disk is waited for; a process that dies is noticed at once.
+            self._beside = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         return self._beside
 
     def autocast(self) -> AbstractContextManager[Any]:

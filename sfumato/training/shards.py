@@ -1,7 +1,7 @@
 """Writer of sharded checkpoints: each process writes its share, by torch.distributed.checkpoint.
 
 That package plans who writes what several processes hold, and gathers the result or the error of
-each. Its own writer of safetensors would hold every byte of a file twice, and knows no checksums.
+each. Its own writer of safetensors holds two more copies of a file's bytes, and knows no checksums.
 """
 
 import os
@@ -12,7 +12,6 @@ from typing import Any, final
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -70,9 +69,6 @@ class _Planner(dcp.DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([_item(name, share) for name, share in self.state_dict.items()])
         return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].value
 
 
 def _item(name: str, share: Share) -> WriteItem:
