@@ -263,20 +263,17 @@ def test_an_old_policy_and_collected_rows_are_taken_up(tmp_path: Path) -> None:
     """Of DiffusionNFT, between two steps of a collection; then one process goes on from each."""
     method = ["method=nft", "objective.images_per_prompt=2", "objective.batches=2"]
     method += ["objective.inner_epochs=2", "sampler.training_steps=null", "optimizer.lr=1e-3"]
-    for name, settings in (("whole", COMMON), ("run", SHARDED)):
-        run = [
-            text
-            for text in command(tmp_path, name, *settings, *method)
-            if not text.startswith("objective.kl_coeff")
-        ]
-        first = [*run, "training.max_steps=1"]
-        in_processes(2, lambda _, first=first: start_cli(first))
-        if name == "run":
-            found, whole = (last_state(tmp_path / each) for each in ("run", "whole"))
-            assert {key.partition("/")[0] for key in found.objective} == {"old", "collection"}
-            assert_same_tensors(found, whole)
-        in_processes(1, lambda _, rest=[*run, "training.max_steps=3"]: start_cli(rest))
-    assert_same_tensors(last_state(tmp_path / "run"), last_state(tmp_path / "whole"))
+    runs = {"whole": [*COMMON, *method], "run": [*SHARDED, *method]}
+    for steps, world in ((1, 2), (3, 1)):
+        for name, settings in runs.items():
+            overrides = command(tmp_path, name, *settings, f"training.max_steps={steps}")
+            taken = [text for text in overrides if not text.startswith("objective.kl_coeff")]
+            in_processes(world, lambda _, taken=taken: start_cli(taken))
+        found, whole = (last_state(tmp_path / name) for name in ("run", "whole"))
+        assert found.step == steps
+        assert_same_tensors(found, whole)
+        kinds = {key.partition("/")[0] for key in found.objective}
+        assert kinds == {"old", "collection"}
 
 
 @pytest.mark.parametrize("more", [0, 1])
