@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,11 +25,12 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # processes that see each other
 
+import runs
 from runs import in_processes
 
 from sfumato.config import NoRewardConfig, SupervisedConfig, TrainConfig
-from sfumato.training.checkpoint import CheckpointWriter, read_checkpoint
-from sfumato.training.distribution import Distribution
+from sfumato.training.checkpoint import CheckpointWriter, Snapshot, read_checkpoint
+from sfumato.training.distribution import Distribution, share
 from sfumato.training.folder import step_name
 from sfumato.training.state import TrainState
 
@@ -37,6 +39,7 @@ WIDTH = 1024
 
 def main() -> None:
     options = parse()
+    runs.CHILD_SECONDS = 3600
     layers = max(1, options.megabytes * 2**20 // (4 * WIDTH**2))
     print(f"{machine('cpu')}; weights of {layers * 4 * WIDTH**2 / 2**20:.0f} MiB")
     with tempfile.TemporaryDirectory() as name:
@@ -50,7 +53,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--megabytes", type=int, default=200, help="of weights")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     return parser.parse_args()
@@ -98,11 +101,19 @@ def saving(layers: int, root: Path, *, sharded: bool) -> Callable[[int], None]:
             writer.wait()
 
         with writer.closing():
-            save()  # what is loaded at the first call is no memory of a checkpoint
+            writer.write(small(sharded=sharded), spare=None)  # whose code is loaded but once
+            writer.wait()
             state.step = 1
             report(f"saved, sharded={sharded}", layers, distribution, save)
 
     return act
+
+
+def small(*, sharded: bool) -> Snapshot:
+    tensor = torch.zeros(1)
+    if sharded:
+        return Snapshot(0, {}, {}, {}, {}, shares={"weights/0": share(tensor, tensor)})
+    return Snapshot(0, {"0": tensor}, {}, {}, {})
 
 
 def resuming(layers: int, root: Path, *, before: int) -> Callable[[int], None]:
@@ -124,26 +135,34 @@ def resuming(layers: int, root: Path, *, before: int) -> Callable[[int], None]:
 
 def report(name: str, layers: int, distribution: Distribution, act: Callable[[], object]) -> None:
     """Print how far the memory of each process rises while it acts, and for how long it does."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before, started = peak_memory(), time.monotonic()
+    peak, done = [held()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], held())
+
+    before, started, watcher = held(), time.monotonic(), threading.Thread(target=watch)
+    watcher.start()
     act()
     seconds = time.monotonic() - started
-    grown: Sequence[int] = distribution.gather([peak_memory() - before])
-    share = 4 * 4 * layers * WIDTH**2 / distribution.world
+    done.set()
+    watcher.join()
+    grown: Sequence[int] = distribution.gather([peak[0] - before])
+    part = 4 * 4 * layers * WIDTH**2 / distribution.world
     if distribution.is_main:
         shown = " ".join(f"{each / 2**20:.0f}" for each in grown)
         print(
-            f"{name}, {distribution.world} processes: share {share / 2**20:.0f} MiB, grew by "
-            f"{shown} MiB ({max(grown) / share:.3f} shares), {seconds:.1f} s",
+            f"{name}, {distribution.world} processes: share {part / 2**20:.0f} MiB, grew by "
+            f"{shown} MiB ({max(grown) / part:.3f} shares), {seconds:.1f} s",
             flush=True,
         )
     distribution.any(False)
 
 
-def peak_memory() -> int:
-    """Return the most bytes of memory that this process has had."""
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(peak) * 1024
+def held() -> int:
+    """Return the bytes of memory that this process has now, without pages of files."""
+    (kilobytes,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes) * 1024
 
 
 if __name__ == "__main__":

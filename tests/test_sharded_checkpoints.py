@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from runs import in_processes, kill, on_event
 from safetensors import safe_open
 from split import assert_same_tensors, place_of, split, write_split
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from sfumato.config import TrainingConfig
 from sfumato.evaluation.evaluate import scaled
@@ -106,8 +108,8 @@ def test_torch_reads_the_files(root: Path) -> None:
     """HuggingFaceStorageReader of torch.distributed.checkpoint fills tensors of the same names."""
     expected = {f"weights/{name}": tensor for name, tensor in make(2).weights.items()}
     found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
-    reader = dcp.HuggingFaceStorageReader(str(place_of(root, 2)))
-    dcp.load(found, storage_reader=reader, no_dist=True)
+    reader = HuggingFaceStorageReader(str(place_of(root, 2)))
+    load(found, storage_reader=reader, no_dist=True)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor)
 
@@ -123,7 +125,7 @@ def test_the_averaged_weights_are_shown(root: Path, tmp_path: Path) -> None:
 
 def test_adapters_are_scaled(tmp_path: Path) -> None:
     names = ("unet.to_q.lora_A.default.weight", "unet.to_q.lora_B.default.weight")
-    adapters = dict(zip(names, (torch.ones(4, 3), torch.full((5, 4), 3.0)), strict=True))
+    adapters: dict[str, Tensor] = {names[0]: torch.ones(4, 3), names[1]: torch.full((5, 4), 3.0)}
     assert write_split(tmp_path, Snapshot(1, adapters, {}, {}, {}), 2) == [0, 0]
     found = scaled(read_shown_weights(place_of(tmp_path, 1)), 0.5)
     assert torch.equal(found[names[0]], adapters[names[0]])
@@ -209,7 +211,8 @@ def test_killed_at_every_file_operation(tmp_path: Path, killed: int) -> None:
     """One process is killed before its n-th operation on a file, for every n."""
     first = tmp_path / "first"
     assert write_split(first, make(1), 2) == [0, 0]
-    seen = []
+    seen: list[int] = []
+    newest = make(1)
     for number in range(1, 100):
         root = Path(shutil.copytree(first, tmp_path / str(number)))
         codes = write_split(

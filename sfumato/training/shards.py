@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -25,7 +26,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from sfumato.files import sha256_of
@@ -49,18 +51,18 @@ def save_shares(
         Exception: on every process, the one that a process, `begin` or `end` raised.
     """
     try:
-        dcp.save(
+        save(
             dict(shares),
             storage_writer=_Writer(shares, begin, end),
             planner=_Planner(),
             process_group=group,
         )
-    except dcp.CheckpointException as error:
+    except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error
 
 
 @final
-class _Planner(dcp.DefaultSavePlanner):
+class _Planner(DefaultSavePlanner):
     """Planner for shares, which need no mesh of devices."""
 
     def __init__(self) -> None:
@@ -83,7 +85,7 @@ def _item(name: str, share: Share) -> WriteItem:
 
 
 @final
-class _Writer(dcp.StorageWriter):
+class _Writer(StorageWriter):
     """Storage of one file for each process, each read back for its SHA-256."""
 
     def __init__(
