@@ -81,6 +81,7 @@ _PLANNED: Sequence[Row] = (
     (r"training\.target_reward", "reward!=none"),
     (r"training\.target_reward|guard\..+", "validation.every_steps"),
     (r"training\.shard_size", "training.strategy=hsdp"),
+    (r"training\.sharded_checkpoints", "training.strategy=fsdp|hsdp"),
     (r"optimizer\.path", "optimizer.kind=own"),
     (r"optimizer\.(betas|eps)", "optimizer.kind=adamw|adamw_8bit|muon|prodigy"),
     (r"optimizer\.weight_decay", "optimizer.kind!=own"),

@@ -1,10 +1,12 @@
-"""Loader of weights from outside: files must hold all weights of a network, and no others."""
+"""Files of weights: networks from outside, which must be whole, and shards of checkpoints."""
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add, lt
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -30,6 +32,9 @@ UNREAD = {
     "UMT5EncoderModel": r"decoder\..+|lm_head\..+",
 }
 POSITIONS = r"(.+\.)?position_ids"  # buffers of old releases; each class counts positions itself
+SHARD = re.compile(r"shard-(\d{5})-of-(\d{5})\.safetensors")
+# Keys of torch.distributed.checkpoint's HuggingFaceStorageReader, which reads these files too.
+_SHARDING, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,123 @@ def differences(
         [names.get(name, name) for name in expected if name not in found],
         [name for name in found if name not in expected],
         {
-            names.get(name, name): (found[name].shape, expected[name].shape)
+            names.get(name, name): (shape_of(found, name), expected[name].shape)
             for name in expected
-            if name in found and found[name].shape != expected[name].shape
+            if name in found and shape_of(found, name) != expected[name].shape
         },
     )
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a tensor that a process holds, on the CPU.
+
+    Attributes:
+        offsets: of the part's first number, by dimension of the whole tensor.
+        shape: of the whole tensor.
+    """
+
+    value: Tensor
+    offsets: Sequence[int]
+    shape: torch.Size
+
+
+def shard_names(count: int) -> list[str]:
+    """Return the names of the files that `count` processes write."""
+    return [f"shard-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Return the files of a sharded checkpoint, also one that is missing; none of other folders."""
+    matches = (SHARD.fullmatch(path.name) for path in folder.glob("shard-*.safetensors"))
+    match = next(filter(None, matches), None)
+    return [folder / name for name in shard_names(int(match[2]))] if match else []
+
+
+def write_shard(file: Path, shares: Mapping[str, Share]) -> None:
+    """Write the shares of one process as one safetensors file; no second copy is made of them."""
+    from safetensors.torch import save_file
+
+    places = {name: {_OFFSETS: list(share.offsets)} for name, share in shares.items()}
+    about = {"format": "pt", "DCP_VERSION": "1.0", _SHARDING: json.dumps(places)}
+    save_file({name: share.value for name, share in shares.items()}, file, about)
+
+
+@final
+class Shards(Mapping[str, Tensor]):
+    """Tensors of a sharded checkpoint, each read, whole or in part, when it is asked for.
+
+    Args:
+        files: of all processes that wrote the checkpoint, however many.
+        prefix: of the names in the files; the mapping has what follows it.
+
+    Raises:
+        SafetensorError: if a file is damaged.
+    """
+
+    def __init__(self, files: Sequence[Path], prefix: str = "") -> None:
+        from safetensors import safe_open
+
+        self._prefix = prefix
+        self._parts: dict[str, list[tuple[Any, list[int], list[int]]]] = {}
+        for path in files:
+            file = safe_open(path, framework="pt").__enter__()
+            places = json.loads(file.metadata()[_SHARDING])
+            for name in file.keys():  # noqa: SIM118 -- no mapping
+                part = (file, places[name][_OFFSETS], file.get_slice(name).get_shape())
+                self._parts.setdefault(name, []).append(part)
+
+    def under(self, prefix: str) -> "Shards":
+        """Return the tensors whose names begin with a prefix, without it."""
+        found = Shards([], self._prefix + prefix)
+        found._parts = {n: p for n, p in self._parts.items() if n.startswith(found._prefix)}
+        return found
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of a whole tensor; nothing is read."""
+        ends = (map(add, starts, sizes) for _, starts, sizes in self._parts[self._prefix + name])
+        return torch.Size(map(max, zip(*ends, strict=True)))
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """Return a part of a tensor, from `offsets` on; no other part is read."""
+        full = self._prefix + name
+        parts = self._parts[full]
+        nothing = [0] * len(sizes)
+        dtype = parts[0][0].get_slice(full)[_box(nothing, nothing, nothing)].dtype
+        target = torch.empty(tuple(sizes), dtype=dtype)
+        for file, starts, lengths in parts:
+            low = list(map(max, starts, offsets))
+            high = list(map(min, map(add, starts, lengths), map(add, offsets, sizes)))
+            if all(map(lt, low, high)):
+                target[_box(offsets, low, high)] = file.get_slice(full)[_box(starts, low, high)]
+        return target
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shape(name)
+        return self.read(name, [0] * len(shape), shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def _box(start: Sequence[int], low: Sequence[int], high: Sequence[int]) -> tuple[slice, ...]:
+    """Return the slices from `low` to `high`, counted from `start`."""
+    return tuple(slice(a - s, b - s) for s, a, b in zip(start, low, high, strict=True))
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
+    """Return the shape of a tensor, which is not read if it lies in shards."""
+    return tensors.shape(name) if isinstance(tensors, Shards) else tensors[name].shape
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, without it."""
+    if isinstance(tensors, Shards):
+        return tensors.under(prefix)
+    return {n.removeprefix(prefix): each for n, each in tensors.items() if n.startswith(prefix)}
 
 
 def load_whole(kind: Any, folder: Path, component: str, **options: Any) -> Any:

@@ -86,6 +86,11 @@ def in_child(action: Callable[[], object]) -> int:
 
 def in_processes(world: int, action: Callable[[int], object], *, code: int = 0) -> None:
     """Run on `world` processes that see each other as torchrun's do; all must exit with `code`."""
+    assert codes_of(world, action) == [code] * world
+
+
+def codes_of(world: int, action: Callable[[int], object]) -> list[int]:
+    """Run on `world` processes as `in_processes` does; return the exit code of each."""
     assert not PartialState._shared_state, "a Distribution left open would make each child alone"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -102,8 +107,7 @@ def in_processes(world: int, action: Callable[[int], object], *, code: int = 0) 
         return act
 
     children = [fork(on_rank(rank)) for rank in range(world)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [code] * world
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def fork(action: Callable[[], object]) -> int:

@@ -150,6 +150,8 @@ IN_VAIN: list[tuple[Sequence[str], str, str]] = [
     ((*DRAFT, "training.ema_decay=null"), "training.ema_on_cpu=true", "training.ema_decay=null"),
     (DRAFT, "training.shard_size=2", "with training.strategy=ddp"),
     ((*DRAFT, "training.strategy=fsdp"), "training.shard_size=2", "set training.strategy=hsdp"),
+    (DRAFT, "training.sharded_checkpoints=true", "with training.strategy=ddp"),
+    (DRAFT, "training.sharded_checkpoints=false", "set training.strategy=fsdp"),
     (IMAGES, "objective.snr_gamma=3", "with objective.weighting=none"),
     ((*IMAGES, "objective.weighting=bump"), "objective.snr_gamma=3", "objective.weighting=bump"),
     (IMAGES, "objective.logit_mean=1", "with objective.timesteps=uniform"),

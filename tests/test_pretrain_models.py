@@ -16,6 +16,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from runs import fork, in_child
 from safetensors.torch import load_file, save_file
+from split import write_split
 from tiny_clip import write_tiny_clip
 from tiny_open_clip import (
     CONFIG,
@@ -572,6 +573,29 @@ def test_a_damaged_checkpoint_is_not_started_from(
     file.write_bytes(content)
     following = of_parts(unet, sd_folder, clip, start=str(place))
     with pytest.raises(ValueError, match=r"weights.safetensors differs from its SHA-256"):
+        load_model(following)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_stage_starts_from_shards(
+    unet: Path, sd_folder: Path, clip: Path, tmp_path: Path, ema: bool
+):
+    config = of_parts(unet, sd_folder, clip)
+    last, average = trained(config, 1), trained(config, 2)
+    state = Snapshot(6, weights(last), weights(average), {}, {})
+    assert write_split(tmp_path, state, 2) == [0, 0]
+    place = tmp_path / "step-000006"
+    following = of_parts(unet, sd_folder, clip, start=str(place))
+    following.network.ema = ema
+    assert same(weights(load_model(following)), weights(average if ema else last))
+    file = place / "shard-00002-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file.name} differs from its SHA-256"):
+        load_model(following)
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"{file.name} cannot be read"):
         load_model(following)
 
 

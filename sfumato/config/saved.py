@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "training.target_reward",
     *("training.checkpoint_every_steps", "training.keep_checkpoints"),
     *("training.async_checkpoints", "training.ema_on_cpu", "training.peak_tflops"),
+    "training.sharded_checkpoints",
     *("training.strategy", "training.shard_size", "training.compile"),
     *("training.tensorboard", "training.wandb_project"),
     *("model.gradient_checkpointing", "reward.gradient_checkpointing", "model.channels_last"),

@@ -283,6 +283,7 @@ class TrainingConfig:
     ema_every_steps: int = setting(1, FEW)  # update the average every N steps, with decay^N
     ema_on_cpu: bool = False  # keep the average off the device
     async_checkpoints: bool = True  # write while training goes on
+    sharded_checkpoints: bool | None = None  # a file of each process; null: above 32 GB of state
     peak_tflops: float | None = setting(None, POSITIVE)  # of one device; null looks its name up
     checkpoint_every_steps: int = setting(100, COUNT)
     keep_checkpoints: int | None = setting(3, COUNT)  # null keeps all

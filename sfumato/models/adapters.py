@@ -53,8 +53,12 @@ class Roles(abc.ABC):
         """Return every network that is held in memory, the policy first."""
 
     @abc.abstractmethod
-    def merged(self) -> nn.Module:
-        """Return a copy of the policy as a plain network, adapters merged into its weights."""
+    def merged(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return a copy of the policy as a plain network, adapters merged into its weights.
+
+        Args:
+            dtype: of the copy's weights; those of a policy that has it already are not copied.
+        """
 
 
 @final
@@ -79,8 +83,8 @@ class FrozenRoles(Roles):
     def networks(self) -> tuple[nn.Module, ...]:
         return (self.policy,)
 
-    def merged(self) -> nn.Module:
-        return copy.deepcopy(self.policy)
+    def merged(self, dtype: torch.dtype | None = None) -> nn.Module:
+        return _copied(self.policy, dtype)
 
 
 @final
@@ -189,7 +193,7 @@ class LoraRoles(Roles):
                 )
         return merged
 
-    def merged(self) -> nn.Module:
+    def merged(self, dtype: torch.dtype | None = None) -> nn.Module:
         from peft.tuners.lora import LoraLayer
 
         network = copy.deepcopy(self.policy)
@@ -197,6 +201,9 @@ class LoraRoles(Roles):
             if isinstance(module, LoraLayer):
                 module.merge(safe_merge=True)
                 network.set_submodule(name, module.get_base_layer())
+        if dtype is not None:
+            for parameter in network.parameters():
+                parameter.data = parameter.data.to(dtype)
         return network
 
     def adapters(self) -> dict[str, Any]:
@@ -245,5 +252,14 @@ class CopyRoles(Roles):
     def networks(self) -> tuple[nn.Module, ...]:
         return (self.policy,) if self.reference is None else (self.policy, self.reference)
 
-    def merged(self) -> nn.Module:
-        return copy.deepcopy(self.policy)
+    def merged(self, dtype: torch.dtype | None = None) -> nn.Module:
+        return _copied(self.policy, dtype)
+
+
+def _copied(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Return a copy of a network; a whole second one is never held only to be cast."""
+    parameters = network.parameters() if dtype is not None else ()
+    cast: dict[int, Any] = {
+        id(p): nn.Parameter(p.data.to(dtype), p.requires_grad) for p in parameters
+    }
+    return copy.deepcopy(network, cast)

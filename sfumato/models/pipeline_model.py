@@ -357,9 +357,7 @@ class PipelineModel(TextToImageModel):
     def save_pipeline(self, folder: Path, dtype: torch.dtype) -> None:
         changed = [name for name, part in self.parts.items() if part.is_changed]
         for name in changed:
-            merged: Any = self.parts[name].merged().cpu()
-            for parameter in merged.parameters():
-                parameter.data = parameter.data.to(dtype)
+            merged: Any = self.parts[name].merged(dtype).cpu()
             if name == self.network_name:
                 merged.save_pretrained(folder / name)
             else:

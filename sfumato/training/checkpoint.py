@@ -2,14 +2,15 @@
 
 A folder holds weights, EMA and optimiser state as safetensors, the rest as JSON, and a manifest
 with the SHA-256 of each file. An objective's own tensors are one more file. Nothing is pickled.
+A sharded checkpoint has one file of tensors for each process that wrote it, and reads the same.
 """
 
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -19,9 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato.config import TrainingConfig
-from sfumato.files import clear_unfinished, new_folder, read_object, remove_folder, sha256_of
+from sfumato.files import (
+    clear_unfinished,
+    new_folder,
+    read_object,
+    remove_folder,
+    sha256_of,
+    writing,
+)
 from sfumato.records import Count, read_record
 from sfumato.training.folder import step_name
+from sfumato.weights import SHARD, Shards, Share, shard_files, shard_names
 
 TENSORS = ("weights", "ema", "optimizer")
 OWN = "objective"  # tensors that only some objectives have
@@ -35,7 +44,12 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run needs to go on as if it had never stopped; whole tensors, on the CPU."""
+    """What a run needs to go on as if it had never stopped; whole tensors, on the CPU.
+
+    Attributes:
+        shares: of a snapshot that each process writes: this process's parts of all tensors, by
+            kind and name. Then the other tensors are left out.
+    """
 
     step: int  # optimiser steps taken
     weights: Mapping[str, Tensor]
@@ -43,6 +57,7 @@ class Snapshot:
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]  # JSON: counters, position in the data, loss scale
     objective: Mapping[str, Tensor] = field(default_factory=dict)  # old policy, collected rows
+    shares: Mapping[str, Share] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,38 +89,88 @@ def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
         CheckpointError: if the disk is full or cannot be written.
     """
     path = root / step_name(snapshot.step)
+    with _naming_last_good(root), new_folder(path, older=_OLDER, failure=CheckpointError) as folder:
+        _write(folder, snapshot)
+    return path
+
+
+@contextmanager
+def _naming_last_good(root: Path) -> Iterator[None]:
     try:
-        with new_folder(path, older=_OLDER, failure=CheckpointError) as folder:
-            _write(folder, snapshot)
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {_last_good(root)}") from error
-    return path
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
     for name in (*TENSORS, *([OWN] if snapshot.objective else [])):
         tensors = {key: value.contiguous() for key, value in vars(snapshot)[name].items()}
         save_file(tensors, folder / f"{name}.safetensors")
+    _write_state(folder, snapshot, {})
+
+
+def _write_state(folder: Path, snapshot: Snapshot, sums: Mapping[str, str]) -> None:
+    """Write the state, and the manifest last.
+
+    Args:
+        sums: SHA-256 of files, by name, that are known.
+    """
     state = {"step": snapshot.step, **snapshot.state}
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
     files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        file.name: {
+            "bytes": file.stat().st_size,
+            "sha256": sums.get(file.name) or sha256_of(file),
+        }
         for file in sorted(folder.iterdir())
     }
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
 
 
-def read_checkpoint(path: Path) -> Snapshot:
+def write_sharded(root: Path, snapshot: Snapshot, group: Any) -> None:
+    """Write a snapshot of shares as root/step-NNNNNN, or nothing; all processes must call it.
+
+    The first process of the group makes the folder and its manifest.
+
+    Args:
+        group: of all processes; nothing else may use it meanwhile.
+
+    Raises:
+        CheckpointError: on every process, if the disk is full or cannot be written.
+    """
+    from sfumato.training.shards import save_shares  # its package is slow to import
+
+    path = root / step_name(snapshot.step)
+    with _naming_last_good(root), writing(path, CheckpointError), ExitStack() as folders:
+        made = new_folder(path, older=_OLDER, failure=CheckpointError)
+        save_shares(
+            snapshot.shares,
+            lambda: folders.enter_context(made),
+            lambda folder, sums: _write_state(folder, snapshot, sums),
+            group,
+        )
+
+
+def read_checkpoint(path: Path, part: slice = slice(None)) -> Snapshot:
     """Read a checkpoint after checking every byte against its manifest.
+
+    Args:
+        part: of the files of a sharded checkpoint: other processes check the others.
 
     Raises:
         CheckpointError: naming the file that differs, and the last checkpoint that is good.
     """
-    _refuse_damage(path)
+    shards = shard_files(path)
+    _refuse_damage(path, *([STATE, *(file.name for file in shards[part])] if shards else []))
     try:
-        weights, ema, optimizer = (load_file(path / f"{name}.safetensors") for name in TENSORS)
-        own = path / f"{OWN}.safetensors"
-        objective = load_file(own) if own.exists() else {}
+        if shards:
+            tensors = Shards(shards)
+            weights, ema, optimizer = (tensors.under(f"{name}/") for name in TENSORS)
+            objective = tensors.under(f"{OWN}/")
+        else:
+            weights, ema, optimizer = (load_file(path / f"{name}.safetensors") for name in TENSORS)
+            own = path / f"{OWN}.safetensors"
+            objective = load_file(own) if own.exists() else {}
     except SafetensorError as error:
         raise CheckpointError(f"{path} holds no safetensors ({error}); remove it") from error
     _read_state(path)  # refuses a wrong type of what every reader uses
@@ -137,7 +202,9 @@ def find_fault(path: Path, *read: str) -> str | None:
         files = read_record(path / MANIFEST, _Manifest, "remove the checkpoint").files
     except ValueError as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for name in (*(f"{name}.safetensors" for name in TENSORS), STATE):
+    shards = next(filter(None, map(SHARD.fullmatch, files)), None)
+    tensors = shard_names(int(shards[2])) if shards else [f"{name}.safetensors" for name in TENSORS]
+    for name in (*tensors, STATE):
         if name not in files:
             return f"{MANIFEST} does not list {name}"
     for name, entry in files.items():
@@ -227,14 +294,23 @@ class CheckpointWriter:
 
     Args:
         root: the folder of checkpoints.
-        active: False on processes that write nothing.
+        active: False on processes that write their shares at most.
+        group: returns a group of all processes, for shares.
 
     Attributes:
         seconds: that the thread took for the last checkpoint, beside training.
     """
 
-    def __init__(self, root: Path, config: TrainingConfig, *, active: bool) -> None:
+    def __init__(
+        self,
+        root: Path,
+        config: TrainingConfig,
+        *,
+        active: bool,
+        group: Callable[[], Any] = lambda: None,
+    ) -> None:
         self._root = root
+        self._group = group
         self._keep = config.keep_checkpoints
         self._active = active
         self._pool = ThreadPoolExecutor(1, "checkpoint") if config.async_checkpoints else None
@@ -251,12 +327,13 @@ class CheckpointWriter:
             CheckpointError: if it is written at once, and cannot be.
         """
         assert self._writing is None, "the last one is still under way"
-        if not self._active:
+        if not (self._active or snapshot.shares):
             return
+        group = self._group() if snapshot.shares else None
         if self._pool is None:
-            self._write(snapshot, spare)
+            self._write(snapshot, spare, group)
         else:
-            self._writing = self._pool.submit(self._write_beside, snapshot, spare)
+            self._writing = self._pool.submit(self._write_beside, snapshot, spare, group)
 
     def wait(self) -> None:
         """Wait until the checkpoint under way is on disk.
@@ -277,11 +354,15 @@ class CheckpointWriter:
             if self._pool is not None:
                 self._pool.shutdown()
 
-    def _write(self, snapshot: Snapshot, spare: int | None) -> None:
-        write_checkpoint(self._root, snapshot)
-        tidy(self._root, self._keep, spare=spare)
+    def _write(self, snapshot: Snapshot, spare: int | None, group: Any) -> None:
+        if snapshot.shares:
+            write_sharded(self._root, snapshot, group)
+        else:
+            write_checkpoint(self._root, snapshot)
+        if self._active:
+            tidy(self._root, self._keep, spare=spare)
 
-    def _write_beside(self, snapshot: Snapshot, spare: int | None) -> None:
+    def _write_beside(self, snapshot: Snapshot, spare: int | None, group: Any) -> None:
         started = time.monotonic()
-        self._write(snapshot, spare)
+        self._write(snapshot, spare, group)
         self.seconds = time.monotonic() - started

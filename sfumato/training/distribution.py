@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar, final
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sfumato.config import TrainingConfig
 from sfumato.training.module import TrainingModule
 from sfumato.training.sharding import copy_size
+from sfumato.weights import Shards, Share
 
 T = TypeVar("T")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,9 +93,10 @@ class Distribution(Group):
         self.world = self._accelerator.num_processes
         self.device = self._accelerator.device
         self.is_main = self._accelerator.is_main_process
-        self._shard = config.strategy != "ddp" and self.world > 1
+        self.is_sharded = config.strategy != "ddp" and self.world > 1
         per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
         self._copy_size = copy_size(config, self.world, per_machine)
+        self._beside: Any = None
         self._precision = AUTOCAST.get(config.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         if tf32 and self.device.type == "cuda":
@@ -102,7 +105,7 @@ class Distribution(Group):
 
     def shard(self, module: TrainingModule) -> None:
         """Split the networks over the processes, in place, under FSDP2; before the optimiser."""
-        if not self._shard:
+        if not self.is_sharded:
             return
         from torch.distributed.fsdp import fully_shard
 
@@ -122,13 +125,20 @@ class Distribution(Group):
 
     def wrap(self, module: TrainingModule) -> nn.Module:
         """Return the module whose backward leaves gradients averaged over all processes."""
-        if self.world == 1 or self._shard:
+        if self.world == 1 or self.is_sharded:
             return module
         return DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
+
+    def beside(self) -> Any:
+        """Return a group of all processes for a thread, beside training; all must call it."""
+        if self._beside is None:
+            # A slow disk is waited for; a process that dies is noticed at once.
+            self._beside = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        return self._beside
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of mixed precision."""
@@ -138,7 +148,7 @@ class Distribution(Group):
             enabled=self._precision is not None,
             # The backward of a cast that is reused from an earlier forward runs after FSDP has
             # exchanged the gradients of the block: they would be left for the next step.
-            cache_enabled=not self._shard,
+            cache_enabled=not self.is_sharded,
         )
 
     @contextmanager
@@ -148,7 +158,7 @@ class Distribution(Group):
             with module.no_sync():
                 yield
             return
-        if self._shard:
+        if self.is_sharded:
             from torch.distributed.fsdp import FSDPModule
 
             for part in module.modules():
@@ -204,6 +214,26 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
         return distribute_tensor(placed, parameter.device_mesh, parameter.placements)
     # Fused AdamW needs moments that lie in memory as the weights do.
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def placed(tensors: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+    """Return a saved tensor as `like` does; of shards only this process's share is read."""
+    if not (isinstance(tensors, Shards) and isinstance(parameter, DTensor)):
+        return like(tensors[name], parameter)
+    (chunk,) = parameter.__create_chunk_list__()
+    return united(tensors.read(name, chunk.offsets, chunk.sizes), parameter)
+
+
+def share(value: Tensor, parameter: Tensor) -> Share:
+    """Return a copy on the CPU of the part of a tensor that this process holds, sharded or not.
+
+    Args:
+        value: the part, sharded as `parameter` is.
+    """
+    sharded = isinstance(parameter, DTensor)
+    offsets = parameter.__create_chunk_list__()[0].offsets if sharded else [0] * value.ndim
+    copied = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return Share(copied, offsets, parameter.shape if sharded else value.shape)
 
 
 def local(tensor: Tensor) -> Tensor:

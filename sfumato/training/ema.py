@@ -13,7 +13,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from sfumato.training.distribution import like, local, united, whole
+from sfumato.training.distribution import local, placed, share, united, whole
+from sfumato.weights import Share
 
 
 class Shadow:
@@ -51,10 +52,14 @@ class Shadow:
             for name, shadow in self.shadow.items()
         }
 
+    def shares(self) -> dict[str, Share]:
+        """Return copies of this process's shares, on the CPU, by name."""
+        return {n: share(each, self._parameters[n]) for n, each in self.shadow.items()}
+
     def put_back(self, shadows: Mapping[str, Tensor]) -> None:
         """Take the values of a snapshot."""
         for name, shadow in self.shadow.items():
-            shadow.copy_(local(like(shadows[name], self._parameters[name])))
+            shadow.copy_(local(placed(shadows, name, self._parameters[name])))
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -133,6 +138,11 @@ class Ema(Shadow):
         """Return whole shadows on the CPU, by name; all processes must call it."""
         self.settle()
         return super().snapshot(kept=kept)
+
+    def shares(self) -> dict[str, Share]:
+        """Return copies of this process's shares, on the CPU, by name."""
+        self.settle()
+        return super().shares()
 
     def restore(self, shadows: Mapping[str, Tensor], updates: int) -> None:
         """Put a snapshot back."""

@@ -85,7 +85,9 @@ def fit(job: Job, folder: RunFolder, distribution: Distribution, watch: StopWatc
         disable=not active,
         dynamic_ncols=True,
     )
-    writer = CheckpointWriter(folder.checkpoints, training, active=active)
+    writer = CheckpointWriter(
+        folder.checkpoints, training, active=active, group=distribution.beside
+    )
     saved = state.step
     stopped_by = None
     with watch.listening(), bar, writer.closing():
@@ -276,7 +278,8 @@ def resume(state: TrainState, folder: RunFolder, distribution: Distribution) -> 
     """
     with distribution.together():
         if checkpoints := list_checkpoints(folder.checkpoints):
-            state.restore(read_checkpoint(checkpoints[-1]))
+            part = slice(distribution.rank, None, distribution.world)
+            state.restore(read_checkpoint(checkpoints[-1], part))
     positions = distribution.gather([state.source.stream.state()])
     if any(position != positions[0] for position in positions):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from sfumato.config import TrainConfig, TrainingConfig
 
+SHARDED_BYTES = 32 * 10**9  # of trained state, from which checkpoints are sharded by default
 ELEMENTWISE = ("adamw", "sgd")  # optimisers that move each number by itself
 
 
@@ -25,6 +26,16 @@ def copy_size(training: TrainingConfig, processes: int, per_machine: int) -> int
             "its divisors"
         )
     return size
+
+
+def writes_shards(training: TrainingConfig, nbytes: int) -> bool:
+    """Say whether each process writes its share of a checkpoint, if the weights are sharded.
+
+    Args:
+        nbytes: of all tensors of the trained state.
+    """
+    chosen = training.sharded_checkpoints
+    return nbytes > SHARDED_BYTES if chosen is None else chosen
 
 
 def check_sharding(config: TrainConfig, processes: int) -> None:

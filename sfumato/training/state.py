@@ -12,7 +12,7 @@ from sfumato.data.stream import Stream
 from sfumato.objectives.objective import ObjectiveOf
 from sfumato.training.checkpoint import CheckpointError, Snapshot
 from sfumato.training.collection import Source
-from sfumato.training.distribution import Distribution, like, whole
+from sfumato.training.distribution import Distribution, local, placed, share, whole
 from sfumato.training.ema import Ema, Shadow
 from sfumato.training.flops import Meter
 from sfumato.training.guards import Guards
@@ -25,7 +25,8 @@ from sfumato.training.optimizer import (
     state_of,
     tables_of,
 )
-from sfumato.weights import differences
+from sfumato.training.sharding import writes_shards
+from sfumato.weights import Share, differences, shape_of, under
 
 ADVICE = "restore the model's settings in config.yaml, or choose another name for a run (name=...)"
 
@@ -64,6 +65,8 @@ class TrainState:
         self.step = 0
         self.best_step: int | None = None
         self.best_loss = math.inf
+        self._training = training
+        self._is_sharded = distribution.is_sharded
         self._keeps = distribution.is_main
         # The counted step runs uncompiled, so a resumed run must not count again.
         # Neither must one that resumes between collections, which it would count without them.
@@ -97,10 +100,11 @@ class TrainState:
     def snapshot(self) -> Snapshot:
         """Return whole tensors of the state, copies on the CPU of the main process.
 
-        All processes must call it; the other processes get empty tensors.
+        All processes must call it; the other processes get empty tensors. If the checkpoint is to
+        be sharded, each process gets its shares.
         """
         kept = self._keeps
-        moments = state_of(self.optimizer, self.parameters).items()
+        moments = state_of(self.optimizer, self.parameters)
         state: dict[str, Any] = {
             "ema_updates": self.ema.updates,
             "data": self.source.stream.state(),
@@ -118,20 +122,41 @@ class TrainState:
         rows, collected = self.source.snapshot(self.step)
         if collected:
             state["collection"] = collected
-        old = {} if self.old is None else self.old.snapshot(kept=kept)
-        kinds = {"collection": rows, "old": old}
         if self._keeps_flops:
             state["flops"] = self.meter.flops
+        if self._is_sharded and writes_shards(self._training, self._nbytes(moments)):
+            return Snapshot(self.step, {}, {}, {}, state, shares=self._shares(moments, rows))
+        old = {} if self.old is None else self.old.snapshot(kept=kept)
+        kinds = {"collection": rows, "old": old}
         return Snapshot(
             step=self.step,
             weights={name: whole(p, kept=kept) for name, p in self.parameters.items()},
             ema=self.ema.snapshot(kept=kept),
-            optimizer={name: whole(moment, kept=kept) for name, moment in moments},
+            optimizer={name: whole(moment, kept=kept) for name, moment in moments.items()},
             state=state,
             objective={
                 f"{kind}/{name}": each for kind in kinds for name, each in kinds[kind].items()
             },
         )
+
+    def _nbytes(self, moments: Mapping[str, Tensor]) -> int:
+        """Return the bytes of all tensors of the state but collected rows, over all processes."""
+        copies = 1 + bool(self.ema.shadow) + (self.old is not None)
+        weights = sum(each.nbytes for each in self.parameters.values())
+        return copies * weights + sum(each.nbytes for each in moments.values())
+
+    def _shares(
+        self, moments: Mapping[str, Tensor], rows: Mapping[str, Tensor]
+    ) -> dict[str, Share]:
+        """Return this process's shares of all tensors of the state, copies on the CPU."""
+        kinds = {
+            "weights": {name: share(local(p), p) for name, p in self.parameters.items()},
+            "ema": self.ema.shares(),
+            "optimizer": {name: share(local(each), each) for name, each in moments.items()},
+            "objective/old": {} if self.old is None else self.old.shares(),
+            "objective/collection": {name: share(each, each) for name, each in rows.items()},
+        }
+        return {f"{kind}/{name}": each for kind in kinds for name, each in kinds[kind].items()}
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put a snapshot back.
@@ -147,13 +172,17 @@ class TrainState:
             self.best_step, self.best_loss = snapshot.state["best"]
         self.ema.restore(snapshot.ema, snapshot.state["ema_updates"])
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(like(snapshot.weights[name], parameter))
-        for key, value in snapshot.optimizer.items():
+            parameter.data.copy_(placed(snapshot.weights, name, parameter))
+        for key in snapshot.optimizer:
             kind, _, name = key.partition("/")
             parameter, number = self.parameters[name], kind.removeprefix(NUMBER)
-            alike = value.shape == parameter.shape  # of a factor or a block it is not
-            moment = like(value, parameter) if alike else value.to(parameter.device)
-            self.optimizer.state[parameter][number] = moment if number == kind else value.item()
+            if number != kind:
+                moment = snapshot.optimizer[key].item()
+            elif shape_of(snapshot.optimizer, key) == parameter.shape:
+                moment = placed(snapshot.optimizer, key, parameter)
+            else:  # of a factor or a block
+                moment = snapshot.optimizer[key].to(parameter.device)
+            self.optimizer.state[parameter][number] = moment
         for group, numbers in zip(
             self.optimizer.param_groups, snapshot.state.get("optimizer", []), strict=False
         ):
@@ -162,15 +191,9 @@ class TrainState:
         self.scaler.load_state_dict(snapshot.state["scaler"])
         self.objective.restore(snapshot.state.get("objective", {}))
         self.guards.restore(snapshot.state.get("guards", {}))
-        rows, old = (
-            {
-                name.removeprefix(kind): each
-                for name, each in snapshot.objective.items()
-                if name.startswith(kind)
-            }
-            for kind in ("collection/", "old/")
-        )
-        self.source.restore(self.model, self.step, rows, snapshot.state.get("collection", {}))
+        rows, old = (under(snapshot.objective, kind) for kind in ("collection/", "old/"))
+        collected = snapshot.state.get("collection", {})
+        self.source.restore(self.model, self.step, dict(rows), collected)
         if self.old is not None:
             differences(old, self.parameters, {}).refuse("the old policy", ADVICE, CheckpointError)
             self.old.put_back(old)

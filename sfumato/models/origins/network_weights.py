@@ -21,7 +21,7 @@ from sfumato.models.origins.original import (
     original_names,
 )
 from sfumato.models.origins.unets import build_network
-from sfumato.weights import differences, refuse_non_finite
+from sfumato.weights import Shards, differences, refuse_non_finite, shard_files
 
 NETWORKS = ("unet", "transformer")  # folders of the network in a diffusers folder
 DIFFUSERS_FILE = "diffusion_pytorch_model"
@@ -200,8 +200,13 @@ def _layout(
 def _read_checkpoint(source: Source, name: str, network: NetworkConfig) -> dict[str, Tensor]:
     """Return a network's weights from a checkpoint of Sfumato: the averaged ones if asked for."""
     kinds = ("ema", "weights") if network.ema else ("weights",)
-    files = (_verified(source.path / f"{kind}.safetensors", source.setting) for kind in kinds)
-    states = (read_tensors(file, source.setting, allow_pickle=False) for file in files)
+    states: Iterable[Mapping[str, Tensor]]
+    if names := shard_files(source.path):
+        shards = Shards([_verified(file, source.setting) for file in names])
+        states = (shards.under(f"{kind}/") for kind in kinds)
+    else:
+        files = (_verified(source.path / f"{kind}.safetensors", source.setting) for kind in kinds)
+        states = (read_tensors(file, source.setting, allow_pickle=False) for file in files)
     state = next(filter(None, states), {})  # the average of a run without one is empty
     prefix = f"{name}."
     state = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
