@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.preparation.pack import make_tar
-from sfumato.preparation.precache import ShardEncoder
 
 
 def double(item: int, tick: Any) -> int:
@@ -72,19 +71,3 @@ def dying_make_tar(mark: Path, job: Any, shard: Any, tick: Any) -> Any:
             die_once(mark)
 
     return make_tar(job, shard, counting)
-
-
-class DyingEncoder:
-    """A ShardEncoder whose first worker is killed while it encodes tar 1."""
-
-    def __init__(self, mark: Path, job: Any) -> None:
-        self._mark, self._encoder = mark, ShardEncoder(job)
-        self.load = self._encoder.load
-
-    def __call__(self, name: str, tick: Any) -> Any:
-        def dying(count: int) -> None:
-            tick(count)
-            if name == "000001":
-                die_once(self._mark)
-
-        return self._encoder(name, dying)

@@ -37,8 +37,7 @@ class Cluster(Engine):
                 version.
         """
         self._workers, self._folder = workers, folder.absolute()
-        # Ray tells nobody how it is used.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells nobody how it is used
         try:
             import ray
         except ImportError:
@@ -47,15 +46,13 @@ class Cluster(Engine):
                 "machine, or leave engine out"
             ) from None
         self._ray: Any = ray
-        if address is None:
-            ray.init(
-                address="local", num_cpus=workers, include_dashboard=False, logging_level="ERROR"
-            )
-            return
-        _refuse_silent(address)
+        if address is not None:
+            _refuse_silent(address)
+        here = {"num_cpus": workers, "include_dashboard": False} if address is None else {}
         try:
-            ray.init(address=address, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            ray.init(address=address or "local", logging_level="ERROR", **here)
+        # Ray has no class for what can go wrong; it exits where another server answers.
+        except (Exception, SystemExit) as error:
             raise ValueError(_refused(address, error, ray.__version__)) from error
 
     def crew(self, function: Function[Any, Any], *, gpu: bool) -> tuple[Crew, int]:
@@ -130,8 +127,10 @@ def _refuse_silent(address: str) -> None:
         raise ValueError(f"no Ray cluster answers at ray={address} ({error}); {_START}") from None
 
 
-def _refused(address: str, error: Exception, version: str) -> str:
+def _refused(address: str | None, error: BaseException, version: str) -> str:
     said = " ".join(str(error).split())
+    if address is None:
+        return f"Ray does not start on this machine ({said}); leave engine=ray out, or mend it"
     if "ersion" in said:
         return (
             f"the Ray cluster at ray={address} is of another version than Ray {version} here: "
