@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sfumato.preparation.pack import make_tar
+from sfumato.preparation.engine import map_shards
 
 
 def double(item: int, tick: Any) -> int:
@@ -60,14 +60,28 @@ def beating(folder: Path, item: int, tick: Any) -> int:
         time.sleep(0.02)
 
 
-def dying_make_tar(mark: Path, job: Any, shard: Any, tick: Any) -> Any:
-    """Make a tar; the first worker of tar 1 is killed after three rows."""
-    rows = [0]
+class Dying:
+    """A function of which one worker is killed while it makes a shard, at some tick."""
 
-    def counting(count: int) -> None:
-        rows[0] += count
-        tick(count)
-        if shard.name == "000001" and rows[0] == 3:
-            die_once(mark)
+    def __init__(self, function: Any, shard: str, ticks: int, mark: Path) -> None:
+        self._function, self._shard, self._ticks, self._mark = function, shard, ticks, mark
 
-    return make_tar(job, shard, counting)
+    def __call__(self, item: Any, tick: Any) -> Any:
+        left = [self._ticks]
+
+        def counting(count: int) -> None:
+            tick(count)
+            left[0] -= 1
+            if str(item) == self._shard and left[0] == 0:
+                die_once(self._mark)
+
+        return self._function(item, counting)
+
+
+def let_die(monkeypatch: Any, module: Any, shard: str, ticks: int, mark: Path) -> None:
+    """Let a worker of a stage die once."""
+
+    def dying(function: Any, *arguments: Any, **others: Any) -> Any:
+        return map_shards(Dying(function, shard, ticks, mark), *arguments, **others)
+
+    monkeypatch.setattr(module, "map_shards", dying)

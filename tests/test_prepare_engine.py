@@ -301,8 +301,7 @@ def test_a_worker_that_is_killed_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    dying = partial(shard_functions.dying_make_tar, tmp_path / "died")
-    monkeypatch.setattr(packing, "make_tar", dying)
+    shard_functions.let_die(monkeypatch, packing, "000001", 3, tmp_path / "died")
     prepare(settings(source, tmp_path / "out", workers=2))
     assert "a worker died while it made 000001 (killed by SIGKILL)" in capsys.readouterr().err
     assert tree(tmp_path / "out") == tree(whole)
@@ -507,11 +506,11 @@ def test_ray_leaves_the_same_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One of its two workers is killed in the middle of a tar."""
-    dying = partial(shard_functions.dying_make_tar, tmp_path / "died")
-    monkeypatch.setattr(packing, "make_tar", dying)
+    shard_functions.let_die(monkeypatch, packing, "000001", 3, tmp_path / "died")
     config, out = settings(source, tmp_path / "out"), tmp_path / "out"
     pack(config.pack, config.download, out, two_of_ray)
-    assert "a worker died while it made 000001" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "a worker died while it made 000001" in said and "20/20" in said
     filter_samples(config.filter, out, two_of_ray)
     write_index(out, two_of_ray)
     assert tree(out) == tree(whole)

@@ -5,11 +5,20 @@ Ray is an extra, `pip install 'sfumato[ray]'`, of one version on all machines.
 
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
-from sfumato.preparation.engine import Crew, Died, Engine, Event, Failed, Function, Made, attempt
+from sfumato.preparation.engine import (
+    Crew,
+    Died,
+    Engine,
+    Event,
+    Failed,
+    Function,
+    Made,
+    Ticked,
+    attempt,
+)
 
 _HELD = 8  # functions that a worker keeps
 _SECONDS = 10  # until an address counts as silent
@@ -17,7 +26,7 @@ _START = (
     "start one with: ray start --head --port=6379, on further machines: ray start "
     "--address=HOST:6379, and give ray=HOST:6379; or leave ray out, which starts one here"
 )
-_functions: dict[str, Callable[..., Any]] = {}  # of this worker, by token
+_functions: dict[str, Function[Any, Any]] = {}  # of this worker, by token
 
 
 @final
@@ -81,39 +90,43 @@ class _Tasks(Crew):
         self._shards[self._make.remote(*self._given, item)] = number
 
     def wait(self) -> list[Event]:
-        done, _ = self._ray.wait(list(self._shards), num_returns=1)
-        return [(self._shards.pop(task), self._result(task)) for task in done]
+        (task,), _ = self._ray.wait(list(self._shards), num_returns=1)
+        number = self._shards.pop(task)
+        return [(number, event) for event in self._events(task)]
 
     def close(self) -> None:
         for task in self._shards:
             self._ray.cancel(task, force=True)
 
-    def _result(self, task: Any) -> Made | Failed | Died:
+    def _events(self, task: Any) -> list[Ticked | Made | Failed | Died]:
         errors = self._ray.exceptions
         try:
             return self._ray.get(task)
         except errors.RayTaskError:
             raise
         except errors.RayError as error:
-            return Died(str(error).strip().partition("\n")[0])
+            return [Died(str(error).strip().partition("\n")[0])]
 
 
-def _make(token: str, function: Callable[..., Any], cwd: str, folder: str, item: Any) -> Any:
+def _make(
+    token: str, function: Function[Any, Any], cwd: str, folder: str, item: Any
+) -> list[Ticked | Made | Failed]:
     """Make a shard, in a worker of Ray; a function stays there with all that it has loaded."""
     if not Path(folder).is_dir():
-        return Failed(
-            ValueError(
-                f"the machine {socket.gethostname()} does not see {folder}; put out on a disk that "
-                "all machines of the Ray cluster share, under one path"
-            )
+        error = ValueError(
+            f"the machine {socket.gethostname()} does not see {folder}; put out on a disk that all "
+            "machines of the Ray cluster share, under one path"
         )
+        return [Failed(error)]
     if Path(cwd).is_dir():  # paths may be relative
         os.chdir(cwd)
     if token not in _functions:
         while len(_functions) >= _HELD:
             del _functions[next(iter(_functions))]
         _functions[token] = function
-    return attempt(_functions[token], item, lambda _: None)
+    rows = list[int]()
+    made = attempt(_functions[token], item, rows.append)
+    return [Ticked(sum(rows)), made]
 
 
 def _refuse_silent(address: str) -> None:
