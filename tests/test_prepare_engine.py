@@ -37,6 +37,7 @@ from sfumato.preparation.pack_plan import Count, Plan
 from sfumato.preparation.prepare import prepare
 from sfumato.preparation.settings import check_prepare
 from sfumato.preparation.sources import Listing, Whole
+from sfumato.preparation.tars import tidied
 from sfumato.preparation.verify import verify
 
 NO_IMAGE = "not an image (JPEG, PNG, WEBP, BMP)"

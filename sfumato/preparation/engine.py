@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
@@ -214,7 +214,7 @@ def map_shards(
     *,
     tick: Tick = lambda _: None,
     gpu: bool = False,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield the function's result for each item, in order; memory does not grow with the items.
 
     Args:
@@ -265,14 +265,14 @@ def _mapped(crew: Crew, workers: int, queue: _Queue[Any], tick: Tick) -> Iterato
                 continue
             tick(-shard.rows)
             shard.deaths, shard.rows = shard.deaths + 1, 0
-            _told_of_death(shard, event.reason)
+            _tell_of_death(shard, event.reason)
             queue.again.append(number)
         while following in queue.made:
             yield queue.made.pop(following)
             following += 1
 
 
-def _told_of_death(shard: _Try[Any], reason: str) -> None:
+def _tell_of_death(shard: _Try[Any], reason: str) -> None:
     if shard.deaths == _TRIES:
         raise PreparedError(
             f"{_TRIES} workers died, one after another, while they made {shard.item} ({reason}); "

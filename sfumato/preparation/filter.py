@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import KeptRecord, Member, PreparedError, TarRecord, write_record
 from sfumato.files import digest
 from sfumato.preparation.engine import ALONE, Engine, Progress, Tick, map_shards
-from sfumato.preparation.tars import claim, forget_others
+from sfumato.preparation.tars import claim, forget_others, tidied
 
 _MADE_BY = 1  # raised when the same settings come to keep other samples
 
@@ -53,8 +54,12 @@ def filter_samples(config: FilterConfig, folder: Path, engine: Engine = ALONE) -
     root, names = job.folder.selection(config.name), job.folder.tar_names()
     seen, before = _Seen(), ""
     claim(root, names)
-    with Progress(f"filter {config.name}", len(names), "tar") as progress:
-        for each in map_shards(partial(judge_tar, job), names, engine, tick=progress.tick):
+    with (
+        tidied(root),
+        Progress(f"filter {config.name}", len(names), "tar") as progress,
+        closing(map_shards(partial(judge_tar, job), names, engine, tick=progress.tick)) as judged,
+    ):
+        for each in judged:
             record = each.record
             if each.hashes is not None:
                 # Whether a sample is a duplicate depends on all tars before its own.

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -36,6 +36,7 @@ from sfumato.preparation.tars import (
     files_in,
     forget_others,
     is_ours,
+    tidied,
     unclaim,
     write_tar,
 )
@@ -110,8 +111,14 @@ def pack(
     written, empty = count_written(shards), list[TarRecord]()
     plan = make_plan(source, digest(columns), config.samples_per_shard, shards, engine)
     claim(shards, plan.names)
-    with Progress("pack", plan.rows, "row") as progress:
-        for made in map_shards(partial(make_tar, job), plan.shards(), engine, tick=progress.tick):
+    with (
+        tidied(shards),
+        Progress("pack", plan.rows, "row") as progress,
+        closing(
+            map_shards(partial(make_tar, job), plan.shards(), engine, tick=progress.tick)
+        ) as packed,
+    ):
+        for made in packed:
             progress.add(made.kept, made.dropped)
             if made.empty is not None:
                 empty.append(made.empty)

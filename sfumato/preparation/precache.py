@@ -34,7 +34,7 @@ from sfumato.preparation.encoding import Encoder, Picture, Shard
 from sfumato.preparation.engine import ALONE, Engine, Progress, Tick, map_shards
 from sfumato.preparation.faults import wrong_size
 from sfumato.preparation.pool import worker_index
-from sfumato.preparation.tars import clear_unfinished
+from sfumato.preparation.tars import clear_unfinished, tidied
 from sfumato.training.distribution import Distribution
 
 T = TypeVar("T")
@@ -101,14 +101,15 @@ def begin_cache(
 
 def _mapped(job: CacheJob, engine: Engine) -> dict[str, int]:
     """Encode the shards that lack samples, by an engine."""
-    make = ShardEncoder(job)
-    with Progress("precache", None, "image", shards=len(job.names)) as progress:
+    make, folders = ShardEncoder(job), map(job.folder.cache, job.caches)
+    with (
+        tidied(*folders),
+        Progress("precache", None, "image", shards=len(job.names)) as progress,
+    ):
         for kept, dropped in map_shards(make, job.names, engine, tick=progress.tick, gpu=True):
             progress.add(kept, dropped)
     if not (job.folder.cache(job.caches[1]) / EMPTY).exists():
         make.load()
-    for cache in job.caches:
-        clear_unfinished(job.folder.cache(cache))
     return progress.bins
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,6 +131,16 @@ def clear_unfinished(folder: Path) -> None:
     """Remove the unfinished files of killed processes."""
     for path in [path for path in files_in(folder) if _UNFINISHED.fullmatch(path.name)]:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def tidied(*folders: Path) -> Iterator[None]:
+    """Remove in the end what workers left unfinished that were killed, or ended by an error."""
+    try:
+        yield
+    finally:
+        for folder in folders:
+            clear_unfinished(folder)
 
 
 def files_in(folder: Path) -> Iterator[Path]:
