@@ -326,6 +326,17 @@ def test_the_command_killed_and_started_again_leaves_the_same_folder(
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
+def test_an_error_leaves_nothing_unfinished(tmp_path: Path) -> None:
+    """Workers are killed then, in the middle of their files."""
+    ours = (".000001.tar.tmp-0a1b2c3d", ".000001.json.tmp", ".00002.safetensors.tmp-0a1b2c3d")
+    others = (".mine.tmp", ".000001.tar.tmp-other", "000001.tar", ".written")
+    for name in (*ours, *others):
+        (tmp_path / name).touch()
+    with pytest.raises(OSError, match="full"), tidied(tmp_path, tmp_path / "absent"):
+        raise OSError("full")
+    assert {path.name for path in tmp_path.iterdir()} == {*others}
+
+
 # --- What an older version packed
 
 # Of pictures 8 + i pixels high, two in a tar, of which the sixth is damaged.
