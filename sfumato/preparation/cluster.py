@@ -150,4 +150,4 @@ def _refused(address: str | None, error: BaseException, version: str) -> str:
             f"{said}; install one version of Ray and of Python on all machines, and start the "
             "cluster again: ray stop, then ray start --head --port=6379"
         )
-    return f"there is no Ray cluster at ray={address} ({said}); {_START}"
+    return f"no Ray cluster can be reached at ray={address} ({said}); {_START}"
