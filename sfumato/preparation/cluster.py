@@ -26,6 +26,7 @@ _START = (
     "start one with: ray start --head --port=6379, on further machines: ray start "
     "--address=HOST:6379, and give ray=HOST:6379; or leave ray out, which starts one here"
 )
+_TOKEN = "; if it asks for a token, set the variable RAY_AUTH_MODE=token"
 _functions: dict[str, Function[Any, Any]] = {}  # of this worker, by token
 
 
@@ -150,4 +151,4 @@ def _refused(address: str | None, error: BaseException, version: str) -> str:
             f"{said}; install one version of Ray and of Python on all machines, and start the "
             "cluster again: ray stop, then ray start --head --port=6379"
         )
-    return f"no Ray cluster can be reached at ray={address} ({said}); {_START}"
+    return f"no Ray cluster can be reached at ray={address} ({said}); {_START}{_TOKEN}"
