@@ -49,7 +49,7 @@ class Cluster(Engine):
         self._workers, self._folder = workers, folder.absolute()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells nobody how it is used
         try:
-            import ray
+            import ray  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ValueError(
                 "engine=ray needs Ray, which is not installed; pip install 'sfumato[ray]' on every "
