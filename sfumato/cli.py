@@ -5,7 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, final
@@ -298,11 +298,18 @@ def prepare(arguments: Sequence[str]) -> None:
         return
     parser = options_parser("prepare verify", prepare)
     parser.add_argument("folder", type=Path, help="the folder that was prepared")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local")
+    parser.add_argument("--workers", type=int, help="processes (default: 1, or all of Ray's)")
+    parser.add_argument("--ray", help="HOST:PORT of a Ray cluster, or auto (default: one here)")
     options = parser.parse_args(arguments[1:])
+    if options.workers is not None and not 1 <= options.workers <= 1_000_000:
+        parser.error(f"--workers {options.workers} must be 1 or more")
+    from sfumato.preparation.engine import open_engine
     from sfumato.preparation.verify import verify
 
-    with mistakes_explained():
-        verify(options.folder)
+    chosen = (options.engine, options.workers, options.ray, options.folder)
+    with mistakes_explained(), closing(open_engine(*chosen)) as engine:
+        verify(options.folder, engine)
 
 
 def launch(arguments: Sequence[str]) -> None:

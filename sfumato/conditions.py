@@ -138,6 +138,7 @@ _OF_MODELS = re.compile(
 )
 _PREPARED: Sequence[Row] = (
     *_MODEL,
+    ("ray", "engine=ray"),
     (r"download\.(?!table|columns).+", "download.table"),
     (r"pack\.(base_path|image_column)", "pack.path"),
     (r"pack\.(repeats|weight)", "never: each picture is packed once"),

@@ -29,13 +29,19 @@ _LARGEST = 2**30  # bytes of a file that is read into memory whole
 
 
 @contextmanager
-def new_file(path: Path, *, failure: type[ValueError] = ValueError) -> Iterator[Path]:
+def new_file(
+    path: Path, *, shared: bool = False, failure: type[ValueError] = ValueError
+) -> Iterator[Path]:
     """Give a path to write to; the file then replaces `path`. The mode is the umask's.
+
+    Args:
+        shared: several processes may write the same file at once; a killed one's stays beside it.
 
     Raises:
         failure: the file cannot be written; `path` is as it was.
     """
-    beside = path.with_name(f".{path.name}.tmp")
+    unique = f"-{os.urandom(4).hex()}" if shared else ""
+    beside = path.with_name(f".{path.name}.tmp{unique}")
     with writing(path, failure):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +57,11 @@ def new_file(path: Path, *, failure: type[ValueError] = ValueError) -> Iterator[
             beside.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, *, failure: type[ValueError] = ValueError) -> None:
-    """Write a text file whole, or not at all; raises as `new_file`."""
-    with new_file(path, failure=failure) as beside:
+def write_text(
+    path: Path, text: str, *, shared: bool = False, failure: type[ValueError] = ValueError
+) -> None:
+    """Write a text file whole, or not at all; as `new_file`."""
+    with new_file(path, shared=shared, failure=failure) as beside:
         beside.write_text(text, encoding="utf-8")
 
 

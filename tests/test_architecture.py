@@ -170,9 +170,10 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "jinja2": (("report", "launch"), "pages belong in report/, the sbatch script in launch/"),
     "markupsafe": (("report",), "pages belong in report/"),
     "tqdm": (
-        ("training", "evaluation", "demo", "preparation.precache"),
+        ("training", "evaluation", "demo", "preparation.precache", "preparation.engine"),
         "progress bars belong to the loops",
     ),
+    "ray": (("preparation.cluster",), "shards are mapped by preparation/engine.py"),
     "msgspec": (("records",), "records are decoded in records.py"),
     "braceexpand": (("data",), "file patterns belong in data/"),
     "numpy": (

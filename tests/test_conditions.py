@@ -67,7 +67,8 @@ ALWAYS = {
         validation.rewards validation.rewards.NAME.{{pretrained,processor,predictor,path,url}}
     """,
     "prepare": f"""
-        out stages recipe {MODEL} model.network.config model.merge download.{{table,columns}}
+        out stages engine workers recipe {MODEL} model.network.config model.merge
+        download.{{table,columns}}
         pack.{{path,caption_column,captions,columns,caption_lines,samples_per_shard,max_pixels}}
         pack.workers filter.{{name,min_size,max_size,max_aspect,min_caption,max_caption,score}}
         filter.{{min_score,max_score,duplicates}}

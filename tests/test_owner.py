@@ -155,9 +155,9 @@ def record(name: str) -> str:
 
 def test_numbered_files_of_others_are_refused_and_never_removed(tmp_path: Path) -> None:
     write(tmp_path, "000001.tar", "000001.json", "000007.json", "notes.json", ".mine.tmp")
-    claim(tmp_path / "000000.json")
+    claim(tmp_path, ["000000"])
     with pytest.raises(ValueError, match=r"000001\.json .* did not write"):
-        claim(tmp_path / "000001.json")
+        claim(tmp_path, ["000000", "000001"])
     write(tmp_path, "000000.tar", "000000.json", ".000000.tar.tmp")
     forget_others(tmp_path, set())
     assert files(tmp_path) == sorted(
@@ -169,7 +169,7 @@ def test_records_of_an_older_version_are_known_by_what_they_hold(tmp_path: Path)
     write(tmp_path, "000000.tar", "000001.tar", "000002.tar", "000002.json")
     for name in ("000000", "000001"):
         (tmp_path / f"{name}.json").write_text(record(name))
-    claim(tmp_path / "000000.json")
+    claim(tmp_path, ["000000"])
     forget_others(tmp_path, {"000000"})
     assert files(tmp_path) == [".written", "000000.json", "000000.tar", "000002.json", "000002.tar"]
 

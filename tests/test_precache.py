@@ -400,7 +400,7 @@ def test_killed_while_it_writes_it_leaves_nothing_half_written(
     with monkeypatch.context() as patched:
         patched.setattr(precaching, "save_file", save_half)
         assert in_child(lambda: run(settings(folder, sd_folder))) == -9
-    (half,) = (folder / "cache").rglob(".*.tmp")
+    (half,) = (folder / "cache").rglob(".*.tmp*")
     assert half.stat().st_size > 0
     assert_whole(folder)
     run(settings(folder, sd_folder))
@@ -467,7 +467,7 @@ def test_a_full_disk_ends_it_clearly_and_loses_nothing(
         with pytest.raises(PreparedError, match=r"written: no space is left.*Free some"):
             run(config)
         assert_whole(folder)
-        assert not list((folder / "cache").rglob(".*.tmp"))
+        assert not list((folder / "cache").rglob(".*.tmp*"))
         seen.add(len(list((folder / "cache").rglob("0*.json"))))
     assert len(seen) > 2, "the disk was full at different points"
     filler.unlink()

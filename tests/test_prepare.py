@@ -14,6 +14,7 @@ import pytest
 from image_files import png, write_tar
 from prepared import toy_identity, write_cache
 from runs import in_processes
+from shard_functions import let_die
 
 import sfumato
 from sfumato.cli import main
@@ -28,6 +29,7 @@ from sfumato.config import (
 from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import CachedRecord, PreparedError, made_of, record_text
 from sfumato.files import sha256_of
+from sfumato.preparation import precache as precaching
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index
 from sfumato.preparation.pack import pack
@@ -324,8 +326,8 @@ def test_a_record_that_was_edited_is_found(out: Path, capsys: pytest.CaptureFixt
     assert "shards/000000.tar: 000000007.png is not in its record" in found
     wrong = "selections/all/000000.json has 8 samples in its bins, and the tar has 7; run: "
     assert any(fault.startswith(wrong) for fault in found)
-    broken = "sample 7 has the key 000000008, which breaks the numbering"
-    assert f"shards/000001.tar: {broken}" in found
+    lost = "has 7 samples and 0 rows that were left out, and covers 8 rows"
+    assert f"the record of shards/000000.tar {lost}" in found
 
 
 def test_every_fault_is_told_and_not_the_first_alone(
@@ -484,26 +486,31 @@ def test_all_stages_run_with_the_demo_model(model: Path, tmp_path: Path) -> None
     verify(out)
 
 
-def test_two_processes_leave_the_same_folder_as_one(
+def test_two_processes_and_two_workers_leave_the_same_folder_as_one_process(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One of the two workers is killed while it encodes."""
     members = [(f"{i}.{s}", d) for i in range(6) for s, d in (("png", png(32, 32, i)),
                                                               ("txt", b"a star"))]  # fmt: skip
     tar = write_tar(tmp_path / "a.tar", members)
     settings = [f"pack.path={tar}", "pack.samples_per_shard=2", f"model.pretrained={BASE}"]
     settings += ["precache.height=32", "precache.width=32", "precache.workers=1"]
-    for processes, name in ((1, "one"), (2, "two")):
+    for processes, name, more in ((1, "one", []), (2, "two", []), (1, "workers", ["workers=2"])):
         capfd.readouterr()
-        given = ["sfumato", "prepare", f"out={tmp_path / name}", *settings]
+        given = ["sfumato", "prepare", f"out={tmp_path / name}", *settings, *more]
         monkeypatch.setattr(sys, "argv", given)
+        if more:
+            let_die(monkeypatch, precaching, "000001", 1, tmp_path / "died")
         in_processes(processes, lambda _: main())
-    lines = [line.partition(":")[0] for line in capfd.readouterr().out.splitlines()]
-    assert lines == ["pack", "filter all", "precache", "index"]
+        said = capfd.readouterr()
+        lines = [line.partition(":")[0] for line in said.out.splitlines()]
+        assert lines == ["pack", "filter all", "precache", "index"]
+    assert "a worker died while it made 000001" in said.err
     trees = [
         {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file()}
-        for out in (tmp_path / "one", tmp_path / "two")
+        for out in (tmp_path / "one", tmp_path / "two", tmp_path / "workers")
     ]
-    assert trees[0] == trees[1]
+    assert trees[0] == trees[1] == trees[2]
     assert sum(name.endswith(".safetensors") for name in trees[0]) == 7
 
 
@@ -605,7 +612,7 @@ def test_records_of_tars_that_are_no_more_are_removed(out: Path) -> None:
     filter_samples(FilterConfig(), out)
     names = [*(f"{i:06d}.json" for i in range(3)), "000008.json"]  # which nobody here wrote
     assert sorted(p.name for p in selection.glob("*.json")) == names
-    assert not list(selection.glob(".*.tmp"))
+    assert not list(selection.glob(".*.tmp*"))
 
 
 def test_the_index_tells_selections_of_equal_counts_apart(out: Path) -> None:

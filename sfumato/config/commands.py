@@ -221,6 +221,9 @@ class PrepareConfig:
 
     out: str = MISSING  # the folder to prepare
     stages: list[str] = setting(list(STAGES), Rule(choices=STAGES, filled=True))  # to run
+    engine: str = choice("local", "ray")  # ray: the workers of a Ray cluster
+    workers: int | None = setting(None, FEW)  # processes; null: one here, or all of the cluster's
+    ray: str | None = None  # HOST:PORT of a Ray cluster, or auto; null starts one here
     download: DownloadConfig = field(default_factory=DownloadConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)

@@ -50,23 +50,47 @@ def tars_without_record(folder: Path) -> Iterator[str]:
             yield f"{record} is missing; run the same sfumato prepare again, which makes it anew"
 
 
-def of_tar(tar: Path, record: TarRecord, first: int) -> Iterator[str]:
-    """Find what differs between a tar and its record.
-
-    Args:
-        first: number of the tar's first sample in the folder.
-    """
+def of_tar(tar: Path, record: TarRecord) -> Iterator[str]:
+    """Find what differs between a tar and its record."""
+    if record.rows is not None:
+        covered, dropped = record.rows[1] - record.rows[0], sum(record.dropped.values())
+        if len(record.samples) + dropped < covered:
+            yield (
+                f"the record of {tar} has {len(record.samples)} samples and {dropped} rows that "
+                f"were left out, and covers {covered} rows"
+            )
     if not tar.is_file():
         return
     if tar.stat().st_size == record.bytes and sha256_of(tar) != record.sha256:
         yield f"{tar} differs from the SHA-256 of its record"
-    for number, member in enumerate(record.samples, first):
-        if member.key != f"{number:09d}":
-            yield f"{tar}: sample {number} has the key {member.key}, which breaks the numbering"
     try:
         yield from _of_members(tar, record)
     except DAMAGE as error:
         yield f"{tar} is no whole tar ({error})"
+
+
+def of_numbering(
+    tar: Path, rows: tuple[int, int] | None, keys: Sequence[str], first: int
+) -> Iterator[str]:
+    """Find keys that are not the numbers of the tar's rows.
+
+    Args:
+        rows: that the tar covers; None in a tar of an older version, whose samples are numbered.
+        first: the number behind those of the tars before it.
+    """
+    if rows is None:
+        for number, key in enumerate(keys, first):
+            if key != f"{number:09d}":
+                yield f"{tar}: sample {number} has the key {key}, which breaks the numbering"
+        return
+    if rows[0] != first:
+        yield f"{tar} begins at row {rows[0]}, and the tar before it ends before row {first}"
+    before = rows[0] - 1
+    for key in keys:
+        number = int(key) if key.isdecimal() else -1
+        if key != f"{number:09d}" or not before < number < rows[1]:
+            yield f"{tar}: a sample has the key {key}, which breaks the numbering"
+        before = max(before, number)
 
 
 def _of_members(tar: Path, record: TarRecord) -> Iterator[str]:

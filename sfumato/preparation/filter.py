@@ -2,24 +2,47 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
 from sfumato.config import FilterConfig
-from sfumato.data.left_out import tally
 from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import KeptRecord, Member, PreparedError, TarRecord, write_record
 from sfumato.files import digest
-from sfumato.preparation.tars import claim, forget_others
+from sfumato.preparation.engine import ALONE, Engine, Progress, Tick, map_shards
+from sfumato.preparation.tars import claim, forget_others, tidied
 
 _MADE_BY = 1  # raised when the same settings come to keep other samples
 
 
-def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:
+@dataclass(frozen=True)
+class FilterJob:
+    """What all records of a selection share.
+
+    Attributes:
+        settings: that decide which samples are kept, fit for JSON.
+    """
+
+    folder: PreparedFolder
+    config: FilterConfig
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """A record of a selection, and hashes of the samples that it keeps if duplicates count."""
+
+    record: KeptRecord
+    hashes: np.ndarray | None = None
+
+
+def filter_samples(config: FilterConfig, folder: Path, engine: Engine = ALONE) -> dict[str, int]:
     """Write the missing records of a selection; return the samples in each bin.
 
     Raises:
@@ -27,55 +50,73 @@ def filter_samples(config: FilterConfig, folder: Path) -> dict[str, int]:
         ValueError: no sample has the score.
     """
     settings = {**asdict(config), "name": None, "made by": _MADE_BY}
-    prepared = PreparedFolder(folder)
-    root = prepared.selection(config.name)
+    job = FilterJob(PreparedFolder(folder), config, settings)
+    root, names = job.folder.selection(config.name), job.folder.tar_names()
     seen, before = _Seen(), ""
-    names, total = prepared.tar_names(), 0
-    dropped: list[Mapping[str, int]] = []
-    for name in names:
-        tar = prepared.tar_record(name)
-        _check_score(config, tar)
-        hashes = np.array([int(member.sha256[:16], 16) for member in tar.samples], np.uint64)
-        made_of = digest([settings, tar.made_of, before])
-        record = _known(prepared, config.name, name, made_of)
-        if record is None:
-            claim(root / f"{name}.json")
-            record = _judge(config, tar, made_of, seen.has(hashes).tolist())
-            write_record(root / f"{name}.json", record)
-        if config.duplicates == "drop":
-            # Whether a sample is a duplicate depends on all tars before its own.
-            before = made_of
-            seen.add(hashes[list(record.kept)])
-        total += len(record.kept)
-        dropped.append(record.dropped)
+    claim(root, names)
+    with (
+        tidied(root),
+        Progress(f"filter {config.name}", len(names), "tar") as progress,
+        closing(map_shards(partial(judge_tar, job), names, engine, tick=progress.tick)) as judged,
+    ):
+        for each in judged:
+            record = each.record
+            if each.hashes is not None:
+                # Whether a sample is a duplicate depends on all tars before its own.
+                before = digest([settings, record.tar, before])
+                repeated = seen.has(each.hashes)
+                seen.add(each.hashes[~repeated])
+                record = replace(_without(record, repeated), made_of=before)
+                _write(job, record)
+            progress.add(len(record.kept), record.dropped)
     forget_others(root, set(names))
-    return tally(total, dropped)
+    return progress.bins
+
+
+def judge_tar(job: FilterJob, name: str, tick: Tick) -> Filtered:
+    """Judge the samples of a tar by themselves, and write the record unless duplicates count."""
+    tar = job.folder.tar_record(name)
+    _check_score(job.config, tar)
+    made_of = digest([job.settings, tar.made_of, ""])
+    record = _known(job, name, made_of)
+    tick(1)
+    if record is not None and job.config.duplicates != "drop":
+        return Filtered(record)
+    record = _judge(job.config, tar, made_of)
+    if job.config.duplicates == "drop":
+        hashes = [int(tar.samples[number].sha256[:16], 16) for number in record.kept]
+        return Filtered(record, np.array(hashes, np.uint64))
+    _write(job, record)
+    return Filtered(record)
 
 
 def _check_score(config: FilterConfig, tar: TarRecord) -> None:
     columns = {name: None for member in tar.samples for name in member.columns}
-    if config.score is not None and config.score not in columns:
+    if config.score is not None and tar.samples and config.score not in columns:
         raise ValueError(
             f"filter.score={config.score!r} is no column of the packed tars, which have "
             f"{', '.join(map(repr, columns)) or 'none'}; name it in pack.columns and pack again"
         )
 
 
-def _known(folder: PreparedFolder, selection: str, name: str, made_of: str) -> KeptRecord | None:
+def _known(job: FilterJob, name: str, made_of: str) -> KeptRecord | None:
     try:
-        record = folder.kept_record(selection, name)
+        record = job.folder.kept_record(job.config.name, name)
     except PreparedError:
         return None
     return record if record.made_of == made_of else None
 
 
-def _judge(
-    config: FilterConfig, tar: TarRecord, made_of: str, repeated: Sequence[bool]
-) -> KeptRecord:
+def _write(job: FilterJob, record: KeptRecord) -> None:
+    if _known(job, record.name, record.made_of) is None:
+        write_record(job.folder.selection(job.config.name) / f"{record.name}.json", record)
+
+
+def _judge(config: FilterConfig, tar: TarRecord, made_of: str) -> KeptRecord:
     kept, dropped, own = list[int](), Counter[str](), set[str]()
     for number, member in enumerate(tar.samples):
         reason = _reason(config, member)
-        if reason is None and (repeated[number] or member.sha256 in own):
+        if reason is None and member.sha256 in own:
             reason = "duplicate"
         if reason is not None:
             dropped[reason] += 1
@@ -84,6 +125,15 @@ def _judge(
         if config.duplicates == "drop":
             own.add(member.sha256)
     return KeptRecord(tar.name, made_of, tuple(kept), dict(sorted(dropped.items())), tar.made_of)
+
+
+def _without(record: KeptRecord, repeated: np.ndarray) -> KeptRecord:
+    """Return a record that drops more of its samples, as duplicates."""
+    dropped = Counter(record.dropped)
+    dropped.update({"duplicate": int(repeated.sum())})
+    kept = tuple(number for number, drop in zip(record.kept, repeated, strict=True) if not drop)
+    bins = {reason: count for reason, count in sorted(dropped.items()) if count}
+    return replace(record, kept=kept, dropped=bins)
 
 
 def _reason(config: FilterConfig, member: Member) -> str | None:

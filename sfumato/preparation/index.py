@@ -1,6 +1,7 @@
 """Index of a prepared folder: one walk over the records of its tars, selections and caches.
 
-The stage index stops at the first fault that the walk refuses; verify prints all faults.
+The stage index stops at the first fault that forbids an index; verify prints all faults. An engine
+looks at tars; what it sees of each is put together in their order.
 """
 
 import hashlib
@@ -9,27 +10,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 from sfumato.data.left_out import tally
 from sfumato.data.prepared.folder import EMPTY, INDEX, PreparedFolder
-from sfumato.data.prepared.format import (
-    Index,
-    IndexedShard,
-    KeptRecord,
-    PreparedError,
-    TarRecord,
-    is_of,
-    write_record,
-)
+from sfumato.data.prepared.format import Index, IndexedShard, PreparedError, write_record
 from sfumato.files import sha256_of
 from sfumato.preparation import faults
 from sfumato.preparation.download import DOWNLOAD, read_download
+from sfumato.preparation.engine import ALONE, Engine, Progress, map_shards
+from sfumato.preparation.look import Fault, View, WalkJob, look_at
 
-T = TypeVar("T")
-Refuse = Callable[[str, str], None]  # takes a stage, and a fault with which there is no index
-# Takes a stage and further faults. Finding those means reading every byte, unless nobody iterates.
-Report = Callable[[str, Iterable[str]], None]
+Tell = Callable[[Fault], None]
 
 
 @dataclass
@@ -55,27 +47,71 @@ class Walk:
         tars: counts of the tars; `selections` and `caches` by name.
     """
 
-    def __init__(self, folder: PreparedFolder, refuse: Refuse, report: Report) -> None:
-        self._folder, self._refuse, self._report = folder, refuse, report
-        self.tars, self._samples = Part(), 0
+    def __init__(self, folder: PreparedFolder, tell: Tell, engine: Engine, *, deep: bool) -> None:
+        """Walk.
+
+        Args:
+            tell: is told of each fault.
+            deep: read every byte; else only faults that forbid an index are looked for.
+        """
+        self._folder, self._tell, self._deep = folder, tell, deep
+        self.tars, self._rows = Part(), 0
         self.selections = {name: Part() for name in folder.selection_names()}
         self.caches = {name: Part(covered={*self.selections}) for name in folder.cache_names()}
-        self._read("pack", folder.tar_names)
-        for name in sorted(path.stem for path in folder.shards.glob("[!.]*.json")):
-            tar = self._read("pack", partial(folder.tar_record, name))
-            if tar is not None:
-                self._visit(tar)
-        names = {shard.name for shard in self.tars.shards}
-        report("pack", faults.tars_without_record(folder.shards))
+        try:
+            folder.tar_names()
+        except PreparedError as error:
+            tell(Fault("pack", str(error), refused=True))
+        names = sorted(path.stem for path in folder.shards.glob("[!.]*.json"))
+        job = WalkJob(folder, tuple(self.selections), tuple(self.caches), deep)
+        with Progress("verify" if deep else "index", len(names), "tar") as progress:
+            for view in map_shards(partial(look_at, job), names, engine, tick=progress.tick):
+                self._add(view)
+        if deep:
+            self._look_at_folders()
+
+    def _look_at_folders(self) -> None:
+        """Look for files of tars that do not exist, and at the manifests of caches."""
+        folder, names = self._folder, {shard.name for shard in self.tars.shards}
+        self._report("pack", faults.tars_without_record(folder.shards))
         for name in self.selections:
-            report(f"filter {name}", faults.strangers(folder.selection(name), names))
+            self._report(f"filter {name}", faults.strangers(folder.selection(name), names))
         for name, part in self.caches.items():
             path = folder.cache(name)
-            report(name, faults.of_manifest(folder, name))
-            report(name, faults.strangers(path, names))
+            self._report(name, faults.of_manifest(folder, name))
+            self._report(name, faults.strangers(path, names))
             if len(part.kept) == len(names) and not part.covered:
                 fault = f"{path} lacks samples of every selection; run the stage precache again"
-                report(name, [fault])
+                self._report(name, [fault])
+
+    def _report(self, stage: str, found: Iterable[str]) -> None:
+        for text in found:
+            self._tell(Fault(stage, text))
+
+    def _add(self, view: View) -> None:
+        """Add what was seen of a tar, the next in order."""
+        for fault in view.faults:
+            self._tell(fault)
+        if view.tar is None:
+            return
+        if self._deep:
+            path = self._folder.tar(view.tar.name)
+            self._report("pack", faults.of_numbering(path, view.rows, view.keys, self._rows))
+        self._rows = self._rows + len(view.keys) if view.rows is None else view.rows[1]
+        self.tars.shards.append(view.tar)
+        self.tars.kept.append(view.tar.samples)
+        self.tars.dropped.update(view.dropped)
+        for name, kept in view.selections.items():
+            part = self.selections[name]
+            part.kept.append(kept.count)
+            part.dropped.update(kept.dropped)
+            part.state.update(kept.line)
+        for name, cached in view.caches.items():
+            part = self.caches[name]
+            part.shards += [cached.shard] if cached.shard else []
+            part.kept.append(cached.count)
+            part.dropped.update(cached.dropped)
+            part.covered -= cached.lacks
 
     @property
     def stages(self) -> dict[str, Part]:
@@ -106,98 +142,18 @@ class Walk:
             },
         )
 
-    def _read(self, stage: str, read: Callable[[], T]) -> T | None:
-        """Return a record; None if it cannot be read."""
-        try:
-            return read()
-        except PreparedError as error:
-            self._refuse(stage, str(error))
-            return None
 
-    def _visit(self, tar: TarRecord) -> None:
-        path = self._folder.tar(tar.name)
-        if fault := faults.wrong_size(path, tar.bytes):
-            self._refuse("pack", fault)
-        self._report("pack", faults.of_tar(path, tar, self._samples))
-        self._samples += len(tar.samples)
-        self.tars.shards.append(IndexedShard(tar.name, len(tar.samples), tar.bytes, tar.sha256))
-        self.tars.kept.append(len(tar.samples))
-        self.tars.dropped.update(tar.dropped)
-        kept = {name: self._visit_selection(name, tar) for name in self.selections}
-        for name in self.caches:
-            self._visit_cache(name, tar, kept)
-
-    def _visit_selection(self, name: str, tar: TarRecord) -> KeptRecord | None:
-        stage, root = f"filter {name}", self._folder.selection(name)
-        path, part = root / f"{tar.name}.json", self.selections[name]
-        again = (
-            f"run: sfumato prepare out={self._folder} stages=[filter,index] with "
-            f"filter.name={name} and its bounds, or remove {root}"
-        )
-        if not path.exists():
-            missing = f"{path} is missing: the selection {name!r} has no record of {tar.name}"
-            self._refuse(stage, f"{missing}; {again}")
-            return None
-        record = self._read(stage, partial(self._folder.kept_record, name, tar.name))
-        if record is None:
-            return None
-        if record.tar not in ("", tar.made_of):
-            changed = f"{path} was made of another tar {tar.name}, which was packed again since"
-            self._refuse(stage, f"{changed}; {again}")
-        dropped, whole = sum(record.dropped.values()), len(tar.samples)
-        if len(record.kept) + dropped != whole:
-            counts = f"{len(record.kept) + dropped} samples in its bins, and the tar has {whole}"
-            self._refuse(stage, f"{path} has {counts}; {again}")
-        self._report(stage, faults.of_numbers(path, record.kept, whole))
-        part.kept.append(len(record.kept))
-        part.dropped.update(record.dropped)
-        part.state.update(f"{tar.name} {record.kept}\n".encode())
-        return record
-
-    def _visit_cache(
-        self, name: str, tar: TarRecord, selections: Mapping[str, KeptRecord | None]
-    ) -> None:
-        file, part = self._folder.tensors(name, tar.name), self.caches[name]
-        path = file.with_suffix(".json")
-        if not path.exists():
-            self._report(name, [f"{path} is missing; run the stage precache again"])
-            return
-        record = self._read(name, partial(self._folder.cached_record, name, tar.name))
-        if record is None:
-            return
-        fits = is_of(name, record, tar)
-        fault = faults.wrong_size(file, record.bytes)
-        if fits:
-            if fault:
-                self._refuse(name, fault)
-            shard = IndexedShard(record.name, len(record.rows), record.bytes, record.sha256)
-            part.shards.append(shard)
-        else:
-            another = f"{file} was made of another tar; run the stage precache again"
-            self._report(name, filter(None, [another, fault]))
-        self._report(name, faults.of_cached(file, record, tar))
-        part.kept.append(len(record.rows))
-        part.dropped.update(record.dropped)
-        lost = sum(record.dropped.values())
-        for selection, kept in selections.items():
-            # Most often the two are equal, which is quick to see.
-            if kept is None or (
-                kept.kept != record.rows and len({*kept.kept}.difference(record.rows)) > lost
-            ):
-                part.covered.discard(selection)
-
-
-def write_index(folder: Path) -> Index:
+def write_index(folder: Path, engine: Engine = ALONE) -> Index:
     """Write index.json, and return it.
 
     Raises:
         PreparedError: nothing is packed, a selection is not of these tars, or a file is missing.
     """
 
-    def refuse(_: str, fault: str) -> None:
-        raise PreparedError(fault)
+    def refuse(fault: Fault) -> None:
+        raise PreparedError(fault.text)
 
     downloaded = read_download(folder)[0] if (folder / DOWNLOAD).is_dir() else None
-    index = Walk(PreparedFolder(folder), refuse, lambda *_: None).index(downloaded)
-    write_record(folder / INDEX, index)
+    index = Walk(PreparedFolder(folder), refuse, engine, deep=False).index(downloaded)
+    write_record(folder / INDEX, index, shared=False)
     return index

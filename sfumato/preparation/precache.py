@@ -1,16 +1,16 @@
 """Stage precache: encodes the pictures and captions of a selection, shard by shard.
 
 A shard of a cache depends only on its tar, the encoded samples and the cache's identity. Batches
-never cross shards, so every process makes the same bytes.
+never cross shards, so every worker makes the same bytes.
 """
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -31,18 +31,25 @@ from sfumato.files import new_file, sha256_of, write_text
 from sfumato.models.registry import load_encoders
 from sfumato.preparation.cache_plan import CacheJob, count_samples, lacking, plan_cache
 from sfumato.preparation.encoding import Encoder, Picture, Shard
+from sfumato.preparation.engine import ALONE, Engine, Progress, Tick, map_shards
 from sfumato.preparation.faults import wrong_size
+from sfumato.preparation.pool import worker_index
+from sfumato.preparation.tars import clear_unfinished, tidied
 from sfumato.training.distribution import Distribution
 
 T = TypeVar("T")
-_UNFINISHED = re.compile(r"\.(\d{6,}|empty|manifest)\.(safetensors|json)\.tmp")
 
 
-def precache(config: PrepareConfig, distribution: Distribution) -> dict[str, int]:
-    """Encode the samples of a selection that the cache lacks; each process makes its own shards.
+def precache(
+    config: PrepareConfig, distribution: Distribution, engine: Engine = ALONE
+) -> dict[str, int]:
+    """Encode the samples of a selection that the cache lacks.
 
     The encoders work in float32 (TF32 where the GPU has it); `model.dtype` is for training.
     Samples that were encoded for another selection stay in the cache.
+
+    Args:
+        distribution: under torchrun each process makes its own shards, without an engine.
 
     Returns:
         How many of the selection's samples are kept, and how many dropped by each reason.
@@ -53,15 +60,16 @@ def precache(config: PrepareConfig, distribution: Distribution) -> dict[str, int
     """
     with distribution.together():
         job = plan_cache(config)
-        mine = job.names[distribution.rank :: distribution.world]
-        moments, _ = job.caches
+        mine = job.names[distribution.rank :: distribution.world] if distribution.world > 1 else ()
+        moments, text = job.caches
         own = [
             (name, len(lacks.get(moments, ()))) for name in mine if (lacks := lacking(job, name))
         ]
         if distribution.is_main:
-            identity = job.identity
-            begin_cache(job.folder, moments, "moments", identity.moments)
-            begin_cache(job.folder, identity.text_folder, "text", identity.text)
+            begin_cache(job.folder, moments, "moments", job.identity.moments)
+            begin_cache(job.folder, text, "text", job.identity.text)
+    if distribution.world == 1:
+        return _mapped(job, engine)
     _make(job, sorted(distribution.gather(own)), distribution)
     with distribution.together():
         counts = [count_samples(job, name) for name in mine]
@@ -85,12 +93,58 @@ def begin_cache(
             f"{folder} holds {files[0].name}, which Sfumato did not write; give {others}, or move "
             "it away"
         )
-    for unfinished in folder.glob(".*.tmp"):
-        if _UNFINISHED.fullmatch(unfinished.name):
-            unfinished.unlink()
+    clear_unfinished(folder)
     manifest = {"format": FORMAT, "kind": kind, **content}
     text = json.dumps(manifest, indent=2) + "\n"
     write_text(folder / MANIFEST, text, failure=PreparedError)
+
+
+def _mapped(job: CacheJob, engine: Engine) -> dict[str, int]:
+    """Encode the shards that lack samples, by an engine."""
+    make, folders = ShardEncoder(job), map(job.folder.cache, job.caches)
+    with (
+        tidied(*folders),
+        Progress("precache", None, "image", shards=len(job.names)) as progress,
+    ):
+        for kept, dropped in map_shards(make, job.names, engine, tick=progress.tick, gpu=True):
+            progress.add(kept, dropped)
+    if not (job.folder.cache(job.caches[1]) / EMPTY).exists():
+        make.load()
+    return progress.bins
+
+
+@final
+class ShardEncoder:
+    """Function that encodes shards; it loads the encoders when the first one lacks samples."""
+
+    def __init__(self, job: CacheJob) -> None:
+        self._job = job
+        self._encoder: Encoder | None = None
+
+    def __call__(self, name: str, tick: Tick) -> tuple[int, Mapping[str, int]]:
+        """Encode what a shard lacks; return how many samples it has, and the others by reason."""
+        if lacking(self._job, name):
+            _make_shard(self._job, self.load(), name, tick)
+        return count_samples(self._job, name)
+
+    def load(self) -> Encoder:
+        """Return the encoders of this worker; the first one's write the empty prompt."""
+        if self._encoder is None:
+            device = torch.device("cpu")
+            if torch.cuda.is_available():
+                device = torch.device("cuda", worker_index() % torch.cuda.device_count())
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            self._encoder = _load(self._job, device)
+            empty = self._job.folder.cache(self._job.caches[1]) / EMPTY
+            if not empty.exists():
+                save_tensors(self._encoder.empty, empty)
+        return self._encoder
+
+
+def _load(job: CacheJob, device: torch.device) -> Encoder:
+    loaded = load_encoders(job.model)
+    loaded.to(device)
+    return Encoder(loaded, job.settings, job.size)
 
 
 def _make(job: CacheJob, todo: Sequence[tuple[str, int]], distribution: Distribution) -> None:
@@ -105,9 +159,7 @@ def _make(job: CacheJob, todo: Sequence[tuple[str, int]], distribution: Distribu
     with distribution.together():
         lacks_empty = distribution.is_main and not empty.exists()
         if own or lacks_empty:
-            loaded = load_encoders(job.model)
-            loaded.to(distribution.device)
-            encoder = Encoder(loaded, job.settings, job.size)
+            encoder = _load(job, distribution.device)
         if encoder is not None and lacks_empty:
             save_tensors(encoder.empty, empty)
 
@@ -171,6 +223,6 @@ def write_shard(folder: PreparedFolder, cache: str, name: str, made_of: str, sha
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> tuple[int, str]:
     """Write tensors as a file, whole or not at all; return its bytes and their SHA-256."""
-    with new_file(path, failure=PreparedError) as beside:
+    with new_file(path, shared=True, failure=PreparedError) as beside:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
         return beside.stat().st_size, sha256_of(beside)

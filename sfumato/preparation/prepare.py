@@ -15,6 +15,7 @@ from sfumato.data.prepared.folder import INDEX, PreparedFolder
 from sfumato.data.prepared.format import PreparedError
 from sfumato.files import lock
 from sfumato.preparation.download import download
+from sfumato.preparation.engine import ALONE, Engine, open_engine
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index
 from sfumato.preparation.pack import pack
@@ -29,7 +30,8 @@ _PAUSE = 0.5  # seconds between two looks at the first process
 def prepare(config: PrepareConfig) -> None:
     """Run the chosen stages in their order, and print how many samples each kept and dropped.
 
-    Under torchrun all processes precache; the first process runs the other stages.
+    Workers of the engine make the shards of a stage. Under torchrun all processes precache, and the
+    first one and its workers run the other stages.
 
     Raises:
         ValueError: a setting is impossible, the input cannot be read, or the disk is full.
@@ -42,22 +44,26 @@ def prepare(config: PrepareConfig) -> None:
         if distribution is not None:
             held.callback(distribution.close)
         on_first = _on_first(distribution)
+        engine = ALONE
 
         def before() -> None:
+            nonlocal engine
             held.enter_context(hold(folder))
             _refuse_index_of_others(folder)
-            _before_precaching(config, folder)
+            engine = open_engine(config.engine, config.workers, config.ray, folder)
+            held.callback(engine.close)
+            _before_precaching(config, folder, engine)
 
         on_first(before)
         if "precache" in config.stages:
             assert distribution is not None
             from sfumato.preparation.precache import precache
 
-            bins = precache(config, distribution)
+            bins = precache(config, distribution, engine)
             if distribution.is_main:
                 print(line("precache", bins), flush=True)
         if "index" in config.stages:
-            on_first(lambda: _index(folder))
+            on_first(lambda: _index(folder, engine))
 
 
 def hold(folder: Path) -> IO[str]:
@@ -80,18 +86,19 @@ def _refuse_index_of_others(folder: Path) -> None:
         )
 
 
-def _before_precaching(config: PrepareConfig, folder: Path) -> None:
+def _before_precaching(config: PrepareConfig, folder: Path, engine: Engine) -> None:
     if "download" in config.stages and config.download.table is not None:
         print(line("download", download(config.download, folder)), flush=True)
     if "pack" in config.stages:
-        print(line("pack", pack(config.pack, config.download, folder)), flush=True)
+        bins = pack(config.pack, config.download, folder, engine)
+        print(line("pack", bins), flush=True)
     if "filter" in config.stages:
-        bins = filter_samples(config.filter, folder)
+        bins = filter_samples(config.filter, folder, engine)
         print(line(f"filter {config.filter.name}", bins), flush=True)
 
 
-def _index(folder: Path) -> None:
-    index = write_index(folder)
+def _index(folder: Path, engine: Engine) -> None:
+    index = write_index(folder, engine)
     for name in PreparedFolder(folder).cache_names():
         if name not in index.caches:
             print(f"index: {name} is left out, as it is not finished or not of these tars; "

@@ -1,5 +1,6 @@
 """Combinations of settings of `sfumato prepare` that cannot work, refused before any work."""
 
+import os
 import re
 
 from sfumato.config import PrepareConfig, check_values
@@ -18,6 +19,11 @@ def check_prepare(config: PrepareConfig) -> None:
     if pack.repeats != 1 or pack.weight is not None:
         raise ValueError(
             "pack.repeats and pack.weight are for training; each picture is packed once"
+        )
+    if config.engine == "ray" and (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"engine=ray works from one process, and torchrun started {world}; start sfumato "
+            "prepare without torchrun, or leave engine=ray out"
         )
     _check_source(config)
     _check_filter(config)

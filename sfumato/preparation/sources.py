@@ -1,5 +1,9 @@
-"""Containers of rows to pack, listed one at a time, without any picture in memory."""
+"""Containers of rows to pack, listed one at a time, without any picture in memory.
 
+What a worker packs of a container is a part of its rows, which can be pickled.
+"""
+
+import abc
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -37,22 +41,101 @@ class Listing:
     dropped: Mapping[str, int]
 
 
-@final
 @dataclass(frozen=True)
-class Container:
+class Part:
+    """Some rows of a container.
+
+    Attributes:
+        name: of the container, as its `identity`.
+        first: number of the first row in the container.
+        last: number of the row behind the last.
+        newest: when the newest of the container's files was changed, in ns.
+        read: lists the rows.
+    """
+
+    name: str
+    identity: str
+    first: int
+    last: int
+    newest: int
+    read: Callable[[], Sequence[Entry]]
+
+
+class Container(abc.ABC):
     """A tar, or a whole source of another kind.
 
     Attributes:
         name: the same wherever the container lies.
         identity: changes when the rows that it lists change.
         newest: when the newest of its files was changed, in ns.
-        read: lists it.
     """
 
     name: str
     identity: str
     newest: int
-    read: Callable[[], Listing]
+
+    @abc.abstractmethod
+    def listed(self) -> Listing:
+        """Return all rows."""
+
+    @abc.abstractmethod
+    def part(self, first: int, last: int) -> Part:
+        """Return rows of the listing."""
+
+
+@final
+@dataclass(frozen=True)
+class Whole(Container):
+    """A source that was listed at once, and stays in memory."""
+
+    name: str
+    identity: str
+    newest: int
+    listing: Listing
+
+    def listed(self) -> Listing:
+        return self.listing
+
+    def part(self, first: int, last: int) -> Part:
+        read = partial(tuple, self.listing.rows[first:last])
+        return Part(self.name, self.identity, first, last, self.newest, read)
+
+
+@final
+@dataclass(frozen=True)
+class Tar(Container):
+    """A tar, listed when it is asked for.
+
+    Attributes:
+        expected: how many samples a downloaded tar had when it was written. Its entries are
+            sorted by key, as threads wrote them in the order in which they came.
+    """
+
+    name: str
+    identity: str
+    newest: int
+    path: Path
+    config: PackConfig
+    expected: int | None = None
+
+    def listed(self) -> Listing:
+        return _list_one(self.path, self.config, self.expected, SkipLog())
+
+    def part(self, first: int, last: int) -> Part:
+        read = partial(self._rows, first, last)
+        return Part(self.name, self.identity, first, last, self.newest, read)
+
+    def _rows(self, first: int, last: int) -> Sequence[Entry]:
+        """Return some rows; nobody is warned again of what is left out."""
+        key = (str(self.path), self.newest, self.identity)
+        if key not in _listed:  # shards of one tar come one after another
+            _listed.clear()
+            log = SkipLog(warns=False)
+            _listed[key] = _list_one(self.path, self.config, self.expected, log).rows
+        return _listed[key][first:last]
+
+
+_listed: dict[tuple[str, int, str], Sequence[Entry]] = {}  # the last one
 
 
 def containers(config: PackConfig, further: Sequence[str], folder: Path) -> list[Container]:
@@ -96,7 +179,7 @@ def _whole(config: PackConfig, name: str) -> Container:
         for row, (size, _) in zip(listing.rows, files, strict=True)
     ]
     newest = max([time for _, time in files], default=0)
-    return Container(name, digest([content, listing.dropped]), newest, lambda: listing)
+    return Whole(name, digest([content, listing.dropped]), newest, listing)
 
 
 def _downloaded(config: PackConfig, further: Sequence[str], folder: Path) -> list[Container]:
@@ -117,20 +200,12 @@ def _downloaded(config: PackConfig, further: Sequence[str], folder: Path) -> lis
     return tars
 
 
-def _tar(tar: Path, config: PackConfig, expected: int | None = None) -> Container:
+def _tar(tar: Path, config: PackConfig, expected: int | None = None) -> Tar:
     status = tar.stat()
-    read = partial(_list_one, tar, config, expected)
-    return Container(tar.name, str(status.st_size), _changed(status), read)
+    return Tar(tar.name, str(status.st_size), _changed(status), tar, config, expected)
 
 
-def _list_one(tar: Path, config: PackConfig, expected: int | None) -> Listing:
-    """List a tar.
-
-    Args:
-        expected: how many samples a downloaded tar had when it was written. Its entries are
-            sorted by key, as threads wrote them in the order in which they came.
-    """
-    log = SkipLog()
+def _list_one(tar: Path, config: PackConfig, expected: int | None, log: SkipLog) -> Listing:
     every = list(list_tar(tar, _columns(config), log))
     paths = ((entry, PurePosixPath(entry.position)) for entry in every)
     entries = [entry for entry, path in paths if not path.is_absolute() and ".." not in path.parts]

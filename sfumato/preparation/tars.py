@@ -7,9 +7,11 @@ KEY.txt     the main caption
 
 import io
 import json
+import os
 import re
 import tarfile
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +21,9 @@ from sfumato.files import write_text
 from sfumato.records import read_record
 
 _WRITTEN = ".written"  # in a folder: how many numbered files are of sfumato prepare
-_UNFINISHED = re.compile(r"\.\d{6,}\.(tar|json)\.tmp")
+_UNFINISHED = re.compile(
+    r"\.(\d{5,}\.(tar|json|safetensors)|(empty|manifest)\.(safetensors|json))\.tmp(-[0-9a-f]{8})?"
+)
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,15 @@ class Sample:
     member: Member
 
 
-def write_tar(path: Path, first: int, samples: Iterator[Sample]) -> list[Member]:
-    """Write a tar of all the samples; keys count from `first`.
+def write_tar(path: Path, samples: Iterator[tuple[int, Sample]]) -> list[Member]:
+    """Write a tar of samples, whose keys are their numbers.
 
     Raises:
         OSError: the disk is full, or cannot be written.
     """
     members: list[Member] = []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, sample in enumerate(samples, first):
+        for number, sample in samples:
             key = f"{number:09d}"
             # Each member begins with one block of header.
             member = replace(sample.member, key=key, offset=tar.offset + tarfile.BLOCKSIZE)
@@ -71,38 +75,80 @@ def texts(member: Member) -> dict[str, bytes]:
     return {"json": text.encode(), "txt": member.captions[0].encode()}
 
 
-def claim(record: Path) -> None:
-    """Count the record of a tar, and the tar beside it, as files of sfumato prepare.
+def claim(folder: Path, names: Sequence[str]) -> None:
+    """Count the records of tars, and the tars beside them, as files of sfumato prepare.
+
+    Args:
+        names: of all tars, ascending.
 
     Raises:
         PreparedError: one of them is there, and of others.
     """
-    written = count_written(record.parent)
-    if int(record.stem) < written:
-        return
-    there = [path for path in (record, record.with_suffix(".tar")) if path.exists()]
-    # An older version counted nothing, and a kill could leave a tar without its record.
-    killed = record not in there and (record.parent / UNFINISHED).exists()
-    if there and not killed and not is_ours(record, written):
-        raise PreparedError(
-            f"{there[0]} is where sfumato prepare writes, and it did not write this file; move it "
-            "away, or give another out"
-        )
-    write_text(record.parent / _WRITTEN, f"{int(record.stem) + 1}\n", failure=PreparedError)
+    written = count_written(folder)
+    unfinished = (folder / UNFINISHED).exists()
+    for name in names:
+        if int(name) < written:
+            continue
+        record = folder / f"{name}.json"
+        there = [path for path in (record, record.with_suffix(".tar")) if path.exists()]
+        # An older version counted nothing, and a kill could leave a tar without its record.
+        killed = record not in there and unfinished
+        if there and not killed and not is_ours(record, written):
+            raise PreparedError(
+                f"{there[0]} is where sfumato prepare writes, and it did not write this file; move "
+                "it away, or give another out"
+            )
+    if names and written <= int(names[-1]):
+        write_text(folder / _WRITTEN, f"{int(names[-1]) + 1}\n", failure=PreparedError)
+
+
+def unclaim(folder: Path, written: int) -> None:
+    """Count again as many files as before a packing that came to nothing."""
+    if written:
+        write_text(folder / _WRITTEN, f"{written}\n", failure=PreparedError)
+    else:
+        (folder / _WRITTEN).unlink(missing_ok=True)
 
 
 def forget_others(folder: Path, names: Set[str]) -> None:
     """Remove our tars and records of other names, and the unfinished files of a killed process."""
     written = count_written(folder)
-    every = [*folder.glob("*.json"), *folder.glob("*.tar")]
-    for path in [path for path in every if is_ours(path.with_suffix(".json"), written)]:
-        if path.stem not in names:
-            path.unlink()
-    for path in folder.glob(".*.tmp"):
-        if _UNFINISHED.fullmatch(path.name):
-            path.unlink()
+    stale = [
+        path
+        for path in files_in(folder)
+        if path.suffix in (".json", ".tar")
+        and path.stem not in names
+        and is_ours(path.with_suffix(".json"), written)
+    ]
+    for path in sorted(stale, key=lambda path: (path.suffix, path.name)):
+        path.unlink()
+    clear_unfinished(folder)
     if written != len(names):
         write_text(folder / _WRITTEN, f"{len(names)}\n", failure=PreparedError)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove the unfinished files of killed processes."""
+    for path in [path for path in files_in(folder) if _UNFINISHED.fullmatch(path.name)]:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def tidied(*folders: Path) -> Iterator[None]:
+    """Remove in the end what workers left unfinished that were killed, or ended by an error."""
+    try:
+        yield
+    finally:
+        for folder in folders:
+            clear_unfinished(folder)
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Yield what lies in a folder, one at a time; nothing if it is not there."""
+    if folder.is_dir():
+        with os.scandir(folder) as every:
+            for each in every:
+                yield folder / each.name
 
 
 def count_written(folder: Path) -> int:

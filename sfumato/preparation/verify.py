@@ -10,8 +10,10 @@ from sfumato.data.left_out import line
 from sfumato.data.prepared.folder import CACHE, EMPTY, INDEX, SHARDS, PreparedFolder
 from sfumato.data.prepared.format import Index, PreparedError
 from sfumato.preparation.download import DOWNLOAD, read_download
+from sfumato.preparation.engine import ALONE, Engine
 from sfumato.preparation.faults import DAMAGE
 from sfumato.preparation.index import Walk
+from sfumato.preparation.look import Fault
 
 
 @final
@@ -22,9 +24,9 @@ class _Printer:
         self.counts: Counter[str] = Counter()
         self.refused = False
 
-    def refuse(self, stage: str, fault: str) -> None:
-        self.refused = True
-        self.report(stage, [fault])
+    def tell(self, fault: Fault) -> None:
+        self.refused = self.refused or fault.refused
+        self.report(fault.stage, [fault.text])
 
     def report(self, stage: str, faults: Iterable[str]) -> None:
         for fault in faults:
@@ -36,7 +38,7 @@ class _Printer:
         print(f"{text}; faults: {count:,}" if count else text, flush=True)
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, engine: Engine = ALONE) -> None:
     """Check a prepared folder; print every fault, and a line for each stage.
 
     Raises:
@@ -51,7 +53,7 @@ def verify(folder: Path) -> None:
         )
     printer = _Printer()
     downloaded = _verify_download(folder, printer)
-    walk = Walk(prepared, printer.refuse, printer.report)
+    walk = Walk(prepared, printer.tell, engine, deep=True)
     packed = sum(walk.tars.bins.values())
     if downloaded and not printer.counts["pack"] and downloaded["kept"] != packed:
         fault = f"{packed} rows were packed or dropped, and {downloaded['kept']} were downloaded"
@@ -75,7 +77,7 @@ def _verify_download(folder: Path, printer: _Printer) -> Mapping[str, int] | Non
     try:
         bins, stats = read_download(folder)
     except PreparedError as error:
-        printer.refuse("download", str(error))
+        printer.tell(Fault("download", str(error), refused=True))
         printer.conclude("download", "download")
         return None
     for shard in stats:

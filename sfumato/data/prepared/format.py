@@ -53,7 +53,10 @@ class TarRecord:
         made_of: a hash of all that decides the bytes of the tar.
         samples: in the tar's order.
         dropped: input rows that ended in no sample, by reason.
-        ends: where the next tar begins: a container of what was packed, and a row of it.
+        rows: number of the first input row that the tar covers, and of the one behind the last;
+            None in a tar of an older version, which has a fixed number of samples.
+        ends: in an older version, a container of what was packed, and a row of it: there the next
+            tar begins.
     """
 
     name: str
@@ -62,7 +65,8 @@ class TarRecord:
     made_of: str
     samples: tuple[Member, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
-    ends: tuple[int, int] = (0, 0)
+    rows: tuple[int, int] | None = None
+    ends: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -180,9 +184,15 @@ def record_text(record: TarRecord | KeptRecord | CachedRecord | Index) -> str:
     return json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":")) + "\n"
 
 
-def write_record(path: Path, record: TarRecord | KeptRecord | CachedRecord | Index) -> None:
-    """Write a record whole, or raise a PreparedError."""
-    write_text(path, record_text(record), failure=PreparedError)
+def write_record(
+    path: Path, record: TarRecord | KeptRecord | CachedRecord | Index, *, shared: bool = True
+) -> None:
+    """Write a record whole, or raise a PreparedError.
+
+    Args:
+        shared: as in `new_file`.
+    """
+    write_text(path, record_text(record), shared=shared, failure=PreparedError)
 
 
 def made_of(cache: str, tar: TarRecord, samples: Sequence[int]) -> str:
