@@ -89,7 +89,7 @@ OUTSIDE = (
     "models.learning_autoencoder",
     *("rewards.code", "rewards.own", "rewards.remote", "rewards.learning_clip"),
 )
-MAX_CORE = 14_000  # lines
+MAX_CORE = 14_400  # lines
 
 # Contracts for the whole core: a stream gives samples, whatever they are read from.
 SAMPLES = ("data.stream", "data.sample")
