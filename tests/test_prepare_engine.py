@@ -23,6 +23,7 @@ from image_files import png, write_folder, write_tar
 from runs import fork
 
 from sfumato.config import DownloadConfig, FilterConfig, PackConfig, PrepareConfig, ShardDataConfig
+from sfumato.data.entries import Entry, FileBlob
 from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import PreparedError, record_text
 from sfumato.data.prepared.open import open_shards
@@ -177,17 +178,22 @@ def brute(counts: list[int], per_shard: int) -> list[list[tuple[int, int]]]:
     return [rows[first : first + per_shard] for first in range(0, len(rows), per_shard)]
 
 
+def entry(container: int, row: int) -> Entry:
+    file = Path(f"{container}.tar")
+    return Entry(file, str(row), ("a fox",), FileBlob(file))
+
+
 def test_a_tar_covers_n_rows_wherever_containers_end() -> None:
     draw = random.Random(0)
     for _ in range(200):
         sizes = [draw.choice([0, 0, 1, 2, 5, 13]) for _ in range(draw.randrange(1, 9))]
-        listings = [Listing([f"{i}.{r}" for r in range(n)], {}) for i, n in enumerate(sizes)]  # type: ignore[arg-type]
+        listings = [Listing([entry(i, r) for r in range(n)], {}) for i, n in enumerate(sizes)]
         containers = [Whole(str(i), "", 0, each) for i, each in enumerate(listings)]
         counts = [Count(str(i), "", n, {f"lost {i}": 1}) for i, n in enumerate(sizes)]
         shards = list(Plan(containers, counts, 4).shards())
         expected = brute(sizes, 4)
         found = [[entry for part in shard.parts for entry in part.read()] for shard in shards]
-        assert found == [[f"{i}.{row}" for i, row in rows] for rows in expected]
+        assert found == [[entry(i, row) for i, row in rows] for rows in expected]
         assert [shard.rows for shard in shards] == [
             (4 * number, 4 * number + len(rows)) for number, rows in enumerate(expected)
         ]

@@ -127,15 +127,13 @@ class Tar(Container):
 
     def _rows(self, first: int, last: int) -> Sequence[Entry]:
         """Return some rows; nobody is warned again of what is left out."""
-        key = (str(self.path), self.newest, self.identity)
-        if key not in _listed:  # shards of one tar come one after another
-            _listed.clear()
+        if not _listed or _listed[0][0] != self:  # shards of one tar come one after another
             log = SkipLog(warns=False)
-            _listed[key] = _list_one(self.path, self.config, self.expected, log).rows
-        return _listed[key][first:last]
+            _listed[:] = [(self, _list_one(self.path, self.config, self.expected, log).rows)]
+        return _listed[0][1][first:last]
 
 
-_listed: dict[tuple[str, int, str], Sequence[Entry]] = {}  # the last one
+_listed: list[tuple[Tar, Sequence[Entry]]] = []  # the last tar, with its rows
 
 
 def containers(config: PackConfig, further: Sequence[str], folder: Path) -> list[Container]:
