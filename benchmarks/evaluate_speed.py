@@ -26,7 +26,7 @@ from sfumato.models.generate import generate
 from sfumato.models.registry import load_model
 from sfumato.training.folder import RunFolder
 
-PROMPTS = ["a star", "a ring", "a cross", "a heart"]
+PROMPTS = ["a zebra", "a balloon", "a teapot", "a violin"]
 IMAGES, BATCH, TURNS = 16, 16, 5
 
 

@@ -1,4 +1,4 @@
-"""Figure 3 of the article on DRaFT+, on the demo world: base model, DRaFT, DRaFT+ and DDPO.
+"""Figure 3 of the article on DRaFT+, on the demo: base model, DRaFT, DRaFT+ and DDPO.
 
 It completes the demo, trains DDPO from the same base model, prompts and reward, evaluates it on the
 same noise, and reports all runs in one page. A stopped call goes on with the same command.
@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from sfumato.compose import compose_train
-from sfumato.demo.experiment import KL_COEFFS, NOTES, evaluate_demo, run_demo
+from sfumato.demo.experiment import NOTES, RUNS, evaluate_demo, run_demo
 from sfumato.report.report import write_report
 from sfumato.run.run import train
 from sfumato.training.distribution import Distribution
@@ -26,6 +26,8 @@ DDPO = (
     "objective.step_weights=std",
     "sampler.training_steps=5",
     "optimizer.lr=1e-3",
+    "training.micro_batch_size=16",
+    "training.global_batch_size=16",
     f"training.max_steps={STEPS}",
     f"training.checkpoint_every_steps={STEPS // 4}",
     f"validation.every_steps={STEPS // 4}",
@@ -38,8 +40,7 @@ def main() -> None:
     out: Path = parser.parse_args().out
     if run_demo(out) is None:
         return
-    names = ["draft" if kl == 0 else f"draft_plus_kl_{kl:g}" for kl in KL_COEFFS]
-    runs = [RunFolder(out / name) for name in names]
+    runs = [RunFolder(out / name) for name in RUNS]
     overrides = [*DDPO, f"runs_dir={out}", f"data.prompts={out / 'prompts.txt'}"]
     config, settings = compose_train(overrides)
     if train(config, settings, Distribution(config.training)).stopped_by is not None:

@@ -1,10 +1,10 @@
-"""Reward hacking on the demo world, and what the default guards say of it.
+"""Reward hacking in the demo, and what the default guards say of it.
 
 DRaFT without a penalty, at three times the demo's rate, hacks the demo's reward. The same run with
 the default guards as guards that stop ends before. DRaFT+ at the demo's own settings must not be
 stopped: each warning there is a false alarm. Limits were chosen on seed 0; the other seeds see no
-choice. Held-out is the demo's reader on images of six open prompts, with the same noise for each
-checkpoint.
+choice. Held-out is the demo's text-image model, which no reward sees, on images of its prompts,
+which start from the same noise for each checkpoint.
 
     python benchmarks/guard.py run --out guard --seeds 0 1 2 3     # trains, resumable
     python benchmarks/guard.py score --out guard --seeds 0 1 2 3   # held-out scores
@@ -24,32 +24,30 @@ from typing import Any
 import torch
 from measure import quiet
 
-STEPS = {"hack": 24, "plus_10": 20, "plus_40": 20}
-HACK = ("objective.kl_coeff=0", "optimizer.lr=6e-3")
+STEPS = {"hack": 24, "plus_20": 20, "plus_100": 20}
+HACK = ("objective.kl_coeff=0", "optimizer.lr=1.8e-2")
 RUNS: Mapping[str, Sequence[str]] = {
     "hack": HACK,
-    "plus_10": ("objective.kl_coeff=10",),
-    "plus_40": ("objective.kl_coeff=40",),
+    "plus_20": ("objective.kl_coeff=20",),
+    "plus_100": ("objective.kl_coeff=100",),
 }
-VALIDATION = 24  # images, four of each of six prompts
+VALIDATION = 20  # images, as many of each prompt
 IMAGES = 40  # of each prompt, for the held-out score
 SHOWN, COLUMNS = (0, 6, 12, 18, 24), 8
 GAUGES = ("edges", "high_frequencies", "diversity", "dark", "grid", "sharpness")
 
 
-def reader(images: Any, prompts: Sequence[str], metadata: Any) -> Any:
-    """Score as the demo's held-out reader does, for `validation.rewards`."""
-    from sfumato.demo.reader import read_attributes
+def open_prompts() -> list[str]:
+    from sfumato.demo.experiment import NAMES
+    from sfumato.demo.pictures import phrase
 
-    return read_attributes(images.clamp(0, 1), prompts)
+    return [phrase(name) for name in NAMES]
 
 
 def settings(out: Path, name: str, seed: int, *more: str) -> list[str]:
-    from sfumato.demo.world import SHAPES
-
     out.mkdir(parents=True, exist_ok=True)
-    prompts = out / "shapes.txt"
-    prompts.write_text("".join(f"a {shape}\n" for shape in SHAPES))
+    prompts = out / "prompts.txt"
+    prompts.write_text("".join(f"{prompt}\n" for prompt in open_prompts()))
     return [
         "recipe=demo_draft_plus",
         f"runs_dir={out}",
@@ -60,7 +58,6 @@ def settings(out: Path, name: str, seed: int, *more: str) -> list[str]:
         "training.checkpoint_every_steps=1",
         f"validation.prompts={prompts}",
         f"validation.num_images={VALIDATION}",
-        f"validation.rewards.reader={{kind: function, path: '{__file__}:reader'}}",
         "validation.every_steps=1",
         "training.tensorboard=false",
         "verify=false",
@@ -106,7 +103,6 @@ def run(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
 
 @torch.no_grad()
 def images_of(model: Any, config: Any, run: Path, step: int, count: int) -> tuple[Any, list[str]]:
-    from sfumato.demo.world import SHAPES
     from sfumato.diffusion.randomness import derive
     from sfumato.models.generate import generate_in_batches
     from sfumato.training.checkpoint import read_shown_weights
@@ -114,7 +110,7 @@ def images_of(model: Any, config: Any, run: Path, step: int, count: int) -> tupl
 
     if step:
         load_weights(model, read_shown_weights(run / "checkpoints" / f"step-{step:06d}"))
-    prompts = [f"a {shape}" for shape in SHAPES for _ in range(count)]
+    prompts = [prompt for prompt in open_prompts() for _ in range(count)]
     seeds = [derive(7, i) for i in range(len(prompts))]
     schedule = "draft" if step else "base"
     images = generate_in_batches(model, prompts, seeds, config.sampler, 30, schedule=schedule)
@@ -142,7 +138,7 @@ def marks(out: Path, name: str, seed: int) -> list[int]:
 
 def score(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Write the held-out score of each marked checkpoint."""
-    from sfumato.demo.reader import read_attributes
+    from sfumato.rewards.build import build_reward
 
     for seed in seeds:
         for name in names:
@@ -150,13 +146,14 @@ def score(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
             file = out / f"{name}_{seed}_scores.json"
             scores = json.loads(file.read_text()) if file.exists() else {}
             model, config = model_of(place)
+            held_out = build_reward(config.validation.rewards["text_image"])
             base = out / "base.json"
             if base.exists():
                 scores["0"] = json.loads(base.read_text())
             for step in marks(out, name, seed):
                 if str(step) not in scores:
                     images, prompts = images_of(model, config, place, step, IMAGES)
-                    scores[str(step)] = read_attributes(images, prompts).mean().item()
+                    scores[str(step)] = held_out(images, prompts).mean().item()
                     print(place, step, scores[str(step)], flush=True)
                 file.write_text(json.dumps(scores))
                 if not step:
@@ -204,7 +201,7 @@ def pictures(out: Path, folder: Path) -> None:
             sheet.paste(Image.open(place / f"{x:03d}-tuned.png"), (margin + x * cell, y * cell))
     sheet.save(folder / "hacking_pictures.png", optimize=True)
     figure, axes = plt.subplots(2, 4, figsize=(12, 5))
-    panels = ["reward", "held_out/reader", *(f"gauge/{name}" for name in GAUGES)]
+    panels = ["reward", "held_out/text_image", *(f"gauge/{name}" for name in GAUGES)]
     for panel, ax in zip(panels, axes.flat, strict=True):
         title, rows = panel.rpartition("/")[2], []
         for name in RUNS:
@@ -232,7 +229,7 @@ def cost(images: int) -> None:
     config = compose_train(["recipe=demo_draft_plus"])[0]
     model, reward = load_model(config.model), build_reward(config.reward)
     gauges = build_gauges(reward, grid_period(model, config))
-    prompts, parts = ["a star"] * images, dict[str, float]()
+    prompts, parts = ["a zebra"] * images, dict[str, float]()
 
     def timed(name: str, act: Callable[..., Any], *given: Any) -> Any:
         started = time.process_time()

@@ -10,7 +10,7 @@ from sfumato.config import RewardConfig, TrainConfig
 from sfumato.config.objectives import ObjectiveConfig
 from sfumato.data.stream import Stream
 
-PROMPTS = ["a red star", "a small blue ring on a yellow background", "a cat", "two green squares"]
+PROMPTS = ["a zebra", "a teapot, flat style, on a yellow background", "a bagel", "sunglasses"]
 SEED, LR, KL_COEFF, GUIDANCE, RANK, CLIP_NORM, EMA = 0, 1e-4, 0.5, 7.5, 32, 10.0, 0.9999
 
 
@@ -41,7 +41,7 @@ def write_models(case: Case, folder: Path) -> None:
 
     if case.model == "demo":
         shutil.copytree(DEMO_MODELS / "base", folder / "pipeline")
-        shutil.copytree(DEMO_MODELS / "reward", folder / "reward")
+        shutil.copytree(DEMO_MODELS / "text_image", folder / "reward")
     else:
         write_pipeline(folder / "pipeline", SIZES[case.model])
         write_reward(folder / "reward", SIZES[case.model])

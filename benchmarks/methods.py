@@ -1,4 +1,4 @@
-"""The map of methods: reward, held-out score and diversity against seconds, on the demo world.
+"""The map of methods: reward, held-out score and diversity against seconds, on the demo.
 
 All methods train the same adapters from the same prompts and seeds, and are evaluated with the same
 sampler and noise. The learning rate of each is chosen from one grid on seed 0, by the steps to a
@@ -11,11 +11,13 @@ one method.
     python benchmarks/methods.py time --out methods      # seconds a step, on a quiet machine
     python benchmarks/methods.py table --out methods     # the table and two pictures
 
-Rewards without a gradient, `--reward jpeg` or `reader`, are for the methods that need none:
+`--reward jpeg`, which has no gradient, and `text_image` are for the methods that need none:
 
     python benchmarks/methods.py tune --out jpeg --reward jpeg      # then run, time and table
-    python benchmarks/methods.py run --out reader --reward reader --rates jpeg
-    python benchmarks/methods.py table --out reader --reward reader --rates jpeg
+    python benchmarks/methods.py run --out text --reward text_image --rates jpeg
+    python benchmarks/methods.py table --out text --reward text_image --rates jpeg
+
+Held-out is the text-image model, and with it as the reward the classifier at 160 px.
 """
 
 import argparse
@@ -34,7 +36,9 @@ import torch
 from measure import machine, peak_of_process, quiet, reset_peak
 from torch import nn
 
-RATES = (1e-3, 2e-3, 4e-3)
+from sfumato.compose import DEMO_MODELS
+
+RATES = (3e-3, 6e-3, 1.2e-2)
 SEEDS = (1, 2, 3)
 TUNING_MARKS = (4, 8, 12)
 MARKS = (3, 6, 9, 12, 16, 20)  # steps that are evaluated
@@ -42,16 +46,20 @@ MARKS = (3, 6, 9, 12, 16, 20)  # steps that are evaluated
 POLICY_RATES, POLICY_TUNING, POLICY_MARKS = (1e-3, 2e-3), (5, 10, 15), (10, 20, 30)
 IMAGE_RATES, IMAGE_TUNING, IMAGE_MARKS = (1e-3, 2e-3), (4, 8, 12), (5, 10, 20)
 BATCH = 16  # images, and queries of the reward, in a step
-IMAGES = 8  # of each of six prompts
-LEVEL, DIVERSITY = 15.0, 0.50  # the reward to reach, and the diversity to keep
-KL = "objective.kl_coeff=10"
-FEW = "sampler.num_inference_steps=5"
+IMAGES = 8  # of each prompt
+LEVEL, DIVERSITY = -1.0, 0.22  # the reward to reach, and the diversity to keep
+KL = "objective.kl_coeff=20"
 GROUPS = ("objective.images_per_prompt=8", "objective.statistics=group")
-# Name: overrides of recipe=demo_reward. All but the first two train at 10 steps unless said.
+# Name: overrides of recipe=demo_reward. They train at 8 steps unless said.
 METHODS: dict[str, tuple[str, ...]] = {
-    "ddim50": ("method=draft_plus", KL, "sampler.num_inference_steps=50"),
-    "recipe": ("method=draft_plus", KL, "objective.truncation_steps=10"),
-    "recipe_t5": ("method=draft_plus", KL, FEW, "objective.truncation_steps=5"),
+    "ddim50": ("method=draft_plus", KL, "sampler.training_steps=50"),
+    "recipe": (
+        "method=draft_plus",
+        KL,
+        "sampler.training_steps=4",
+        "objective.truncation_steps=4",
+    ),
+    "recipe_t8": ("method=draft_plus", KL, "objective.truncation_steps=8"),
     "draft_k": ("method=draft_k",),
     "draft_lv": ("method=draft_lv",),
     "alignprop": ("method=alignprop",),
@@ -61,18 +69,12 @@ METHODS: dict[str, tuple[str, ...]] = {
     "flowbp_sparse": ("method=flowbp_sparse",),
     "flowbp_bridge": ("method=flowbp_bridge",),
     "flowbp_lagrange": ("method=flowbp_lagrange",),
-    "rsm": ("method=rsm", "objective.kl_coeff=10"),
+    "rsm": ("method=rsm", KL),
     "adjoint_matching": ("method=adjoint_matching",),
     "direct_align": ("method=direct_align",),
-    "sparse_kl": ("method=flowbp_sparse", KL),
-    "sparse_kl_t5": ("method=flowbp_sparse", KL, FEW, "objective.active_steps=2"),
-    "sparse_kl40_t5": (
-        "method=flowbp_sparse",
-        "objective.kl_coeff=40",
-        FEW,
-        "objective.active_steps=2",
-    ),
-    "leap_kl_t5": ("method=leapalign", KL, FEW),
+    "sparse_kl": ("method=flowbp_sparse", KL, "objective.weights=sigma"),
+    "sparse_kl100": ("method=flowbp_sparse", "objective.kl_coeff=100", "objective.weights=sigma"),
+    "leap_kl": ("method=leapalign", KL),
     **{
         name: (f"method={name}", "sampler.training_steps=5", *own)
         for name, own in {
@@ -92,7 +94,14 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 POLICY, IMAGES_ALONE = ("ddpo", "flow_grpo"), ("nft", "awm")
 SAMPLED = (*POLICY, *IMAGES_ALONE)  # they need no gradient of the reward
-REWARDS = ("preference", "jpeg", "reader")
+REWARDS = {  # their parts in place of the recipe's classifier
+    "classifier": (),
+    "jpeg": ("reward.parts.classifier=null", "reward.parts.own={kind: jpeg}"),
+    "text_image": (
+        "reward.parts.classifier=null",
+        f"reward.parts.own={{kind: clip, pretrained: {DEMO_MODELS / 'text_image'}}}",
+    ),
+}
 
 
 Curve = list[dict[str, float]]
@@ -101,13 +110,12 @@ Curve = list[dict[str, float]]
 def config_of(name: str, rate: float, seed: int, reward: str) -> Any:
     from sfumato.compose import compose_train
 
-    none = ("reward.parts.preference=null", "reward.parts.redness=null")
-    # The reader is no reward of a run: it takes the place of the JPEG's size below.
-    own = () if reward == "preference" else (*none, "reward.parts.own={kind: jpeg}")
     overrides = [
         "recipe=demo_reward",
+        "sampler.training_steps=8",
         *METHODS[name],
-        *own,
+        *REWARDS[reward],
+        *(f"training.{key}_batch_size={BATCH}" for key in ("micro", "global")),
         f"optimizer.lr={rate}",
         f"training.seed={seed}",
         f"training.max_steps={max(plan_of(name)[2])}",
@@ -126,33 +134,12 @@ def plan_of(name: str) -> tuple[tuple[float, ...], tuple[int, ...], tuple[int, .
     return RATES, TUNING_MARKS, MARKS
 
 
-def reader() -> Any:
-    """Return the reward that reads attributes: the share of a prompt's words that a picture has."""
-    from sfumato.demo.reader import read_attributes
-    from sfumato.rewards.reward import Reward, Score
-
-    class Reader(Reward):
-        differentiable = False
-
-        def score(self, images: torch.Tensor, prompts: Sequence[str]) -> Score:
-            return Score(read_attributes(images.clamp(0, 1), prompts))
-
-    return Reader()
-
-
-def preference() -> Any:
-    """Return the demo's preference model alone."""
-    from sfumato.compose import compose_train
-    from sfumato.run.build import build_scorer
-
-    return build_scorer(compose_train(["recipe=demo_reward", "reward.parts.redness=null"])[0])
-
-
 class Trainee:
     """A method that is trained in this process, step by step, and evaluated between the steps."""
 
-    def __init__(self, config: Any, reward: str = "preference") -> None:
+    def __init__(self, config: Any, held_out: str = "text_image") -> None:
         from sfumato.models.registry import load_model
+        from sfumato.rewards.build import build_reward
         from sfumato.run.build import build_model, build_objective, build_scorer
         from sfumato.run.open_data import open_stream
         from sfumato.training.distribution import Distribution
@@ -161,8 +148,8 @@ class Trainee:
 
         self.config = config
         self.distribution = Distribution(self.config.training)
-        self.reward = reader() if reward == "reader" else build_scorer(self.config)
-        self.held_out = preference() if reward == "reader" else reader()
+        self.reward = build_scorer(self.config)
+        self.held_out = build_reward(self.config.validation.rewards[held_out])
         self.queries = 0
         objective = build_objective(self.config, self.reward)
         self.model = build_model(self.config, objective, load_model, self.distribution)
@@ -185,16 +172,16 @@ class Trainee:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return reward, held-out score and diversity, each a mean over six open prompts."""
-        from sfumato.compose import DEMO_MODELS
-        from sfumato.demo.world import SHAPES
+        """Return reward, held-out score and diversity, each a mean over the open prompts."""
+        from sfumato.demo.experiment import NAMES
+        from sfumato.demo.pictures import phrase
         from sfumato.diffusion.randomness import derive
         from sfumato.evaluation.diversity import build_distance
         from sfumato.models.generate import generate_in_batches
 
-        sampler = replace(self.config.sampler, num_inference_steps=10)
+        sampler = replace(self.config.sampler, num_inference_steps=8)
         distance = build_distance(str(DEMO_MODELS / "text_image"), self.model.device)
-        prompts = [f"a {shape}" for shape in SHAPES]
+        prompts = [phrase(name) for name in NAMES]
         texts = [prompt for prompt in prompts for _ in range(IMAGES)]
         seeds = [derive(0, i, j) for i in range(len(prompts)) for j in range(IMAGES)]
         self.model.trained.eval()
@@ -218,7 +205,8 @@ class Trainee:
 
 def trained(name: str, rate: float, seed: int, reward: str, marks: Sequence[int]) -> Curve:
     """Train, and return an evaluation at step 0 and at each mark."""
-    trainee = Trainee(config_of(name, rate, seed, reward), reward)
+    held_out = "classifier_at_160" if reward == "text_image" else "text_image"
+    trainee = Trainee(config_of(name, rate, seed, reward), held_out)
     found: Curve = []
     try:
         for step in range(max(marks) + 1):
@@ -269,7 +257,7 @@ def measure(out: Path, names: Sequence[str], turns: int) -> None:
     """Time one step of each method by turns; count passes, and the peak of memory."""
     trainees = {}
     for name in names:
-        trainee = trainees[name] = Trainee(config_of(name, 1e-4, 0, "preference"))
+        trainee = trainees[name] = Trainee(config_of(name, 1e-4, 0, "classifier"))
         trainee.step()
         trainee.passes.clear()
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -301,7 +289,7 @@ def peak_of(name: str) -> float:
 
 def peak(names: Sequence[str]) -> None:
     for name in names:
-        trainee = Trainee(config_of(name, 1e-4, 0, "preference"))
+        trainee = Trainee(config_of(name, 1e-4, 0, "classifier"))
         reset_peak()
         before = peak_of_process()
         trainee.step()
@@ -383,13 +371,13 @@ def main() -> None:
     parser.add_argument("action", choices=("tune", "run", "time", "peak", "table"))
     parser.add_argument("--out", type=Path, default=Path("methods"))
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--reward", choices=REWARDS, default="preference")
+    parser.add_argument("--reward", choices=REWARDS, default="classifier")
     parser.add_argument("--rates", type=Path, help="folder of `tune` and `time`; by default --out")
     parser.add_argument("--turns", type=int, default=3, help="of `time`")
     parser.add_argument("--level", type=float, default=LEVEL, help="reward of the table")
     parser.add_argument("--diversity", type=float, default=DIVERSITY)
     options = parser.parse_args()
-    if options.reward != "preference" and options.only == list(METHODS):
+    if options.reward != "classifier" and options.only == list(METHODS):
         options.only = list(SAMPLED)
     options.out.mkdir(parents=True, exist_ok=True)
     quiet()

@@ -70,7 +70,7 @@ CASE = Case(
 ALLOWED = {"loss": 1e-4, "gradient": 1e-3, "update": 1e-2}
 SEVERAL = "several"
 WAYS = ("summed", "measured", "equalised")
-DEMO = DEMO_MODELS / "reward"
+DEMO = DEMO_MODELS / "text_image"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ KINDS = {
     ),
     "color": Kind(lambda f: ColorRewardConfig(), lambda f: redness),
     "brightness": Kind(lambda f: BrightnessRewardConfig(), lambda f: brightness),
-    "demo preference": Kind(lambda f: clip(DEMO), lambda f: load_clip(DEMO)),
+    "demo text_image": Kind(lambda f: clip(DEMO), lambda f: load_clip(DEMO)),
 }
 
 
@@ -201,7 +201,7 @@ def measure(name: str, folder: Path, steps: int, pairs: int) -> dict[str, Any]:
 
 def compare_rewards(ours: Any, bare: Any) -> tuple[float, float]:
     """Return how far two rewards and their gradients at random images are apart, relatively."""
-    prompts = ["a red star", "a cat"]
+    prompts = ["a zebra", "a bagel"]
     images = torch.rand(2, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
     images.requires_grad_()
     found = [reward(images, prompts) for reward in (ours, bare)]

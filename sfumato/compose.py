@@ -54,7 +54,7 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 def register(command: str) -> None:
     """Make dataclasses known to Hydra, once: the root of a command, and one node per group choice.
 
-    `${demo:base}` in a recipe is the folder of a shipped model, `${demo_images:moons}` one of
+    `${demo:base}` in a recipe is the folder of a shipped model, `${demo_images:new}` one of
     shipped images; `${demo_images:prompts.txt}` has the prompts of `sfumato demo`, and
     `${demo_networks:unet.json}` the sizes of a network of the demo.
     """

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.demo import classifier
-from sfumato.demo import emoji as pictures
+from sfumato.demo import classifier, pictures
 from sfumato.demo.packages import Package
-from sfumato.files import sha256_of
+from sfumato.demo.rebuild import SUMS
+from sfumato.files import RECORD, sha256_of
 
-THINGS = ("red-apple", "rocket", "grapes", "cactus", "orange-book")
+NAMES = ("red-apple", "rocket", "grapes", "cactus", "orange-book")
 BODY = '<circle cx="16" cy="16" r="12" fill="red"/>'
 LABELS = {0: "grapes, vine", 1: "missile, rocket", 2: "tench"}
 
@@ -50,13 +50,14 @@ def drawings(**bodies: str) -> dict[str, Any]:
 
 
 def write_packages(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Write packages with five things, two of which are labels; the demo then takes them."""
-    every = drawings(**{name.replace("-", "_"): BODY for name in THINGS})
+    """Write packages of five things, two of which the model draws; the demo then takes them."""
+    patch.setattr(pictures, "THINGS", ("grapes", "rocket"))
+    every = drawings(**{name.replace("-", "_"): BODY for name in NAMES})
     noto = {
         "icons.json": {**every, "icons": {**every["icons"], "one-oclock": {"body": BODY}}},
         "info.json": {"license": {"spdx": "Apache-2.0"}},
         "metadata.json": {
-            "categories": {"Objects": [*THINGS, "one-oclock"], "Flags": ["white-flag"]}
+            "categories": {"Objects": [*NAMES, "one-oclock"], "Flags": ["white-flag"]}
         },
         "chars.json": {"1f34e": "red-apple"},
     }
@@ -74,9 +75,7 @@ def write_packages(folder: Path, patch: pytest.MonkeyPatch) -> None:
     keywords = write_npm(folder, pictures.KEYWORDS, {"dist/emoji-en-US.json": words})
     patch.setattr(pictures, "KEYWORDS", keywords)
     names = {classifier.LABELS_FILE: json.dumps(LABELS).encode()}
-    labels = write_wheel(folder, classifier.LABELS, names)
-    for module in (classifier, pictures):
-        patch.setattr(module, "LABELS", labels)
+    patch.setattr(classifier, "LABELS", write_wheel(folder, classifier.LABELS, names))
 
 
 def published_state() -> dict[str, Tensor]:
@@ -118,3 +117,16 @@ def write_weights(folder: Path, patch: pytest.MonkeyPatch) -> None:
     torch.save(published_state(), stream)
     files = {classifier.WEIGHTS_FILE: stream.getvalue()}
     patch.setattr(classifier, "WEIGHTS", write_wheel(folder, classifier.WEIGHTS, files))
+
+
+def files_of(folder: Path) -> set[str]:
+    """Return the files that a folder ships."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return {str(path.relative_to(folder)) for path in files}
+
+
+def check_sums(folder: Path) -> None:
+    """Check that SHA256SUMS has each other file that a folder ships, and its sum."""
+    lines = (folder / SUMS).read_text().splitlines()
+    sums = {name: sha256_of(folder / name) for name in files_of(folder) - {SUMS}}
+    assert {name: found for found, name in (line.split("  ") for line in lines)} == sums

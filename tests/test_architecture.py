@@ -163,7 +163,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "bitsandbytes": (("training.optimizer",), "optimisers belong in training/optimizer.py"),
     "prodigyopt": (("training.optimizer",), "optimisers belong in training/optimizer.py"),
     "wandb": (("training.tracking",), "trackers belong in training/tracking.py"),
-    "resvg_py": (("demo",), "drawings are rendered in demo/emoji.py"),
+    "resvg_py": (("demo",), "drawings are rendered in demo/pictures.py"),
     "lpips": (("evaluation.diversity",), "image features belong in evaluation/diversity.py"),
     "torch_fidelity": (("evaluation.inception",), "Inception belongs in evaluation/inception.py"),
     "matplotlib": (("report",), "plots belong in report/"),

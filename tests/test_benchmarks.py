@@ -14,9 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import demo_claim
 import gpu
 import pytest
 import torch
+from demo_scores import Drawings, neighbours, shares
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -48,6 +50,37 @@ def run(name: str, *arguments: str) -> str:
 def test_a_step_is_that_of_the_bare_loop(name: str, arguments: str):
     """Each benchmark compares with a bare loop, and stops if the two do not agree."""
     assert "Parity" in run(name, *arguments.split(), "--pairs", "1", "--steps", "1")
+
+
+@pytest.mark.nightly
+def test_judges_of_the_base_model_are_measured_on_real_pictures():
+    output = run("demo_base", "--prompts", "4")
+    for name in ("base model, full prompts", "base model, bare prompts", "real pictures"):
+        assert f"{name}, 4 pictures: read right: name " in output
+
+
+A, B = ({"name": name, "style": "flat"} for name in ("zebra", "teapot"))
+
+
+def test_a_picture_is_memorised_if_no_other_drawing_is_as_near():
+    known = torch.tensor([[0.0, 0.0], [0.0, 1.0], [10.0, 0.0]])
+    pictures = torch.tensor([[0.0, -2.0], [10.0, 9.0], [10.0, 11.0], [10.0, 12.0]])
+    distance, memorised = neighbours(pictures, known, [A, A, B])
+    assert distance == 9  # torch's median is the lower one
+    assert memorised == 0.5
+
+
+def test_a_picture_is_read_as_the_nearest_drawing():
+    known = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+    read = Drawings(lambda pictures: pictures, [(known[:1], [A]), (known[1:], [B, B])])
+    seen = read(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    assert seen == [A, B]
+    assert shares([A, A], seen) == {"name": 0.5, "style": 1.0, "all": 0.5}
+
+
+def test_the_interval_over_seeds_is_students():
+    assert demo_claim.told([1.0, 2.0, 3.0]).endswith("mean +2.000, 95 % -0.484 to +4.484")
+    assert demo_claim.told([1.0]) == "+1.000; mean +1.000"
 
 
 @pytest.mark.nightly

@@ -353,13 +353,13 @@ def test_a_script_may_read_any_setting() -> None:
 
 def test_an_empty_dictionary_takes_nothing_out() -> None:
     recipe = ["recipe=demo_finetune", "data.images.path=P"]
-    out = ["data.images.sources.moons=null", "data.images.sources.shapes=null"]
+    out = ["data.images.sources.new=null", "data.images.sources.old=null"]
     with pytest.raises(ValueError, match=re.escape(f"leave out by name: {' '.join(out)}")):
         compose_train([*recipe, "data.images.sources={}"])
     assert not compose_train([*recipe, *out])[0].data.images.sources
     config, _ = compose_train([*IMAGES, "data.images.sources={}", "model.merge={}"])
     assert not config.model.merge
-    with pytest.raises(ValueError, match=r"reward\.parts\.preference=null reward\.parts\.redness="):
+    with pytest.raises(ValueError, match=r"reward\.parts\.classifier=null"):
         compose_train(["recipe=demo_draft_plus", "reward.parts={}"])
 
 
@@ -456,9 +456,9 @@ def test_another_setting_has_a_way_on(model: str, way: str) -> None:
 def test_the_demos_prompts_are_shipped() -> None:
     settings, _ = compose_train(["recipe=demo_draft_plus"])
     assert Path(str(settings.data.prompts)).read_text(encoding="utf-8") == write_prompts(0)
-    light = ["reward.parts.redness=null", "reward.parts.light={kind: brightness, weight: 0.3}"]
+    light = ["reward.parts.classifier=null", "reward.parts.light={kind: brightness, weight: 1}"]
     reward: Any = compose_train(["recipe=demo_draft_plus", *light])[0].reward
-    assert set(reward.parts) == {"preference", "light"}  # as the recipe's head says
+    assert set(reward.parts) == {"light"}  # as the recipe's head says
 
 
 def test_help_says_when_a_setting_is_read_and_whether_it_may_change() -> None:

@@ -99,8 +99,11 @@ def test_a_recipe_composes_once_its_missing_keys_are_given(recipe: str):
 
     _, plain = compose_train([f"recipe={recipe}", *(f"{name}=X" for name in missing)])
     content = yaml.safe_load(text)
-    chosen = {key: kind for entry in content.pop("defaults") for key, kind in entry.items()}
-    assert set(chosen) <= {"override /objective", "override /reward"}
+    defaults = content.pop("defaults")
+    below = [entry for entry in defaults if isinstance(entry, str)]  # a recipe that it goes on from
+    assert set(below) <= set(RECIPES)
+    chosen = {key for entry in defaults if entry not in below for key in entry}
+    assert chosen <= {"override /objective", "override /reward"}
     composed = leaves(plain)
     for key, value in leaves(content).items():
         assert composed[key] == value or "${" in str(value)
@@ -669,8 +672,8 @@ def test_sources_take_names_of_ones_own():
         sources = settings.data.images.sources
         assert sources == {"mine": ImageSourceConfig("a", repeats=2), "b": ImageSourceConfig("c")}
         assert plain["data"]["images"]["sources"]["b"] == {"path": "c"}
-    recipe = ["recipe=demo_finetune", "data.images.sources.moons=null"]
-    assert set(compose_train(recipe)[0].data.images.sources) == {"shapes"}
+    recipe = ["recipe=demo_finetune", "data.images.sources.new=null"]
+    assert set(compose_train(recipe)[0].data.images.sources) == {"old"}
     for wrong, expected in (
         ("data.images.sources.mine={paht: a}", "sources.mine.paht: did you mean .*mine.path"),
         ("data.images.sources.mine=3", r"sources.mine = 3; write \{KEY: VALUE"),

@@ -1,109 +1,63 @@
-"""The demo's supervised recipe: its pictures, its judge, what it holds out, and that it runs."""
+"""The demo's supervised recipe: its pictures, what they hold out, and that it runs."""
 
 import json
-import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from moons import (
-    ALL_SHAPES,
-    CONCEPT,
-    NUM_HELD_OUT,
-    NUM_OLD,
-    NUM_TRAIN,
-    old_scenes,
-    split,
-)
-from torch.testing import assert_close
+from PIL import Image
+from transformers import CLIPTokenizer
 
 from sfumato.compose import DEMO_IMAGES, compose_train
-from sfumato.demo.reader import read_image
+from sfumato.demo.images import HELD_OUT, NEW_NAMES, OLD, TRAINED, read_rows
+from sfumato.demo.pictures import IMAGE_SIZE, STYLES, THINGS, phrase
 from sfumato.demo.tokenizer import TEXT_LENGTH
-from sfumato.demo.world import SHAPES, parse_caption, random_scene, render
-from sfumato.images import load_images, save_image
 from sfumato.run.run import train
 from sfumato.training.distribution import Distribution
 
 KILOBYTE = 2**10
-FOLDERS = {"moons": NUM_TRAIN, "moons_held_out": NUM_HELD_OUT, "shapes": NUM_OLD}
+NEW = len(NEW_NAMES) * len(STYLES)
+FOLDERS = {"new": NEW * TRAINED, "new_held_out": NEW * HELD_OUT, "old": OLD}
 
 
-def captions(folder: Path) -> list[str]:
-    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines]
-
-
-def write_images(folder: Path) -> None:
-    """Write the shipped folders: moons and shapes for training, moons_held_out for validation."""
-    parts = split()
-    groups = {"moons": parts.train, "shapes": old_scenes(), "moons_held_out": parts.held_out}
-    for name, scenes in groups.items():
-        (folder / name).mkdir(parents=True)
-        lines = []
-        images = render(scenes, random.Random(name), ALL_SHAPES)
-        for i, (scene, image) in enumerate(zip(scenes, images, strict=True)):
-            save_image(image, folder / name / f"{i:03d}.png")
-            row = {"file_name": f"{i:03d}.png", "text": scene.caption()}
-            lines.append(json.dumps(row) + "\n")
-        (folder / name / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def test_the_shipped_pictures_are_those_of_the_function(tmp_path: Path) -> None:
-    write_images(tmp_path)
-    files = sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*.*"))
-    assert files == sorted(file.relative_to(DEMO_IMAGES) for file in DEMO_IMAGES.glob("*/*.*"))
-    for name, count in FOLDERS.items():
-        assert captions(tmp_path / name) == captions(DEMO_IMAGES / name)
-        pictures = [file for file in files if file.parts[0] == name and file.suffix == ".png"]
-        assert len(pictures) == count
-        made, shipped = (
-            load_images([folder / file for file in pictures]) for folder in (tmp_path, DEMO_IMAGES)
-        )
-        assert_close(shipped, made, rtol=0, atol=1.01 / 255)  # rounding to 8 bits
-    size = sum(file.stat().st_size for file in DEMO_IMAGES.rglob("*") if file.is_file())
-    assert size < 300 * KILOBYTE
+def captions(name: str) -> list[str]:
+    return [row["text"] for row in read_rows(DEMO_IMAGES / name)]
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_pictures_show_what_their_captions_say(name: str) -> None:
+def test_a_folder_has_its_pictures_and_a_caption_for_each(name: str) -> None:
     files = sorted((DEMO_IMAGES / name).glob("*.png"))
-    for caption, image in zip(captions(DEMO_IMAGES / name), load_images(files), strict=True):
-        assert read_image(image, ALL_SHAPES) == parse_caption(caption, ALL_SHAPES)
+    assert sorted(row["file_name"] for row in read_rows(DEMO_IMAGES / name)) == [
+        file.name for file in files
+    ]
+    assert len(files) == FOLDERS[name]
+    for file in files:
+        with Image.open(file) as picture:
+            assert picture.size == (IMAGE_SIZE, IMAGE_SIZE)
 
 
-def test_held_out_scenes_are_in_no_training_caption() -> None:
-    parts = split()
-    scenes = [*parts.train, *parts.held_out, *parts.rest]
-    assert len(scenes) == len(set(scenes)) == 8 * 7 * 3 * 5
-    trained = set(captions(DEMO_IMAGES / "moons"))
-    assert trained == {scene.caption() for scene in parts.train}
-    assert trained.isdisjoint(scene.caption() for scene in (*parts.held_out, *parts.rest))
-    for i in range(1, 5):  # each color, size, background and place has been seen with the concept
-        assert {s.values()[i] for s in parts.train} == {s.values()[i] for s in scenes}
-    assert all(scene.shape in SHAPES for scene in old_scenes())
+def test_no_picture_is_in_two_folders_and_they_are_small() -> None:
+    content = [file.read_bytes() for name in FOLDERS for file in (DEMO_IMAGES / name).glob("*.png")]
+    assert len(set(content)) == len(content) == sum(FOLDERS.values())
+    assert sum(map(len, content)) < 2048 * KILOBYTE
 
 
-def test_the_concept_is_new_to_the_world() -> None:
-    assert CONCEPT not in SHAPES
-    with pytest.raises(ValueError, match="names no shape"):
-        parse_caption(f"a {CONCEPT}")
+@pytest.mark.parametrize(("name", "each"), [("new", TRAINED), ("new_held_out", HELD_OUT)])
+def test_each_new_name_is_shown_in_each_style(name: str, each: int) -> None:
+    found = Counter(tuple(text.split(", ")[:2]) for text in captions(name))
+    assert found == {(phrase(one), f"{style} style"): each for one in NEW_NAMES for style in STYLES}
 
 
-def test_the_judge_tells_the_concept_from_the_old_shapes() -> None:
-    rng = random.Random(1)
-    scenes = [*split().rest[:200], *(random_scene(rng) for _ in range(200))]
-    seen = [read_image(image, ALL_SHAPES) for image in render(scenes, rng, ALL_SHAPES)]
-    assert sum(want == found for want, found in zip(scenes, seen, strict=True)) >= 396
+def test_the_old_pictures_show_only_what_the_base_model_draws() -> None:
+    assert {text.split(", ")[0] for text in captions("old")} <= set(map(phrase, THINGS))
+    assert set(NEW_NAMES).isdisjoint(THINGS)
 
 
-def test_captions_fit_the_text_encoder() -> None:
-    from transformers import CLIPTokenizer
-
+@pytest.mark.parametrize("name", FOLDERS)
+def test_captions_fit_the_text_encoder(name: str) -> None:
     config, _ = compose_train(["recipe=demo_finetune"])
-    tokenizer = CLIPTokenizer.from_pretrained(Path(config.model.pretrained) / "tokenizer")
-    parts = split()
-    for scene in (*parts.train, *parts.held_out, *parts.rest, *old_scenes()):
-        assert len(tokenizer(scene.caption())["input_ids"]) <= TEXT_LENGTH
+    tokenizer = CLIPTokenizer.from_pretrained(Path(str(config.model.pretrained)) / "tokenizer")
+    assert max(map(len, tokenizer(captions(name)).input_ids)) <= TEXT_LENGTH
 
 
 def test_two_steps_of_the_recipe_run_whole(tmp_path: Path) -> None:
@@ -122,7 +76,7 @@ def test_two_steps_of_the_recipe_run_whole(tmp_path: Path) -> None:
             "validation.loss_images=4",
         ]
     )
-    assert config.data.images.sources["moons"].path == str(DEMO_IMAGES / "moons")
+    assert config.data.images.sources["new"].path == str(DEMO_IMAGES / "new")
     outcome = train(config, plain, Distribution(config.training))
     run = tmp_path / config.name
     assert outcome.step == 2
@@ -132,4 +86,4 @@ def test_two_steps_of_the_recipe_run_whole(tmp_path: Path) -> None:
     assert len(losses) == 2  # before and after
     pairs = (run / "samples" / "step-000002" / "pairs.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in pairs]
-    assert prompts == captions(DEMO_IMAGES / "moons_held_out")[:2]
+    assert prompts == captions("new_held_out")[:2]

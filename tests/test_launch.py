@@ -158,7 +158,7 @@ def test_a_home_in_out_is_the_folder_that_prepare_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    pictures = f"pack.path={DEMO_IMAGES / 'moons_held_out'}"
+    pictures = f"pack.path={DEMO_IMAGES / 'new_held_out'}"
     (job,) = read(tmp_path, {"p": stage("prepare", "out=~/data", "stages=[pack,index]", pictures)})
     assert job.out == tmp_path / "data"
     assert in_child(lambda: prepare(job.settings)) == 0
@@ -225,15 +225,15 @@ def test_files_must_be_there_unless_an_earlier_job_makes_them(tmp_path: Path, jo
         ),
         (
             stage("train", "recipe=demo_finetune", "data.shards.path=."),
-            "data.shards.path='.' and data.images.sources=['moons', 'shapes'] are both given",
+            "data.shards.path='.' and data.images.sources=['new', 'old'] are both given",
         ),
         (
-            stage("train", "recipe=demo_finetune", "data.images.sources.moons.path=/nowhere"),
-            "data.images.sources.moons.path = /nowhere does not exist",
+            stage("train", "recipe=demo_finetune", "data.images.sources.new.path=/nowhere"),
+            "data.images.sources.new.path = /nowhere does not exist",
         ),
         (
-            stage("train", "recipe=demo_draft_plus", "reward.parts.preference.pretrained=/nowhere"),
-            "reward.parts.preference.pretrained = /nowhere does not exist",
+            stage("train", "recipe=demo_draft_plus", "reward.parts.classifier.pretrained=/nowhere"),
+            "reward.parts.classifier.pretrained = /nowhere does not exist",
         ),
         (
             stage("train", "recipe=demo_finetune", "sampler.height=33"),
@@ -401,7 +401,7 @@ assert total == 2
 pathlib.Path({str(out)!r}).mkdir(exist_ok=True)
 torch.distributed.destroy_process_group()
 """
-    pictures = f"pack.path={DEMO_IMAGES / 'moons_held_out'}"
+    pictures = f"pack.path={DEMO_IMAGES / 'new_held_out'}"
     jobs = {"p": stage("prepare", f"out={out}", "stages=[pack]", pictures)}
     given = arguments(tmp_path, jobs, "cluster.processes=2", "cluster.max_restarts=1")
     code, out, err = ended(tmp_path, start_launch(tmp_path, given, code=code))
@@ -568,7 +568,7 @@ def test_what_a_job_starts_from_is_noted_however_it_is_named(
 
 def test_prepare_looks_again_where_its_pictures_changed(tmp_path: Path):
     pictures, folder = tmp_path / "pictures", LaunchFolder(tmp_path / "launch")
-    shutil.copytree(DEMO_IMAGES / "moons_held_out", pictures)
+    shutil.copytree(DEMO_IMAGES / "new_held_out", pictures)
     for given, more in ((f"{pictures}", "more.txt"), (f"{pictures}/*.tar", "more.tar")):
         settings = [f"out={tmp_path / 'data'}", "stages=[pack,index]", f"pack.path={given}"]
         (job,) = read(tmp_path, {"p": stage("prepare", *settings)})
@@ -583,7 +583,7 @@ def test_prepare_looks_again_where_its_pictures_changed(tmp_path: Path):
 
 def test_a_run_on_other_data_than_are_there_now_is_not_done(tmp_path: Path, sd_folder: Path):
     def prepared(*filters: str) -> None:
-        packed = f"pack.path={DEMO_IMAGES / 'moons_held_out'}"
+        packed = f"pack.path={DEMO_IMAGES / 'new_held_out'}"
         settings = [f"out={tmp_path / 'data'}", "stages=[pack,filter,index]", packed, *filters]
         prepare(compose_command("prepare", settings)[0])
 

@@ -257,7 +257,7 @@ RECIPES = sorted(
     path.relative_to(CONF / "recipe").with_suffix("").as_posix()
     for folder in (CONF / "recipe", CONF / "recipe" / "stable_diffusion")
     for path in folder.glob("*.yaml")
-    if path.stem not in ("autoencoder", "demo_reward_pairs", "reward_pairs")  # no model is trained
+    if path.stem not in ("autoencoder", "reward_pairs")  # no model is trained
 )
 GIVEN = {
     "demo_base": [

@@ -34,8 +34,8 @@ KILLED = -9
 UNET = {
     "_class_name": "UNet2DConditionModel",
     "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
+    "in_channels": 8,
+    "out_channels": 8,
     "block_out_channels": [8, 16],
     "layers_per_block": 1,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
@@ -71,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "prepare",
                 [
                     f"out={root / 'data'}",
-                    f"pack.path={DEMO_IMAGES / 'moons_held_out'}",
+                    f"pack.path={DEMO_IMAGES / 'new_held_out'}",
                     "pack.samples_per_shard=10",
                     f"precache.height={pixels}",
                     f"precache.width={pixels}",

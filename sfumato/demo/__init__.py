@@ -1,1 +1,1 @@
-"""Demo: a tiny world of captioned shapes, its models and its experiment."""
+"""Demo: a small model of emoji, its rebuild and its experiment."""

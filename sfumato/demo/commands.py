@@ -22,9 +22,7 @@ def add_options(parser: ArgumentParser) -> None:
         help="render captioned pictures of emoji into this folder instead of running the demo",
     )
     parser.add_argument("--stage", metavar="NAME", help="of the rebuild: only this stage")
-    parser.add_argument(
-        "--count", type=int, help="its training steps, pictures or pairs (default: 1)"
-    )
+    parser.add_argument("--count", type=int, help="its training steps (default: 1)")
 
 
 def check_options(parser: ArgumentParser, options: Namespace) -> None:
@@ -55,7 +53,7 @@ def run(options: Namespace) -> None:
         ValueError: if a file or package is missing, or a folder holds something else.
     """
     if options.pictures:
-        from sfumato.demo.emoji import write_pictures
+        from sfumato.demo.pictures import write_pictures
 
         for what, count in sorted(write_pictures(options.pictures).items()):
             print(f"{what}: {count}")

@@ -1,12 +1,12 @@
 """Rebuild of the shipped demo models: `sfumato demo --rebuild DIR`, a ladder of stages.
 
-Stages here make what only the demo has: rendered data, an autoencoder, text models. Ordinary
-recipes prepare the data, and train the base model and the reward. A stage writes one folder and is
-skipped if that folder exists, so a stopped rebuild continues where it was.
+Stages here make what only the demo has: text models, the classifier's folder and the pictures to
+fine-tune on. Ordinary recipes train the autoencoder, prepare the data, and train the base model. A
+stage writes one folder and is skipped if that folder exists, so a stopped rebuild continues where
+it was.
 """
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,53 +14,26 @@ from pathlib import Path
 import torch
 
 from sfumato.compose import compose_command
-from sfumato.demo.autoencoder import train_autoencoder, train_decoder
 from sfumato.demo.classifier import write_classifier
-from sfumato.demo.emoji_text import train_emoji_clip, train_emoji_text, write_emoji_tokenizer
-from sfumato.demo.preference import write_pairs
-from sfumato.demo.steps import draw_scenes, prompt_of
-from sfumato.demo.text import train_text
+from sfumato.demo.images import write_images
+from sfumato.demo.text import train_text, write_words
 from sfumato.demo.text_image import train_text_image
-from sfumato.demo.tokenizer import world_words, write_tokenizer
-from sfumato.demo.world import render
-from sfumato.files import RECORD, new_folder, read_object, refuse_others, write_text
-from sfumato.images import save_image
+from sfumato.files import RECORD, new_folder, read_object, refuse_others, sha256_of, write_text
 from sfumato.launch.launch import launch
 
-AT_ONCE = 256  # pictures
-
-
-def write_pictures(folder: Path, parts: Path, count: int) -> None:
-    """Write pictures and metadata.jsonl; captions are complete in `text`, partial in `short`."""
-    rng = random.Random("pictures")
-    lines = []
-    for start in range(0, count, AT_ONCE):
-        scenes = draw_scenes(rng, min(AT_ONCE, count - start))
-        for i, (scene, image) in enumerate(zip(scenes, render(scenes, rng), strict=True), start):
-            save_image(image, folder / f"{i:05d}.png")
-            captions = {"text": scene.caption(), "short": prompt_of(scene, rng).caption()}
-            lines.append(json.dumps({"file_name": f"{i:05d}.png", **captions}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
 STAGES: dict[str, Callable[[Path, Path, int], None]] = {
-    "tokenizer": lambda folder, _parts, _count: write_tokenizer(folder, world_words()),
-    "autoencoder": train_autoencoder,
-    "text_image": train_text_image,
-    "pairs": write_pairs,
+    "tokenizer": write_words,
+    "classifier": write_classifier,
     "text": train_text,
-    "decoder": train_decoder,
-    "pictures": write_pictures,
-    "emoji_tokenizer": write_emoji_tokenizer,
-    "emoji_text": train_emoji_text,
-    "emoji_text_image": train_emoji_clip,
-    "emoji_classifier": write_classifier,
+    "text_image": train_text_image,
+    "images": write_images,
 }
+SUMS = "SHA256SUMS"
 SHIP = "ship"
 
 
 def rebuild(out: Path) -> None:
-    """Train every model of the demo by recipe=ladder/demo, and write the package's to out/model.
+    """Train every model of the demo by recipe=ladder/demo, and write the package's files.
 
     Raises:
         ValueError: if a stage fails or is stopped, or out/model holds files of others.
@@ -75,7 +48,7 @@ def run_stage(out: Path, name: str, count: int) -> None:
     """Run a stage of the demo into out/parts/NAME, or `ship` into out/model.
 
     Args:
-        count: training steps, pictures or pairs.
+        count: training steps.
 
     Raises:
         ValueError: if the stage is unknown, was run with another count, or cannot be written.
@@ -102,20 +75,25 @@ def run_stage(out: Path, name: str, count: int) -> None:
 
 
 def ship(out: Path) -> None:
-    """Write the package's folders base, reward and text_image, with float16 weights."""
+    """Write out/model: base, classifier and text_image with float16 weights, and their SHA-256."""
     model = out / "model"
     with new_folder(model, older=_older(out)) as folder:
-        runs, leave = out / "runs", shutil.ignore_patterns(RECORD)
-        shutil.copytree(runs / "base_64" / "export" / "pipeline", folder / "base")
-        shutil.copytree(runs / "reward" / "export" / "reward", folder / "reward")
-        shutil.copytree(out / "parts" / "text_image", folder / "text_image", ignore=leave)
+        parts, leave = out / "parts", shutil.ignore_patterns(RECORD)
+        export, card = out / "runs" / "base" / "export", shutil.ignore_patterns("README.md")
+        shutil.copytree(export / "pipeline", folder / "base", ignore=card)
+        for name in ("classifier", "text_image"):
+            shutil.copytree(parts / name, folder / name, ignore=leave)
         for path in folder.rglob("*.safetensors"):
             halve(path)
         for path in folder.rglob("config.json"):
             settings = read_object(path, "run the stage that made it again")
             settings.pop("_name_or_path", None)  # a path of this machine
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    print(f"the models are in {model}; copy them to sfumato/demo/model to ship them")
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+        sums = [f"{sha256_of(path)}  {path.relative_to(folder)}\n" for path in files]
+        write_text(folder / SUMS, "".join(sums))
+    print(f"the models are in {model}; copy them to sfumato/demo/model to ship them, and")
+    print(f"{out / 'parts' / 'images'} to sfumato/demo/images")
 
 
 def _older(out: Path) -> tuple[str, ...]:

@@ -1,15 +1,12 @@
-"""Parts that the demo's trainings share: progress lines, the optimizer step, random scenes."""
+"""Parts that the trainings of the demo share: progress lines and the optimizer step."""
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-
-from sfumato.demo.world import Scene, partial, random_scene
 
 WARMUP = 100  # steps
 
@@ -53,20 +50,11 @@ class Update:
 def muon_and_adamw(networks: Sequence[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of linear layers, AdamW for everything else.
 
-    Words that matter little to the loss at first (shapes, places) are learned several times sooner
-    than by AdamW only, because Muon steps equally far in every direction of a matrix.
+    Words that matter little to the loss at first are learned several times sooner than by AdamW
+    alone, because Muon steps equally far in every direction of a matrix.
     """
     linear = [m.weight for network in networks for m in network.modules() if type(m) is nn.Linear]
     matrices = set(linear)
     rest = [p for network in networks for p in network.parameters() if p not in matrices]
     muon = torch.optim.Muon(linear, 2 * lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(rest, lr, weight_decay=0.0)]
-
-
-def draw_scenes(rng: random.Random, count: int) -> list[Scene]:
-    return [random_scene(rng) for _ in range(count)]
-
-
-def prompt_of(scene: Scene, rng: random.Random) -> Scene:
-    """Leave attributes open: half the captions are complete, the others keep a random share."""
-    return scene if rng.random() < 0.5 else partial(scene, rng, keep=rng.random())

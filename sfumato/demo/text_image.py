@@ -1,41 +1,27 @@
-"""Text-image model of the demo: a small CLIPModel."""
+"""Text-image model of the demo: a small CLIPModel, the judge that no reward sees."""
 
 import math
 import random
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sfumato.demo.steps import Update, counted, draw_scenes, muon_and_adamw, prompt_of
-from sfumato.demo.tokenizer import TEXT_LENGTH, tokenize
-from sfumato.demo.world import IMAGE_SIZE, Scene, random_scene, render
-
-
-def build_clip(vocabulary: int) -> Any:
-    """Return an untrained CLIPModel; its text tower becomes the base model's text encoder."""
-    from transformers import CLIPConfig, CLIPModel
-
-    shared = {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "projection_dim": 96,
-        "hidden_act": "gelu",
-    }
-    text = {
-        **shared,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": TEXT_LENGTH,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    vision = {**shared, "image_size": IMAGE_SIZE, "patch_size": 8}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
+from sfumato.demo.images import Row, read_rows
+from sfumato.demo.pictures import IMAGE_SIZE
+from sfumato.demo.steps import Update, counted, muon_and_adamw
+from sfumato.demo.text import (
+    BATCH,
+    CAPTIONS,
+    TOKENIZER,
+    build_clip,
+    vocabulary_size,
+)
+from sfumato.demo.tokenizer import tokenize
+from sfumato.images import load_images
 
 
 def build_processor() -> Any:
@@ -63,37 +49,31 @@ def save_clip(folder: Path, clip: Any, tokenizer_folder: Path) -> None:
     CLIPTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
 
 
-def draw_alike(rng: random.Random, groups: int, each: int) -> list[Scene]:
-    """Draw scenes in groups that share color and background, and differ in shape, size and place.
-
-    Among scenes that differ in everything, colors would nearly always be enough to match them.
-    """
-    scenes = []
-    for _ in range(groups):
-        one = random_scene(rng)
-        scenes += [
-            replace(scene, color=one.color, background=one.background)
-            for scene in draw_scenes(rng, each)
-        ]
-    return scenes
-
-
 def train_text_image(folder: Path, parts: Path, steps: int) -> None:
-    """Train by CLIP's symmetric contrastive loss on pictures and captions, complete and partial."""
-    from transformers import CLIPTokenizer
+    """Train by CLIP's symmetric contrastive loss on pictures and their captions.
 
+    Half of the captions are complete, so that style and background are learned too.
+    """
     torch.manual_seed(1)
-    rng = random.Random("text-image")
-    clip = build_clip(len(CLIPTokenizer.from_pretrained(parts / "tokenizer")))
+    rng, rows = random.Random("text-image"), read_rows(parts.parent / "pictures" / "train")
+    clip = build_clip(vocabulary_size(parts))
     update = Update(*muon_and_adamw([clip], lr=1e-3), steps=steps)
+    pictures = _pictures(parts, rows)
     for show in counted("text-image", steps):
-        scenes = draw_alike(rng, groups=8, each=12)
-        pixels = normalize(render(scenes, rng))
-        tokens = tokenize(
-            parts / "tokenizer", [prompt_of(scene, rng).caption() for scene in scenes]
-        )
-        loss = clip(**tokens, pixel_values=pixels, return_loss=True).loss
+        drawn = rng.sample(range(len(rows)), BATCH)
+        captions = [rows[i]["text" if rng.random() < 0.5 else rng.choice(CAPTIONS)] for i in drawn]
+        pixels = normalize(pictures[drawn].float() / 255)
+        loss = clip(
+            **tokenize(parts / TOKENIZER, captions), pixel_values=pixels, return_loss=True
+        ).loss
         update(loss)
         clip.logit_scale.data.clamp_(max=math.log(100))
         show(loss=loss.item(), scale=clip.logit_scale.exp().item())
-    save_clip(folder, clip, parts / "tokenizer")
+    save_clip(folder, clip, parts / TOKENIZER)
+
+
+def _pictures(parts: Path, rows: Sequence[Row]) -> UInt8[Tensor, "n 3 h w"]:
+    folder = parts.parent / "pictures" / "train"
+    files = [folder / row["file_name"] for row in rows]
+    loaded = (load_images(files[i : i + 512]) for i in range(0, len(files), 512))
+    return torch.cat([(images * 255).round().to(torch.uint8) for images in loaded])

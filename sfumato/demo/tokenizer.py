@@ -1,4 +1,4 @@
-"""CLIP tokenizer for the words of the tiny world."""
+"""CLIP tokenizer for the words of the demo's captions."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -8,18 +8,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from sfumato.demo.world import PALETTE, PLACES, RADII, SHAPES
-
-TEXT_LENGTH = 20  # tokens; the longest caption of the world has 14
+TEXT_LENGTH = 20  # tokens
 
 
-def world_words() -> set[str]:
-    """Return the words of the tiny world's captions."""
-    words = {"a", "an", "on", "in", "at", "the", "background"}
-    return words | {*SHAPES, *PALETTE, *RADII} | {w for place in PLACES for w in place.split()}
-
-
-def write_tokenizer(folder: Path, words: Collection[str], size: int = 2000) -> None:
+def write_tokenizer(folder: Path, words: Collection[str], size: int) -> None:
     """Write a CLIP tokenizer that knows each of the words as one token.
 
     Args:
