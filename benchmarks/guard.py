@@ -1,10 +1,10 @@
 """Reward hacking in the demo, and what the default guards say of it.
 
-DRaFT without a penalty, at three times the demo's rate, hacks the demo's reward. The same run with
-the default guards as guards that stop ends before. DRaFT+ at the demo's own settings must not be
-stopped: each warning there is a false alarm. Limits were chosen on seed 0; the other seeds see no
-choice. Held-out is the demo's text-image model, which no reward sees, on images of its prompts,
-which start from the same noise for each checkpoint.
+DRaFT without a penalty, at three times the demo's rate, is to hack the demo's reward. The default
+guards, as guards that stop, are to end it before. DRaFT+ at the demo's own settings must not be
+stopped: each warning there is a false alarm. docs/reward_hacking.md has the figures of an earlier
+demo of drawn shapes. On emoji nothing is measured yet. Held-out is the demo's text-image model,
+which no reward sees, on images of its prompts, which start from the same noise for each checkpoint.
 
     python benchmarks/guard.py run --out guard --seeds 0 1 2 3     # trains, resumable
     python benchmarks/guard.py score --out guard --seeds 0 1 2 3   # held-out scores

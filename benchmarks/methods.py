@@ -47,7 +47,7 @@ POLICY_RATES, POLICY_TUNING, POLICY_MARKS = (1e-3, 2e-3), (5, 10, 15), (10, 20, 
 IMAGE_RATES, IMAGE_TUNING, IMAGE_MARKS = (1e-3, 2e-3), (4, 8, 12), (5, 10, 20)
 BATCH = 16  # images, and queries of the reward, in a step
 IMAGES = 8  # of each prompt
-LEVEL, DIVERSITY = -1.0, 0.22  # the reward to reach, and the diversity to keep
+LEVEL, DIVERSITY = -1.0, 0.22  # to reach, and to keep; not yet chosen by a run on emoji
 KL = "objective.kl_coeff=20"
 GROUPS = ("objective.images_per_prompt=8", "objective.statistics=group")
 # Name: overrides of recipe=demo_reward. They train at 8 steps unless said.

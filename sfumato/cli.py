@@ -32,7 +32,7 @@ usage: sfumato COMMAND [...]
             sfumato migrate draftp_sd.yaml
   push      upload a LoRA or a pipeline to the Hugging Face hub:
             sfumato push runs/NAME --repo USER/NAME
-  demo      the whole road in a tiny world:     sfumato demo
+  demo      align a small model of emoji:       sfumato demo
 
 The first six take KEY=VALUE settings: `--help` lists them, `--help KEY` explains one, `--cfg job`
 prints them as composed, `-m` sweeps over comma-separated values. Every command answers --help.
@@ -379,7 +379,7 @@ def push(arguments: Sequence[str]) -> None:
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """Run DRaFT and DRaFT+ in the tiny world and write a report of reward against diversity."""
+    """Run DRaFT and DRaFT+ on emoji and write a report of reward against diversity."""
     from sfumato.demo.commands import add_options, check_options, run
 
     parser = options_parser("demo", demo)
