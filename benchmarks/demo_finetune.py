@@ -1,4 +1,4 @@
-"""How well a run of recipe=demo_finetune has learned eight new names, and what it has forgotten.
+"""How well a run of recipe=demo_finetune has learned four new names, and what it has forgotten.
 
 sfumato train recipe=demo_finetune
 python benchmarks/demo_finetune.py [--run runs/demo_finetune] [--pictures DIR] [--sheet FILE]

@@ -29,7 +29,7 @@ ROAD = (
     ("pictures", "sfumato demo\n--pictures DIR", "emoji in four styles"),
     ("prepare", "sfumato prepare\nrecipe=prepare/demo", "tars, captions, latents"),
     ("pretrain", "sfumato train\nrecipe=demo_base", "a base model from scratch"),
-    ("fine-tune", "sfumato train\nrecipe=demo_finetune", "eight things it never met"),
+    ("fine-tune", "sfumato train\nrecipe=demo_finetune", "four things it never met"),
     ("align", "sfumato train\nrecipe=demo_draft_plus", "an ImageNet network is the reward"),
     ("evaluate", "sfumato evaluate\nrun=runs/NAME", "the same noise, before and after"),
     ("report", "sfumato report\nruns/NAME ...", "reward against diversity"),

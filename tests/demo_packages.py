@@ -51,7 +51,8 @@ def drawings(**bodies: str) -> dict[str, Any]:
 
 def write_packages(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Write packages of five things, two of which the model draws; the demo then takes them."""
-    patch.setattr(pictures, "THINGS", ("grapes", "rocket"))
+    patch.setitem(pictures.KIND_OF, "grapes", "snack")
+    patch.setitem(pictures.KIND_OF, "rocket", "vehicle")
     every = drawings(**{name.replace("-", "_"): BODY for name in NAMES})
     noto = {
         "icons.json": {**every, "icons": {**every["icons"], "one-oclock": {"body": BODY}}},

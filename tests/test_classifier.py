@@ -178,6 +178,33 @@ def test_several_sizes_give_their_mean(models: Path):
     assert not torch.allclose(values[0], values[1])
 
 
+def test_training_sees_random_crops_and_others_see_whole_images(models: Path):
+    images = random_images(2, 3, 40, 24)
+    reward = load(models / "resnet", sizes=[16, 32], crop=0.5)
+    whole = load(models / "resnet", sizes=[16, 32])
+    assert torch.equal(reward(images, ["", ""]), whole(images, ["", ""]))
+
+    images.requires_grad_()
+    seen = set[tuple[int, ...]]()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            crops = [reward.cropped(images) for _ in reward.views]
+        torch.manual_seed(seed)
+        found = reward(images, ["", ""])
+        parts = [
+            load(models / "resnet", sizes=[size])(crop, ["", ""])
+            for size, crop in zip((16, 32), crops, strict=True)
+        ]
+        torch.testing.assert_close(found, torch.stack(parts).mean(0))
+        seen |= {tuple(crop.shape[-2:]) for crop in crops}
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    assert gradient.any()
+    heights, widths = zip(*seen, strict=True)
+    assert min(heights) >= 20 and min(widths) >= 12 and len(seen) > 5
+    assert all(abs(height / width - 40 / 24) < 0.15 for height, width in seen)
+
+
 def test_a_size_that_the_model_does_not_take_is_refused(models: Path):
     with pytest.raises(ValueError, match="is no image classifier that can be read"):
         load(models / "vit", sizes=[SIDE, SIDE + 8])

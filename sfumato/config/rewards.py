@@ -11,6 +11,7 @@ from sfumato.config.fields import (
     MISSING,
     NOT_NEGATIVE,
     POSITIVE,
+    SHARE,
     SIDE,
     choice,
     entries,
@@ -88,6 +89,7 @@ class ClassifierRewardConfig(RewardConfig):
     pretrained: str = MISSING  # an image classifier: folder or hub id
     label: str | None = None  # its text or index; null: the one that each prompt names
     sizes: list[int] = setting([], SIDE)  # pixels; their mean is the score; []: the processor's
+    crop: float = setting(1.0, SHARE)  # smallest share of a side that random crops of training keep
     processor: str | None = None  # folder or hub id of the preprocessing, if elsewhere
     dtype: str = choice(*DTYPES)
 

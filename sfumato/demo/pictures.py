@@ -46,32 +46,34 @@ BACKGROUNDS: dict[str, Color] = {
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
 CLOCKS = ("oclock", "thirty")  # 24 names that differ in the hands of a clock
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-# What the base model draws: labels of ImageNet that a classifier tells in a style or two.
+# What the base model draws, by kind: labels of ImageNet that a classifier tells in a style or two.
 # fmt: off
-ANIMALS = (
-    "ant", "badger", "flamingo", "gorilla", "jellyfish", "lady-beetle", "leopard", "panda",
-    "pig", "tiger", "zebra",
-)
-FOOD = (
-    "bagel", "banana", "bell-pepper", "hot-dog", "ice-cream", "lemon", "pineapple",
-    "pretzel",
-)
-VEHICLES = (
-    "ambulance", "articulated-lorry", "balloon", "fire-engine", "minibus", "motor-scooter",
-    "parachute", "pickup-truck", "racing-car", "speedboat", "tractor", "tram", "trolleybus",
-)
-INSTRUMENTS = (
-    "accordion", "banjo", "bell", "drum", "flute", "saxophone", "trumpet", "violin",
-)
-OBJECTS = (
-    "abacus", "backpack", "baseball", "basketball", "broom", "bucket", "candle", "castle",
-    "desktop-computer", "hammer", "joystick", "kimono", "laptop", "lipstick", "mosque",
-    "paintbrush", "printer", "radio", "running-shoe", "screwdriver", "shield",
-    "shopping-cart", "soccer-ball", "sunglasses", "syringe", "teapot", "teddy-bear",
-    "television", "umbrella",
-)
+KINDS: dict[str, tuple[str, ...]] = {
+    "animal": (
+        "ant", "badger", "flamingo", "gorilla", "jellyfish", "lady-beetle", "leopard", "panda",
+        "pig", "tiger", "zebra",
+    ),
+    "snack": (
+        "bagel", "banana", "bell-pepper", "hot-dog", "ice-cream", "lemon", "pineapple", "pretzel",
+    ),
+    "vehicle": (
+        "ambulance", "articulated-lorry", "fire-engine", "minibus", "motor-scooter",
+        "pickup-truck", "racing-car", "speedboat", "tractor", "tram", "trolleybus",
+    ),
+    "instrument": (
+        "accordion", "banjo", "bell", "drum", "flute", "saxophone", "trumpet", "violin",
+    ),
+    "device": ("desktop-computer", "joystick", "laptop", "printer", "radio", "television"),
+    "tool": ("broom", "bucket", "hammer", "paintbrush", "screwdriver", "syringe"),
+    "toy": ("balloon", "baseball", "basketball", "soccer-ball", "teddy-bear"),
+    "object": (
+        "abacus", "backpack", "candle", "castle", "kimono", "lipstick", "mosque", "parachute",
+        "running-shoe", "shield", "shopping-cart", "sunglasses", "teapot", "umbrella",
+    ),
+}
 # fmt: on
-THINGS = (*ANIMALS, *FOOD, *VEHICLES, *INSTRUMENTS, *OBJECTS)
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+THINGS = tuple(KIND_OF)
 # Folders of pictures anywhere, and those of centred ones of the same emoji.
 SPLITS = {"train": "things", "held_style": "held_things", "held_names": "new_things"}
 HELD_STYLE, HELD_STYLE_NAMES, HELD_NAMES = "fluent", 150, 60
@@ -111,12 +113,13 @@ KEYWORDS = Package(
 
 @dataclass(frozen=True)
 class Emoji:
-    """A drawing: its style, its name ("red-apple"), two or more keywords, and its SVG."""
+    """A drawing: its style, its name ("red-apple"), two or more keywords, its SVG and its kind."""
 
     style: str
     name: str
     keywords: tuple[str, ...]
     svg: str
+    kind: str = ""  # one of KINDS, if the base model draws it
 
 
 def write_pictures(out: Path, *, workers: int | None = None) -> Counter[str]:
@@ -126,7 +129,8 @@ def write_pictures(out: Path, *, workers: int | None = None) -> Counter[str]:
     that train has in no style; held_style has 150 names that train has in the three other styles.
     things, held_things and new_things have emoji of these three, large and in the middle, on
     each background: of the first two those of THINGS. Captions: `text`
-    says all, `short` leaves some of it open, and `words` adds keywords. SOURCES.json says where
+    says all, `short` leaves some of it open, `words` adds keywords, and `kind` says what kind of
+    thing one of THINGS is. SOURCES.json says where
     the drawings come from, and what was left out.
 
     Args:
@@ -149,11 +153,10 @@ def write_pictures(out: Path, *, workers: int | None = None) -> Counter[str]:
         for split in lines:
             (folder / split).mkdir()
         homes = [splits.get((one.style, one.name), "train") for one in emoji]
-        are_things = [
-            home == "held_names" or one.name in THINGS
-            for one, home in zip(emoji, homes, strict=True)
+        centred = [
+            home == "held_names" or bool(one.kind) for one, home in zip(emoji, homes, strict=True)
         ]
-        drawn = pool.map(draw, emoji, are_things, chunksize=16)
+        drawn = pool.map(draw, emoji, centred, chunksize=16)
         for one, home, groups in zip(emoji, homes, drawn, strict=True):
             if not groups:
                 counts["not drawn"] += 1
@@ -217,7 +220,8 @@ def find_emoji(
             size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
             svg = f"<svg {NAMESPACES} {size}>{icon['body']}</svg>"
             words = keywords.get(characters.get(name, ""), [])
-            yield Emoji(style, name, tuple(word.replace("_", " ").lower() for word in words), svg)
+            tags = tuple(word.replace("_", " ").lower() for word in words)
+            yield Emoji(style, name, tags, svg, KIND_OF.get(name, ""))
 
 
 def split_names(emoji: list[Emoji]) -> dict[tuple[str, str], str]:
@@ -307,7 +311,10 @@ def _picture(
 
 
 def caption(emoji: Emoji, background: str, rng: random.Random) -> dict[str, str]:
-    """Return three captions (all of it, some of it, its name with keywords), and what it shows."""
+    """Return captions (all of it, some of it, its name with keywords), and what it shows.
+
+    A thing of KINDS has a fourth caption, of its kind alone: "an animal".
+    """
     name = phrase(emoji.name)
     style, place = f"{emoji.style} style", f"on {article(background)} {background} background"
     kept = rng.choice([(), (), (style,), (place,)])
@@ -316,6 +323,7 @@ def caption(emoji: Emoji, background: str, rng: random.Random) -> dict[str, str]
         "text": ", ".join((name, style, place)),
         "short": ", ".join((name, *kept)),
         "words": ", ".join((name, *words)),
+        **({"kind": ", ".join((phrase(emoji.kind), *kept))} if emoji.kind else {}),
         "name": emoji.name,
         "style": emoji.style,
         "background": background,

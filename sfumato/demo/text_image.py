@@ -15,9 +15,9 @@ from sfumato.demo.pictures import IMAGE_SIZE
 from sfumato.demo.steps import Update, counted, muon_and_adamw
 from sfumato.demo.text import (
     BATCH,
-    CAPTIONS,
     TOKENIZER,
     build_clip,
+    captions_of,
     vocabulary_size,
 )
 from sfumato.demo.tokenizer import tokenize
@@ -61,7 +61,10 @@ def train_text_image(folder: Path, parts: Path, steps: int) -> None:
     pictures = _pictures(parts, rows)
     for show in counted("text-image", steps):
         drawn = rng.sample(range(len(rows)), BATCH)
-        captions = [rows[i]["text" if rng.random() < 0.5 else rng.choice(CAPTIONS)] for i in drawn]
+        captions = [
+            rows[i]["text" if rng.random() < 0.5 else rng.choice([*captions_of(rows[i])])]
+            for i in drawn
+        ]
         pixels = normalize(pictures[drawn].float() / 255)
         loss = clip(
             **tokenize(parts / TOKENIZER, captions), pixel_values=pixels, return_loss=True

@@ -99,6 +99,7 @@ def build_reward(config: RewardConfig) -> Reward:
                 config.pretrained,
                 config.label,
                 sizes=config.sizes,
+                crop=config.crop,
                 processor=config.processor,
                 dtype=DTYPES[config.dtype],
             )

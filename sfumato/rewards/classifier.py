@@ -1,5 +1,6 @@
 """Log-probability of a label by an image classifier of transformers."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ class ClassifierReward(Reward):
     Attributes:
         index: of the label, whatever the prompt; None takes the label that each prompt names.
         views: settings of preprocessing, one for each size.
+        crop: smallest share of each side that a random crop keeps. Images with a gradient are
+            cropped; others, as those of evaluations, are seen whole.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class ClassifierReward(Reward):
         views: Sequence[ImageSettings],
         index: int | None,
         names: Mapping[int, str],
+        *,
+        crop: float = 1.0,
     ) -> None:
         """Take over and freeze a model whose output has logits.
 
@@ -54,7 +59,7 @@ class ClassifierReward(Reward):
         """
         super().__init__()
         self.model = model.requires_grad_(False)
-        self.views = tuple(views)
+        self.views, self.crop = tuple(views), crop
         self.index, self.labels = index, len(names)
         self.texts = texts_of(names)
         choices = sorted(map(re.escape, self.texts), key=len, reverse=True)  # the longest wins
@@ -68,6 +73,7 @@ class ClassifierReward(Reward):
         label: str | None,
         *,
         sizes: Sequence[int] = (),
+        crop: float = 1.0,
         processor: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "ClassifierReward":
@@ -79,6 +85,7 @@ class ClassifierReward(Reward):
             label: its text, or one of its texts between commas, or its index; None takes the label
                 that each prompt names.
             sizes: sides in pixels to which a square image is resized; by default the processor's.
+            crop: smallest share of each side that a random crop keeps while training, above 0.
             processor: folder or hub id of preprocessor_config.json, by default `path_or_hub_id`.
             dtype: of the frozen weights; preprocessing and softmax stay in float32 or better.
 
@@ -102,7 +109,7 @@ class ClassifierReward(Reward):
             )
         elif index is None:
             index = 0  # a plan has no prompts of its own
-        return cls(model, views, index, names).to(dtype)
+        return cls(model, views, index, names, crop=crop).to(dtype)
 
     def train(self, mode: bool = True) -> "ClassifierReward":
         """Stay in evaluation mode: with dropout one image would have many scores."""
@@ -111,6 +118,8 @@ class ClassifierReward(Reward):
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Score:
         """Return the log-probability of the label row by row.
 
+        A random crop is drawn for each size, from torch's global generator.
+
         Raises:
             ValueError: a prompt names no label, where it has to.
         """
@@ -118,12 +127,23 @@ class ClassifierReward(Reward):
         goals = self.goals(prompts).to(images.device)
         values = []
         for view in self.views:
-            pixels = preprocess(images, view)
+            seen = images if self.crop == 1 or not images.requires_grad else self.cropped(images)
+            pixels = preprocess(seen, view)
             with without_autocast(weights):
                 logits = self.model(pixel_values=pixels.to(weights.dtype)).logits
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             values.append((logits.log_softmax(1) + goals).logsumexp(1))
         return Score(torch.stack(values).mean(0))
+
+    def cropped(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 H W"]:
+        """Return a random part of the images, the same of all; it keeps their proportions."""
+        share = self.crop + (1 - self.crop) * torch.rand(()).item()
+        kept = [math.ceil(share * side) for side in images.shape[-2:]]
+        tops = [
+            int(torch.randint(side - own + 1, ()))
+            for side, own in zip(images.shape[-2:], kept, strict=True)
+        ]
+        return images[..., tops[0] : tops[0] + kept[0], tops[1] : tops[1] + kept[1]]
 
     def goals(self, prompts: Sequence[str]) -> Float[Tensor, "b labels"]:
         """Return, for each prompt, 0 at its labels and minus infinity elsewhere."""
