@@ -19,6 +19,7 @@ from sfumato.config import (
     TrainingConfig,
     check_values,
 )
+from sfumato.data.store import check_address, is_address
 from sfumato.rewards.code import find_code, read_address
 from sfumato.training.guards import check_guards
 from sfumato.training.sharding import check_sharding
@@ -58,6 +59,8 @@ def check_train(config: TrainConfig, processes: int) -> None:
     for key, value in named_files(config).items():
         if is_own(key):  # before the run folder has it
             read_address(value, key) if key.endswith(".url") else find_code(value)
+        elif is_address(value):
+            check_address(key, value)
     check_guards(config)
     if isinstance(config.objective, DpoConfig):
         check_dpo(config)

@@ -2,10 +2,11 @@
 
 import errno
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, final
@@ -46,6 +47,8 @@ def main() -> None:
     asked; 3 stopped by a guard, with all saved; 130 interrupted with nothing to save.
     """
     _mend_streams()
+    # It tells of a kernel that nothing here asks for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         run_command(sys.argv[1:])
         sys.stdout.flush()
@@ -297,19 +300,17 @@ def prepare(arguments: Sequence[str]) -> None:
         hydra_command("prepare", arguments)
         return
     parser = options_parser("prepare verify", prepare)
-    parser.add_argument("folder", type=Path, help="the folder that was prepared")
+    parser.add_argument("folder", help="the folder that was prepared, or its address in a store")
     parser.add_argument("--engine", choices=["local", "ray"], default="local")
     parser.add_argument("--workers", type=int, help="processes (default: 1, or all of Ray's)")
     parser.add_argument("--ray", help="HOST:PORT of a Ray cluster, or auto (default: one here)")
     options = parser.parse_args(arguments[1:])
     if options.workers is not None and not 1 <= options.workers <= 1_000_000:
         parser.error(f"--workers {options.workers} must be 1 or more")
-    from sfumato.preparation.engine import open_engine
-    from sfumato.preparation.verify import verify
+    from sfumato.preparation.verify_store import verify_at
 
-    chosen = (options.engine, options.workers, options.ray, options.folder)
-    with mistakes_explained(), closing(open_engine(*chosen)) as engine:
-        verify(options.folder, engine)
+    with mistakes_explained():
+        verify_at(options.folder, options.engine, options.workers, options.ray)
 
 
 def launch(arguments: Sequence[str]) -> None:

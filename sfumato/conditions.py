@@ -76,7 +76,10 @@ _PLANNED: Sequence[Row] = (
     (r"objective\.logit_(mean|std)", "objective.timesteps=logit_normal"),
     (r"objective\.snr_gamma", "objective.weighting=min_snr"),
     (r"reward\.(parts\..+\.)?gradient_checkpointing", "objective!=supervised|dpo"),
-    (r"reward\.(standardise|gradients)", "objective=draft|direct|adjoint_matching|direct_align"),
+    (
+        r"reward\.(standardise|gradients|(parts\..+\.)?crop)",
+        "objective=draft|direct|adjoint_matching|direct_align",
+    ),
     (r"training\.ema_(every_steps|on_cpu)", "training.ema_decay!=null"),
     (r"training\.target_reward", "reward!=none"),
     (r"training\.target_reward|guard\..+", "validation.every_steps"),
@@ -160,7 +163,7 @@ READ: Mapping[str, Sequence[Row]] = {
         ("metric_clip", "metrics=cmmd|clip_score"),
         ("reference", "metrics=fid|kid|cmmd|precision_recall"),
         (
-            r"reward\.(parts\..+\.)?gradient_checkpointing",
+            r"(reward|validation\.rewards)\.(.+\.)?(gradient_checkpointing|crop)",
             "never: evaluation takes no gradient",
         ),
     ),

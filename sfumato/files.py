@@ -263,7 +263,13 @@ def compact(content: Any) -> bytes:
 
 
 def lock(
-    folder: Path, *, busy: str, unmade: str, failure: type[ValueError] = ValueError
+    folder: Path,
+    *,
+    busy: str,
+    unmade: str,
+    shared: bool = False,
+    wait: bool = False,
+    failure: type[ValueError] = ValueError,
 ) -> IO[str]:
     """Make a folder and hold it for this process, until the returned file is closed.
 
@@ -272,6 +278,8 @@ def lock(
 
     Args:
         busy: the message if another process holds the folder.
+        shared: hold it beside other processes that share it.
+        wait: until no other process holds it.
         unmade: the advice if the folder cannot be made.
 
     Raises:
@@ -279,11 +287,12 @@ def lock(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = (folder / ".lock").open("a+")  # NFS takes a shared lock on what can be read alone
     except OSError as error:
         raise failure(f"the folder {folder} cannot be made ({error.strerror}); {unmade}") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
         raise failure(busy) from error

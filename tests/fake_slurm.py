@@ -1,8 +1,8 @@
 """Slurm of one machine for tests: sbatch, srun, squeue, scancel and scontrol on the PATH.
 
-It imitates Slurm 22.05 as far as a launch relies on it: afterok and kill-on-invalid-dep, a warning
-signal to every process below srun, requeue and restart count, the kill at the time limit, and
-"Invalid job id" once every named job has ended.
+It imitates Slurm 22.05 as far as a launch relies on it: afterok, afterany and kill-on-invalid-dep,
+arrays, a warning signal to every process below srun, requeue and restart count, the kill at the
+time limit, and "Invalid job id" once every named job has ended.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -60,7 +61,7 @@ def sbatch(*arguments: str) -> None:
         options[key] = value
     if options.get("partition") == "closed":
         sys.exit("sbatch: error: Batch job submission failed: Invalid partition name specified")
-    number = str(1 + len(list(root().glob("job-*.json"))))
+    number = str(1 + sum("_" not in path.name for path in root().glob("job-*.json")))
     (root() / f"script-{number}.sh").write_text(text)
     write(number, {"state": "PENDING", "options": options, "restarts": 0})
     with (root() / f"controller-{number}.log").open("w") as log:
@@ -76,22 +77,37 @@ def sbatch(*arguments: str) -> None:
 
 
 def control(number: str) -> None:
-    """Wait for the job before, and run the script until it ends without being requeued.
+    """Wait for the jobs before, and run the script until it ends without being requeued.
 
     A job with the flag `hold` waits until it is cancelled.
     """
     job = read(number)
-    _, _, before = job["options"].get("dependency", "").partition("afterok:")
+    typed = filter(None, job["options"].get("dependency", "").split(","))
+    before = {name: kind for kind, name in (each.split(":") for each in typed)}
     held = flag("hold", number).exists()
-    while held or (before and read(before)["state"] in WAITING):
+    while held or any(read(name)["state"] in WAITING for name in before):
         if flag("cancel", number).exists():
             break
         time.sleep(0.1)
     cancelled = flag("cancel", number).exists()
-    if cancelled or (before and read(before)["state"] != "COMPLETED"):
+    needed = [name for name, kind in before.items() if kind == "afterok"]
+    if cancelled or any(read(name)["state"] != "COMPLETED" for name in needed):
         assert cancelled or job["options"]["kill-on-invalid-dep"] == "yes"
         write(number, {**job, "state": "CANCELLED"})
         return
+    if "array" not in job["options"]:
+        run(number, job)
+        return
+    write(number, {**job, "state": "RUNNING"})
+    first, last = map(int, job["options"]["array"].split("-"))
+    tasks = [f"{number}_{each}" for each in range(first, last + 1)]
+    with ThreadPoolExecutor(len(tasks)) as threads:
+        list(threads.map(lambda task: run(task, {**job, "restarts": 0}), tasks))
+    ends = {read(task)["state"] for task in tasks}
+    write(number, {**job, "state": "COMPLETED" if ends == {"COMPLETED"} else "FAILED"})
+
+
+def run(number: str, job: dict) -> None:
     while attempt(number, job):
         flag("requeue", number).unlink()
         job["restarts"] += 1
@@ -108,10 +124,13 @@ def attempt(number: str, job: dict) -> bool:
         "SLURM_JOB_NODELIST": ",".join(["localhost"] * int(nodes)),
         "SLURM_RESTART_COUNT": str(job["restarts"]),
     }
+    whole, _, task = number.partition("_")
+    if task:
+        environment |= {"SLURM_ARRAY_JOB_ID": whole, "SLURM_ARRAY_TASK_ID": task}
     log = options["error"].replace("%j", number)
     with Path(log).open("a") as stream:
         script = subprocess.Popen(
-            ["bash", root() / f"script-{number}.sh"],
+            ["bash", root() / f"script-{whole}.sh"],
             env={**os.environ, **environment},
             start_new_session=True,
             stdout=stream,

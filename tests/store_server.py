@@ -1,5 +1,6 @@
 """HTTP server of a folder on the loopback address, with faults that a test asks for."""
 
+import hashlib
 import threading
 import time
 from collections import Counter
@@ -84,7 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
         if asked and self.store.ranges:
             first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
             status, data = (206, data[first : last + 1]) if first < len(data) else (416, b"")
-        return self._send(status, data, body, cut=kind == "cut")
+        tag = hashlib.sha256(file.read_bytes()).hexdigest()
+        return self._send(status, data, body, cut=kind == "cut", ETag=tag)
 
     def _send(
         self, status: int, data: bytes, body: bool, *, cut: bool = False, **headers: str

@@ -16,12 +16,13 @@ PACKAGE = Path(sfumato.__file__).parent
 MAX_FILE, MAX_FUNCTION = 400, 80
 
 # What each room may import of Sfumato, beside itself and the leaves.
-LEAVES = {"config", "files", "hub", "images", "precision", "records", "weights"}
+LEAVES = {"config", "files", "hub", "images", "parts", "precision", "records", "weights"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "files": set(),
     "hub": set(),
     "images": set(),
+    "parts": set(),
     "precision": set(),
     "records": set(),
     "weights": set(),
@@ -105,8 +106,8 @@ CROSSINGS: dict[str, tuple[str, ...]] = {
     # A folder may be put together from parts; its network may start from another file.
     "models.registry": ("models.origins",),
     "models.loading": ("models.origins",),
-    # Settings of sources of images, and files that settings name, are checked before all else.
-    "check": ("data.settings", "models.lora"),
+    # Settings of sources of images, and files and addresses that settings name, are checked first.
+    "check": ("data.settings", "data.store", "models.lora"),
 }
 
 TENSOR_ROOMS = (

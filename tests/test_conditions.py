@@ -58,7 +58,7 @@ ALWAYS = {
     """,
     "evaluate": f"""
         run steps schedules lora_scales guidance_scales metrics layouts
-        prompts num_images seed batch_size features allow_pickle allow_changed {FILES}
+        prompts num_images seed batch_size part features allow_pickle allow_changed {FILES}
         model.variant reward reward.{{pretrained,processor,dtype,color,scale,parts}}
         reward.{{path,url,timeout,metadata,cache}}
         reward.{{predictor,resize,label,sizes,score,good,bad,version,preprocessing}}
@@ -67,7 +67,7 @@ ALWAYS = {
         validation.rewards validation.rewards.NAME.{{pretrained,processor,predictor,path,url}}
     """,
     "prepare": f"""
-        out stages engine workers recipe {MODEL} model.network.config model.merge
+        out stages engine workers part recipe {MODEL} model.network.config model.merge
         download.{{table,columns}}
         pack.{{path,caption_column,captions,columns,caption_lines,samples_per_shard,max_pixels}}
         pack.workers filter.{{name,min_size,max_size,max_aspect,min_caption,max_caption,score}}
@@ -76,9 +76,9 @@ ALWAYS = {
     """,
     "launch": """
         name runs_dir stages given dry_run recipe jobs jobs.NAME.{command,recipe,settings,also}
-        jobs.NAME.{processes,nodes} cluster cluster.{processes,max_restarts,nodes,gpus_per_node}
-        cluster.{cpus_per_task,time,partition,account,qos,mem,signal_seconds,max_requeues,setup}
-        cluster.additional
+        jobs.NAME.{processes,nodes,array} cluster
+        cluster.{processes,max_restarts,nodes,gpus_per_node,cpus_per_task,time,partition,account}
+        cluster.{qos,mem,signal_seconds,max_requeues,setup,additional}
     """,
 }
 DRAFT = ("model.pretrained=M", "data.prompts=P", "reward=color")

@@ -20,7 +20,16 @@ from tiny_clip import write_tiny_clip
 from tiny_sd import write_tiny_sd
 
 from sfumato.clip import load_vision
-from sfumato.config import ColorRewardConfig, DraftConfig, ModelConfig, SamplerConfig, TrainConfig
+from sfumato.config import (
+    ClassifierRewardConfig,
+    ColorRewardConfig,
+    DraftConfig,
+    ModelConfig,
+    SamplerConfig,
+    TrainConfig,
+    WeightedPartConfig,
+    WeightedRewardConfig,
+)
 from sfumato.diffusion.randomness import derive
 from sfumato.evaluation import evaluate as evaluation
 from sfumato.evaluation.diversity import LpipsDistance, PixelDistance, build_distance
@@ -282,6 +291,19 @@ def test_done_steps_are_skipped_until_the_settings_change(
     assert (run.evaluation(0) / "summary.json").stat() != written
     assert len(rows_of(run, 0)) == 4
     assert other != first
+
+
+def test_crops_of_training_change_no_evaluation(
+    model: TextToImageModel, config: TrainConfig
+) -> None:
+    found = []
+    for crop in (0.7, 1.0):
+        reward = ClassifierRewardConfig(pretrained="folder", crop=crop)
+        part = WeightedPartConfig(reward)
+        for own in (reward, WeightedRewardConfig(parts={"part": part})):
+            study = Study(model, replace(config, reward=own), ColorReward("red"), PROMPTS, **STUDY)
+            found.append(study.settings()["reward"])
+    assert found[:2] == found[2:] and found[0] != found[1]
 
 
 def test_an_interrupted_step_is_no_evaluation(

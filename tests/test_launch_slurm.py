@@ -11,14 +11,17 @@ from typing import Any
 
 import fake_slurm
 import pytest
+from image_files import write_folder
 from runs import metrics
 from test_launch import arguments, read, stage, training
+from test_prepare_engine import tree
 
 from sfumato.compose import compose_command
 from sfumato.launch import slurm as slurm_module
 from sfumato.launch.launch import launch
 from sfumato.launch.record import JobRecord, LaunchFolder, write_job_record
 from sfumato.launch.worker import Task, work
+from sfumato.preparation.prepare import prepare
 
 SLURM = ("cluster=slurm", "cluster.gpus_per_node=0", "cluster.cpus_per_task=1")
 
@@ -109,6 +112,111 @@ def test_a_stage_does_not_run_when_the_one_before_it_failed(
 
 
 @pytest.fixture
+def shared(tmp_path: Path, jobs: dict[str, str]) -> dict[str, str]:
+    """Return a packing and an evaluation, each shared by the tasks of an array."""
+    write_folder(tmp_path / "pictures", [(16, 20)] * 7)
+    pack = stage("prepare", *packing(tmp_path, "out"), array=3)
+    run = stage("evaluate", f"run={tmp_path / 'a'}", "num_images=2", "steps=[0,8,12]", array=2)
+    return {"pack": pack, "train": jobs["train"], "look": run}
+
+
+def packing(folder: Path, out: str) -> list[str]:
+    settings = [f"out={folder / out}", "stages=[pack,filter,index]", f"pack.path={folder}/pictures"]
+    return [*settings, "pack.samples_per_shard=2"]
+
+
+def test_tasks_of_an_array_share_a_job_that_then_finishes(
+    tmp_path: Path, slurm: Path, shared: dict[str, str], capfd: pytest.CaptureFixture[str]
+):
+    submit(tmp_path, shared)
+    said = capfd.readouterr().out
+    assert "pack: submitted as job 2, after pack.array\n" in said
+    assert "look.array: submitted as job 4, after train\n" in said
+    assert "look: submitted as job 5, after train and look.array\n" in said
+    wait_until_ended(slurm)
+    ended = states(slurm)
+    assert set(ended.values()) == {"COMPLETED"}, logs(tmp_path, "look.array")
+    assert set(ended) == {"1", "1_0", "1_1", "1_2", "2", "3", "4", "4_0", "4_1", "5"}
+
+    assert "pack.array, part 2/3: done" in logs(tmp_path, "pack.array")
+    assert "pack, part 1/3: 2 of 2 kept" in logs(tmp_path, "pack.array")
+    prepare_here, _ = compose_command("prepare", packing(tmp_path, "here"))
+    prepare(prepare_here)
+    assert tree(tmp_path / "out") == tree(tmp_path / "here")
+    every = logs(tmp_path, "look.array")
+    assert all(f"step {step}:" in every for step in (0, 8, 12)), every
+    assert "step 8:" in logs(tmp_path, "look")
+    submit(tmp_path, shared)
+    assert capfd.readouterr().out.splitlines()[-3:] == ["pack: done", "train: done", "look: done"]
+
+
+def test_a_task_that_fails_is_made_up_for_by_the_job(
+    tmp_path: Path, slurm: Path, shared: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    (slurm / "cancel-1_1").touch()
+    submit(tmp_path, {"pack": shared["pack"]})
+    wait_until_ended(slurm)
+    assert states(slurm)["1_1"] == "CANCELLED" and states(slurm)["1"] == "FAILED"
+    assert states(slurm)["2"] == "COMPLETED", logs(tmp_path, "pack")
+    assert len(list((tmp_path / "out" / "shards").glob("0*.tar"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        (stage("demo", "--help", array=2), "array = 2, but demo is not shared by tasks"),
+        (
+            stage("prepare", "out=out", "pack.path=.", "model.pretrained=.", array=2),
+            r"shares one of the stages pack and precache, .* has 2 of them; write two jobs",
+        ),
+        (
+            stage("prepare", "out=o", "pack.path=.", "stages=[download,pack,filter]", array=2),
+            "begins with another, which no task makes; write two jobs",
+        ),
+        (stage("evaluate", "run=.", "part=0/2", array=2), "part=0/2 leaves the rest of the work"),
+        (
+            stage("prepare", "out=o", "pack.path=s3://me:hidden@b/a.tar", "stages=[pack]"),
+            r"pack.path=s3://\*\*\*@b/a.tar may hold credentials",
+        ),
+        (stage("evaluate", "run=.", array=0), "array=0 is too small; give 1 or more"),
+    ],
+)
+def test_an_array_that_shares_nothing_is_refused(tmp_path: Path, job: str, said: str):
+    with pytest.raises(ValueError, match=said):
+        submit(tmp_path, {"job": job}, "dry_run=true")
+
+
+def test_a_job_with_the_name_of_an_array_is_refused(tmp_path: Path):
+    settings, _ = compose_command("launch", arguments(tmp_path, {"a": stage("demo")}, *SLURM))
+    settings.jobs = {"a.array": settings.jobs["a"]}
+    with pytest.raises(ValueError, match=r"ends in \.array is that of an array; give another"):
+        launch(settings)
+
+
+def test_this_machine_has_no_arrays(tmp_path: Path, shared: dict[str, str]):
+    with pytest.raises(ValueError, match="array = 3, but cluster=local has none; use cluster=slur"):
+        read(tmp_path, {"pack": shared["pack"]})
+
+
+def test_a_task_that_is_warned_goes_back_into_the_queue(
+    tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    for key, value in {"ARRAY_JOB_ID": "1", "ARRAY_TASK_ID": "3", "RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    fake_slurm.write("1_3", {"state": "RUNNING", "options": {"requeue": ""}})
+    warned = "import os, signal; os.kill(os.getppid(), signal.SIGUSR2); signal.pause()"
+    asked = stand_in(monkeypatch, warned, "part_command")
+    with pytest.raises(SystemExit):
+        work(replace(task, parts=4))
+    assert asked[0][1] == "3/4" and fake_slurm.flag("requeue", "1_3").exists()
+    assert "train, part 3/4: back into the queue" in capfd.readouterr().out
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(ValueError, match="part 3/4 of train failed: it was ended by SIGTERM"):
+        work(replace(task, parts=4))
+    fake_slurm.write("1_3", {"state": "COMPLETED"})
+
+
+@pytest.fixture
 def task(
     tmp_path: Path, slurm: Path, jobs: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Task]:
@@ -122,7 +230,7 @@ def task(
     fake_slurm.write("1", {"state": "COMPLETED"})
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, code: str) -> list[Any]:
+def stand_in(monkeypatch: pytest.MonkeyPatch, code: str, name: str = "command_line") -> list[Any]:
     """Let workers run Python code instead of the job's command; return what it was made of."""
     asked: list[Any] = []
 
@@ -130,7 +238,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, code: str) -> list[Any]:
         asked.append(given)
         return [sys.executable, "-S", "-c", code]
 
-    monkeypatch.setattr("sfumato.launch.worker.command_line", command)
+    monkeypatch.setattr(f"sfumato.launch.worker.{name}", command)
     return asked
 
 

@@ -258,6 +258,8 @@ def test_the_page_shows_numbers_with_their_units(sd_folder: Path):
         "~ days",
     ):
         assert unit in page
+    assert lines["tars of 1,000 samples"].split()[-1] == "1"
+    assert lines["shards of the cache"].split()[-1] == "2"
     assert "Lines with ~ are estimates" in page
     two = shown(*given, "gpus=2", "utilisation=1e-8")
     hours, days = (
@@ -267,6 +269,25 @@ def test_the_page_shows_numbers_with_their_units(sd_folder: Path):
     assert hours == pytest.approx(days * 24 * 2, rel=0.01)
     assert days > 1
     assert max(map(len, page.splitlines())) < 140
+
+
+def test_requests_and_hours_of_preparation_are_counted(sd_folder: Path):
+    given = [*SMALL, *FULL, f"model.pretrained={sd_folder}", "training.peak_tflops=2"]
+    given += ["samples=3600000", "image_bytes=20000", "utilisation=0.5"]
+    found, page = planned(*given), shown(*given)
+    lines = {line.strip().split("  ")[0]: line.split() for line in page.splitlines()}
+    assert found.precaching == pytest.approx(found.encoding / 1e12)
+    tar = lines["~ pictures and captions, tars"]
+    ranges = 3  # of 8 MiB in a tar of 1,000 pictures of 20,480 bytes and 5 blocks each
+    assert found.raw == 20_480 + 2560 and 2 * 2**23 < 1000 * found.raw <= ranges * 2**23
+    assert found.seconds is not None
+    assert float(tar[-1].replace(",", "")) == pytest.approx(
+        ranges * found.seen / 1000 / found.seconds, abs=0.06
+    )
+    assert lines["tars of 1,000 samples"][-1] == "3,600"
+    assert lines["~ core hours to pack"][-1] == "9"  # 3.6 million / 115 a second
+    hours = float(lines["~ GPU hours to precache"][-1].replace(",", ""))
+    assert hours == pytest.approx(3_600_000 * found.encoding / 1e12 / 3600, abs=0.51)
 
 
 def test_without_a_peak_time_is_unknown_until_one_is_stated(sd_folder: Path):

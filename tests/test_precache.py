@@ -107,6 +107,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Path:
     return folder
 
 
+def test_parts_make_the_cache_of_one_process(whole: Path, tmp_path: Path, sd_folder: Path) -> None:
+    folder = write_prepared(tmp_path / "data", pictures(12), per_shard=5)
+    config = replace(settings(folder, sd_folder), stages=["precache"])
+    for own in ("1/2", "0/2"):
+        prepare(replace(config, part=own))
+    assert caches(folder) == caches(whole)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    prepare(config)
+    assert caches(folder) == caches(whole)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 # --- What is in it
 
 

@@ -35,7 +35,7 @@ from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.index import write_index
 from sfumato.preparation.pack import pack
 from sfumato.preparation.pack_plan import Count, Plan
-from sfumato.preparation.prepare import prepare
+from sfumato.preparation.prepare import hold, prepare
 from sfumato.preparation.settings import check_prepare
 from sfumato.preparation.sources import Listing, Whole
 from sfumato.preparation.tars import tidied
@@ -341,6 +341,66 @@ def test_an_error_leaves_nothing_unfinished(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"), tidied(tmp_path, tmp_path / "absent"):
         raise OSError("full")
     assert {path.name for path in tmp_path.iterdir()} == {*others}
+
+
+# --- Parts
+
+
+def part(source: Path, out: Path, own: str, **given: Any) -> PrepareConfig:
+    return replace(settings(source, out, part=own, **given), stages=["pack"])
+
+
+def test_parts_and_a_last_process_leave_the_folder_of_one(
+    source: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    children = [fork(partial(prepare, part(source, out, own))) for own in ("0/3", "2/3")]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    made = {path: path.stat().st_mtime_ns for path in out.glob("shards/0*")}
+    assert sorted({path.stem for path in made}) == ["000000", "000002", "000003"]
+    prepare(settings(source, out))  # makes 000001, which no part made
+    assert tree(out) == tree(whole)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    verify(out)
+
+
+def test_a_part_that_is_killed_is_made_up_for(source: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    child = fork(partial(prepare, part(source, out, "0/1", workers=2)))
+    wait_for(lambda: any(out.glob("shards/.*.tmp-*")))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    time.sleep(0.3)  # until its workers have seen it
+    prepare(part(source, out, "1/2"))
+    prepare(settings(source, out))
+    assert tree(out) == tree(whole)
+
+
+def test_a_part_works_beside_parts_alone(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with hold(out, shared=True):
+        prepare(part(source, out, "0/2"))
+        with pytest.raises(PreparedError, match="another sfumato prepare works on"):
+            prepare(settings(source, out))
+    with hold(out), pytest.raises(PreparedError, match="another sfumato prepare works on"):
+        prepare(part(source, out, "1/2"))
+
+
+@pytest.mark.parametrize("own", ["3/3", "0/0", "-1/2", "a", "1", "1/2/3", "1/2\n", "²/3"])
+def test_what_is_no_part_is_refused(source: Path, tmp_path: Path, own: str) -> None:
+    with pytest.raises(ValueError, match="is no part; give I/N") as refused:
+        prepare(part(source, tmp_path / "out", own))
+    assert repr(own) in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_a_part_of_several_stages_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"part=0/2 shares one stage .*give stages=\[pack\]"):
+        prepare(settings(source, tmp_path, part="0/2"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="part=0/2 is for one process, and torchrun started 2"):
+        prepare(part(source, tmp_path, "0/2"))
 
 
 # --- What an older version packed

@@ -14,9 +14,11 @@ from test_store import COUNT, opened, same, settings
 from sfumato.compose import compose_train
 from sfumato.config import PrepareConfig
 from sfumato.data import store
+from sfumato.data.prepared.format import PreparedError
+from sfumato.data.prompts import read_prompts
 from sfumato.data.shard_cache import StoreError
-from sfumato.data.sources import find_files_of
 from sfumato.preparation.settings import check_prepare
+from sfumato.preparation.verify_store import verify_at, verify_store
 
 pytest.importorskip("aiohttp", reason="fsspec reads http with aiohttp")
 EVER = 10**6
@@ -213,17 +215,58 @@ def test_what_is_no_address_is_refused(address: str) -> None:
         compose_train([*BASE, f"data.shards.path={address}"])
 
 
-@pytest.mark.parametrize("key", ["data.prompts", "data.images.path", "data.pairs.path"])
-@pytest.mark.parametrize("path", ["s3://bucket/secret.jsonl", "https://me:secret@host/a.txt"])
-def test_other_settings_take_no_address(key: str, path: str) -> None:
-    with pytest.raises(ValueError, match=f"{key} names an address") as error:
-        find_files_of(path, key)
-    assert "secret" not in str(error.value)
-
-
 def test_nothing_is_prepared_at_an_address() -> None:
     with pytest.raises(ValueError, match=r"out names an address.*upload it afterwards"):
         check_prepare(PrepareConfig(out="s3://bucket/folder"))
+
+
+# --- Verification
+
+
+def test_a_whole_folder_in_a_store_is_verified(
+    server: StoreServer,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    verify_store(server.address)
+    said = capsys.readouterr().out
+    tars = len(list((server.folder / "shards").glob("*.tar")))
+    shards = len(list((server.folder / "cache").glob("*/0*.safetensors")))
+    assert f"{server.address}: {tars + shards} objects of {COUNT} samples; faults: 0" in said
+    for file in server.folder.rglob("*.tar"):
+        assert server.asked[str(file.relative_to(server.folder))], file
+    with pytest.raises(ValueError, match="--workers and --ray are for a folder on a disk"):
+        verify_at(server.address, "local", 2, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(
+            (f"shards/00001.{suffix}", kind)
+            for suffix in ("tar", "json")
+            for kind in ("wrong", "404", "truncated", "403")
+        ),
+        *(("/empty.safetensors", kind) for kind in ("404", "403")),
+    ],
+)
+def test_faults_of_a_folder_in_a_store_are_named(
+    server: StoreServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    name: str,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    server.faults = {name: (kind, EVER)}
+    with pytest.raises(PreparedError, match="has faults, 1 in all; upload the prepared folder"):
+        verify_store(server.address)
+    assert name in capsys.readouterr().out
+    server.faults = {}
+    verify_store(server.address)
 
 
 # --- A real client of S3
@@ -249,7 +292,11 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_rows_from_s3_are_those_from_a_disk(
-    folder: Path, tmp_path: Path, s3: str, caplog: pytest.LogCaptureFixture
+    folder: Path,
+    tmp_path: Path,
+    s3: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import s3fs
 
@@ -263,6 +310,10 @@ def test_rows_from_s3_are_those_from_a_disk(
         theirs = opened(settings(folder, tmp_path, **more))
         for _ in range(3):
             assert same(ours.next(COUNT, 0, COUNT), theirs.next(COUNT, 0, COUNT))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    for text in ("a ring\n", "a dot!\n"):  # as long: its ETag differs
+        system.pipe("bucket/p.txt", text.encode())
+        assert read_prompts("s3://bucket/p.txt") == [text.strip()]
     system.rm("bucket/a/folder/shards/00001.tar")
     with pytest.raises(
         ValueError,

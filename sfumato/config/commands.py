@@ -10,6 +10,7 @@ from sfumato.config.fields import (
     FEW,
     FOLDER,
     NOT_NEGATIVE,
+    SHARE,
     SIDE,
     UNIT,
     Rule,
@@ -142,6 +143,7 @@ class EvaluateConfig:
     num_images: int = setting(16, Rule(least=2, most=1_000_000))  # per prompt; 2 have a diversity
     seed: int = 4321
     batch_size: int = setting(8, FEW)
+    part: str | None = None  # I/N: every N-th step and variant from I, beside others
     features: str = "pixels"  # for diversity: pixels, lpips, or a network's folder or hub id
     metrics: list[str] = setting([], Rule(choices=METRICS))  # of sets of images; docs/evaluate.md
     metric_features: str | None = None  # inception; DIR of a DINOv2, CLIP, SigLIP or classifier
@@ -224,6 +226,7 @@ class PrepareConfig:
     engine: str = choice("local", "ray")  # ray: the workers of a Ray cluster
     workers: int | None = setting(None, FEW)  # processes; null: one here, or all of the cluster's
     ray: str | None = None  # HOST:PORT of a Ray cluster, or auto; null starts one here
+    part: str | None = None  # I/N: every N-th tar from I, beside others; without it one finishes
     download: DownloadConfig = field(default_factory=DownloadConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
@@ -287,6 +290,7 @@ class JobConfig:
     nodes: int | None = setting(
         None, COUNT
     )  # Slurm machines; null: the cluster's for prepare and train
+    array: int | None = setting(None, COUNT)  # Slurm tasks that share a prepare or evaluate first
 
 
 @dataclass
@@ -308,7 +312,7 @@ class PlanConfig(TrainConfig):
 
     gpu: str = choice("h200", "a100", "h100", "b200", "cpu")
     gpus: int = setting(1, COUNT)
-    utilisation: float = setting(0.35, Rule(above=0, most=1))  # of the peak FLOPs; see docs/plan.md
+    utilisation: float = setting(0.35, SHARE)  # of the peak FLOPs; see docs/plan.md
     samples: int | None = setting(
         None, COUNT
     )  # pairs in the data; null: as many as are seen, each once

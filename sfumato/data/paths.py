@@ -7,7 +7,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from sfumato.data.store import is_address
+from sfumato.data.store import check_address, copy_of, is_address
 
 _NAMED_FILES = 5
 # Unlike Path's methods, these take a pattern that is longer than any file name.
@@ -19,7 +19,8 @@ def find_files(path: str, key: str, suffixes: Sequence[str]) -> tuple[Path, ...]
 
     Args:
         path: a file; a folder, for the .tar files in it; a glob (`shards/*.tar`, `**` for any
-            depth) or a brace pattern (`shards/{000..012}.tar`).
+            depth) or a brace pattern (`shards/{000..012}.tar`). An address of a file in a store, or
+            a brace pattern of them, gives copies on this machine.
         key: of the setting that holds the path, for messages.
         suffixes: of the files that can be read.
 
@@ -28,10 +29,7 @@ def find_files(path: str, key: str, suffixes: Sequence[str]) -> tuple[Path, ...]
     """
     whole = Path(path).expanduser()
     if is_address(path):
-        raise ValueError(
-            f"{key} names an address, and only data.shards.path reads from a store; give a path on "
-            "this machine, or prepare the pictures (docs/prepare.md)"
-        )
+        return tuple(copy_of(each, key) for each in addresses_of(path, key, suffixes))
     if not path.strip():
         raise ValueError(f"{key} is empty; name a file, a folder or a pattern")
     if is_file(whole):
@@ -54,6 +52,31 @@ def find_files(path: str, key: str, suffixes: Sequence[str]) -> tuple[Path, ...]
     return files
 
 
+def addresses_of(pattern: str, key: str, suffixes: Sequence[str] = ()) -> list[str]:
+    """Return the addresses of files that an address with a brace pattern stands for.
+
+    Args:
+        suffixes: that are accepted; none accepts all.
+
+    Raises:
+        ValueError: it is a folder, a glob or no pattern, or a suffix is unknown.
+    """
+    check_address(key, pattern)
+    found = _expanded(pattern, key)
+    for each in found:
+        if glob.has_magic(each):
+            raise ValueError(
+                f"{key} = {pattern!r} is a glob, and a store is not searched; name its files, as "
+                "in s3://BUCKET/FOLDER/{000..012}.tar"
+            )
+        if suffixes and not each.lower().endswith(tuple(suffixes)):
+            raise ValueError(
+                f"{key} = {each!r} is no file that can be read from a store; give the address of a "
+                f"file of {', '.join(suffixes)}"
+            )
+    return found
+
+
 def is_tar(path: Path) -> bool:
     """Tell a tar by its suffix."""
     return path.suffix.lower() == ".tar"
@@ -65,13 +88,7 @@ def expand_pattern(pattern: str, key: str) -> Iterator[Path]:
     Raises:
         ValueError: its braces are not balanced, or a file that it names is missing.
     """
-    try:
-        names = tuple(braceexpand(pattern, escape=False))
-    except ValueError:
-        raise ValueError(
-            f"{key} = {pattern!r} is neither a file nor a brace pattern: its braces are not "
-            "balanced"
-        ) from None
+    names = _expanded(pattern, key)
     missing = [name for name in names if not glob.has_magic(name) and not is_file(name)]
     if missing:
         more = f" and {len(missing) - _NAMED_FILES} more" if len(missing) > _NAMED_FILES else ""
@@ -80,6 +97,16 @@ def expand_pattern(pattern: str, key: str) -> Iterator[Path]:
         )
     for name in names:
         yield from _glob(name) if glob.has_magic(name) else (Path(name),)
+
+
+def _expanded(pattern: str, key: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except ValueError:
+        raise ValueError(
+            f"{key} = {pattern!r} is neither a file nor a brace pattern: its braces are not "
+            "balanced"
+        ) from None
 
 
 def _glob(pattern: str) -> tuple[Path, ...]:

@@ -3,7 +3,8 @@
 An address of prepared data is opened by fsspec, and its objects are read in ranges, each tried
 again after a cut. `Store.hold` is the one door: where a reader would open a file of a folder, it
 holds the local file of an object, whole and compared with its SHA-256, in a cache on the disk.
-Reading ahead is holding early, in the seeded order of the data, and nothing else knows of stores.
+Reading ahead is holding early, in the seeded order of the data. `copy_of` is the door of single
+files, such as prompts: it copies one whole. Nothing else knows of stores.
 """
 
 import hashlib
@@ -13,11 +14,12 @@ import re
 import time
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, final
 from urllib.parse import urljoin, urlsplit
 
 from sfumato.data.shard_cache import LocalFile, ShardCache, StoreError, key_of
+from sfumato.files import digest, new_file
 
 Result = TypeVar("Result")
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)  # seconds before each further try
@@ -27,6 +29,12 @@ _DENIED, _MISSING, _BEYOND_END = (401, 403, 407), (404, 410), 416
 _WITHOUT = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
 _WITH_REVISION = "hf"  # its addresses name a revision behind an @
 _INDEX = "index.json"
+# What the libraries call the version of an object; the next of a name has another.
+_VERSIONS = (
+    *("ETag", "etag", "generation", "blob_id", "LastModified", "Last-Modified", "mtime"),
+    *("Content-MD5", "Digest"),
+)
+_COPIES = "files"  # below `home`
 _DOWNGRADE = ("https", "http")
 AGAIN = "upload the prepared folder again, index.json last"
 _CREDENTIALS = "give the credentials as its library reads them"
@@ -69,91 +77,81 @@ def check_address(key: str, address: str) -> None:
         )
 
 
-@final
-class Store:
-    """A prepared folder at an address.
+def home() -> Path:
+    """Return the folder of this machine where objects of stores are kept."""
+    return (Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sfumato").expanduser()
+
+
+def copy_of(address: str, key: str) -> Path:
+    """Return a whole file at an address as a copy on this machine, under the same name.
+
+    It is fetched if no copy of its size and version is here. Copies stay until somebody removes
+    them.
+
+    Args:
+        key: of the setting that holds the address, for messages.
+
+    Raises:
+        ValueError: the address may hold credentials.
+        StoreError: the file cannot be read, or the copy not be written.
+    """
+    check_address(key, address)
+    parent, _, name = address.rpartition("/")
+    if not parent.partition("://")[2]:
+        raise ValueError(
+            f"{key} = {address} names no file; give an address such as s3://BUCKET/FILE"
+        )
+    return Objects(parent).copy(name, home() / _COPIES)
+
+
+def version_of(path: Path) -> str:
+    """Return which version of an object a file copies; "" if it is no copy."""
+    folder = path.parent
+    return f" {folder.name}" if folder.parent == home() / _COPIES else ""
+
+
+class Objects:
+    """Objects at an address, read in ranges.
 
     Attributes:
         address: without a slash at its end.
     """
 
-    def __init__(self, address: str, cache: ShardCache) -> None:
+    def __init__(self, address: str) -> None:
         """Open the address; nothing is read yet.
 
         Raises:
             StoreError: the library of the store is not installed, or refuses the address.
         """
         self.address = address.rstrip("/")
-        self._cache = cache
         self._system, self._root = _open(self.address)
 
-    def hold(self, name: str, size: int, sha256: str) -> LocalFile:
-        """Return the local file of an object with these bytes.
+    def copy(self, name: str, folder: Path) -> Path:
+        """Return a copy of an object, in a folder of its own; see `copy_of`."""
 
-        Raises:
-            StoreError: it cannot be read, or is another one; or the cache cannot be written.
-        """
-        return self._cache.hold(
-            sha256, size, lambda file: self._download(name, size, sha256, file), sha256
-        )
+        def look() -> tuple[int | None, list[str]]:
+            self._system.invalidate_cache()
+            about = self._system.info(f"{self._root}/{name}")
+            return about.get("size"), [str(about.get(each, "")) for each in _VERSIONS]
 
-    def hold_record(self, name: str) -> LocalFile:
-        """Return the local file of an object without a sum; another index has other records.
-
-        Raises:
-            StoreError: as `hold`.
-        """
-        key = self._key(name)
-        held = self._cache.find(key)
-        if held is None:
-            content = self._index if name == _INDEX else self._read(name)
-            held = self._cache.hold(key, len(content), lambda file: _write(file, content, 0))
-        return held
-
-    def forget_record(self, name: str) -> None:
-        """Remove the local file of a record that turned out damaged."""
-        self._cache.forget(self._key(name))
-
-    def sizes(self, folder: str) -> dict[str, int] | None:
-        """Return the bytes of each object of a folder by name; None where a store lists none.
-
-        Raises:
-            StoreError: it cannot be read.
-        """
-        if self.address.startswith(("http:", "https:")):
-            return None
-        path = f"{self._root}/{folder}"
-        self._system.invalidate_cache()
-        listed = self._ask(folder, lambda: self._system.ls(path, detail=True))
-        return {PurePosixPath(each["name"]).name: each["size"] or 0 for each in listed}
-
-    @cached_property
-    def _index(self) -> bytes:
-        return self._read(_INDEX)
-
-    def _key(self, name: str) -> str:
-        return key_of(hashlib.sha256(self._index).hexdigest(), name)
+        while True:
+            size, versions = state = self._ask(name, look)
+            path = folder / digest([self.address, name, size, versions]) / name
+            if any(versions) and path.is_file() and path.stat().st_size == size:
+                return path
+            with new_file(path, shared=True, failure=StoreError) as beside:
+                with beside.open("wb") as file:
+                    if size is None:
+                        file.write(self._read(name))
+                    while size is not None and (start := file.tell()) < size:
+                        file.write(self._range(name, start, min(start + RANGE, size), size))
+                os.utime(beside, (0, 0))  # what was made of an earlier copy is not stale
+            if self._ask(name, look) == state:
+                return path
+            path.unlink(missing_ok=True)  # the object was replaced meanwhile
 
     def _read(self, name: str) -> bytes:
         return self._ask(name, lambda: self._cat(name, None, None))
-
-    def _download(self, name: str, size: int, sha256: str, file: int) -> None:
-        """Write an object to a file; one that was altered on the way is read twice."""
-        actual = ""
-        for _ in range(2):
-            found, start = hashlib.sha256(), 0
-            while start < size:
-                data = self._range(name, start, min(start + RANGE, size), size)
-                _write(file, data, start)
-                found.update(data)
-                start += len(data)
-            actual = found.hexdigest()
-            if actual == sha256:
-                return
-        raise StoreError(
-            f"{self.address}/{name} is damaged or was changed: its SHA-256 is {actual}, "
-            f"and {sha256} when it was indexed; {AGAIN}"
-        )
 
     def _range(self, name: str, start: int, stop: int, size: int) -> bytes:
         """Read some bytes of an object of `size` bytes, or all the rest."""
@@ -223,6 +221,85 @@ class Store:
         )
 
 
+@final
+class Store(Objects):
+    """A prepared folder at an address, whose shards are held in a cache."""
+
+    def __init__(self, address: str, cache: ShardCache) -> None:
+        """Open the address; nothing is read yet.
+
+        Raises:
+            StoreError: the library of the store is not installed, or refuses the address.
+        """
+        super().__init__(address)
+        self._cache = cache
+
+    def hold(self, name: str, size: int, sha256: str) -> LocalFile:
+        """Return the local file of an object with these bytes.
+
+        Raises:
+            StoreError: it cannot be read, or is another one; or the cache cannot be written.
+        """
+        return self._cache.hold(
+            sha256, size, lambda file: self._download(name, size, sha256, file), sha256
+        )
+
+    def hold_record(self, name: str) -> LocalFile:
+        """Return the local file of an object without a sum; another index has other records.
+
+        Raises:
+            StoreError: as `hold`.
+        """
+        key = self._key(name)
+        held = self._cache.find(key)
+        if held is None:
+            content = self._index if name == _INDEX else self._read(name)
+            held = self._cache.hold(key, len(content), lambda file: _write(file, content, 0))
+        return held
+
+    def forget_record(self, name: str) -> None:
+        """Remove the local file of a record that turned out damaged."""
+        self._cache.forget(self._key(name))
+
+    def sizes(self, folder: str) -> dict[str, int] | None:
+        """Return the bytes of each object of a folder by name; None where a store lists none.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        if self.address.startswith(("http:", "https:")):
+            return None
+        path = f"{self._root}/{folder}"
+        self._system.invalidate_cache()
+        listed = self._ask(folder, lambda: self._system.ls(path, detail=True))
+        return {PurePosixPath(each["name"]).name: each["size"] or 0 for each in listed}
+
+    @cached_property
+    def _index(self) -> bytes:
+        return self._read(_INDEX)
+
+    def _key(self, name: str) -> str:
+        return key_of(hashlib.sha256(self._index).hexdigest(), name)
+
+    def _download(self, name: str, size: int, sha256: str, file: int) -> None:
+        """Write an object to a file; one that was altered on the way is read twice."""
+        actual = ""
+        for _ in range(2):
+            found, start = hashlib.sha256(), 0
+            while start < size:
+                data = self._range(name, start, min(start + RANGE, size), size)
+                _write(file, data, start)
+                found.update(data)
+                start += len(data)
+            actual = found.hexdigest()
+            if actual == sha256:
+                return
+        raise StoreError(
+            f"{self.address}/{name} is damaged or was changed: its SHA-256 is {actual}, "
+            f"and {sha256} when it was indexed; {AGAIN}"
+        )
+
+
 def _open(address: str) -> tuple[Any, str]:
     """Return the file system of an address, and its root there."""
     from fsspec.core import url_to_fs
@@ -282,9 +359,10 @@ def _reason(error: Exception) -> str:
 def _refusal(error: Exception, address: str) -> str | None:
     """Say what a store refuses, and what to do; None where asking again may help."""
     status, scheme = _status(error), address.partition("://")[0]
-    if isinstance(error, _OtherHostError):
+    cause = error if isinstance(error, _OtherHostError) else error.__cause__
+    if isinstance(cause, _OtherHostError):
         return (
-            f"leads to another host, {error}; if you trust that one, give its address instead of "
+            f"leads to another host, {cause}; if you trust that one, give its address instead of "
             f"{address}"
         )
     lacks = type(error).__name__ in _WITHOUT
@@ -294,8 +372,9 @@ def _refusal(error: Exception, address: str) -> str | None:
             f"cannot be read: {why}; {_CREDENTIALS}{_HOW.get(scheme, '')}, and check that they may "
             "read this address"
         )
-    if isinstance(error, FileNotFoundError) or status in _MISSING:
-        return "is not there; check the address, and upload the whole folder that was prepared"
+    # fsspec's HTTP calls every failure to look at a file so; the cause has the status.
+    if status in _MISSING or (status is None and isinstance(error, FileNotFoundError)):
+        return "is not there; check the address, and whether all was uploaded"
     return None
 
 

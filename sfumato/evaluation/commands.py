@@ -45,6 +45,7 @@ from sfumato.models.generate import generate, image_size
 from sfumato.models.model import TextToImageModel
 from sfumato.models.origins import without_start
 from sfumato.models.registry import find_family, load_model
+from sfumato.parts import slice_of
 from sfumato.records import read_rows
 from sfumato.rewards.build import build_reward, ready
 from sfumato.run.build import build_scorer
@@ -288,6 +289,7 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
     Raises:
         ValueError: if the run cannot be read, or a step has no checkpoint.
     """
+    part = slice_of(config.part)
     opened = open_run(config)
     run, trained = opened.folder, opened.settings
     if other := not isinstance(config.reward, RewardFiles):
@@ -312,11 +314,11 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
     check_metrics(config, len(prompts) * config.num_images)
     check_sampler(trained.sampler)
     find_family(trained.model, trained.sampler)
-    writable = os.access(run.path, os.W_OK)  # else it can show what was evaluated before
+    held = os.access(run.path, os.W_OK)  # else it can show what was evaluated before
     holding: AbstractContextManager[Any] = nullcontext()
     with group.together():
-        if writable and group.is_main:  # before weights are loaded
-            holding = hold(run)
+        if held and group.is_main:  # before weights are loaded
+            holding = hold(run, shared=config.part is not None)
     with holding:
         opened.contents(*(room for room in MEASURED if room != "reward" or not other))
         device = group.device if group.world > 1 else default_device()
@@ -351,7 +353,7 @@ def evaluate_run(config: EvaluateConfig, group: Group = ALONE) -> Sequence[Evalu
             contents=contents,
         )
         measures = Measures(config, run, study, size, group)
-        results = evaluate(run, study, steps, variants=variants, group=group, held=writable)
+        results = evaluate(run, study, steps, variants=variants, group=group, held=held, part=part)
         results = measures.measure(results)
         with group.together():
             if group.is_main:

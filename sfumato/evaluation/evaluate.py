@@ -17,6 +17,7 @@ from sfumato.evaluation.manifest import difference
 from sfumato.evaluation.results import Evaluation, Variant, read_evaluation, read_evaluations
 from sfumato.evaluation.study import Study
 from sfumato.files import lock
+from sfumato.parts import EVERYTHING
 from sfumato.training.checkpoint import best_step, fingerprint, list_checkpoints, read_shown_weights
 from sfumato.training.distribution import ALONE, Group
 from sfumato.training.folder import RunFolder, step_name
@@ -33,6 +34,7 @@ def evaluate(
     variants: Sequence[Variant] = (Variant(),),
     group: Group = ALONE,
     held: bool = False,
+    part: slice = EVERYTHING,
 ) -> list[Evaluation]:
     """Score checkpoints, and the base model as step 0, into run/evaluation/step-NNNNNN/.
 
@@ -45,6 +47,7 @@ def evaluate(
             has neither schedule nor adapter: it is evaluated for each guidance scale alone.
         group: processes that share the work; all of them write to one run folder.
         held: the caller holds the evaluations of the run; see `hold`.
+        part: of the variants' steps; other processes may evaluate the others.
 
     Returns:
         One evaluation per variant and step, in the order of variants and steps.
@@ -54,7 +57,7 @@ def evaluate(
             not finite, or the result cannot be written.
     """
     check_request(study.prompts, study.num_images, study.batch_size)
-    asked = tasks_of(variants, steps)
+    asked = tasks_of(variants, steps)[part]
     studies = {variant: _guided(study, variant) for variant, _ in asked}
     todo: list[Task] = []
     with group.together():
@@ -131,14 +134,18 @@ def _guided(study: Study, variant: Variant) -> Study:
     return replace(study, config=replace(study.config, sampler=sampler))
 
 
-def hold(run: RunFolder) -> IO[str]:
+def hold(run: RunFolder, *, shared: bool = False) -> IO[str]:
     """Hold the evaluations of a run until the returned file is closed.
+
+    Args:
+        shared: hold them beside other processes that share them.
 
     Raises:
         ValueError: another process holds them, or their folder cannot be made.
     """
     busy = f"another sfumato evaluate works on {run.path}; wait for it and run the command again"
-    return lock(run.evaluation(0).parent, busy=busy, unmade="run it where you may write")
+    unmade = "run it where you may write"
+    return lock(run.evaluation(0).parent, busy=busy, unmade=unmade, shared=shared)
 
 
 def find_checkpoint(run: RunFolder, step: str | None) -> Path:

@@ -21,6 +21,7 @@ NOT_OF_IMAGES = ("training_steps", "training_spacing", "prompt_cache")  # of a s
 NEWER = ("solver", "guidance_interval", "negative_prompt", "scheduler")
 # Of a reward's settings, with their defaults; evaluations of older versions lack them.
 ADDED: Sequence[tuple[str, Any]] = (("score", "model"), ("sizes", []))
+OF_TRAINING = ("crop",)  # of a reward's settings: no evaluation depends on them
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,11 @@ def _of_images(sampler: SamplerConfig) -> dict[str, Any]:
 def _by_content(
     settings: Mapping[str, Any], prefix: str, contents: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return settings without the paths whose content is known, and without `ADDED`."""
+    """Return settings without paths whose content is known, `ADDED` and `OF_TRAINING`."""
     return {
         key: _by_content(value, f"{prefix}{key}.", contents)
         if isinstance(value, dict)
         else ("by content" if typed(f"{prefix}{key}") in contents else value)
         for key, value in settings.items()
-        if (key, value) not in ADDED
+        if (key, value) not in ADDED and key not in OF_TRAINING
     }

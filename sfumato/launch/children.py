@@ -56,6 +56,11 @@ def command_line(
     ]
 
 
+def part_command(job: Job, part: str) -> list[str]:
+    """Return the command of one task of an array."""
+    return [sys.executable, "-m", "sfumato", job.command, *job.arguments, f"part={part}"]
+
+
 def rendezvous(nodes: int, host: str, port: str, attempt: str, first: bool) -> list[str]:
     """Return torchrun's options for processes on several machines.
 

@@ -14,6 +14,7 @@ from sfumato.compose import compose_command
 from sfumato.conditions import check_sample, leaves_of
 from sfumato.config import (
     FOLDER,
+    EvaluateConfig,
     JobConfig,
     LaunchConfig,
     LocalClusterConfig,
@@ -22,12 +23,15 @@ from sfumato.config import (
     SlurmClusterConfig,
     TrainConfig,
 )
-from sfumato.data.store import is_address
+from sfumato.data.store import check_address, is_address
 from sfumato.explain import nearest
 from sfumato.models.registry import find_family
 from sfumato.preparation.settings import check_prepare
 
 DISTRIBUTED = ("prepare", "train")  # commands that can run in several processes
+SHARED = ("prepare", "evaluate")  # commands whose work tasks of an array can share
+SHARED_STAGES = ("pack", "precache")  # of prepare
+ARRAY = ".array"  # behind the name of a job: the array that shares its work
 WEIGHTS = ("model.lora.start", "model.network.from_pretrained")
 MODEL_FILES = ("model.pretrained", "model.autoencoder", "model.text_encoder", "model.tokenizer")
 # Settings that name files to read; those of OR_HUB may hold an id of the hub instead.
@@ -69,6 +73,7 @@ class Job:
         nodes: machines, under Slurm.
         made_of: a hash of the command and of its full settings.
         settings: composed from the arguments; None for `demo`, which has options instead.
+        array: how many tasks of a Slurm array share the work before the job finishes it; 0 is none.
     """
 
     name: str
@@ -78,6 +83,7 @@ class Job:
     nodes: int
     made_of: str
     settings: Any
+    array: int = 0
 
     @property
     def out(self) -> Path | None:
@@ -142,6 +148,8 @@ def _advice(name: str, jobs: Mapping[str, Any]) -> str:
 
 def _read_job(name: str, config: JobConfig, launch: LaunchConfig) -> Job:
     FOLDER.check("name", name)
+    if name.endswith(ARRAY):
+        raise ValueError(f"a name that ends in {ARRAY} is that of an array; give another")
     if config.recipe and config.command == "demo":
         raise ValueError(f"recipe = {config.recipe}, but `sfumato demo` has no recipes")
     recipe = [f"recipe={config.recipe}"] if config.recipe else []
@@ -151,7 +159,55 @@ def _read_job(name: str, config: JobConfig, launch: LaunchConfig) -> Job:
         settings, content = compose_command(config.command, arguments)
     text = json.dumps([config.command, content], sort_keys=True)
     made_of = hashlib.sha256(text.encode()).hexdigest()
-    return Job(name, config.command, arguments, *_size(config, launch), made_of, settings)
+    array = _array(config, launch, settings)
+    size = _size(config, launch)
+    return Job(name, config.command, arguments, *size, made_of, settings, array)
+
+
+def _array(config: JobConfig, launch: LaunchConfig, settings: Any) -> int:
+    """Return how many tasks of an array share a job's work."""
+    array = config.array
+    _refuse_part(settings)
+    if array is None:
+        return 0
+    if isinstance(launch.cluster, LocalClusterConfig):
+        raise ValueError(f"array = {array}, but cluster=local has none; use cluster=slurm")
+    if config.command not in SHARED:
+        raise ValueError(f"array = {array}, but {config.command} is not shared by tasks")
+    if config.command == "prepare":
+        shared = [stage for stage in SHARED_STAGES if stage in settings.stages]
+        if len(shared) != 1:
+            raise ValueError(
+                f"array = {array} shares one of the stages {' and '.join(SHARED_STAGES)}, and "
+                f"stages = {list(settings.stages)} has {len(shared)} of them; write two jobs"
+            )
+        if settings.stages[0] != shared[0]:
+            raise ValueError(
+                f"array = {array} shares the stage {shared[0]}, and stages = "
+                f"{list(settings.stages)} begins with another, which no task makes; write two jobs"
+            )
+    return array
+
+
+def _refuse_part(settings: Any) -> None:
+    if isinstance(settings, PrepareConfig | EvaluateConfig) and settings.part is not None:
+        raise ValueError(
+            f"part={settings.part} leaves the rest of the work undone; give array=N to share a job"
+        )
+
+
+def helpers_of(job: Job) -> Job:
+    """Return the tasks of the array that shares a job's work, as one job that runs before it."""
+    arguments, processes = job.arguments, job.processes
+    if isinstance(job.settings, PrepareConfig):
+        (stage,) = (stage for stage in SHARED_STAGES if stage in job.settings.stages)
+        arguments = (*arguments, f"stages=[{stage}]")
+        if job.settings.workers is None and processes > 1:
+            arguments = (*arguments, f"workers={processes}")
+        if stage == "pack":
+            processes = 0  # it needs no GPU
+    name = f"{job.name}{ARRAY}"
+    return replace(job, name=name, arguments=arguments, processes=processes, nodes=1)
 
 
 def _size(config: JobConfig, launch: LaunchConfig) -> tuple[int, int]:
@@ -183,6 +239,8 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
     """
     settings, waits = copy.deepcopy(job.settings), False
     for key, value in _files(job):
+        if is_address(value):
+            check_address(key, value)
         if any(_absolute(Path(value)).is_relative_to(_absolute(out)) for out in promised):
             waits = True
             if key in WEIGHTS:  # the checks would open it, and it does not exist yet

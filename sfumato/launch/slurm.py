@@ -1,17 +1,21 @@
-"""Launch on Slurm: an sbatch script for each job, submitted to begin after the job before it."""
+"""Launch on Slurm: an sbatch script for each job, submitted to begin after the job before it.
+
+An array of tasks may share a job's work. The job begins when they have ended, and makes what is
+missing.
+"""
 
 import json
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sfumato.config import SlurmClusterConfig
 from sfumato.files import write_text
-from sfumato.launch.children import command_line, rendezvous
-from sfumato.launch.jobs import Job
+from sfumato.launch.children import command_line, part_command, rendezvous
+from sfumato.launch.jobs import Job, helpers_of
 from sfumato.launch.record import (
     LaunchFolder,
     hold,
@@ -34,6 +38,22 @@ class Submitted:
     sending: str | None = None
 
 
+@dataclass(frozen=True)
+class _Submission:
+    """What one sbatch sends: a job, or the array of tasks that share its work.
+
+    Attributes:
+        previous: the job before, which must be finished.
+        after: names of submissions that it begins after, with Slurm's kind of dependency.
+        parts: how many tasks the array has; 0 is a job.
+    """
+
+    job: Job
+    previous: Job | None
+    after: Mapping[str, str]
+    parts: int = 0
+
+
 def submit(jobs: Sequence[Job], folder: LaunchFolder, cluster: SlurmClusterConfig) -> None:
     """Submit all jobs from the first that is not done; each begins after the one before.
 
@@ -54,21 +74,20 @@ def submit(jobs: Sequence[Job], folder: LaunchFolder, cluster: SlurmClusterConfi
         for job in jobs[:first]:
             print(f"{job.name}: done")
         sent: dict[str, str] = {}
-        for number, job in enumerate(jobs[first:], start=first):
-            previous = jobs[number - 1] if number else None
-            after = previous and sent.get(previous.name)
+        for each in _submissions(jobs, first):
+            name = each.job.name
             # A kill between sbatch and the second note leaves `sending`.
-            _note(folder, Submitted(sent, job.name))
+            _note(folder, Submitted(sent, name))
             try:
-                sent[job.name] = _send(job, previous, after, folder, cluster)
+                sent[name] = _send(each, sent, folder, cluster)
             except ValueError:
                 if sent:
                     ask("scancel", *sent.values())
                 _note(folder, Submitted(sent))
                 raise
             _note(folder, Submitted(sent))
-            order = f", after {previous.name}" if previous and after else ""
-            print(f"{job.name}: submitted as job {sent[job.name]}{order}", flush=True)
+            order = f", after {' and '.join(each.after)}" if each.after else ""
+            print(f"{name}: submitted as job {sent[name]}{order}", flush=True)
     if sent:
         queue = f"squeue -j {','.join(sent.values())}"
         print(f"logs are in {folder.path / 'slurm'}; the queue is: {queue}")
@@ -78,16 +97,19 @@ def show(jobs: Sequence[Job], folder: LaunchFolder, cluster: SlurmClusterConfig)
     """Print how each job is submitted, its script, and what runs on each of its machines."""
     _check(cluster)
     first = _first_open(jobs, folder)
-    for number, job in enumerate(jobs):
-        state = "done" if number < first else "to do"
-        print(f"# job {number + 1} of {len(jobs)}, {job.name}: {state}")
-        if number < first:
-            continue
-        after = f"JOB_OF_{jobs[number - 1].name}" if number > first else None
-        print(f"# submitted by: {shlex.join(_sbatch(folder, job, after))}")
-        print(_script(job, folder, cluster))
+    every = list(_submissions(jobs, first))
+    names = {each.job.name: f"JOB_OF_{each.job.name}" for each in every}
+    for job in jobs[:first]:
+        print(f"# {job.name}: done")
+    for each in every:
+        job = each.job
+        print(f"# {job.name}: to do")
+        print(f"# submitted by: {shlex.join(_sbatch(each, names, folder))}")
+        print(_script(each, folder, cluster))
         meeting = rendezvous(job.nodes, "HOST", "PORT", "JOB", True)
         run = command_line(job, cluster.max_restarts, _save_seconds(cluster), meeting)
+        if each.parts:
+            run = part_command(job, f"TASK/{each.parts}")
         print(f"# which runs, on {'each machine' if job.nodes > 1 else 'its machine'}:")
         print(f"# {shlex.join(run)}\n")
 
@@ -121,6 +143,18 @@ def _first_open(jobs: Sequence[Job], folder: LaunchFolder) -> int:
     return next((i for i, job in enumerate(jobs) if not is_done(folder, job)), len(jobs))
 
 
+def _submissions(jobs: Sequence[Job], first: int) -> Iterator[_Submission]:
+    """Yield what is sent for the jobs from `first` on, in its order."""
+    for number, job in enumerate(jobs[first:], start=first):
+        previous = jobs[number - 1] if number else None
+        after = {previous.name: "afterok"} if previous and number > first else {}
+        if job.array:
+            helpers = helpers_of(job)
+            yield _Submission(helpers, previous, after, job.array)
+            after = {**after, helpers.name: "afterany"}
+        yield _Submission(job, previous, after)
+
+
 def _check(cluster: SlurmClusterConfig) -> None:
     if cluster.signal_seconds >= parse_duration("cluster.time", cluster.time, "-"):
         raise ValueError(
@@ -133,7 +167,7 @@ def _save_seconds(cluster: SlurmClusterConfig) -> int:
     return max(1, cluster.signal_seconds - _MARGIN)
 
 
-def _script(job: Job, folder: LaunchFolder, cluster: SlurmClusterConfig) -> str:
+def _script(each: _Submission, folder: LaunchFolder, cluster: SlurmClusterConfig) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -143,9 +177,11 @@ def _script(job: Job, folder: LaunchFolder, cluster: SlurmClusterConfig) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    job = each.job
     named = {key: vars(cluster)[key] for key in ("partition", "account", "qos", "mem")}
     return environment.get_template("job.sh.jinja").render(
         job=job,
+        parts=each.parts,
         cluster=cluster,
         gpus=min(job.processes, cluster.gpus_per_node),
         warning=WARNING.name.removeprefix("SIG"),
@@ -155,19 +191,17 @@ def _script(job: Job, folder: LaunchFolder, cluster: SlurmClusterConfig) -> str:
     )
 
 
-def _sbatch(folder: LaunchFolder, job: Job, after: str | None) -> list[str]:
-    """Return the command that submits a job, to begin once the job `after` has succeeded."""
-    order = [] if after is None else [f"--dependency=afterok:{after}"]
-    return ["sbatch", "--parsable", *order, str(folder.slurm(job.name) / "job.sh")]
+def _sbatch(each: _Submission, sent: Mapping[str, str], folder: LaunchFolder) -> list[str]:
+    """Return the command that submits a job; `sent` has the numbers of those before it."""
+    conditions = ",".join(f"{kind}:{sent[name]}" for name, kind in each.after.items())
+    order = [f"--dependency={conditions}"] if conditions else []
+    return ["sbatch", "--parsable", *order, str(folder.slurm(each.job.name) / "job.sh")]
 
 
 def _send(
-    job: Job,
-    previous: Job | None,
-    after: str | None,
-    folder: LaunchFolder,
-    cluster: SlurmClusterConfig,
+    each: _Submission, sent: Mapping[str, str], folder: LaunchFolder, cluster: SlurmClusterConfig
 ) -> str:
+    job, previous = each.job, each.previous
     record = read_job_record(folder, job.name)
     if record is not None:
         write_job_record(folder, job.name, replace(record, requeues=0))
@@ -178,11 +212,12 @@ def _send(
         save_seconds=_save_seconds(cluster),
         max_restarts=cluster.max_restarts,
         max_requeues=cluster.max_requeues,
+        parts=each.parts,
     )
     files = folder.slurm(job.name)
     write_text(files / "task.json", json.dumps(asdict(task), indent=2) + "\n")
-    write_text(files / "job.sh", _script(job, folder, cluster))
-    answer = ask(*_sbatch(folder, job, after))
+    write_text(files / "job.sh", _script(each, folder, cluster))
+    answer = ask(*_sbatch(each, sent, folder))
     if answer.returncode:
         lines = [line for line in answer.stderr.splitlines() if "error" in line.lower()]
         reason = lines[-1] if lines else f"sbatch ended with exit code {answer.returncode}"
@@ -206,5 +241,5 @@ def _still_queued(sent: Mapping[str, str]) -> dict[str, str]:
             f"squeue does not say whether the jobs of an earlier launch are queued: "
             f"{answer.stderr.strip()}"
         )
-    alive = set(answer.stdout.split())
+    alive = {number.partition("_")[0] for number in answer.stdout.split()}  # of arrays: 7_[2-5]
     return {name: number for name, number in sent.items() if number in alive}

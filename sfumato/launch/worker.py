@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sfumato.launch.children import Ended, command_line, rendezvous, run_child
+from sfumato.launch.children import Ended, command_line, part_command, rendezvous, run_child
 from sfumato.launch.jobs import Job, with_settings
 from sfumato.launch.record import (
     JobRecord,
@@ -26,6 +26,8 @@ from sfumato.records import read_record
 
 # Slurm sends it to all processes of a job before the time limit, and SIGTERM on scancel.
 WARNING = signal.SIGUSR2
+# Slurm warns the child too; the child ignores that and gets one SIGTERM from its parent.
+_PASSED_ON = {WARNING: signal.SIGTERM, signal.SIGTERM: None}
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Task:
         folder: of the launch's records.
         save_seconds: see `command_line`, as for `max_restarts`.
         max_requeues: how often the job may put itself back into the queue.
+        parts: tasks of the array that shares the job's work; 0 is the job itself.
     """
 
     job: Job
@@ -46,6 +49,7 @@ class Task:
     save_seconds: int
     max_restarts: int
     max_requeues: int
+    parts: int = 0
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:
@@ -60,6 +64,10 @@ def work(task: Task) -> None:
         ValueError: the job failed, was cancelled or cannot be requeued.
     """
     folder, first = LaunchFolder(Path(task.folder)), os.environ["SLURM_NODEID"] == "0"
+    if task.parts:
+        _check_previous(task, folder)
+        _work_on_part(task)
+        return
     job = with_settings(task.job)
     if is_done(folder, job):
         print(f"{job.name}: done", flush=True)
@@ -68,12 +76,27 @@ def work(task: Task) -> None:
     record = begin(folder, job) if first else None
     meeting = _meeting(job, first) if job.nodes > 1 else ("--standalone",)
     command = command_line(job, task.max_restarts, task.save_seconds, meeting)
-    # Slurm warns the child too; the child ignores that and gets one SIGTERM from here.
-    ended = run_child(command, {WARNING: signal.SIGTERM, signal.SIGTERM: None}, ignored=[WARNING])
+    ended = run_child(command, _PASSED_ON, ignored=[WARNING])
     if record is not None:
         _conclude(task, job, folder, record, ended)
     elif ended.code and not ended.asked:
         sys.exit(ended.code)
+
+
+def _work_on_part(task: Task) -> None:
+    """Make one part of a job's work; what is missing in the end is made by the job."""
+    number = os.environ["SLURM_ARRAY_TASK_ID"]
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    part, name = f"{number}/{task.parts}", task.job.name
+    command = part_command(task.job, part)
+    ended = run_child(command, _PASSED_ON, ignored=[WARNING])
+    if ended.code == 0:
+        print(f"{name}, part {part}: done", flush=True)
+    elif set(ended.asked) == {WARNING} and restarts < task.max_requeues:
+        print(f"{name}, part {part}: back into the queue", flush=True)
+        _requeue_now(f"{os.environ['SLURM_ARRAY_JOB_ID']}_{number}", name)
+    else:
+        raise ValueError(f"part {part} of {name} failed: {ended.in_words}")
 
 
 def _check_previous(task: Task, folder: LaunchFolder) -> None:
@@ -120,7 +143,11 @@ def _requeue(task: Task, folder: LaunchFolder, record: JobRecord, missing: str) 
         )
     write_job_record(folder, name, replace(record, requeues=count))
     print(f"{name}: {missing}; back into the queue, requeue {count} of {limit}", flush=True)
-    answer = ask("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+    _requeue_now(os.environ["SLURM_JOB_ID"], name)
+
+
+def _requeue_now(number: str, name: str) -> None:
+    answer = ask("scontrol", "requeue", number)
     if answer.returncode:
         reason = answer.stderr.strip()
         raise ValueError(f"job {name} cannot be requeued: {reason}; launch again to go on")

@@ -1,14 +1,17 @@
 """Page of text that shows a plan: counted numbers, estimates and assumptions."""
 
+import math
 from collections.abc import Iterator
 
-from sfumato.config import DraftConfig, PlanConfig, RewardedConfig
+from sfumato.config import DraftConfig, PackConfig, PlanConfig, RewardedConfig
+from sfumato.data.store import RANGE
 from sfumato.planning.memory import LARGEST, USABLE
 from sfumato.planning.plan import Memory, Plan, make_plan
 from sfumato.run.open_data import is_cached
 
 WIDTH = 34  # of the first column
 DAY = 86_400  # seconds
+PACKED = 115  # pictures of 1 MP that a CPU core packs in a second (LOG.md)
 
 
 def plan(config: PlanConfig) -> None:
@@ -127,7 +130,7 @@ def storage(plan: Plan) -> Iterator[str]:
     if _samples(plan):
         return  # prompts take no room, and pairs lie in tables of their own
     yield f"data, {plan.samples / 1e6:,.1f} M samples"
-    yield row("", "KB a sample", "TB in all", "MB/s and GPU")
+    yield row("", "KB a sample", "TB in all", "MB/s and GPU", "~ requests/s")
     kinds = {
         "~ pictures and captions, tars": plan.raw,
         "cached moments": plan.moments,
@@ -135,15 +138,31 @@ def storage(plan: Plan) -> Iterator[str]:
         "cached in all": plan.cached,
     }
     for name, size in kinds.items():
-        yield row(
-            name, f"{size / 1e3:,.2f}", f"{size * plan.samples / 1e12:,.2f}", _feed(plan, size)
-        )
+        sizes = f"{size / 1e3:,.2f}", f"{size * plan.samples / 1e12:,.2f}"
+        yield row(name, *sizes, _feed(plan, size), _requests(plan, size))
+    per_tar = PackConfig().samples_per_shard
+    tars = math.ceil(plan.samples / per_tar)
+    yield row(f"tars of {per_tar:,} samples", f"{tars:,}")
+    yield row("shards of the cache", f"{2 * tars:,}")
+    yield row("~ core hours to pack", f"{plan.samples / PACKED / 3600:,.0f}")
+    if plan.precaching is not None:
+        hours = plan.samples * plan.precaching / 3600
+        yield row("~ GPU hours to precache", f"{hours:,.0f}")
 
 
 def _feed(plan: Plan, size: int) -> str:
     if plan.seconds is None:
         return "unknown"
     return f"{size * plan.seen / plan.seconds / plan.config.gpus / 1e6:,.2f}"
+
+
+def _requests(plan: Plan, size: int) -> str:
+    """Return how many requests a second all GPUs send to an object store."""
+    if plan.seconds is None:
+        return "unknown"
+    per_tar = PackConfig().samples_per_shard
+    each = math.ceil(size * per_tar / RANGE)
+    return f"{each * plan.seen / plan.seconds / per_tar:,.1f}"
 
 
 def remarks(plan: Plan) -> Iterator[str]:
@@ -162,6 +181,8 @@ def remarks(plan: Plan) -> Iterator[str]:
         yield "* Each step has the longest window of objective.truncation_range."
     if not _samples(plan):
         yield f"* Tars: pictures of {config.image_bytes:,} bytes (image_bytes=...)."
+        yield f"* Requests: of {RANGE // 2**20} MiB, all GPUs together, from an object store."
+        yield f"* Packing: {PACKED} pictures of 1 MP a second and core. Precaching: in TF32."
     if config.samples is None:
         yield "* The data is seen once; samples=N says how much there is."
     for each in plan.assumed:

@@ -49,6 +49,8 @@ class Plan:
         accumulation: micro-batches per step on a GPU.
         seconds: of all steps at the stated utilisation; None if the peak is unknown.
         raw: bytes of a sample in a tar; `moments` and `text` are those of a cached sample.
+        precaching: seconds of one GPU to encode a sample at the stated utilisation, in float32
+            with TF32; None if the peak is unknown.
         assumed: what the recipe leaves open, in words.
     """
 
@@ -67,6 +69,7 @@ class Plan:
     raw: int
     moments: int
     text: int
+    precaching: float | None
     assumed: tuple[str, ...]
 
     @property
@@ -106,6 +109,7 @@ def make_plan(config: PlanConfig) -> Plan:
     peak = peak_flops(gpu, training.precision, training.peak_tflops)
     seen = training.max_steps * training.global_batch_size
     seconds = seen * executed / (config.gpus * peak * config.utilisation) if peak else None
+    encoders = peak_flops(gpu, "no", training.peak_tflops)
     return Plan(
         config=config,
         gpu=gpu,
@@ -122,6 +126,7 @@ def make_plan(config: PlanConfig) -> Plan:
         raw=raw_bytes(config.image_bytes),
         moments=moment_bytes(blueprint, mirrored=config.data.shards.flip),
         text=text_bytes(blueprint),
+        precaching=encoding / (encoders * config.utilisation) if encoders else None,
         assumed=blueprint.assumed,
     )
 

@@ -9,11 +9,11 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, final
 
@@ -25,9 +25,10 @@ from sfumato.data.left_out import KEPT
 from sfumato.data.prepared.folder import UNFINISHED, PreparedFolder
 from sfumato.data.prepared.format import Member, PreparedError, TarRecord, write_record
 from sfumato.files import digest, new_file, sha256_of
+from sfumato.parts import slice_of
 from sfumato.preparation.engine import ALONE, Engine, Progress, Tick, map_shards
 from sfumato.preparation.older import older_bins
-from sfumato.preparation.pack_plan import COUNTED, PackShard, make_plan
+from sfumato.preparation.pack_plan import COUNTED, PackShard, Plan, make_plan
 from sfumato.preparation.sources import containers
 from sfumato.preparation.tars import (
     Sample,
@@ -37,6 +38,7 @@ from sfumato.preparation.tars import (
     forget_others,
     is_ours,
     tidied,
+    turn,
     unclaim,
     write_tar,
 )
@@ -87,9 +89,18 @@ class Packed:
 
 
 def pack(
-    config: PackConfig, download: DownloadConfig, folder: Path, engine: Engine = ALONE
+    config: PackConfig,
+    download: DownloadConfig,
+    folder: Path,
+    engine: Engine = ALONE,
+    *,
+    part: str | None = None,
 ) -> dict[str, int]:
     """Write the tars that are missing, and return the count of rows in each bin.
+
+    Args:
+        part: I/N makes every N-th tar from I, beside processes that make the others. A packing
+            without a part then finishes.
 
     Raises:
         ValueError: the source cannot be read, or has no good picture.
@@ -100,17 +111,21 @@ def pack(
     source = containers(config, further, folder)
     prepared = PreparedFolder(folder)
     shards = prepared.shards
-    _refuse_foreign(shards)
     columns: list[Any] = [config.image_column, config.caption_column, config.captions,
                           config.columns, *further]  # fmt: skip
     if config.caption_lines != "first":
         columns.append(["caption_lines", config.caption_lines])
     job = PackJob(prepared, config, (config.samples_per_shard, config.max_pixels, *columns))
-    if (bins := older_bins(prepared, source, job.settings)) is not None:
-        return bins
-    written, empty = count_written(shards), list[TarRecord]()
-    plan = make_plan(source, digest(columns), config.samples_per_shard, shards, engine)
-    claim(shards, plan.names)
+    with turn(shards) if part else nullcontext():
+        _refuse_foreign(shards)
+        if (bins := older_bins(prepared, source, job.settings)) is not None:
+            return bins
+        written = count_written(shards)
+        plan = make_plan(source, digest(columns), config.samples_per_shard, shards, engine)
+        claim(shards, plan.names)
+    if part:
+        return _make_part(job, plan, part, engine)
+    empty = list[TarRecord]()
     with (
         tidied(shards),
         Progress("pack", plan.rows, "row") as progress,
@@ -132,6 +147,18 @@ def pack(
         raise ValueError(_nothing(config, Counter({**plan.dropped, **progress.bins})))
     forget_others(shards, {*plan.names})
     (shards / UNFINISHED).unlink(missing_ok=True)
+    return progress.bins
+
+
+def _make_part(job: PackJob, plan: Plan, part: str, engine: Engine) -> dict[str, int]:
+    own = slice_of(part)
+    shards = islice(plan.shards(), own.start, None, own.step)
+    with (
+        Progress(f"pack {part}", None, "row", shards=len(plan.names[own])) as progress,
+        closing(map_shards(partial(make_tar, job), shards, engine, tick=progress.tick)) as packed,
+    ):
+        for made in packed:
+            progress.add(made.kept, made.dropped)
     return progress.bins
 
 
@@ -271,4 +298,5 @@ def _is_foreign(path: Path, written: int, *, killed: bool) -> bool:
     if path.suffix == ".json":
         return not is_ours(path, written)
     # A kill may leave a tar without its record.
-    return not killed and not path.with_suffix(".json").exists()
+    ours = int(path.stem) < written  # another part may be making it
+    return not killed and not ours and not path.with_suffix(".json").exists()

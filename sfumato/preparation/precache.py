@@ -29,12 +29,13 @@ from sfumato.data.prepared.format import (
 )
 from sfumato.files import new_file, sha256_of, write_text
 from sfumato.models.registry import load_encoders
+from sfumato.parts import slice_of
 from sfumato.preparation.cache_plan import CacheJob, count_samples, lacking, plan_cache
 from sfumato.preparation.encoding import Encoder, Picture, Shard
 from sfumato.preparation.engine import ALONE, Engine, Progress, Tick, map_shards
 from sfumato.preparation.faults import wrong_size
 from sfumato.preparation.pool import worker_index
-from sfumato.preparation.tars import clear_unfinished, tidied
+from sfumato.preparation.tars import clear_unfinished, tidied, turn
 from sfumato.training.distribution import Distribution
 
 T = TypeVar("T")
@@ -77,10 +78,37 @@ def precache(
     return tally(sum(kept for kept, _ in every), [dropped for _, dropped in every])
 
 
+def precache_part(config: PrepareConfig, engine: Engine) -> dict[str, int]:
+    """Encode what `config.part` of the shards lacks, beside processes that encode the others.
+
+    Raises:
+        ValueError: as `precache`.
+    """
+    job = plan_cache(config)
+    names = job.names[slice_of(config.part)]
+    moments, text = job.caches
+    with turn(job.folder.shards):
+        begin_cache(job.folder, moments, "moments", job.identity.moments, alone=False)
+        begin_cache(job.folder, text, "text", job.identity.text, alone=False)
+    make = ShardEncoder(job)
+    with Progress(f"precache {config.part}", None, "image", shards=len(names)) as progress:
+        for kept, dropped in map_shards(make, names, engine, tick=progress.tick, gpu=True):
+            progress.add(kept, dropped)
+    return progress.bins
+
+
 def begin_cache(
-    prepared: PreparedFolder, cache: str, kind: str, content: Mapping[str, Any]
+    prepared: PreparedFolder,
+    cache: str,
+    kind: str,
+    content: Mapping[str, Any],
+    *,
+    alone: bool = True,
 ) -> None:
     """Write a cache's manifest, and remove the unfinished files of a killed process.
+
+    Args:
+        alone: no other process writes to the cache; unfinished files are left there otherwise.
 
     Raises:
         PreparedError: files that Sfumato did not write are in the way, or the disk is full.
@@ -93,7 +121,8 @@ def begin_cache(
             f"{folder} holds {files[0].name}, which Sfumato did not write; give {others}, or move "
             "it away"
         )
-    clear_unfinished(folder)
+    if alone:
+        clear_unfinished(folder)
     manifest = {"format": FORMAT, "kind": kind, **content}
     text = json.dumps(manifest, indent=2) + "\n"
     write_text(folder / MANIFEST, text, failure=PreparedError)

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -39,6 +39,9 @@ def prepare(config: PrepareConfig) -> None:
     check_prepare(config)
     folder = Path(config.out).expanduser()
     config = replace(config, out=str(folder))
+    if config.part is not None:
+        _prepare_part(config, folder)
+        return
     with ExitStack() as held:
         distribution = _distribution(config)
         if distribution is not None:
@@ -66,14 +69,33 @@ def prepare(config: PrepareConfig) -> None:
             on_first(lambda: _index(folder, engine))
 
 
-def hold(folder: Path) -> IO[str]:
+def _prepare_part(config: PrepareConfig, folder: Path) -> None:
+    """Make a part of a stage's shards, beside processes that make others."""
+    with hold(folder, shared=True):
+        _refuse_index_of_others(folder)
+        engine = open_engine(config.engine, config.workers, config.ray, folder)
+        with closing(engine):
+            if config.stages == ["pack"]:
+                bins = pack(config.pack, config.download, folder, engine, part=config.part)
+            else:
+                from sfumato.preparation.precache import precache_part
+
+                bins = precache_part(config, engine)
+    print(line(f"{config.stages[0]}, part {config.part}", bins), flush=True)
+
+
+def hold(folder: Path, *, shared: bool = False) -> IO[str]:
     """Hold a prepared folder until the returned file is closed.
+
+    Args:
+        shared: hold it beside other processes that share it.
 
     Raises:
         PreparedError: if another process holds the folder, or it cannot be made.
     """
     busy = f"another sfumato prepare works on {folder}; wait for it, or give another out"
-    return lock(folder, busy=busy, unmade="give another out", failure=PreparedError)
+    unmade = "give another out"
+    return lock(folder, busy=busy, unmade=unmade, shared=shared, failure=PreparedError)
 
 
 def _refuse_index_of_others(folder: Path) -> None:

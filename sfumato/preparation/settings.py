@@ -4,7 +4,8 @@ import os
 import re
 
 from sfumato.config import PrepareConfig, check_values
-from sfumato.data.store import is_address
+from sfumato.data.store import check_address, is_address
+from sfumato.parts import slice_of
 
 
 def check_prepare(config: PrepareConfig) -> None:
@@ -20,10 +21,25 @@ def check_prepare(config: PrepareConfig) -> None:
         raise ValueError(
             "pack.repeats and pack.weight are for training; each picture is packed once"
         )
-    if config.engine == "ray" and (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.engine == "ray" and world > 1:
         raise ValueError(
             f"engine=ray works from one process, and torchrun started {world}; start sfumato "
             "prepare without torchrun, or leave engine=ray out"
+        )
+    for key, path in (("pack.path", pack.path), ("download.table", config.download.table)):
+        if path and is_address(path):
+            check_address(key, path)
+    slice_of(config.part)
+    if config.part is not None and config.stages not in (["pack"], ["precache"]):
+        raise ValueError(
+            f"part={config.part} shares one stage with others, and stages={config.stages}; give "
+            "stages=[pack] or stages=[precache], and run the rest without part"
+        )
+    if config.part is not None and world > 1:
+        raise ValueError(
+            f"part={config.part} is for one process, and torchrun started {world}; start sfumato "
+            "prepare without torchrun, with workers=N"
         )
     _check_source(config)
     _check_filter(config)

@@ -19,6 +19,7 @@ from sfumato.data.paths import is_tar
 from sfumato.data.prepared.folder import SHARDS
 from sfumato.data.prepared.format import PreparedError
 from sfumato.data.sources import find_files_of, list_source
+from sfumato.data.store import version_of
 from sfumato.data.webdataset import list_tar
 from sfumato.files import digest
 from sfumato.preparation.download import DOWNLOAD, read_download
@@ -200,7 +201,8 @@ def _downloaded(config: PackConfig, further: Sequence[str], folder: Path) -> lis
 
 def _tar(tar: Path, config: PackConfig, expected: int | None = None) -> Tar:
     status = tar.stat()
-    return Tar(tar.name, str(status.st_size), _changed(status), tar, config, expected)
+    identity = f"{status.st_size}{version_of(tar)}"
+    return Tar(tar.name, identity, _changed(status), tar, config, expected)
 
 
 def _list_one(tar: Path, config: PackConfig, expected: int | None, log: SkipLog) -> Listing:

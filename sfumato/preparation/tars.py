@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 from sfumato.data.prepared.folder import UNFINISHED
 from sfumato.data.prepared.format import FORMAT, Member, PreparedError
-from sfumato.files import write_text
+from sfumato.files import lock, write_text
 from sfumato.records import read_record
 
 _WRITTEN = ".written"  # in a folder: how many numbered files are of sfumato prepare
@@ -131,6 +132,11 @@ def clear_unfinished(folder: Path) -> None:
     """Remove the unfinished files of killed processes."""
     for path in [path for path in files_in(folder) if _UNFINISHED.fullmatch(path.name)]:
         path.unlink(missing_ok=True)
+
+
+def turn(folder: Path) -> IO[str]:
+    """Wait until no other part of a stage begins in a folder; hold it until the file is closed."""
+    return lock(folder, busy="", unmade="give another out", wait=True, failure=PreparedError)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from typing import Any
 
 from sfumato.conditions import ANY, STARTS, is_own, named_files
 from sfumato.config import RewardConfig, RewardedConfig, TrainConfig, WeightedRewardConfig
-from sfumato.data.paths import expand_pattern
+from sfumato.data.paths import addresses_of, expand_pattern
+from sfumato.data.store import copy_of, is_address
 from sfumato.files import digest, sha256_of, write_text
 from sfumato.records import read_record
 from sfumato.rewards.code import find_code
@@ -28,7 +29,7 @@ PROCESSOR = re.compile(
 )
 DATA = ("data.", "validation.")  # settings of pictures and prompts
 # What is measured stays the same.
-SCALING = ("scale", "score", "dtype", "gradient_checkpointing", "timeout", "cache")
+SCALING = ("scale", "score", "dtype", "gradient_checkpointing", "timeout", "cache", "crop")
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "preprocessor_config.json")
 THREADS = 4
 READ_WHOLE = 64 * 2**30  # bytes of data; of more, only names and sizes are compared
@@ -79,7 +80,7 @@ def changed(run: Path, contents: Mapping[str, str]) -> list[str]:
 
 def _write(run: Path, notes: "Notes") -> None:
     if os.access(run, os.W_OK):  # a run of somebody else may be read alone
-        write_text(run / MEMORY, json.dumps(asdict(notes)) + "\n")
+        write_text(run / MEMORY, json.dumps(asdict(notes)) + "\n", shared=True)
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,9 @@ def _paths_of(value: str, key: str) -> list[str]:
         with suppress(ValueError):
             return [str(find_code(value)[0].absolute())]
         return []
+    if is_address(value):
+        named = addresses_of(value, key) if _is_data(key) else []
+        return [str(copy_of(each, key)) for each in named]
     top, is_data = _local(value).absolute(), _is_data(key)
     if top.is_dir():
         paths: list[str] = []

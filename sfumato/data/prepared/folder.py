@@ -13,7 +13,6 @@ index.json                   Index: what training opens, and every sample's bin
 KEY is the first 16 hex digits of the SHA-256 of the identity as sorted, compact JSON.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +29,7 @@ from sfumato.data.prepared.format import (
     TarRecord,
 )
 from sfumato.data.shard_cache import LocalFile, ShardCache
-from sfumato.data.store import AGAIN, Store, is_address
+from sfumato.data.store import AGAIN, Store, home, is_address
 from sfumato.records import read_record
 
 Record = TypeVar("Record")
@@ -191,6 +190,6 @@ def open_folder(path: str, config: ShardDataConfig) -> PreparedFolder:
     """
     if not is_address(path):
         return PreparedFolder(Path(path).expanduser())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sfumato" / "shards"
-    cache = ShardCache(Path(config.cache_dir or home).expanduser(), round(config.cache_gb * 10**9))
+    place = Path(config.cache_dir or home() / "shards").expanduser()
+    cache = ShardCache(place, round(config.cache_gb * 10**9))
     return PreparedFolder(Path(path), store=Store(path, cache))
