@@ -4,7 +4,7 @@ python benchmarks/demo_claim.py [--seeds 4] [--out runs/claim] [--pictures DIR]
 
 Settings were chosen on seed 0, so the seeds after it are also averaged alone. The claim is of at
 least a fifth of the base model's diversity. --pictures is a folder that `sfumato demo --pictures`
-wrote; with it the pictures are compared with real ones of the same names.
+wrote; with it the pictures are compared with real ones of the same kinds.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from pathlib import Path
 from demo_scores import Reader, load_classifier, read_pictures, top_1
 from torch import Tensor
 
-from sfumato.demo.experiment import IMAGES_PER_PROMPT, NAMES, run_demo
-from sfumato.demo.pictures import phrase
+from sfumato.demo.experiment import ASKED, IMAGES_PER_PROMPT, run_demo
+from sfumato.demo.pictures import KIND_OF, KINDS, phrase
 from sfumato.evaluation.metrics import kid, precision_recall, vendi
 from sfumato.evaluation.results import Evaluation
 from sfumato.images import load_images
@@ -35,7 +35,7 @@ def build_judge(folder: Path | None) -> Judge:
     """Return what measures one evaluated step, by its pictures on disk.
 
     KID, recall and Vendi score are of the text-image model's features: no reward sees them. Real
-    pictures are of the names that the prompts ask for; the held-back style has few of these.
+    pictures are of the kinds that the prompts ask for; the held-back style has few of these.
     """
     read, classifier = Reader(), load_classifier(160)
 
@@ -43,20 +43,20 @@ def build_judge(folder: Path | None) -> Judge:
         unit = read.features(pictures)
         return unit * unit.shape[1] ** 0.5  # KID's kernel is then (cosine + 1)^3
 
-    real: dict[str, Tensor] = {}
+    real, names = dict[str, Tensor](), [name for kind in ASKED for name in KINDS[kind]]
     for label, name in (("things", "things"), ("held style", "held_things")):
         if folder:
-            pictures, _ = read_pictures(folder / "pictures" / name, names=NAMES)
+            pictures, _ = read_pictures(folder / "pictures" / name, names=names)
             real[label] = see(pictures)
 
     def judge(record: RunRecord, one: Evaluation) -> dict[str, float]:
         shown = read_scores(record, one.step)
         pictures = load_images([Path(each.image) for each in shown])
         prompts, features = [each.prompt for each in shown], see(pictures)
-        names = [phrase(row["name"]) for row in read(pictures)]
+        kinds = [phrase(KIND_OF[row["name"]]) for row in read(pictures)]
         found = {"reward": one.reward or 0.0, "diversity": one.diversity, **one.held_out}
         found["top-1 at 160"], _ = top_1(classifier, pictures, prompts)
-        found["name read"] = sum(map(str.__eq__, names, prompts)) / len(names)
+        found["kind read"] = sum(map(str.__eq__, kinds, prompts)) / len(kinds)
         found["Vendi"] = statistics.mean(map(vendi, features.split(IMAGES_PER_PROMPT)))
         for label, own in real.items():
             found[f"KID x 1000, {label}"] = 1000 * kid(features, own)

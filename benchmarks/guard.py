@@ -37,17 +37,12 @@ SHOWN, COLUMNS = (0, 6, 12, 18, 24), 8
 GAUGES = ("edges", "high_frequencies", "diversity", "dark", "grid", "sharpness")
 
 
-def open_prompts() -> list[str]:
-    from sfumato.demo.experiment import NAMES
-    from sfumato.demo.pictures import phrase
-
-    return [phrase(name) for name in NAMES]
-
-
 def settings(out: Path, name: str, seed: int, *more: str) -> list[str]:
+    from sfumato.demo.experiment import write_prompts
+
     out.mkdir(parents=True, exist_ok=True)
     prompts = out / "prompts.txt"
-    prompts.write_text("".join(f"{prompt}\n" for prompt in open_prompts()))
+    prompts.write_text(write_prompts(0))
     return [
         "recipe=demo_draft_plus",
         f"runs_dir={out}",
@@ -103,6 +98,7 @@ def run(out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
 
 @torch.no_grad()
 def images_of(model: Any, config: Any, run: Path, step: int, count: int) -> tuple[Any, list[str]]:
+    from sfumato.demo.experiment import PROMPTS
     from sfumato.diffusion.randomness import derive
     from sfumato.models.generate import generate_in_batches
     from sfumato.training.checkpoint import read_shown_weights
@@ -110,7 +106,7 @@ def images_of(model: Any, config: Any, run: Path, step: int, count: int) -> tupl
 
     if step:
         load_weights(model, read_shown_weights(run / "checkpoints" / f"step-{step:06d}"))
-    prompts = [prompt for prompt in open_prompts() for _ in range(count)]
+    prompts = [prompt for prompt in PROMPTS for _ in range(count)]
     seeds = [derive(7, i) for i in range(len(prompts))]
     schedule = "draft" if step else "base"
     images = generate_in_batches(model, prompts, seeds, config.sampler, 30, schedule=schedule)

@@ -173,17 +173,15 @@ class Trainee:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Return reward, held-out score and diversity, each a mean over the open prompts."""
-        from sfumato.demo.experiment import NAMES
-        from sfumato.demo.pictures import phrase
+        from sfumato.demo.experiment import PROMPTS
         from sfumato.diffusion.randomness import derive
         from sfumato.evaluation.diversity import build_distance
         from sfumato.models.generate import generate_in_batches
 
         sampler = replace(self.config.sampler, num_inference_steps=8)
         distance = build_distance(str(DEMO_MODELS / "text_image"), self.model.device)
-        prompts = [phrase(name) for name in NAMES]
-        texts = [prompt for prompt in prompts for _ in range(IMAGES)]
-        seeds = [derive(0, i, j) for i in range(len(prompts)) for j in range(IMAGES)]
+        texts = [prompt for prompt in PROMPTS for _ in range(IMAGES)]
+        seeds = [derive(0, i, j) for i in range(len(PROMPTS)) for j in range(IMAGES)]
         self.model.trained.eval()
         images = generate_in_batches(self.model, texts, seeds, sampler, 21)
         self.model.trained.train()

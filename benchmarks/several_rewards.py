@@ -52,13 +52,12 @@ class Colors(Trainee):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Return redness and brightness, at scale 1, of the same prompts and noise."""
-        from sfumato.demo.experiment import NAMES
-        from sfumato.demo.pictures import phrase
+        from sfumato.demo.experiment import PROMPTS
         from sfumato.diffusion.randomness import derive
         from sfumato.models.generate import generate_in_batches
         from sfumato.rewards.simple import BrightnessReward, ColorReward
 
-        texts = [phrase(name) for name in NAMES for _ in range(IMAGES)]
+        texts = [prompt for prompt in PROMPTS for _ in range(IMAGES)]
         seeds = [derive(0, i) for i in range(len(texts))]
         sampler = replace(self.config.sampler, num_inference_steps=5)
         self.model.trained.eval()

@@ -14,12 +14,13 @@ from sfumato.compose import DEMO_IMAGES, DEMO_MODELS, compose_train
 from sfumato.config import TrainConfig
 from sfumato.demo import experiment
 from sfumato.demo.classifier import LABELS, WEIGHTS
-from sfumato.demo.experiment import NAMES, RUNS, write_prompts
+from sfumato.demo.experiment import ASKED, PROMPTS, RUNS, write_prompts
 from sfumato.demo.images import NEW_NAMES
 from sfumato.demo.packages import Package
 from sfumato.demo.pictures import (
     BACKGROUNDS,
     KEYWORDS,
+    KINDS,
     LICENSES,
     STYLES,
     THINGS,
@@ -97,13 +98,18 @@ def test_the_licence_of_each_package_is_shipped(package: Package) -> None:
 def test_the_prompts_are_those_of_the_demo() -> None:
     text = (DEMO_IMAGES / "prompts.txt").read_text(encoding="utf-8")
     assert text == write_prompts(0) != write_prompts(1)
-    assert sorted(text.splitlines()) == sorted(map(phrase, NAMES))
+    assert sorted(text.splitlines()) == sorted(PROMPTS)
 
 
 def test_things_are_labels_of_the_classifier(classifier: ClassifierReward) -> None:
-    assert set(NAMES) <= set(THINGS)
     for name in THINGS:
         assert classifier.named(phrase(name)) == classifier.texts[name.replace("-", " ")]
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_a_kind_is_all_labels_of_its_things(classifier: ClassifierReward, kind: str) -> None:
+    labels = {i for name in KINDS[kind] for i in classifier.texts[name.replace("-", " ")]}
+    assert set(classifier.named(phrase(kind))) == labels
 
 
 def test_captions_fit_the_text_encoder() -> None:
