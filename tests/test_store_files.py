@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from image_files import png, write_tar
+from image_files import config_of, png, write_folder, write_tar
 from store_server import SLOW, StoreServer
 
 from sfumato.compose import compose_train
 from sfumato.config import DownloadConfig, PackConfig
 from sfumato.data import store
 from sfumato.data.entries import Columns
+from sfumato.data.images import open_images
 from sfumato.data.left_out import SkipLog
 from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prompts import open_prompts, read_prompt_rows, read_prompts
@@ -36,7 +37,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreSer
     write_tar(folder / "a.tar", [*members, ("1.txt", b"a dot")])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "PAUSES", (0.01, 0.01))
-    monkeypatch.setattr(store, "RANGE", 4000)
+    monkeypatch.setattr("sfumato.data.copies.RANGE", 4000)
     served = StoreServer(folder)
     yield served
     served.close()
@@ -147,7 +148,8 @@ def test_what_stays_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("s3://bucket/folder", "is no file that can be read from a store"),
+        ("https://host/folder", "is a folder, and a web server does not list its files"),
+        ("s3://me:hidden@bucket/folder", "may hold credentials"),
         ("s3://bucket/*.tar", "is a glob, and a store is not searched"),
         ("s3://bucket/{0..1.tar", "braces are not balanced"),
         ("s3://bucket/a.safetensors", "is no file that can be read from a store"),
@@ -169,3 +171,40 @@ def test_credentials_are_refused_before_a_run_begins(key: str) -> None:
     with pytest.raises(ValueError, match=f"{key}=https://.* may hold credentials") as error:
         compose_train([*given, f"{key}=https://me:hidden@host/p.txt"])
     assert "hidden" not in str(error.value)
+
+
+def test_a_folder_of_pictures_in_a_store_is_that_of_a_disk(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_folder(tmp_path / "disk", [(16, 20), (20, 16), (16, 16)])
+    write_folder(folder / "inner", [(18, 20)])
+    system = s3fs.S3FileSystem(skip_instance_cache=True)
+    system.mkdir("bucket")
+    system.put(f"{folder}/", "bucket/a/folder/", recursive=True)
+    for name in ("/../../outside.png", "//etc/x.png", "/.hidden.png"):
+        system.pipe(f"bucket/a/folder{name}", png())
+
+    def rows(path: object) -> list[tuple[str, bool]]:
+        stream = open_images(config_of(str(path)), height=16, width=16, divisor=1, seed=3)
+        return [(each.caption, each.pixels.any().item()) for each in stream.next(8, 0, 8)]
+
+    def identity(path: object) -> str:
+        return digests({"data.images.path": str(path)}, tmp_path)["data.images.path"]
+
+    for address in ("s3://bucket/a/folder", "s3://bucket/a/folder/"):
+        assert rows(address) == rows(folder)
+        assert identity(address) == identity(folder)
+    here = tmp_path / "cache" / "sfumato" / "files"
+    names = {path.relative_to(here).as_posix().partition("/")[2] for path in here.rglob("*.*")}
+    on_disk = {f"folder/{path.relative_to(folder)}" for path in folder.rglob("*.*")}
+    assert names == on_disk, "nothing else was copied, and nothing elsewhere"
+    caption = next(folder.glob("*.txt"))
+    caption.write_text("another")
+    system.put(str(caption), f"bucket/a/folder/{caption.name}")
+    assert "another" in dict(rows("s3://bucket/a/folder"))
+    assert identity("s3://bucket/a/folder") == identity(folder)
+    with pytest.raises(StoreError, match="s3://bucket/b/ has no files; check the address"):
+        rows("s3://bucket/b")

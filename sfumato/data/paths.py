@@ -7,7 +7,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from sfumato.data.store import check_address, copy_of, is_address
+from sfumato.data.copies import copy_of
+from sfumato.data.store import check_address, is_address
 
 _NAMED_FILES = 5
 # Unlike Path's methods, these take a pattern that is longer than any file name.

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sfumato.data.copies import copy_of_folder, is_folder_address
 from sfumato.data.decode import SUFFIXES
 from sfumato.data.entries import (
     Blob,
@@ -60,7 +61,8 @@ def list_source(
               subfolder if no image has a `NAME.txt`, only that is read;
             - a table (`WITH_COLUMNS`) with columns of paths and captions, or a pattern of them;
             - WebDataset `.tar` files: one, a folder of them, a glob or a brace pattern;
-            - a folder written by `datasets.save_to_disk`.
+            - a folder written by `datasets.save_to_disk`;
+            - such a folder, table or tar at an address in a store, copied whole to this machine.
         base_path: where the paths in a table begin; None is the table's own folder.
         columns: which columns are read.
         log: where rows, members and files without caption or image are counted.
@@ -69,6 +71,7 @@ def list_source(
     Raises:
         ValueError: nothing of the kind is there, or it cannot be read with these settings.
     """
+    path = _here(path, key)
     folder, files = Path(path).expanduser(), find_files_of(path, key)
     base = Path(base_path).expanduser() if base_path is not None else None
     if base is not None and not base.is_dir():
@@ -101,6 +104,7 @@ def find_files_of(path: str, key: str) -> tuple[Path, ...]:
     Raises:
         ValueError: nothing is there, or a file has an unknown suffix.
     """
+    path = _here(path, key)
     folder = Path(path).expanduser()
     if not path.strip() or not is_folder(folder):
         return find_files(path, key, (*WITH_COLUMNS, ".tar"))
@@ -131,6 +135,11 @@ def find_files_of(path: str, key: str) -> tuple[Path, ...]:
             f"captions; {_IN_PARQUET}; or give a parquet table of paths itself"
         )
     return tuple(tables)
+
+
+def _here(path: str, key: str) -> str:
+    """Return a path; of a folder in a store that of its copy."""
+    return str(copy_of_folder(path, key)) if is_folder_address(path) else path
 
 
 def _survey(folder: Path) -> tuple[Path | None, list[Path], Path | None]:

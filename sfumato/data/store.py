@@ -3,8 +3,8 @@
 An address of prepared data is opened by fsspec, and its objects are read in ranges, each tried
 again after a cut. `Store.hold` is the one door: where a reader would open a file of a folder, it
 holds the local file of an object, whole and compared with its SHA-256, in a cache on the disk.
-Reading ahead is holding early, in the seeded order of the data. `copy_of` is the door of single
-files, such as prompts: it copies one whole. Nothing else knows of stores.
+Reading ahead is holding early, in the seeded order of the data. Files that are read whole, such as
+prompts, are copied (`copies.py`). Nothing else knows of stores.
 """
 
 import hashlib
@@ -19,7 +19,6 @@ from typing import Any, TypeVar, final
 from urllib.parse import urljoin, urlsplit
 
 from sfumato.data.shard_cache import LocalFile, ShardCache, StoreError, key_of
-from sfumato.files import digest, new_file
 
 Result = TypeVar("Result")
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)  # seconds before each further try
@@ -29,12 +28,6 @@ _DENIED, _MISSING, _BEYOND_END = (401, 403, 407), (404, 410), 416
 _WITHOUT = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
 _WITH_REVISION = "hf"  # its addresses name a revision behind an @
 _INDEX = "index.json"
-# What the libraries call the version of an object; the next of a name has another.
-_VERSIONS = (
-    *("ETag", "etag", "generation", "blob_id", "LastModified", "Last-Modified", "mtime"),
-    *("Content-MD5", "Digest"),
-)
-_COPIES = "files"  # below `home`
 _DOWNGRADE = ("https", "http")
 AGAIN = "upload the prepared folder again, index.json last"
 _CREDENTIALS = "give the credentials as its library reads them"
@@ -82,34 +75,6 @@ def home() -> Path:
     return (Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sfumato").expanduser()
 
 
-def copy_of(address: str, key: str) -> Path:
-    """Return a whole file at an address as a copy on this machine, under the same name.
-
-    It is fetched if no copy of its size and version is here. Copies stay until somebody removes
-    them.
-
-    Args:
-        key: of the setting that holds the address, for messages.
-
-    Raises:
-        ValueError: the address may hold credentials.
-        StoreError: the file cannot be read, or the copy not be written.
-    """
-    check_address(key, address)
-    parent, _, name = address.rpartition("/")
-    if not parent.partition("://")[2]:
-        raise ValueError(
-            f"{key} = {address} names no file; give an address such as s3://BUCKET/FILE"
-        )
-    return Objects(parent).copy(name, home() / _COPIES)
-
-
-def version_of(path: Path) -> str:
-    """Return which version of an object a file copies; "" if it is no copy."""
-    folder = path.parent
-    return f" {folder.name}" if folder.parent == home() / _COPIES else ""
-
-
 class Objects:
     """Objects at an address, read in ranges.
 
@@ -125,30 +90,6 @@ class Objects:
         """
         self.address = address.rstrip("/")
         self._system, self._root = _open(self.address)
-
-    def copy(self, name: str, folder: Path) -> Path:
-        """Return a copy of an object, in a folder of its own; see `copy_of`."""
-
-        def look() -> tuple[int | None, list[str]]:
-            self._system.invalidate_cache()
-            about = self._system.info(f"{self._root}/{name}")
-            return about.get("size"), [str(about.get(each, "")) for each in _VERSIONS]
-
-        while True:
-            size, versions = state = self._ask(name, look)
-            path = folder / digest([self.address, name, size, versions]) / name
-            if any(versions) and path.is_file() and path.stat().st_size == size:
-                return path
-            with new_file(path, shared=True, failure=StoreError) as beside:
-                with beside.open("wb") as file:
-                    if size is None:
-                        file.write(self._read(name))
-                    while size is not None and (start := file.tell()) < size:
-                        file.write(self._range(name, start, min(start + RANGE, size), size))
-                os.utime(beside, (0, 0))  # what was made of an earlier copy is not stale
-            if self._ask(name, look) == state:
-                return path
-            path.unlink(missing_ok=True)  # the object was replaced meanwhile
 
     def _read(self, name: str) -> bytes:
         return self._ask(name, lambda: self._cat(name, None, None))

@@ -13,13 +13,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, final
 
 from sfumato.config import PackConfig
+from sfumato.data.copies import version_of
 from sfumato.data.entries import Columns, Entry, FileBlob, is_utf8, lines_of
 from sfumato.data.left_out import SkipLog
 from sfumato.data.paths import is_tar
 from sfumato.data.prepared.folder import SHARDS
 from sfumato.data.prepared.format import PreparedError
 from sfumato.data.sources import find_files_of, list_source
-from sfumato.data.store import version_of
 from sfumato.data.webdataset import list_tar
 from sfumato.files import digest
 from sfumato.preparation.download import DOWNLOAD, read_download

@@ -13,8 +13,9 @@ from typing import Any
 
 from sfumato.conditions import ANY, STARTS, is_own, named_files
 from sfumato.config import RewardConfig, RewardedConfig, TrainConfig, WeightedRewardConfig
+from sfumato.data.copies import copy_of, copy_of_folder, is_folder_address
 from sfumato.data.paths import addresses_of, expand_pattern
-from sfumato.data.store import copy_of, is_address
+from sfumato.data.store import is_address
 from sfumato.files import digest, sha256_of, write_text
 from sfumato.records import read_record
 from sfumato.rewards.code import find_code
@@ -157,7 +158,7 @@ def _digest_of(value: str, key: str, sums: dict[str, Any]) -> str | None:
         if sums.get(file, ())[:-1] != state:
             sums[file] = (*state, sha256_of(Path(file)))
         return digest([(value.rpartition(":")[2], sums[file][-1])])
-    top = _local(value).absolute()
+    top = _place(value, key)
     names = [path[len(str(top)) + 1 :] if top.is_dir() else Path(path).name for path in files]
     names = names if top.is_dir() or len(names) > 1 else [""]
     if _is_data(key) and sum(size for size, *_ in files.values()) > READ_WHOLE:
@@ -175,10 +176,10 @@ def _paths_of(value: str, key: str) -> list[str]:
         with suppress(ValueError):
             return [str(find_code(value)[0].absolute())]
         return []
-    if is_address(value):
-        named = addresses_of(value, key) if _is_data(key) else []
+    top, is_data = _place(value, key), _is_data(key)
+    if is_address(value) and not top.is_dir():
+        named = addresses_of(value, key) if is_data else []
         return [str(copy_of(each, key)) for each in named]
-    top, is_data = _local(value).absolute(), _is_data(key)
     if top.is_dir():
         paths: list[str] = []
         real: set[str] = set()  # a link may lead back
@@ -214,6 +215,13 @@ def _state(path: str) -> tuple[int, int, int] | None:
         if stat.S_ISREG(about.st_mode):
             return about.st_size, about.st_mtime_ns, about.st_ino
     return None
+
+
+def _place(value: str, key: str) -> Path:
+    """Return the absolute path of a setting; of a folder in a store that of its copy."""
+    if _is_data(key) and is_folder_address(value):
+        return copy_of_folder(value, key)
+    return _local(value).absolute()
 
 
 def _local(value: str) -> Path:
