@@ -1,7 +1,8 @@
 """Measure preparation by several workers: speed, memory by the number of tars, and a large plan.
 
 speed   packs JPEG pictures of about one megapixel by one worker and by more, each with one thread
-        that decodes; prints pictures per second, the median of pairs in turns, and their ratio
+        that decodes; prints pictures per second, the median of pairs in turns, and their ratio;
+        beside it as many bare processes that only decode, which says how much the machine gives
 memory  packs, filters and verifies 10, 100 and 1,000 tars of 5 small pictures; prints the largest
         resident memory of the first process and of any worker
 plan    plans a million tars of 1,000 rows, out of 100,000 containers, and goes through all of them
@@ -13,13 +14,17 @@ plan    plans a million tars of 1,000 rows, out of 100,000 containers, and goes 
 
 import argparse
 import io
+import multiprocessing
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -82,20 +87,56 @@ def speed(options: argparse.Namespace) -> None:
         tar = Path(name) / "a.tar"
         write_source(tar, options.pictures, options.side, "JPEG")
         config = PackConfig(str(tar), samples_per_shard=options.per_tar, workers=1)
+        with tarfile.open(tar) as archive:
+            files = [archive.extractfile(m) for m in archive if m.name.endswith(".jpeg")]
+            pictures = [file.read() for file in files if file is not None]
         rates: dict[int, list[float]] = {1: [], options.workers: []}
-        for turn in range(options.pairs):
+        bare: dict[int, list[float]] = {1: [], options.workers: []}
+        for _ in range(options.pairs):
             for workers in rates:
+                out = Path(name) / "out"
                 begin = time.perf_counter()
-                pack(config, DownloadConfig(), Path(name) / f"{workers}-{turn}", Local(workers))
+                pack(config, DownloadConfig(), out, Local(workers))
                 rates[workers].append(options.pictures / (time.perf_counter() - begin))
+                shutil.rmtree(out)  # the next one writes to the same memory
+                bare[workers].append(decoded_per_second(pictures, workers))
     pixels = options.side**2 / 1e6
     print(f"{options.pictures} pictures of {pixels:.2f} MP, tars of {options.per_tar} rows")
     print("| workers | pictures per second | lowest | highest |\n|---|---|---|---|")
     for workers, each in rates.items():
         middle = statistics.median(each)
         print(f"| {workers} | {middle:.1f} | {min(each):.1f} | {max(each):.1f} |")
-    ratios = [more / one for one, more in zip(rates[1], rates[options.workers], strict=True)]
-    print(f"{options.workers} workers are {statistics.median(ratios):.2f} times one")
+    print(f"{options.workers} workers are {gain(rates[1], rates[options.workers]):.2f} times one")
+    of_bare = gain(bare[1], bare[options.workers])
+    print(f"{options.workers} bare processes that decode are {of_bare:.2f} times one")
+
+
+def gain(one: Sequence[float], more: Sequence[float]) -> float:
+    """Return the median ratio of rates that were measured in turns."""
+    return statistics.median(m / o for o, m in zip(one, more, strict=True))
+
+
+def decode(pictures: Sequence[bytes], ready: Barrier) -> None:
+    ready.wait()
+    for picture in pictures:
+        Image.open(io.BytesIO(picture)).convert("RGB").tobytes()
+    ready.wait()
+
+
+def decoded_per_second(pictures: Sequence[bytes], processes: int) -> float:
+    """Return the pictures per second of processes that only decode, each a share of them."""
+    ready = multiprocessing.Barrier(processes + 1)
+    shares = [pictures[i::processes] for i in range(processes)]
+    each = [multiprocessing.Process(target=decode, args=(share, ready)) for share in shares]
+    for process in each:
+        process.start()
+    ready.wait()
+    begin = time.perf_counter()
+    ready.wait()
+    seconds = time.perf_counter() - begin
+    for process in each:
+        process.join()
+    return len(pictures) / seconds
 
 
 def memory(options: argparse.Namespace) -> None:

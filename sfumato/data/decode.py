@@ -196,7 +196,9 @@ def _to_rgb(
     if picture.mode.startswith("I"):
         picture = _eight_bits(picture)
     if picture.mode not in {"RGBA", "LA", "PA"} and "transparency" not in picture.info:
-        return picture.convert("RGB") if convert is None else convert(picture), 255
+        if convert is not None:
+            return convert(picture), 255
+        return picture if picture.mode == "RGB" else picture.convert("RGB"), 255
     rgba = picture.convert("RGBA")
     alpha = rgba.getchannel("A")
     if convert is not None:

@@ -13,7 +13,7 @@ from typing import final
 
 from sfumato.data.prepared.format import FORMAT, PreparedError
 from sfumato.files import compact, write_text
-from sfumato.preparation.engine import Engine, Progress, Tick, map_shards
+from sfumato.preparation.engine import ALONE, Engine, Progress, Tick, map_shards
 from sfumato.preparation.sources import Container, Part, Tar
 from sfumato.records import read_record
 
@@ -128,7 +128,8 @@ def make_plan(
     tars = [each for each in (containers[index] for index in todo) if isinstance(each, Tar)]
     if tars:
         with Progress("list", len(tars), "tar") as progress:
-            listed = map_shards(_count, tars, engine, tick=progress.tick)
+            at = engine if len(tars) > 1 else ALONE  # a worker takes longer to start
+            listed = map_shards(_count, tars, at, tick=progress.tick)
             fresh = list(listed)
         for index, count in zip(todo, fresh, strict=True):
             counts[index] = count
