@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 # One thread a process: tiny models on several threads stall behind a busy neighbour.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -58,10 +59,13 @@ def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Return the address of moto's server, where botocore looks for it."""
     server = pytest.importorskip("moto.server", reason="moto serves S3")
-    pytest.importorskip("s3fs", reason="fsspec reads S3 with s3fs")
+    s3fs = pytest.importorskip("s3fs", reason="fsspec reads S3 with s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()  # one of an earlier server
     running = server.ThreadedMotoServer(port=0, verbose=False)
     running.start()
     host, port = running.get_host_and_port()
+    # What an earlier server of this process held is still there.
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "name",

@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from sfumato.clip import preprocess, read_processor
 from sfumato.rewards.classifier import ClassifierReward, find_label
+from sfumato.training.gauges import sharpness
 
 KINDS = list(STATED)
 NO_PROMPTS = ["", "", ""]
@@ -203,6 +204,16 @@ def test_training_sees_random_crops_and_others_see_whole_images(models: Path):
     heights, widths = zip(*seen, strict=True)
     assert min(heights) >= 20 and min(widths) >= 12 and len(seen) > 5
     assert all(abs(height / width - 40 / 24) < 0.15 for height, width in seen)
+
+
+def test_the_gauge_of_sharpness_crops_nothing(models: Path):
+    images = random_images(2, 3, 40, 24)
+    reward = load(models / "resnet", sizes=[16, 32], crop=0.5)
+    whole = load(models / "resnet", sizes=[16, 32])
+    drawn = torch.get_rng_state()
+    found = sharpness(reward, images, ["", ""])
+    assert torch.equal(found, sharpness(whole, images, ["", ""])) and found.all()
+    assert torch.equal(drawn, torch.get_rng_state()) and reward.crop == 0.5
 
 
 def test_a_size_that_the_model_does_not_take_is_refused(models: Path):

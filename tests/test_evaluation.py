@@ -304,6 +304,9 @@ def test_crops_of_training_change_no_evaluation(
             study = Study(model, replace(config, reward=own), ColorReward("red"), PROMPTS, **STUDY)
             found.append(study.settings()["reward"])
     assert found[:2] == found[2:] and found[0] != found[1]
+    reward = WeightedRewardConfig(parts={"crop": WeightedPartConfig(ClassifierRewardConfig("f"))})
+    study = Study(model, replace(config, reward=reward), ColorReward("red"), PROMPTS, **STUDY)
+    assert "crop" in study.settings()["reward"]["parts"]
 
 
 def test_an_interrupted_step_is_no_evaluation(

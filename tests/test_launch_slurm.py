@@ -178,6 +178,10 @@ def test_a_task_that_fails_is_made_up_for_by_the_job(
             stage("prepare", "out=o", "pack.path=s3://me:hidden@b/a.tar", "stages=[pack]"),
             r"pack.path=s3://\*\*\*@b/a.tar may hold credentials",
         ),
+        (
+            stage("evaluate", "run=.", "metrics=[fid]", "reference=s3://me:hidden@b/x"),
+            r"reference=s3://\*\*\*@b/x may hold credentials",
+        ),
         (stage("evaluate", "run=.", array=0), "array=0 is too small; give 1 or more"),
     ],
 )

@@ -398,6 +398,9 @@ def test_a_part_of_several_stages_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"part=0/2 shares one stage .*give stages=\[pack\]"):
         prepare(settings(source, tmp_path, part="0/2"))
+    address = replace(part(source, tmp_path, "0/2"), pack=PackConfig("s3://bucket/a.tar"))
+    with pytest.raises(ValueError, match="would copy the whole input to each machine; copy it to"):
+        prepare(address)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="part=0/2 is for one process, and torchrun started 2"):
         prepare(part(source, tmp_path, "0/2"))

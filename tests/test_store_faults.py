@@ -267,6 +267,10 @@ def test_faults_of_a_folder_in_a_store_are_named(
     assert name in capsys.readouterr().out
     server.faults = {}
     verify_store(server.address)
+    server.faults = {name: (kind, EVER)}  # what was fetched before is not believed
+    with pytest.raises(PreparedError, match="has faults, 1 in all"):
+        verify_store(server.address)
+    assert not list(tmp_path.rglob("verify-*"))
 
 
 # --- A real client of S3

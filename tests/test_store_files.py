@@ -44,7 +44,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreSer
 
 
 def copies(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    files = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    return sorted(path.name for path in files if path.name != ".lock")
 
 
 def test_prompts_from_a_store_are_those_from_a_disk(server: StoreServer, tmp_path: Path) -> None:
@@ -97,6 +98,30 @@ def test_tars_that_were_packed_from_a_copy_stay(server: StoreServer, tmp_path: P
     assert PreparedFolder(out).tar_record("000000").samples[0].captions == ("a king",)
 
 
+def test_a_picture_of_a_copied_folder_that_is_as_large_is_packed_again(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_folder(tmp_path / "disk", [(16, 20), (20, 16)])
+    system = s3fs.S3FileSystem(skip_instance_cache=True)
+    system.mkdir("bucket")
+    system.put(f"{folder}/", "bucket/folder/", recursive=True)
+    config, out = PackConfig("s3://bucket/folder/", samples_per_shard=1), tmp_path / "out"
+    pack(config, DownloadConfig(), out)
+    before = [PreparedFolder(out).tar_record(f"{i:06d}") for i in range(2)]
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    pack(config, DownloadConfig(), out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")} == written
+    data = (folder / "001.png").read_bytes()
+    other = png(20, 16, 2)[: len(data)].ljust(len(data), b"\0")
+    system.pipe("bucket/folder/001.png", other)
+    pack(config, DownloadConfig(), out)
+    after = [PreparedFolder(out).tar_record(f"{i:06d}") for i in range(2)]
+    assert [one.samples[0].sha256 for one in before] != [one.samples[0].sha256 for one in after]
+
+
 def test_a_file_that_is_replaced_while_it_is_copied_is_copied_again(
     server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +138,23 @@ def test_a_file_that_is_replaced_while_it_is_copied_is_copied_again(
     monkeypatch.setattr(store.Objects, "_range", replacing)
     assert read_prompts(address) == text.replace("fox", "dog").splitlines()
     assert begun.count(0) == 2
+
+
+@pytest.mark.parametrize("longer", [True, False])
+def test_a_file_that_is_replaced_each_time_is_refused(
+    server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longer: bool
+) -> None:
+    file, read = server.folder / "0.txt", store.Objects._range
+
+    def replacing(self: store.Objects, name: str, start: int, *others: int) -> bytes:
+        text = file.read_text()
+        file.write_text(text + "a fox\n" if longer else text[:-1])
+        return read(self, name, start, *others)
+
+    monkeypatch.setattr(store.Objects, "_range", replacing)
+    with pytest.raises(StoreError, match=r"0\.txt was replaced 3 times while it was copied; copy"):
+        read_prompts(f"{server.address}/0.txt")
+    assert copies(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["cut", "500", "503", "slow", "no ranges"])
@@ -154,6 +196,8 @@ def test_what_stays_is_refused_and_leaves_nothing(
         ("s3://bucket/{0..1.tar", "braces are not balanced"),
         ("s3://bucket/a.safetensors", "is no file that can be read from a store"),
         ("s3://me:hidden@bucket/a.csv", "may hold credentials"),
+        ("s3://bucket/folder/*", "is a glob, and a store is not searched"),
+        ("s3://bucket/emoji.v2", "that of a folder of pictures ends with /"),
         ("https://host/a.csv?token=hidden", "may hold credentials"),
         ("s4://bucket/a.csv", "fsspec knows no s4://"),
         ("s3://a.csv", "names no file; give an address"),
@@ -198,13 +242,18 @@ def test_a_folder_of_pictures_in_a_store_is_that_of_a_disk(
         assert rows(address) == rows(folder)
         assert identity(address) == identity(folder)
     here = tmp_path / "cache" / "sfumato" / "files"
-    names = {path.relative_to(here).as_posix().partition("/")[2] for path in here.rglob("*.*")}
-    on_disk = {f"folder/{path.relative_to(folder)}" for path in folder.rglob("*.*")}
-    assert names == on_disk, "nothing else was copied, and nothing elsewhere"
-    caption = next(folder.glob("*.txt"))
-    caption.write_text("another")
-    system.put(str(caption), f"bucket/a/folder/{caption.name}")
-    assert "another" in dict(rows("s3://bucket/a/folder"))
+    (copy,) = {path.parent for path in here.glob("*/folder/000.png")}
+    names = {path.relative_to(copy) for path in copy.rglob("*.*")}
+    on_disk = {path.relative_to(folder) for path in folder.rglob("*.*")}
+    assert names == on_disk, "nothing else was copied"
+    assert list(tmp_path.rglob("x.png")) == [] and not Path("/etc/x.png").exists()
+    before = {path: path.stat().st_ino for path in copy.rglob("*.*")}
+    (folder / "000.txt").write_text("pikture 0")  # as long
+    system.put(str(folder / "000.txt"), "bucket/a/folder/000.txt")
+    assert "pikture 0" in dict(rows("s3://bucket/a/folder"))
     assert identity("s3://bucket/a/folder") == identity(folder)
+    assert {path: path.stat().st_ino for path in copy.rglob("*.*")} == before, "a run may read it"
+    (other,) = {path.parent for path in here.glob("*/folder/000.png")} - {copy}
+    assert (other / "001.png").samefile(copy / "001.png"), "it was not copied again"
     with pytest.raises(StoreError, match="s3://bucket/b/ has no files; check the address"):
         rows("s3://bucket/b")

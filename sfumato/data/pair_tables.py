@@ -24,6 +24,7 @@ from sfumato.data.paths import find_files, is_folder
 from sfumato.data.row_groups import Groups, RowBlob, group_sizes
 from sfumato.data.settings import check_pairs
 from sfumato.data.sources import FOLDER_TABLES
+from sfumato.data.store import check_address, is_address
 from sfumato.data.stream import BrokenRowError
 from sfumato.data.tables import WITH_COLUMNS, Table, is_text, open_table
 
@@ -192,6 +193,8 @@ def list_pairs(config: PairDataConfig, key: str, log: SkipLog) -> Iterator[PairS
     """Yield the shards that have usable pairs, in file order."""
     check_pairs(key, config)
     base = Path(config.base_path).expanduser() if config.base_path is not None else None
+    if config.base_path is not None and is_address(config.base_path):
+        check_address(f"{key}.base_path", config.base_path)
     if base is not None and not base.is_dir():
         raise ValueError(f"{key}.base_path={config.base_path!r} is no folder; give the images' own")
     for file in _files(str(config.path), key):

@@ -73,7 +73,7 @@ def addresses_of(pattern: str, key: str, suffixes: Sequence[str] = ()) -> list[s
         if suffixes and not each.lower().endswith(tuple(suffixes)):
             raise ValueError(
                 f"{key} = {each!r} is no file that can be read from a store; give the address of a "
-                f"file of {', '.join(suffixes)}"
+                f"file of {', '.join(suffixes)}; that of a folder of pictures ends with /"
             )
     return found
 

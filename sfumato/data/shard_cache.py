@@ -35,6 +35,10 @@ class StoreError(ValueError):
     """A store that cannot be read, or a cache that cannot be written."""
 
 
+class CacheError(StoreError):
+    """A cache that cannot be made or written: a fault of this machine."""
+
+
 @final
 class LocalFile:
     """A file on this machine; a file of the cache stays there for as long as this object lives."""
@@ -63,7 +67,7 @@ class ShardCache:
             with self._alone():
                 pass
         except OSError as error:
-            raise StoreError(
+            raise CacheError(
                 f"the cache {folder} cannot be made, or cannot be locked ({error.strerror}); set "
                 "data.shards.cache_dir to a folder on a disk of this machine"
             ) from None
@@ -82,7 +86,7 @@ class ShardCache:
             StoreError: the disk is full, or the file is larger than the cache; or as `write`.
         """
         if size > self.limit:
-            raise StoreError(
+            raise CacheError(
                 f"the cache {self.folder} may have {self.limit:,} bytes (data.shards.cache_gb), "
                 f"and one shard has {size:,}; set a larger data.shards.cache_gb"
             )
@@ -197,7 +201,7 @@ class ShardCache:
             advice = "free some space, set a smaller data.shards.cache_gb, or " if full else ""
             if error.errno == errno.EMFILE:
                 advice = "allow this process more open files (ulimit -n), or "
-            raise StoreError(
+            raise CacheError(
                 f"the cache {self.folder} cannot be used: {reason}; {advice}set "
                 "data.shards.cache_dir to a folder on another disk"
             ) from None

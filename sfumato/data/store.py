@@ -39,6 +39,10 @@ _HOW = {
 _LOGGER = logging.getLogger(__name__)
 
 
+class ResizedError(StoreError):
+    """An object of another size than was expected."""
+
+
 class _OtherHostError(Exception):
     """A server that sends its readers to another host, which `args` name."""
 
@@ -109,7 +113,7 @@ class Objects:
             if len(data) != stop - start:
                 actual = self._size(name)
                 if actual not in (None, size):
-                    raise StoreError(
+                    raise ResizedError(
                         f"{self.address}/{name} has {actual:,} bytes, and had {size:,} when it was "
                         f"indexed; {AGAIN}"
                     )

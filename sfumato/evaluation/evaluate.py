@@ -14,7 +14,7 @@ from sfumato.diffusion.guidance import annealed_weights
 from sfumato.evaluation.diversity import build_distance
 from sfumato.evaluation.making import Making
 from sfumato.evaluation.manifest import difference
-from sfumato.evaluation.results import Evaluation, Variant, read_evaluation, read_evaluations
+from sfumato.evaluation.results import Evaluation, Variant, read_evaluation
 from sfumato.evaluation.study import Study
 from sfumato.files import lock
 from sfumato.parts import EVERYTHING
@@ -94,8 +94,7 @@ def evaluate(
             making = Making(studies[variant], step, variant, folder, distance, facts, group)
             for number in making.make():
                 bar.update(number)
-    found = {(v, one.step): one for v in studies for one in read_evaluations(run, v)}
-    return [found[task] for task in asked]
+    return [read_evaluation(run.evaluation(step, variant.name)) for variant, step in asked]
 
 
 def tasks_of(variants: Sequence[Variant], steps: Sequence[int]) -> list[Task]:

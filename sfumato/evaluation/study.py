@@ -124,5 +124,5 @@ def _by_content(
         if isinstance(value, dict)
         else ("by content" if typed(f"{prefix}{key}") in contents else value)
         for key, value in settings.items()
-        if (key, value) not in ADDED and key not in OF_TRAINING
+        if (key, value) not in ADDED and (key not in OF_TRAINING or isinstance(value, dict))
     }

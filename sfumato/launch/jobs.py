@@ -238,9 +238,10 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
         promised: the folders that earlier jobs fill.
     """
     settings, waits = copy.deepcopy(job.settings), False
-    for key, value in _files(job):
-        if is_address(value):
+    for key, value, _ in leaves_of(job.settings):
+        if isinstance(value, str) and is_address(value) and not key.endswith(".url"):
             check_address(key, value)
+    for key, value in _files(job):
         if any(_absolute(Path(value)).is_relative_to(_absolute(out)) for out in promised):
             waits = True
             if key in WEIGHTS:  # the checks would open it, and it does not exist yet

@@ -111,9 +111,11 @@ class DirectAlign(RewardedObjective[Sequence[Any]]):
         """Score images; relative to the negative words, if there are any."""
         positive, negative = self.config.positive, self.config.negative
         liked = [f"{positive} {prompt}" if positive else prompt for prompt in prompts]
+        drawn = torch.get_rng_state()
         score = self.reward.score(images, liked)
         if not negative:
             return score
+        torch.set_rng_state(drawn)  # the same random crop
         disliked = self.reward.score(images, [f"{negative} {prompt}" for prompt in prompts])
         parts, terms = (
             {name: ours[name] - theirs[name] for name in ours}

@@ -36,6 +36,11 @@ def check_prepare(config: PrepareConfig) -> None:
             f"part={config.part} shares one stage with others, and stages={config.stages}; give "
             "stages=[pack] or stages=[precache], and run the rest without part"
         )
+    if config.stages == ["pack"] and config.part is not None and is_address(pack.path or ""):
+        raise ValueError(
+            f"part={config.part} of pack.path={pack.path} would copy the whole input to each "
+            "machine; copy it to a disk that all machines see, and give its path"
+        )
     if config.part is not None and world > 1:
         raise ValueError(
             f"part={config.part} is for one process, and torchrun started {world}; start sfumato "

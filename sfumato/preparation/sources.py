@@ -253,14 +253,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _stamp(entry: Entry) -> tuple[int, int]:
-    """Return size and time of change of the file of an entry's picture; -1 is a missing file."""
+def _stamp(entry: Entry) -> tuple[int | str, int]:
+    """Return size, with version, and time of change of a picture's file; -1 is a missing file."""
     file = entry.blob.path if isinstance(entry.blob, FileBlob) else entry.container
     try:
-        status = file.stat()
+        status, version = file.stat(), version_of(file)
     except (OSError, ValueError):  # ValueError is a NUL in the path
         return -1, 0
-    return status.st_size, _changed(status)
+    return f"{status.st_size}{version}" if version else status.st_size, _changed(status)
 
 
 def _changed(status: os.stat_result) -> int:

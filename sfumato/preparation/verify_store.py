@@ -1,5 +1,6 @@
 """Verification of a prepared folder in a store: every object that its index lists, byte by byte."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from sfumato.config import ShardDataConfig
 from sfumato.data.ahead import ahead
 from sfumato.data.prepared.folder import EMPTY, PreparedFolder, open_folder
 from sfumato.data.prepared.format import Index, IndexedShard, PreparedError
-from sfumato.data.store import check_address, is_address
+from sfumato.data.shard_cache import CacheError
+from sfumato.data.store import check_address, home, is_address
 from sfumato.files import sha256_of
 from sfumato.preparation.engine import Progress, open_engine
 from sfumato.preparation.verify import verify
@@ -56,18 +58,26 @@ def verify_at(place: str, engine: str, workers: int | None, ray: str | None) -> 
 
 
 def verify_store(address: str) -> None:
-    """Fetch every object of a prepared folder and its record; print every fault.
+    """Fetch every object of a prepared folder and its record; print the first hundred faults.
 
-    Objects pass through the cache of this machine, which stays below its limit.
+    Objects pass through a cache of its own, which is removed: no copy from before is believed.
 
     Raises:
         PreparedError: there are faults.
         ValueError: the address cannot be read.
     """
     check_address("sfumato prepare verify", address)
-    folder = open_folder(address, ShardDataConfig(address))
+    home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="verify-", dir=home()) as place:
+        _verify(address, open_folder(address, ShardDataConfig(address, cache_dir=place)), place)
+
+
+def _verify(address: str, folder: PreparedFolder, place: str) -> None:
     index = folder.index()
     objects = list(_objects(index))
+    largest = max((each.shard.bytes for each in objects), default=0)
+    room = 4 * _THREADS * largest / 10**9 + 0.1
+    folder = open_folder(address, ShardDataConfig(address, cache_dir=place, cache_gb=room))
     faults = 0
     with Progress("verify", len(objects), "object") as progress:
         looked = ahead(lambda each: _faults(folder, each), objects, _THREADS, 2 * _THREADS)
@@ -79,6 +89,8 @@ def verify_store(address: str) -> None:
                     print(f"  {fault}", flush=True)
     samples = sum(tar.samples for tar in index.tars)
     print(f"{address}: {len(objects):,} objects of {samples:,} samples; faults: {faults:,}")
+    if faults > _SHOWN:
+        print(f"the first {_SHOWN} are shown")
     if faults:
         raise PreparedError(f"{address} has faults, {faults:,} in all; {folder.again}")
 
@@ -104,6 +116,8 @@ def _faults(folder: PreparedFolder, each: _Object) -> list[str]:
             folder.hold(folder.tar(shard.name), shard)
             record = folder.tar_record(shard.name)
             same = (record.bytes, record.sha256, len(record.samples))
+    except CacheError:
+        raise
     except ValueError as error:
         return [str(error)]
     found = []
@@ -114,6 +128,8 @@ def _faults(folder: PreparedFolder, each: _Object) -> list[str]:
     for selection, count in each.kept:
         try:
             kept = len(folder.kept_record(selection, shard.name).kept)
+        except CacheError:
+            raise
         except ValueError as error:
             found.append(str(error))
             continue
@@ -132,6 +148,8 @@ def _faults_of_empty(folder: PreparedFolder, index: Index) -> list[str]:
         path = folder.cache(cache) / EMPTY
         try:
             held = folder.hold_record(path)
+        except CacheError:
+            raise
         except ValueError as error:
             found.append(str(error))
             continue

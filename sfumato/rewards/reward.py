@@ -1,7 +1,8 @@
 """Contract of a reward: a score per image and prompt, differentiable or not."""
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +40,7 @@ class Reward(nn.Module, abc.ABC):
         differentiable: whether gradients flow from the score back to the images.
         scale: what the raw score (a cosine, a mean of pixels) is multiplied by. `kl_coeff` is
             calibrated to it, so it is recorded with every run.
+        crop: smallest share of each side that random crops of images with a gradient keep.
         weights: of the parts of a composed reward, by name.
         standardise: whether who learns from gradients divides each part by its running deviation.
         gradients: whether the parts' gradients at x0 are summed, measured too, or equalised.
@@ -48,6 +50,7 @@ class Reward(nn.Module, abc.ABC):
 
     differentiable: bool = True
     scale: float = 1.0
+    crop: float = 1.0
     weights: Mapping[str, float] = MappingProxyType({})
     standardise: bool = False
     gradients: str = "summed"
@@ -70,6 +73,19 @@ class Reward(nn.Module, abc.ABC):
     ) -> Float[Tensor, " b"]:
         """Return only the value of `score`."""
         return self.score(images, prompts).value
+
+
+@contextmanager
+def whole_images(reward: Reward) -> Iterator[None]:
+    """Let a reward and its parts see images whole, also where they crop in training."""
+    cropping = [(each, each.crop) for each in reward.modules() if isinstance(each, Reward)]
+    for each, _ in cropping:
+        each.crop = 1.0
+    try:
+        yield
+    finally:
+        for each, crop in cropping:
+            each.crop = crop
 
 
 class LearningReward(abc.ABC):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.rewards.reward import Reward, Score
+from sfumato.rewards.reward import Reward, Score, whole_images
 from sfumato.training.guards import GAUGES, SHARPNESS
 
 Images = Float[Tensor, "b 3 H W"]
@@ -84,7 +84,7 @@ def sharpness(reward: Reward, images: Images, prompts: Sequence[str]) -> Rows:
 
     S1 = r(x) - r(x - .01 g / |g|), g = dr/dx, with the norm over the whole image.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), whole_images(reward):
         x = images.detach().requires_grad_()
         value = reward(x, prompts)
         if not value.requires_grad:
