@@ -1,7 +1,7 @@
 """Page of text that shows a plan: counted numbers, estimates and assumptions."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from sfumato.config import DraftConfig, PackConfig, PlanConfig, RewardedConfig
 from sfumato.data.store import RANGE
@@ -132,14 +132,15 @@ def storage(plan: Plan) -> Iterator[str]:
     yield f"data, {plan.samples / 1e6:,.1f} M samples"
     yield row("", "KB a sample", "TB in all", "MB/s and GPU", "~ requests/s")
     kinds = {
-        "~ pictures and captions, tars": plan.raw,
-        "cached moments": plan.moments,
-        "cached text states": plan.text,
-        "cached in all": plan.cached,
+        "~ pictures and captions, tars": [plan.raw],
+        "cached moments": [plan.moments],
+        "cached text states": [plan.text],
+        "cached in all": [plan.moments, plan.text],
     }
-    for name, size in kinds.items():
+    for name, files in kinds.items():
+        size = sum(files)
         sizes = f"{size / 1e3:,.2f}", f"{size * plan.samples / 1e12:,.2f}"
-        yield row(name, *sizes, _feed(plan, size), _requests(plan, size))
+        yield row(name, *sizes, _feed(plan, size), _requests(plan, files))
     per_tar = PackConfig().samples_per_shard
     tars = math.ceil(plan.samples / per_tar)
     yield row(f"tars of {per_tar:,} samples", f"{tars:,}")
@@ -156,12 +157,16 @@ def _feed(plan: Plan, size: int) -> str:
     return f"{size * plan.seen / plan.seconds / plan.config.gpus / 1e6:,.2f}"
 
 
-def _requests(plan: Plan, size: int) -> str:
-    """Return how many requests a second all GPUs send to an object store."""
+def _requests(plan: Plan, files: Sequence[int]) -> str:
+    """Return how many requests a second all GPUs send to an object store.
+
+    Args:
+        files: bytes of a sample in each file that holds it.
+    """
     if plan.seconds is None:
         return "unknown"
     per_tar = PackConfig().samples_per_shard
-    each = math.ceil(size * per_tar / RANGE)
+    each = sum(math.ceil(size * per_tar / RANGE) for size in files)
     return f"{each * plan.seen / plan.seconds / per_tar:,.1f}"
 
 
@@ -181,8 +186,13 @@ def remarks(plan: Plan) -> Iterator[str]:
         yield "* Each step has the longest window of objective.truncation_range."
     if not _samples(plan):
         yield f"* Tars: pictures of {config.image_bytes:,} bytes (image_bytes=...)."
-        yield f"* Requests: of {RANGE // 2**20} MiB, all GPUs together, from an object store."
-        yield f"* Packing: {PACKED} pictures of 1 MP a second and core. Precaching: in TF32."
+        yield (
+            f"* Requests: of {RANGE // 2**20} MiB, all GPUs together, from an object store; small "
+            "records beside the shards are not counted."
+        )
+        stated = plan.config.training.peak_tflops
+        speed = "in TF32" if stated is None else "at the stated peak"
+        yield f"* Packing: {PACKED} pictures of 1 MP a second and core. Precaching: {speed}."
     if config.samples is None:
         yield "* The data is seen once; samples=N says how much there is."
     for each in plan.assumed:

@@ -82,11 +82,6 @@ class Plan:
         """Samples that the data holds."""
         return self.seen if self.config.samples is None else self.config.samples
 
-    @property
-    def cached(self) -> int:
-        """Bytes of a cached sample."""
-        return self.moments + self.text
-
 
 def make_plan(config: PlanConfig) -> Plan:
     """Count the costs of a recipe on networks without memory.
