@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from measure import quiet
 
-STEPS = {"hack": 24, "plus_20": 20, "plus_100": 20}
+STEPS = {"hack": 24, "plus_100": 40, "plus_300": 40}
 HACK = ("objective.kl_coeff=0", "optimizer.lr=1.8e-2")
 RUNS: Mapping[str, Sequence[str]] = {
     "hack": HACK,
-    "plus_20": ("objective.kl_coeff=20",),
     "plus_100": ("objective.kl_coeff=100",),
+    "plus_300": ("objective.kl_coeff=300",),
 }
 VALIDATION = 20  # images, as many of each prompt
 IMAGES = 40  # of each prompt, for the held-out score

@@ -23,18 +23,18 @@ from sfumato.training.folder import RunFolder
 
 RUNS: dict[str, tuple[str, ...]] = {
     "draft": ("recipe=demo_draft_plus", "objective.kl_coeff=0"),
-    "draft_plus_kl_20": ("recipe=demo_draft_plus", "objective.kl_coeff=20"),
     "draft_plus_kl_100": ("recipe=demo_draft_plus", "objective.kl_coeff=100"),
+    "draft_plus_kl_300": ("recipe=demo_draft_plus", "objective.kl_coeff=300"),
     "flowbp_sparse": (
         "recipe=demo_reward",
         "method=flowbp_sparse",
-        "objective.kl_coeff=20",
+        "objective.kl_coeff=50",
         "objective.weights=sigma",
         "sampler.training_steps=4",
     ),
 }
 # A kind leaves open which thing is drawn, so a model can lose things (LOG.md).
-ASKED = ("vehicle", "instrument", "toy", "device", "snack")  # to train on and to evaluate
+ASKED = ("vehicle", "instrument", "toy", "device", "tool")  # to train on and to evaluate
 PROMPTS = tuple(map(phrase, ASKED))
 IMAGES_PER_PROMPT = 12  # to evaluate
 NOTES = """\
