@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"))
     parser.add_argument("--out", type=Path, default=Path("docs"))
-    parser.add_argument("--plus", default="draft_plus_kl_300", help="the run beside draft")
+    parser.add_argument("--plus", default="draft_plus_kl_100", help="the run beside draft")
     parser.add_argument("--prompts", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="rows")
     parser.add_argument("--noises", type=int, default=4, help="pictures of a prompt in a row")
     options = parser.parse_args()
