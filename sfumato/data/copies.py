@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, final
 
-from tqdm import tqdm
-
 from sfumato.data.shard_cache import StoreError
 from sfumato.data.store import RANGE, Objects, ResizedError, check_address, home, is_address
 from sfumato.files import digest, lock, new_file
@@ -119,9 +117,7 @@ class Copies(Objects):
                 ) from None
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            about = {"desc": f"copy {self.address}", "total": len(states), "unit": "file"}
-            for _ in tqdm(pool.map(link, states), disable=None, leave=False, **about):
-                pass
+            list(pool.map(link, states))
         return folder
 
     def _look(self, name: str) -> State:
@@ -172,9 +168,7 @@ class Copies(Objects):
     def _fetch(self, name: str, state: State, path: Path) -> None:
         size, version = state
         with new_file(path, failure=StoreError) as beside:
-            bar = tqdm(desc=f"copy {name}", total=size, unit="B", unit_scale=True, disable=None,
-                       leave=False, delay=2)  # fmt: skip
-            with beside.open("wb") as file, bar:
+            with beside.open("wb") as file:
                 if size is None:
                     file.write(self._read(name))
                 while size is not None and (start := file.tell()) < size:
@@ -182,7 +176,7 @@ class Copies(Objects):
                         data = self._range(name, start, min(start + RANGE, size), size)
                     except ResizedError:
                         raise _ReplacedError from None
-                    bar.update(file.write(data))
+                    file.write(data)
             if self._look(name) != state:
                 raise _ReplacedError
             time = int(digest(version)[:12], 16)  # in ns, below four days

@@ -18,7 +18,6 @@ from sfumato.data.paths import is_tar
 from sfumato.data.prepared.folder import INDEX
 from sfumato.data.prepared.open import open_shards
 from sfumato.data.sample import Sample
-from sfumato.data.store import check_address, is_address
 from sfumato.data.stream import OrderedStream
 
 RESIZED = "shorter side, centre crop"
@@ -73,8 +72,6 @@ def find_reference(path: str, size: tuple[int, int]) -> Reference:
         ValueError: if there are none, some have another size, or something else lies among them.
     """
     folder = Path(path).expanduser()
-    if is_address(path):
-        check_address("reference", path)
     if not folder.is_dir():
         raise ValueError(f"reference = {path!r} is no folder; give one of pictures")
     if (folder / INDEX).is_file():

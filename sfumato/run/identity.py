@@ -158,7 +158,7 @@ def _digest_of(value: str, key: str, sums: dict[str, Any]) -> str | None:
         if sums.get(file, ())[:-1] != state:
             sums[file] = (*state, sha256_of(Path(file)))
         return digest([(value.rpartition(":")[2], sums[file][-1])])
-    top = _place(value, key)
+    top = _local(value, key).absolute()
     names = [path[len(str(top)) + 1 :] if top.is_dir() else Path(path).name for path in files]
     names = names if top.is_dir() or len(names) > 1 else [""]
     if _is_data(key) and sum(size for size, *_ in files.values()) > READ_WHOLE:
@@ -176,7 +176,7 @@ def _paths_of(value: str, key: str) -> list[str]:
         with suppress(ValueError):
             return [str(find_code(value)[0].absolute())]
         return []
-    top, is_data = _place(value, key), _is_data(key)
+    top, is_data = _local(value, key).absolute(), _is_data(key)
     if is_address(value) and not top.is_dir():
         named = addresses_of(value, key) if is_data else []
         return [str(copy_of(each, key)) for each in named]
@@ -217,15 +217,10 @@ def _state(path: str) -> tuple[int, int, int] | None:
     return None
 
 
-def _place(value: str, key: str) -> Path:
-    """Return the absolute path of a setting; of a folder in a store that of its copy."""
+def _local(value: str, key: str) -> Path:
+    """Return a path, or the local copy of a folder in a store, a hub id, or HUB_ID/NAME.*."""
     if _is_data(key) and is_folder_address(value):
         return copy_of_folder(value, key)
-    return _local(value).absolute()
-
-
-def _local(value: str) -> Path:
-    """Return a path, or the local copy of a hub id, or of HUB_ID/NAME.*."""
     path, parts = Path(value).expanduser(), value.split("/")
     is_pattern = parts[-1].endswith(ANY)
     if (path.parent if is_pattern else path).exists() or len(parts) != 2 + is_pattern:
