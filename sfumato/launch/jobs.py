@@ -238,7 +238,7 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
         promised: the folders that earlier jobs fill.
     """
     settings, waits = copy.deepcopy(job.settings), False
-    for key, value, _ in leaves_of(job.settings):
+    for key, value, _ in leaves_of(job.settings) if job.command in FILES else ():
         if isinstance(value, str) and is_address(value) and not key.endswith(".url"):
             check_address(key, value)
     for key, value in _files(job):

@@ -125,7 +125,7 @@ def begin_cache(
         clear_unfinished(folder)
     manifest = {"format": FORMAT, "kind": kind, **content}
     text = json.dumps(manifest, indent=2) + "\n"
-    write_text(folder / MANIFEST, text, shared=True, failure=PreparedError)
+    write_text(folder / MANIFEST, text, failure=PreparedError)
 
 
 def _mapped(job: CacheJob, engine: Engine) -> dict[str, int]:

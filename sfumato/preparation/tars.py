@@ -100,13 +100,13 @@ def claim(folder: Path, names: Sequence[str]) -> None:
                 "it away, or give another out"
             )
     if names and written <= int(names[-1]):
-        write_text(folder / _WRITTEN, f"{int(names[-1]) + 1}\n", shared=True, failure=PreparedError)
+        write_text(folder / _WRITTEN, f"{int(names[-1]) + 1}\n", failure=PreparedError)
 
 
 def unclaim(folder: Path, written: int) -> None:
     """Count again as many files as before a packing that came to nothing."""
     if written:
-        write_text(folder / _WRITTEN, f"{written}\n", shared=True, failure=PreparedError)
+        write_text(folder / _WRITTEN, f"{written}\n", failure=PreparedError)
     else:
         (folder / _WRITTEN).unlink(missing_ok=True)
 
@@ -125,7 +125,7 @@ def forget_others(folder: Path, names: Set[str]) -> None:
         path.unlink()
     clear_unfinished(folder)
     if written != len(names):
-        write_text(folder / _WRITTEN, f"{len(names)}\n", shared=True, failure=PreparedError)
+        write_text(folder / _WRITTEN, f"{len(names)}\n", failure=PreparedError)
 
 
 def clear_unfinished(folder: Path) -> None:
