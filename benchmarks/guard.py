@@ -1,6 +1,6 @@
 """Reward hacking in the demo, and what the default guards say of it.
 
-DRaFT without a penalty, at three times the demo's rate, is to hack the demo's reward. The default
+DRaFT without a penalty, at 2.4 times the demo's rate, is to hack the demo's reward. The default
 guards, as guards that stop, are to end it before. DRaFT+ at the demo's own settings must not be
 stopped: each warning there is a false alarm. docs/reward_hacking.md has the figures of an earlier
 demo of drawn shapes. On emoji nothing is measured yet. Held-out is the demo's text-image model,

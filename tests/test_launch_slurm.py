@@ -179,6 +179,10 @@ def test_a_task_that_fails_is_made_up_for_by_the_job(
             r"pack.path=s3://\*\*\*@b/a.tar may hold credentials",
         ),
         (
+            stage("prepare", "out=o", "pack.path=s3://b/a.tar", "stages=[pack]", array=2),
+            "part=0/2 of pack.path=s3://b/a.tar would copy the whole input to each machine",
+        ),
+        (
             stage("evaluate", "run=.", "metrics=[fid]", "reference=s3://me:hidden@b/x"),
             r"reference=s3://\*\*\*@b/x may hold credentials",
         ),

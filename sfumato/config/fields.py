@@ -90,7 +90,7 @@ SIDE = Rule(least=1, most=16_384)  # pixels of an image that a model makes
 POSITIVE = Rule(above=0)
 NOT_NEGATIVE = Rule(least=0)
 UNIT = Rule(least=0, most=1)
-SHARE = Rule(above=0, most=1)  # of a whole that is kept
+SHARE = Rule(above=0, most=1)  # of a whole
 FRACTION = Rule(least=0, below=1)
 FILLED = Rule(filled=True)
 FOLDER = Rule(folder=True)  # the name of one

@@ -71,9 +71,10 @@ def addresses_of(pattern: str, key: str, suffixes: Sequence[str] = ()) -> list[s
                 "in s3://BUCKET/FOLDER/{000..012}.tar"
             )
         if suffixes and not each.lower().endswith(tuple(suffixes)):
+            folder = "; that of a folder of pictures ends with /" if ".tar" in suffixes else ""
             raise ValueError(
                 f"{key} = {each!r} is no file that can be read from a store; give the address of a "
-                f"file of {', '.join(suffixes)}; that of a folder of pictures ends with /"
+                f"file of {', '.join(suffixes)}{folder}"
             )
     return found
 

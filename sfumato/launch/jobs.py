@@ -186,6 +186,7 @@ def _array(config: JobConfig, launch: LaunchConfig, settings: Any) -> int:
                 f"array = {array} shares the stage {shared[0]}, and stages = "
                 f"{list(settings.stages)} begins with another, which no task makes; write two jobs"
             )
+        check_prepare(replace(settings, stages=shared, part=f"0/{array}"))
     return array
 
 

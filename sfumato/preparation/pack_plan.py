@@ -134,9 +134,7 @@ def make_plan(
         for index, count in zip(todo, fresh, strict=True):
             counts[index] = count
         text = {"format": FORMAT, **asdict(Counts(settings, tuple(filter(None, counts))))}
-        write_text(
-            shards / COUNTED, compact(text).decode() + "\n", shared=True, failure=PreparedError
-        )
+        write_text(shards / COUNTED, compact(text).decode() + "\n", failure=PreparedError)
     else:
         for index in todo:  # a whole source is listed already
             counts[index] = _count(containers[index], lambda _: None)
