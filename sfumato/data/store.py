@@ -317,6 +317,8 @@ def _refusal(error: Exception, address: str) -> str | None:
             f"cannot be read: {why}; {_CREDENTIALS}{_HOW.get(scheme, '')}, and check that they may "
             "read this address"
         )
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return "cannot be read: HF_HUB_OFFLINE is set; unset it, or give a folder on a disk"
     # fsspec's HTTP calls every failure to look at a file so; the cause has the status.
     if status in _MISSING or (status is None and isinstance(error, FileNotFoundError)):
         return "is not there; check the address, and whether all was uploaded"
