@@ -80,6 +80,10 @@ _PLANNED: Sequence[Row] = (
         r"reward\.(standardise|gradients|(parts\..+\.)?crop)",
         "objective=draft|direct|adjoint_matching|direct_align",
     ),
+    (
+        r"validation\.rewards\.(.+\.)?(gradient_checkpointing|crop)",
+        "never: validation takes no gradient",
+    ),
     (r"training\.ema_(every_steps|on_cpu)", "training.ema_decay!=null"),
     (r"training\.target_reward", "reward!=none"),
     (r"training\.target_reward|guard\..+", "validation.every_steps"),

@@ -114,6 +114,8 @@ def test_a_plan_reads_the_model_as_training_does() -> None:
 @pytest.mark.parametrize("command", READ)
 def test_conditions_speak_of_settings(command: str) -> None:
     keys = [each.key for each in settings_of(command)]
+    # Entries of dictionaries have the settings of their kind.
+    keys += [key.replace("reward.", "validation.rewards.NAME.", 1) for key in keys]
     for pattern, condition in READ[command]:
         assert any(re.fullmatch(pattern.partition("=")[0], key) for key in keys), pattern
         if not condition.startswith("never: "):
@@ -131,6 +133,7 @@ def test_conditions_speak_of_settings(command: str) -> None:
 IN_VAIN: list[tuple[Sequence[str], str, str]] = [
     ((*DRAFT, "validation.every_steps=0"), "guard.dark.limit=1", "validation.every_steps=0"),
     ((*DRAFT, "validation.every_steps=0"), "training.target_reward=9", "validation.every_steps=0"),
+    (("recipe=demo_reward",), "validation.rewards.classifier_at_160.crop=0.7", "takes no gradient"),
     (IMAGES, "training.target_reward=9", "with reward=none"),
     (IMAGES, "validation.gauges=false", "with reward=none"),
     (DRAFT, "model.prediction_type=v_prediction", "without model.network.config"),
