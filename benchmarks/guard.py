@@ -1,10 +1,9 @@
 """Reward hacking in the demo, and what the default guards say of it.
 
-DRaFT without a penalty, at 2.4 times the demo's rate, is to hack the demo's reward. The default
-guards, as guards that stop, are to end it before. DRaFT+ at the demo's own settings must not be
-stopped: each warning there is a false alarm. docs/reward_hacking.md has the figures of an earlier
-demo of drawn shapes. On emoji nothing is measured yet. Held-out is the demo's text-image model,
-which no reward sees, on images of its prompts, which start from the same noise for each checkpoint.
+The demo's DRaFT, which has no penalty, hacks its reward. The default guards, as guards that stop,
+are to end it before. The demo's DRaFT+ must not be stopped: each warning there is a false alarm.
+Held-out is the demo's text-image model, which no reward sees, on images of its prompts, which start
+from the same noise for each checkpoint. docs/reward_hacking.md has the figures.
 
     python benchmarks/guard.py run --out guard --seeds 0 1 2 3     # trains, resumable
     python benchmarks/guard.py score --out guard --seeds 0 1 2 3   # held-out scores
@@ -24,16 +23,15 @@ from typing import Any
 import torch
 from measure import quiet
 
-STEPS = {"hack": 24, "plus_100": 40, "plus_300": 40}
-HACK = ("objective.kl_coeff=0", "optimizer.lr=1.8e-2")
+STEPS, EVERY = 40, 2  # of a run; between its validations
 RUNS: Mapping[str, Sequence[str]] = {
-    "hack": HACK,
+    "draft": ("objective.kl_coeff=0",),
     "plus_100": ("objective.kl_coeff=100",),
     "plus_300": ("objective.kl_coeff=300",),
 }
 VALIDATION = 20  # images, as many of each prompt
 IMAGES = 40  # of each prompt, for the held-out score
-SHOWN, COLUMNS = (0, 6, 12, 18, 24), 8
+SHOWN, COLUMNS = (0, 10, 20, 30, 40), 10
 GAUGES = ("edges", "high_frequencies", "diversity", "dark", "grid", "sharpness")
 
 
@@ -49,11 +47,11 @@ def settings(out: Path, name: str, seed: int, *more: str) -> list[str]:
         f"name={name}_{seed}",
         *RUNS[name],
         f"training.seed={seed}",
-        f"training.max_steps={STEPS[name]}",
-        "training.checkpoint_every_steps=1",
+        f"training.max_steps={STEPS}",
+        f"training.checkpoint_every_steps={EVERY}",
         f"validation.prompts={prompts}",
         f"validation.num_images={VALIDATION}",
-        "validation.every_steps=1",
+        f"validation.every_steps={EVERY}",
         "training.tensorboard=false",
         "verify=false",
         *more,
@@ -192,7 +190,7 @@ def pictures(out: Path, folder: Path) -> None:
     sheet = Image.new("RGB", (margin + COLUMNS * cell, len(SHOWN) * cell), "white")
     for y, step in enumerate(SHOWN):
         ImageDraw.Draw(sheet).text((4, y * cell + 28), f"step {step}", fill="black")
-        place = out / "hack_0" / "samples" / f"step-{step:06d}"
+        place = out / "draft_0" / "samples" / f"step-{step:06d}"
         for x in range(COLUMNS):
             sheet.paste(Image.open(place / f"{x:03d}-tuned.png"), (margin + x * cell, y * cell))
     sheet.save(folder / "hacking_pictures.png", optimize=True)
