@@ -167,15 +167,15 @@ def gauged(run: RunFolder, guard: dict[str, Any], base: float = 0.05) -> None:
 @pytest.mark.parametrize(
     ("guard", "limits"),
     [
-        ({}, [0.1]),  # by default
-        ({"dark": {"action": "stop"}}, [0.1]),
+        ({}, [0.15]),  # by default
+        ({"dark": {"action": "stop"}}, [0.15]),
         ({"dark": None}, []),
         ({"dark": {"limit": 2.0, "relative": "ratio", "action": "warn"}}, [0.1]),
         ({"dark": {"limit": 0.05, "relative": "difference"}}, [0.1]),
-        ({"night": {"metric": "dark", "limit": 0.1, "relative": "off"}}, [0.1]),
-        ({"night": {"metric": "validation/gauge/dark", "limit": 0.1}}, [0.1]),
-        ({"night": {"metric": "gauge/dark", "limit": 0.2}}, [0.1, 0.2]),  # as training reads it
-        ({"edges": {"limit": 0.3, "relative": "off"}}, [0.1]),  # of dark, by default
+        ({"night": {"metric": "dark", "limit": 0.1, "relative": "off"}}, [0.1, 0.15]),
+        ({"night": {"metric": "validation/gauge/dark", "limit": 0.1}}, [0.1, 0.15]),
+        ({"night": {"metric": "gauge/dark", "limit": 0.2}}, [0.15, 0.2]),  # as training reads it
+        ({"edges": {"limit": 0.3, "relative": "off"}}, [0.15]),  # of dark, by default
     ],
 )
 def test_gauges_are_shown_with_base_and_limits(

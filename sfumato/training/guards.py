@@ -21,14 +21,11 @@ GAUGES = ("dark", "saturated", "edges", "entropy", "high_frequencies", "grid")
 SHARPNESS, DIVERSITY = "sharpness", "diversity"
 # Under a reward these warn; docs/reward_hacking.md says how they were chosen.
 DEFAULTS: Mapping[str, GuardConfig] = {
-    name: GuardConfig(limit=limit, relative="ratio")
-    for name, limit in {
-        DIVERSITY: 0.85,
-        "edges": 0.75,
-        "high_frequencies": 0.65,
-        "dark": 2.0,
-        "grid": 2.0,
-    }.items()
+    DIVERSITY: GuardConfig(limit=0.85, relative="ratio"),
+    "edges": GuardConfig(limit=0.75, relative="ratio"),
+    "high_frequencies": GuardConfig(limit=0.65, relative="ratio"),
+    "dark": GuardConfig(limit=0.1, relative="difference"),  # a ratio of next to nothing is noise
+    "grid": GuardConfig(limit=2.0, relative="ratio"),
 }
 _SPREAD = f"validation/gauge/{DIVERSITY}"
 # What falls when a run goes wrong; all else rises.
