@@ -1,8 +1,9 @@
 """Measure preparation by several workers: speed, memory by the number of tars, and a large plan.
 
 speed   packs JPEG pictures of about one megapixel by one worker and by more, each with one thread
-        that decodes; prints pictures per second, the median of pairs in turns, and their ratio;
-        beside it as many bare processes that only decode, which says how much the machine gives
+        that decodes, and by one that has a single core, as its other threads use a second one;
+        prints pictures per second, the median of pairs in turns, and their ratio; beside it as many
+        bare processes that only decode, which says how much the machine gives
 memory  packs, filters and verifies 10, 100 and 1,000 tars of 5 small pictures; prints the largest
         resident memory of the first process and of any worker
 plan    plans a million tars of 1,000 rows, out of 100,000 containers, and goes through all of them
@@ -15,6 +16,7 @@ plan    plans a million tars of 1,000 rows, out of 100,000 containers, and goes 
 import argparse
 import io
 import multiprocessing
+import os
 import resource
 import shutil
 import statistics
@@ -90,23 +92,29 @@ def speed(options: argparse.Namespace) -> None:
         with tarfile.open(tar) as archive:
             files = [archive.extractfile(m) for m in archive if m.name.endswith(".jpeg")]
             pictures = [file.read() for file in files if file is not None]
-        rates: dict[int, list[float]] = {1: [], options.workers: []}
+        several, out = f"{options.workers}", Path(name) / "out"
+        rates: dict[str, list[float]] = {"1, on one core": [], "1": [], several: []}
         bare: dict[int, list[float]] = {1: [], options.workers: []}
         for _ in range(options.pairs):
-            for workers in rates:
-                out = Path(name) / "out"
+            for label, each in rates.items():
+                all_cores = os.sched_getaffinity(0)
+                if label == "1, on one core":
+                    os.sched_setaffinity(0, {min(all_cores)})  # and threads that it starts
                 begin = time.perf_counter()
-                pack(config, DownloadConfig(), out, Local(workers))
-                rates[workers].append(options.pictures / (time.perf_counter() - begin))
+                pack(config, DownloadConfig(), out, Local(int(label.split(",")[0])))
+                each.append(options.pictures / (time.perf_counter() - begin))
+                os.sched_setaffinity(0, all_cores)
                 shutil.rmtree(out)  # the next one writes to the same memory
-                bare[workers].append(decoded_per_second(pictures, workers))
+            for workers, each in bare.items():
+                each.append(decoded_per_second(pictures, workers))
     pixels = options.side**2 / 1e6
     print(f"{options.pictures} pictures of {pixels:.2f} MP, tars of {options.per_tar} rows")
     print("| workers | pictures per second | lowest | highest |\n|---|---|---|---|")
     for workers, each in rates.items():
         middle = statistics.median(each)
         print(f"| {workers} | {middle:.1f} | {min(each):.1f} | {max(each):.1f} |")
-    print(f"{options.workers} workers are {gain(rates[1], rates[options.workers]):.2f} times one")
+    for label in ("1, on one core", "1"):
+        print(f"{several} workers are {gain(rates[label], rates[several]):.2f} times {label}")
     of_bare = gain(bare[1], bare[options.workers])
     print(f"{options.workers} bare processes that decode are {of_bare:.2f} times one")
 
