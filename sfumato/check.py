@@ -8,7 +8,7 @@ from sfumato.check_objective import (
     check_objective,
     check_reward_pairs,
 )
-from sfumato.conditions import is_own, named_files
+from sfumato.conditions import is_own, leaves_of, named_files
 from sfumato.config import (
     AutoencoderConfig,
     DpoConfig,
@@ -19,7 +19,7 @@ from sfumato.config import (
     TrainingConfig,
     check_values,
 )
-from sfumato.data.store import check_address, is_address
+from sfumato.data.store import check_addresses
 from sfumato.rewards.code import find_code, read_address
 from sfumato.training.guards import check_guards
 from sfumato.training.sharding import check_sharding
@@ -56,11 +56,10 @@ def check_train(config: TrainConfig, processes: int) -> None:
             "export=best chooses by the validation loss, which needs objective=supervised, dpo, "
             "reward_pairs or autoencoder, and validation.loss_images above 0; use export=last"
         )
+    check_addresses(leaves_of(config))
     for key, value in named_files(config).items():
         if is_own(key):  # before the run folder has it
             read_address(value, key) if key.endswith(".url") else find_code(value)
-        elif is_address(value):
-            check_address(key, value)
     check_guards(config)
     if isinstance(config.objective, DpoConfig):
         check_dpo(config)

@@ -1,124 +1,104 @@
-"""A server of datasets on the loopback address, as huggingface_hub's HfFileSystem asks one."""
+"""A hub of Hugging Face on loopback: the few routes that an upload takes."""
 
-import hashlib
+import base64
 import json
-import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
-REVISION = "0" * 40
-Answer = tuple[int, bytes, Mapping[str, str]]  # status, body, headers
+TOKEN, OWNER = "hf_secretofatest", "me"
 
 
-class HubServer:
-    """Serves a folder as the files of one dataset, in its state of the moment.
+@dataclass
+class Hub:
+    """What the hub was told.
 
     Attributes:
-        address: of the server, for HF_ENDPOINT.
-        asked: how often a file's content was asked for, by name.
-        status: answered instead of a file's content, once for each entry.
+        made: bodies of calls that make a repository.
+        files: what lies in the repositories, by REPO/PATH.
+        routes: each call.
+        fault: status of each answer; 0 is none.
     """
 
-    def __init__(self, folder: Path, dataset: str) -> None:
-        self.folder, self.dataset = folder, dataset
-        self.asked: Counter[str] = Counter()
-        self.status: list[int] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        Thread(target=self._server.serve_forever, daemon=True).start()
+    made: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+    routes: list[str] = field(default_factory=list)
+    fault: int = 0
+    address: str = ""
 
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def answer(self, route: str, body: bytes, token: str | None) -> tuple[int, Any]:
+        self.routes.append(route)
+        if self.fault:
+            return self.fault, {"error": "told to fail"}
+        if route == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if token != f"Bearer {TOKEN}":
+            return 401, {"error": "Invalid username or password."}
+        if route == "/api/repos/create":
+            return self._make(json.loads(body))
+        repo, _, action = route.removeprefix("/api/models/").rpartition("/main")[0].rpartition("/")
+        if action == "preupload":
+            names = [each["path"] for each in json.loads(body)["files"]]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            return 200, {"files": [{"path": name, **modes} for name in names]}
+        assert action == "commit", route
+        for line in body.splitlines():
+            row = json.loads(line)
+            if row["key"] == "file":
+                content = base64.b64decode(row["value"]["content"])
+                self.files[f"{repo}/{row['value']['path']}"] = content
+        return 200, {"success": True, "commitUrl": f"{self.address}/{repo}", "commitOid": "0" * 40}
 
-    def entries(self, below: str, recursive: bool) -> list[dict[str, Any]] | None:
-        """Return what the hub lists below a folder; None where it is not there."""
-        root = self.folder / below
-        if not root.is_dir():
-            return None
-        paths = sorted(root.rglob("*") if recursive else root.iterdir())
-        return [self.entry(path) for path in paths]
-
-    def entry(self, path: Path) -> dict[str, Any]:
-        name = path.relative_to(self.folder).as_posix()
-        oid = hashlib.sha1(path.read_bytes() if path.is_file() else name.encode()).hexdigest()
-        size = path.stat().st_size if path.is_file() else 0
-        kind = "file" if path.is_file() else "directory"
-        return {"type": kind, "path": name, "oid": oid, "size": size}
-
-    def answer(self, target: str, sent: str, part: str) -> Answer:
-        """Return status, body and headers of a request.
-
-        Args:
-            sent: the body of `paths-info`, which asks for the entries of named files and folders.
-            part: the header Range.
-        """
-        asked = urlsplit(target)
-        path, query = unquote(asked.path), parse_qs(asked.query)
-        if self.dataset not in path:
-            return lack("RepoNotFound")
-        if found := re.fullmatch(r"/datasets/\w+/\w+/resolve/\w+/(.+)", path):
-            return self.content(found[1], part)
-        if "/paths-info/" in path:
-            named = json.loads(sent)["paths"] if sent[:1] == "{" else parse_qs(sent)["paths"]
-            places = (self.folder / name for name in named)
-            return say([self.entry(place) for place in places if place.exists()])
-        if found := re.fullmatch(r"/api/datasets/\w+/\w+/tree/\w+/?(.*)", path):
-            entries = self.entries(found[1], query.get("recursive", [""])[0].lower() == "true")
-            return lack("EntryNotFound") if entries is None else say(entries)
-        return say({"id": self.dataset, "sha": REVISION, "siblings": [], "private": False})
-
-    def content(self, name: str, part: str) -> Answer:
-        file = self.folder / name
-        if not file.is_file():
-            return lack("EntryNotFound")
-        self.asked[name] += 1
-        if self.status:
-            return self.status.pop(0), b"", {}
-        data, headers = file.read_bytes(), {"ETag": f'"{self.entry(file)["oid"]}"'}
-        headers["X-Repo-Commit"] = REVISION
-        found = re.fullmatch(r"bytes=(\d+)-(\d*)", part)
-        if found is None:
-            return 200, data, headers
-        first, last = int(found[1]), min(int(found[2] or len(data)), len(data) - 1)
-        if first > last:
-            return 416, b"", {}
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-        return 206, data[first : last + 1], headers
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, format: str, *args: Any) -> None:
-                del format, args
-
-            def do_GET(self) -> None:
-                sent = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-                status, body, headers = hub.answer(self.path, sent, self.headers.get("Range", ""))
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-
-            do_HEAD = do_POST = do_GET  # noqa: N815
-
-        return Handler
+    def _make(self, given: dict[str, Any]) -> tuple[int, Any]:
+        if given["organization"] != OWNER:
+            return 403, {
+                "error": "You don't have the rights to create a model under this namespace"
+            }
+        url = f"{self.address}/{OWNER}/{given['name']}"
+        if any(each["name"] == given["name"] for each in self.made):
+            return 409, {"error": "You already created this model repo", "url": url}
+        self.made.append(given)
+        return 200, {"url": url}
 
 
-def say(found: Any) -> Answer:
-    return 200, json.dumps(found).encode(), {"Content-Type": "application/json"}
+@contextmanager
+def running() -> Iterator[Hub]:
+    """Serve a hub while the block runs."""
+    hub = Hub()
 
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            code, content = hub.answer(
+                self.path.partition("?")[0], body, self.headers.get("authorization")
+            )
+            self._reply(code, content)
 
-def lack(code: str) -> Answer:
-    return 404, b"{}", {"X-Error-Code": code}
+        def do_GET(self) -> None:
+            hub.routes.append(self.path)  # of a repository that is not there, or not to be seen
+            self._reply(404, {"error": "Repository not found"})
+
+        def _reply(self, code: int, content: Any) -> None:
+            text = json.dumps(content).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

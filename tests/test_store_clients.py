@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+from dataset_server import HubServer
 from prepared import pictures, toy_identity, write_cache, write_prepared
 from test_store import COUNT, opened, same, settings
 

@@ -10,6 +10,7 @@ from typing import final
 _LOGGER = logging.getLogger(__name__)
 _NAMED = 5
 KEPT = "kept"
+UNREADABLE = "unreadable file"  # the reason
 
 
 @dataclass(frozen=True)

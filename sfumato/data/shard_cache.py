@@ -248,9 +248,11 @@ def _lock_at(file: int, path: Path) -> bool:
 def _remove_unheld(path: Path) -> bool:
     """Remove a file unless somebody holds it; say whether it is gone."""
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDWR)  # on NFS only a file that is open for writing is locked so
     except FileNotFoundError:
         return True
+    except OSError:
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, final
@@ -29,6 +29,7 @@ _WITHOUT = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentials
 _WITH_REVISION = "hf"  # its addresses name a revision behind an @
 _INDEX = "index.json"
 _DOWNGRADE = ("https", "http")
+_TALKERS = ("gcsfs", "s3fs", "huggingface_hub")  # they log addresses and tracebacks of each try
 AGAIN = "upload the prepared folder again, index.json last"
 _CREDENTIALS = "give the credentials as its library reads them"
 _HOW = {
@@ -63,7 +64,8 @@ def check_address(key: str, address: str) -> None:
         raise ValueError(
             f"{key} is no address of a store; give one such as s3://BUCKET/FOLDER, or a path"
         )
-    has_name = scheme != _WITH_REVISION and "@" in rest
+    before, at, _ = rest.partition("@")
+    has_name = bool(at) and (scheme != _WITH_REVISION or ":" in before)
     if has_name or "?" in rest:
         shown = re.sub(r"^.*@", "***@", rest, flags=re.DOTALL)
         shown = re.sub(r"\?.*", "?***", shown, flags=re.DOTALL)
@@ -72,6 +74,20 @@ def check_address(key: str, address: str) -> None:
             f"the address without {'a name or a password' if has_name else 'a query'}, and the "
             "credentials as the library of the store reads them (docs/prepare.md)"
         )
+
+
+def check_addresses(leaves: Iterable[tuple[str, Any, Any]]) -> None:
+    """Refuse credentials in any setting; the address of a server has rules of its own.
+
+    Args:
+        leaves: key, value and default of each setting.
+
+    Raises:
+        ValueError: as `check_address`.
+    """
+    for key, value, _ in leaves:
+        if isinstance(value, str) and is_address(value) and not key.endswith(".url"):
+            check_address(key, value)
 
 
 def home() -> Path:
@@ -131,8 +147,8 @@ class Objects:
 
     def _cat(self, name: str, start: int | None, stop: int | None) -> bytes:
         path = f"{self._root}/{name}"
-        if not self._system.async_impl:
-            return self._system.cat_file(path, start=start, end=stop)
+        if not self._system.async_impl:  # hf://, which reads on beyond a range unless told
+            return self._system.cat_file(path, start=start, end=stop, cache_type="none")
         from fsspec.asyn import sync
 
         call = self._system._cat_file
@@ -221,10 +237,18 @@ class Store(Objects):
 
     @cached_property
     def _index(self) -> bytes:
-        return self._read(_INDEX)
+        if self.address.startswith(("http:", "https:")):  # which tells no size for certain
+            return self._read(_INDEX)
+        size = self._ask(_INDEX, lambda: self._system.info(f"{self._root}/{_INDEX}")["size"])
+        starts = range(0, size, RANGE)
+        return b"".join(self._range(_INDEX, i, min(i + RANGE, size), size) for i in starts)
+
+    @cached_property
+    def _index_hash(self) -> str:
+        return hashlib.sha256(self._index).hexdigest()
 
     def _key(self, name: str) -> str:
-        return key_of(hashlib.sha256(self._index).hexdigest(), name)
+        return key_of(self._index_hash, name)
 
     def _download(self, name: str, size: int, sha256: str, file: int) -> None:
         """Write an object to a file; one that was altered on the way is read twice."""
@@ -250,8 +274,10 @@ def _open(address: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     scheme, missing = address.partition("://")[0], ""
+    for name in _TALKERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        options = _http_options() if scheme in ("http", "https") else {}
+        options = _OPTIONS.get(scheme, dict)()
         return url_to_fs(address, **options)
     except ImportError:
         missing = "its library is not installed; pip install 'sfumato[stores]'"
@@ -264,6 +290,19 @@ def _open(address: str) -> tuple[Any, str]:
 
 def _http_options() -> dict[str, Any]:
     """Return settings of fsspec's HTTP: bytes as they lie there, and never from another host."""
+    return {
+        "client_kwargs": {"trace_configs": [_stay()], "trust_env": True},  # ~/.netrc, proxies
+        "headers": {"Accept-Encoding": "identity"},
+        "skip_instance_cache": True,
+    }
+
+
+def _gs_options() -> dict[str, Any]:
+    return {"session_kwargs": {"trace_configs": [_stay()], "trust_env": True}}
+
+
+def _stay() -> Any:
+    """Return what refuses redirects to another host, for sessions of aiohttp."""
     from aiohttp import TraceConfig  # pyright: ignore[reportMissingImports]
 
     async def follow(session: Any, context: Any, sent: Any) -> None:
@@ -274,11 +313,15 @@ def _http_options() -> dict[str, Any]:
 
     trace = TraceConfig()
     trace.on_request_redirect.append(follow)
-    return {
-        "client_kwargs": {"trace_configs": [trace], "trust_env": True},  # ~/.netrc, proxies
-        "headers": {"Accept-Encoding": "identity"},
-        "skip_instance_cache": True,
-    }
+    return trace
+
+
+_OPTIONS: Mapping[str, Callable[[], dict[str, Any]]] = {
+    "http": _http_options,
+    "https": _http_options,
+    "gs": _gs_options,
+    "gcs": _gs_options,
+}
 
 
 def _status(error: Exception) -> int | None:
@@ -311,7 +354,8 @@ def _refusal(error: Exception, address: str) -> str | None:
             f"{address}"
         )
     lacks = type(error).__name__ in _WITHOUT
-    if lacks or isinstance(error, PermissionError) or status in _DENIED:
+    denied = isinstance(error, PermissionError) or str(error).startswith("Forbidden")  # gcsfs's 403
+    if lacks or denied or status in _DENIED:
         why = "no credentials were found" if lacks else "access is denied"
         return (
             f"cannot be read: {why}; {_CREDENTIALS}{_HOW.get(scheme, '')}, and check that they may "

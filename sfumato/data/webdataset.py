@@ -11,7 +11,7 @@ from typing import IO, Any, final
 
 from sfumato.data.decode import SUFFIXES
 from sfumato.data.entries import Columns, Entry, SpanBlob, captions_of, choose_column
-from sfumato.data.left_out import FileSkips, SkipLog
+from sfumato.data.left_out import UNREADABLE, FileSkips, SkipLog
 from sfumato.files import parse_object
 
 # What tarfile raises on damaged headers, beside its own errors: bad numbers and bad sizes.
@@ -203,7 +203,7 @@ def list_tar(path: Path, columns: Columns, log: SkipLog) -> Iterator[Entry]:
             groups = _groups(file, path, skips, damage)
             yield from _entries(groups, damage, file, path, columns, skips)
     except OSError as error:
-        skips.add("unreadable file", f"({error.strerror or error})")
+        skips.add(UNREADABLE, f"({error.strerror or error})")
 
 
 def _groups(file: IO[bytes], path: Path, skips: FileSkips, damage: Damage) -> _Groups:

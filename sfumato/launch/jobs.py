@@ -23,7 +23,7 @@ from sfumato.config import (
     SlurmClusterConfig,
     TrainConfig,
 )
-from sfumato.data.store import check_address, is_address
+from sfumato.data.store import check_addresses, is_address
 from sfumato.explain import nearest
 from sfumato.models.registry import find_family
 from sfumato.preparation.settings import check_prepare
@@ -239,9 +239,8 @@ def _check(job: Job, promised: Sequence[Path]) -> None:
         promised: the folders that earlier jobs fill.
     """
     settings, waits = copy.deepcopy(job.settings), False
-    for key, value, _ in leaves_of(job.settings) if job.command in FILES else ():
-        if isinstance(value, str) and is_address(value) and not key.endswith(".url"):
-            check_address(key, value)
+    if job.command in FILES:
+        check_addresses(leaves_of(job.settings))
     for key, value in _files(job):
         if any(_absolute(Path(value)).is_relative_to(_absolute(out)) for out in promised):
             waits = True

@@ -149,8 +149,7 @@ class _Look:
             counts = f"{len(record.kept) + dropped} samples in its bins, and the tar has {whole}"
             self._refuse(stage, f"{path} has {counts}; {again}")
         self._report(stage, faults.of_numbers(path, record.kept, whole))
-        line = f"{tar.name} {record.kept}\n".encode()
-        self._view.selections[name] = Kept(len(record.kept), record.dropped, line)
+        self._view.selections[name] = Kept(len(record.kept), record.dropped, record.line)
         return record
 
     def _look_at_cache(

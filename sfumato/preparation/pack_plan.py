@@ -11,6 +11,7 @@ from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import final
 
+from sfumato.data.left_out import UNREADABLE
 from sfumato.data.prepared.format import FORMAT, PreparedError
 from sfumato.files import compact, write_text
 from sfumato.preparation.engine import ALONE, Engine, Progress, Tick, map_shards
@@ -154,6 +155,8 @@ def _known(file: Path, settings: str) -> tuple[int, tuple[Count, ...]]:
 
 def _is_known(container: Container, count: Count | None, written: int) -> bool:
     if not isinstance(container, Tar) or count is None or container.newest > written:
+        return False
+    if UNREADABLE in count.dropped:  # it may be readable now
         return False
     return (count.name, count.identity) == (container.name, container.identity)
 

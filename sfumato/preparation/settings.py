@@ -3,8 +3,9 @@
 import os
 import re
 
+from sfumato.conditions import leaves_of
 from sfumato.config import PrepareConfig, check_values
-from sfumato.data.store import check_address, is_address
+from sfumato.data.store import check_addresses, is_address
 from sfumato.parts import slice_of
 
 
@@ -27,9 +28,7 @@ def check_prepare(config: PrepareConfig) -> None:
             f"engine=ray works from one process, and torchrun started {world}; start sfumato "
             "prepare without torchrun, or leave engine=ray out"
         )
-    for key, path in (("pack.path", pack.path), ("download.table", config.download.table)):
-        if path and is_address(path):
-            check_address(key, path)
+    check_addresses(leaves_of(config))
     slice_of(config.part)
     if config.part is not None and config.stages not in (["pack"], ["precache"]):
         raise ValueError(
@@ -40,6 +39,11 @@ def check_prepare(config: PrepareConfig) -> None:
         raise ValueError(
             f"part={config.part} of pack.path={pack.path} would copy the whole input to each "
             "machine; copy it to a disk that all machines see, and give its path"
+        )
+    if config.ray is not None and is_address(pack.path or ""):
+        raise ValueError(
+            f"pack.path={pack.path} is copied to this machine, and ray={config.ray} has others "
+            "that do not see the copy; copy it to a disk that all machines see, and give its path"
         )
     if config.part is not None and world > 1:
         raise ValueError(

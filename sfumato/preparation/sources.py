@@ -6,6 +6,7 @@ What a worker packs of a container is a part of its rows, which can be pickled.
 import abc
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,11 +128,23 @@ class Tar(Container):
         return Part(self.name, self.identity, first, last, self.newest, read)
 
     def _rows(self, first: int, last: int) -> Sequence[Entry]:
-        """Return some rows; nobody is warned again of what is left out."""
+        """Return some rows; nobody is warned again of what is left out.
+
+        Raises:
+            PreparedError: they are not there, as on a machine that does not see the tar.
+        """
         if not _listed or _listed[0][0] != self:  # shards of one tar come one after another
             log = SkipLog(warns=False)
             _listed[:] = [(self, _list_one(self.path, self.config, self.expected, log).rows)]
-        return _listed[0][1][first:last]
+        rows = _listed[0][1][first:last]
+        if len(rows) != last - first:
+            _listed.clear()
+            raise PreparedError(
+                f"{self.path} gave {len(rows)} of its rows {first} to {last - 1} on "
+                f"{socket.gethostname()}, and all when it was listed; check that each machine can "
+                "read it, and run the same command again"
+            )
+        return rows
 
 
 _listed: list[tuple[Tar, Sequence[Entry]]] = []  # the last tar, with its rows

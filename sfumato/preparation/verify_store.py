@@ -1,11 +1,15 @@
 """Verification of a prepared folder in a store: every object that its index lists, byte by byte."""
 
+import hashlib
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import IO
 
 from sfumato.config import ShardDataConfig
 from sfumato.data.ahead import ahead
@@ -13,12 +17,15 @@ from sfumato.data.prepared.folder import EMPTY, PreparedFolder, open_folder
 from sfumato.data.prepared.format import Index, IndexedShard, PreparedError
 from sfumato.data.shard_cache import CacheError
 from sfumato.data.store import check_address, home, is_address
-from sfumato.files import sha256_of
+from sfumato.files import lock, sha256_of
 from sfumato.preparation.engine import Progress, open_engine
 from sfumato.preparation.verify import verify
 
 _THREADS = 8  # that fetch objects
 _SHOWN = 100  # faults that are printed
+_PLACE = "verify-"
+_JUST_MADE = 60  # seconds in which a verification surely holds its cache
+_OTHER_DISK = "set XDG_CACHE_HOME to a folder on another disk"
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,14 @@ class _Object:
     kept: tuple[tuple[str, int], ...] = ()
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What is wrong with an object, and what selections keep of a tar, for their hash."""
+
+    faults: Sequence[str]
+    lines: Mapping[str, bytes] = field(default_factory=dict)
+
+
 def verify_at(place: str, engine: str, workers: int | None, ray: str | None) -> None:
     """Verify a prepared folder by its path or address.
 
@@ -46,6 +61,7 @@ def verify_at(place: str, engine: str, workers: int | None, ray: str | None) -> 
         ValueError: the address cannot be read, or the engine not be used.
     """
     if is_address(place):
+        check_address("sfumato prepare verify", place)
         if (engine, workers, ray) != ("local", None, None):
             raise ValueError(
                 f"--engine, --workers and --ray are for a folder on a disk, and {place} is an "
@@ -68,8 +84,23 @@ def verify_store(address: str) -> None:
     """
     check_address("sfumato prepare verify", address)
     home().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="verify-", dir=home()) as place:
-        _verify(address, open_folder(address, ShardDataConfig(address, cache_dir=place)), place)
+    for left in home().glob(f"{_PLACE}*"):
+        _remove_left(left)
+    with tempfile.TemporaryDirectory(prefix=_PLACE, dir=home()) as place, _hold(Path(place)):
+        cache = str(Path(place) / "shards")  # it has a lock of its own
+        _verify(address, open_folder(address, ShardDataConfig(address, cache_dir=cache)), cache)
+
+
+def _hold(place: Path) -> IO[str]:
+    return lock(place, busy=f"{place} is in use", unmade=_OTHER_DISK, failure=PreparedError)
+
+
+def _remove_left(place: Path) -> None:
+    """Remove the cache of a verification that was killed."""
+    with suppress(OSError, PreparedError):
+        if time.time() - place.stat().st_mtime > _JUST_MADE:
+            with _hold(place):
+                shutil.rmtree(place)
 
 
 def _verify(address: str, folder: PreparedFolder, place: str) -> None:
@@ -78,15 +109,21 @@ def _verify(address: str, folder: PreparedFolder, place: str) -> None:
     largest = max((each.shard.bytes for each in objects), default=0)
     room = 4 * _THREADS * largest / 10**9 + 0.1
     folder = open_folder(address, ShardDataConfig(address, cache_dir=place, cache_gb=room))
-    faults = 0
+    faults, hashes = 0, {name: hashlib.sha256() for name in index.kept}
     with Progress("verify", len(objects), "object") as progress:
-        looked = ahead(lambda each: _faults(folder, each), objects, _THREADS, 2 * _THREADS)
-        for found in chain(looked, [_faults_of_empty(folder, index)]):
+        looked = ahead(lambda each: _look_at(folder, each), objects, _THREADS, 2 * _THREADS)
+        for seen in chain(looked, [_Seen(_faults_of_caches(folder, index))]):
             progress.tick(1)
-            for fault in found:
+            for name, line in seen.lines.items():
+                hashes.get(name, hashlib.sha256()).update(line)
+            for fault in seen.faults:
                 faults += 1
                 if faults <= _SHOWN:
                     print(f"  {fault}", flush=True)
+    for name, found in hashes.items():
+        if not faults and found.hexdigest() != index.kept[name]:
+            faults += 1
+            print(f"  selection {name} keeps other samples than the index says")
     samples = sum(tar.samples for tar in index.tars)
     print(f"{address}: {len(objects):,} objects of {samples:,} samples; faults: {faults:,}")
     if faults > _SHOWN:
@@ -104,8 +141,8 @@ def _objects(index: Index) -> Iterator[_Object]:
         yield from (_Object(shard, cache) for shard in shards)
 
 
-def _faults(folder: PreparedFolder, each: _Object) -> list[str]:
-    """Return what is wrong with an object and its record."""
+def _look_at(folder: PreparedFolder, each: _Object) -> _Seen:
+    """Look at an object and its record."""
     shard, cache = each.shard, each.cache
     try:
         if cache:
@@ -119,31 +156,42 @@ def _faults(folder: PreparedFolder, each: _Object) -> list[str]:
     except CacheError:
         raise
     except ValueError as error:
-        return [str(error)]
-    found = []
+        return _Seen([str(error)])
+    found, lines = list[str](), dict[str, bytes]()
     if same != (shard.bytes, shard.sha256, shard.samples):
         place = folder.cache(cache) if cache else folder.shards
         record_of = folder.shown(place / f"{shard.name}.json")
         found.append(f"{record_of} says another size, sum or count than the index")
     for selection, count in each.kept:
         try:
-            kept = len(folder.kept_record(selection, shard.name).kept)
+            record = folder.kept_record(selection, shard.name)
         except CacheError:
             raise
         except ValueError as error:
             found.append(str(error))
             continue
-        if kept != count:
+        lines[selection] = record.line
+        if len(record.kept) != count:
             found.append(
-                f"selection {selection} keeps {kept:,} samples of {shard.name}, and the index says "
-                f"{count:,}"
+                f"selection {selection} keeps {len(record.kept):,} samples of {shard.name}, and "
+                f"the index says {count:,}"
             )
-    return found
+    return _Seen(found, lines)
 
 
-def _faults_of_empty(folder: PreparedFolder, index: Index) -> list[str]:
-    """Return what is wrong with the states of the empty prompt, of which old indices lack a sum."""
+def _faults_of_caches(folder: PreparedFolder, index: Index) -> list[str]:
+    """Return what is wrong with manifests, and with the states of the empty prompt.
+
+    Old indices lack the sum of these states.
+    """
     found = []
+    for cache in index.caches:
+        try:
+            folder.manifest(cache)
+        except CacheError:
+            raise
+        except ValueError as error:
+            found.append(str(error))
     for cache in (name for name in index.caches if name.startswith("text-")):
         path = folder.cache(cache) / EMPTY
         try:

@@ -113,6 +113,17 @@ class PreparedFolder:
         if self.store is not None:
             self.store.forget_record(self._name(path))
 
+    def forget_records(self, selection: str, name: str) -> None:
+        """Have the records of a tar and of what a selection keeps of it fetched again."""
+        self.forget_record(self.shards / f"{name}.json")
+        self.forget_record(self.selection(selection) / f"{name}.json")
+
+    def anew(self, stages: str) -> str:
+        """What makes stages of the folder again, in words."""
+        if self.store is not None:
+            return AGAIN
+        return f"run: sfumato prepare out={self} stages=[{stages}]"
+
     def shown(self, path: Path) -> str:
         """Return a path below the folder as messages name it: in a store, its address."""
         return f"{self}/{self._name(path)}"

@@ -103,6 +103,11 @@ class KeptRecord:
     dropped: Mapping[str, int] = field(default_factory=dict)
     tar: str = ""
 
+    @property
+    def line(self) -> bytes:
+        """What the hash of a selection, in the index, has of the tar."""
+        return f"{self.name} {self.kept}\n".encode()
+
 
 @dataclass(frozen=True)
 class CachedRecord:

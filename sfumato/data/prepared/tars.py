@@ -82,11 +82,12 @@ class Selected:
         indices = self.folder.kept_record(self.selection, tar.name).kept
         inside = all(0 <= index < len(samples) for index in indices)
         if record.sha256 != tar.sha256 or len(indices) != self.counts[shard] or not inside:
+            self.folder.forget_records(self.selection, tar.name)
             raise PreparedError(
                 f"shard {tar.name} of {self.folder} is not the one that was indexed: the selection "
                 f"{self.selection!r} keeps {len(indices)} of its {len(samples)} samples, not "
-                f"{self.counts[shard]}, or its records were written again; run: sfumato prepare "
-                f"out={self.folder} stages=[index], and start a new run"
+                f"{self.counts[shard]}, or its records were written again; "
+                f"{self.folder.anew('index')}, and start a new run"
             )
         if not self.is_sorted:
             return [list(indices)]
@@ -108,11 +109,12 @@ class Selected:
         """
         for bucket, bucket_counts in zip(rows, counts, strict=True):
             if len(bucket) != bucket_counts[shard]:
+                self.folder.forget_records(self.selection, self.tars[shard].name)
                 raise PreparedError(
                     f"shard {self.tars[shard].name} of {self.folder} has {len(bucket)} of the "
                     f"{bucket_counts[shard]} samples that were counted for selection "
-                    f"{self.selection!r}; run: sfumato prepare out={self.folder} "
-                    f"stages=[{stages}] with the settings of this selection"
+                    f"{self.selection!r}; {self.folder.anew(stages)} with the settings of this "
+                    "selection"
                 )
 
 

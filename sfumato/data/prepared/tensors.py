@@ -102,6 +102,9 @@ def read_empty(folder: PreparedFolder, cache: str, sha256: str | None) -> dict[s
         if sha256 is not None:
             check_sum(file.path, sha256, folder)
         return load_file(file.path)
+    except PreparedError:
+        folder.forget_record(path)
+        raise
     except (OSError, SafetensorError) as error:
         folder.forget_record(path)
         raise PreparedError(
