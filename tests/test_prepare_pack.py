@@ -19,8 +19,10 @@ from PIL import Image
 from runs import in_child, kill, on_call
 
 from sfumato.config import DownloadConfig, FilterConfig, PackConfig
+from sfumato.data.left_out import UNREADABLE
 from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import PreparedError, TarRecord
+from sfumato.preparation import sources
 from sfumato.preparation.filter import filter_samples
 from sfumato.preparation.pack import pack
 
@@ -608,3 +610,54 @@ def test_headers_larger_than_memory_do_not_stop_a_pack(tmp_path: Path, kind: byt
                 file.write(bytes(1024))
     bins = packed(tmp_path / "tars", tmp_path / "out")
     assert bins == {"kept": 2, "truncated or damaged tar": 1}
+
+
+def test_rows_that_a_worker_does_not_see_end_the_packing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine of a cluster where the input is not mounted."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        members = [(f"{i}.{end}", data) for i in range(6) for end, data in picture_of(name, i)]
+        write_tar(tmp_path / "in" / f"{name}.tar", members)
+    config, listing = PackConfig(str(tmp_path / "in"), samples_per_shard=4), sources._list_one
+    seen = list[str]()
+
+    def one(tar: Path, *more: Any) -> sources.Listing:
+        seen.append(tar.name)
+        hidden = seen.count("a.tar") > 1 and tar.name == "a.tar"
+        return sources.Listing([], {}) if hidden else listing(tar, *more)
+
+    with monkeypatch.context() as absent:
+        absent.setattr(sources, "_list_one", one)
+        with pytest.raises(PreparedError, match=r"a\.tar gave 0 of its rows 0 to 3 on .*run the"):
+            pack(config, DownloadConfig(), tmp_path / "out")
+    pack(config, DownloadConfig(), tmp_path / "out")
+    again = PreparedFolder(tmp_path / "out")
+    captions = [each.captions for i in range(3) for each in again.tar_record(f"{i:06d}").samples]
+    assert captions == [(f"{name} {i}",) for name in ("a", "b") for i in range(6)]
+
+
+def test_a_tar_that_was_unreadable_is_listed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        members = [(f"0.{end}", data) for end, data in picture_of(name, 0)]
+        write_tar(tmp_path / "in" / f"{name}.tar", members)
+    config, listing = PackConfig(str(tmp_path / "in")), sources._list_one
+
+    def one(tar: Path, *more: Any) -> sources.Listing:
+        hidden = tar.name == "a.tar"
+        return sources.Listing([], {UNREADABLE: 1}) if hidden else listing(tar, *more)
+
+    with monkeypatch.context() as denied:
+        denied.setattr(sources, "_list_one", one)
+        pack(config, DownloadConfig(), tmp_path / "out")
+    pack(config, DownloadConfig(), tmp_path / "out")
+    samples = PreparedFolder(tmp_path / "out").tar_record("000000").samples
+    assert [each.captions for each in samples] == [("a 0",), ("b 0",)]
+
+
+def picture_of(name: str, number: int) -> list[tuple[str, bytes]]:
+    return [("png", png(8, 8, number)), ("txt", f"{name} {number}".encode())]

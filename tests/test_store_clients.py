@@ -1,8 +1,11 @@
 """Prepared folders and files at gs:// and hf://, read by the real clients from loopback servers."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from dataset_server import HubServer
@@ -12,6 +15,8 @@ from test_store import COUNT, opened, same, settings
 from sfumato.data import store
 from sfumato.data.copies import copy_of, copy_of_folder
 from sfumato.data.shard_cache import StoreError
+from sfumato.files import lock
+from sfumato.preparation.verify_store import verify_store
 
 Put = Callable[[Path, str], None]  # a file, and where it goes below the address
 
@@ -139,3 +144,64 @@ def test_a_hub_that_denies_or_fails_is_named(
             copy_of(f"{address}/p.txt", "data.prompts")
     hub.status = [500, 503]
     assert copy_of(f"{address}/p.txt", "data.prompts").read_text() == "a ring"
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """Answers each request alike: with a status, or by sending it elsewhere."""
+
+    status, elsewhere = 403, ""
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        if self.elsewhere:
+            self.send_header("Location", self.elsewhere)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        del format, args
+
+
+@pytest.mark.parametrize(
+    ("status", "elsewhere", "said"),
+    [
+        (403, "", r"access is denied; .*\(gcloud auth application-default login\)"),
+        (302, "http://127.0.0.2:9/p.txt", "leads to another host, http://127.0.0.2"),
+    ],
+)
+def test_a_bucket_that_denies_or_redirects_is_named(
+    status: int, elsewhere: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gcsfs = pytest.importorskip("gcsfs", reason="fsspec reads gs:// with gcsfs")
+    answers = type("Answers", (_Answers,), {"status": status, "elsewhere": elsewhere})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), answers)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(store, "PAUSES", (0.01, 0.01))
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    with pytest.raises(StoreError, match=said):
+        copy_of("gs://bucket/p.txt", "data.prompts")
+    server.shutdown()
+    server.server_close()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def test_a_verification_that_was_killed_leaves_nothing_for_long(
+    hub: HubServer, hf: tuple[str, Put], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    address, put = hf
+    write_prepared(tmp_path / "disk", pictures(COUNT))
+    for path in (tmp_path / "disk").rglob("*.*"):
+        put(path, path.relative_to(tmp_path / "disk").as_posix())
+    left, used = (tmp_path / "home" / "sfumato" / f"verify-{name}" for name in ("left", "used"))
+    for folder in (left, used):
+        (folder / "shards").mkdir(parents=True)
+        os.utime(folder, (0, 0))
+    with lock(used, busy="", unmade=""):
+        os.utime(used, (0, 0))
+        verify_store(address)
+    assert used.exists() and not left.exists()
+    assert list(left.parent.glob("verify-*")) == [used]

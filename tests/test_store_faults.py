@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sfumato.data import store
 from sfumato.data.prepared.format import PreparedError
 from sfumato.data.prompts import read_prompts
 from sfumato.data.shard_cache import StoreError
+from sfumato.preparation.index import write_index
 from sfumato.preparation.settings import check_prepare
 from sfumato.preparation.verify_store import verify_at, verify_store
 
@@ -239,6 +241,31 @@ def test_a_whole_folder_in_a_store_is_verified(
         assert server.asked[str(file.relative_to(server.folder))], file
     with pytest.raises(ValueError, match="--workers and --ray are for a folder on a disk"):
         verify_at(server.address, "local", 2, None)
+
+
+def test_a_selection_of_other_samples_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many samples; and a run that met it goes on once the right records are there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "disk"
+    write_prepared(folder, pictures(8), selections={"few": lambda number: number % 4 < 2})
+    write_index(folder)
+    served = StoreServer(folder)
+    config = settings(served.address, tmp_path, selection="few")
+    record = folder / "selections" / "few" / "00001.json"
+    right = record.read_text()
+    verify_store(served.address)
+    record.write_text(re.sub(r'"kept": ?\[0, ?1\]', '"kept":[2,3]', right))
+    with pytest.raises(PreparedError, match="has faults, 1 in all"):
+        verify_store(served.address)
+    assert "selection few keeps other samples than the index says" in capsys.readouterr().out
+    record.write_text(re.sub(r'"kept": ?\[0, ?1\]', '"kept":[2]', right))
+    with pytest.raises(PreparedError, match=r"upload the prepared folder again, index\.json last"):
+        opened(config).next(4, 0, 4)
+    record.write_text(right)
+    assert len(opened(config).next(4, 0, 4)) == 4
+    served.close()
 
 
 @pytest.mark.parametrize(
