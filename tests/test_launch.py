@@ -203,8 +203,8 @@ def test_files_must_be_there_unless_an_earlier_job_makes_them(tmp_path: Path, jo
     [
         (stage("trian"), "jobs.x.command='trian' is unknown; choose one of prepare, train"),
         (
-            stage("evaluate", "run=.", processes=2),
-            "processes = 2 and nodes = 1, but evaluate runs in one process",
+            stage("sample", "pretrained=.", "prompt=p", processes=2),
+            "processes = 2 and nodes = 1, but sample runs in one process",
         ),
         (
             stage("train", "recipe=demo_finetune", processes=0),
@@ -337,6 +337,9 @@ def test_several_processes_run_under_torchrun(tmp_path: Path):
         "--rdzv-conf=is_host=false --nproc-per-node=2 --max-restarts=0 --shutdown-timeout=60 "
         "-m sfumato train recipe=demo_finetune training.global_batch_size=32"
     )
+    look = stage("evaluate", f"run={tmp_path}", processes=2)
+    assert " --nproc-per-node=2 " in shlex.join(command_line(read(tmp_path, {"x": look})[0], 0, 60))
+    assert read(tmp_path, {"x": stage("evaluate", f"run={tmp_path}")})[0].processes == 1
     alone = replace(job, processes=1)
     assert command_line(alone, 0, 60, meeting)[1:4] == ["-m", "sfumato", "train"]
 

@@ -186,6 +186,7 @@ def test_a_task_that_fails_is_made_up_for_by_the_job(
             stage("evaluate", "run=.", "metrics=[fid]", "reference=s3://me:hidden@b/x"),
             r"reference=s3://\*\*\*@b/x may hold credentials",
         ),
+        (stage("evaluate", "run=.", array=2, nodes=2), "nodes above 1 share the images of one"),
         (stage("evaluate", "run=.", array=0), "array=0 is too small; give 1 or more"),
     ],
 )

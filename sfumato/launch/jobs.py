@@ -28,7 +28,8 @@ from sfumato.explain import nearest
 from sfumato.models.registry import find_family
 from sfumato.preparation.settings import check_prepare
 
-DISTRIBUTED = ("prepare", "train")  # commands that can run in several processes
+DISTRIBUTED = ("prepare", "train")  # commands that run in the cluster's processes
+SEVERAL = (*DISTRIBUTED, "evaluate")  # commands that can run in those that their job names
 SHARED = ("prepare", "evaluate")  # commands whose work tasks of an array can share
 SHARED_STAGES = ("pack", "precache")  # of prepare
 ARRAY = ".array"  # behind the name of a job: the array that shares its work
@@ -174,6 +175,11 @@ def _array(config: JobConfig, launch: LaunchConfig, settings: Any) -> int:
         raise ValueError(f"array = {array}, but cluster=local has none; use cluster=slurm")
     if config.command not in SHARED:
         raise ValueError(f"array = {array}, but {config.command} is not shared by tasks")
+    if config.command == "evaluate" and (config.processes or 1) * (config.nodes or 1) > 1:
+        raise ValueError(
+            f"array = {array} shares checkpoints, and processes or nodes above 1 share the images "
+            "of one; leave one of them out"
+        )
     if config.command == "prepare":
         shared = [stage for stage in SHARED_STAGES if stage in settings.stages]
         if len(shared) != 1:
@@ -223,7 +229,7 @@ def _size(config: JobConfig, launch: LaunchConfig) -> tuple[int, int]:
         case other:
             raise AssertionError(other)
     processes, nodes = config.processes or processes, config.nodes or nodes
-    if processes * nodes > 1 and config.command not in DISTRIBUTED:
+    if processes * nodes > 1 and config.command not in SEVERAL:
         raise ValueError(
             f"processes = {processes} and nodes = {nodes}, but {config.command} runs in one process"
         )
