@@ -285,7 +285,7 @@ def test_requests_and_hours_of_preparation_are_counted(sd_folder: Path):
         ranges * found.seen / 1000 / found.seconds, abs=0.06
     )
     assert lines["tars of 1,000 samples"][-1] == "3,600"
-    assert lines["~ core hours to pack"][-1] == "9"  # 3.6 million / 115 a second
+    assert lines["~ core hours to pack"][-1] == "5"  # 3.6 million / 199 a second
     hours = float(lines["~ GPU hours to precache"][-1].replace(",", ""))
     assert hours == pytest.approx(3_600_000 * found.encoding / 1e12 / 3600, abs=0.51)
 
