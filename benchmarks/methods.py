@@ -356,7 +356,7 @@ def draw(out: Path, means: dict[str, list[dict[str, float]]], times: dict[str, A
             axes.plot(x, [p["reward"] for p in curve], style, marker=".", label=name)
         axes.set_xlabel(label)
         axes.set_ylabel("reward")
-        axes.legend(fontsize=7, ncols=2)
+        axes.legend(fontsize=7, ncols=2, handlelength=4)
         figure.tight_layout()
         figure.savefig(out / file, dpi=120)
 
