@@ -29,7 +29,8 @@ _WITHOUT = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentials
 _WITH_REVISION = "hf"  # its addresses name a revision behind an @
 _INDEX = "index.json"
 _DOWNGRADE = ("https", "http")
-_TALKERS = ("gcsfs", "s3fs", "huggingface_hub")  # they log addresses and tracebacks of each try
+# They log addresses and tracebacks of each try.
+_TALKERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 AGAIN = "upload the prepared folder again, index.json last"
 _CREDENTIALS = "give the credentials as its library reads them"
 _HOW = {
@@ -274,8 +275,8 @@ def _open(address: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     scheme, missing = address.partition("://")[0], ""
-    for name in _TALKERS:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if scheme in _TALKERS:
+        logging.getLogger(_TALKERS[scheme]).setLevel(logging.CRITICAL)
     try:
         options = _OPTIONS.get(scheme, dict)()
         return url_to_fs(address, **options)

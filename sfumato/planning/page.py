@@ -11,9 +11,7 @@ from sfumato.run.open_data import is_cached
 
 WIDTH = 34  # of the first column
 DAY = 86_400  # seconds
-PACKED = (
-    199  # pictures of 1 MP that a CPU core packs in a second: two workers on two cores (LOG.md)
-)
+PACKED = 199  # pictures of 1 MP a second and core: two workers on two cores (LOG.md)
 
 
 def plan(config: PlanConfig) -> None:
