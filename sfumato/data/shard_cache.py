@@ -100,7 +100,8 @@ class ShardCache:
                     write(part)
                     if sha256 is None:
                         os.fsync(part)  # what has no sum is never compared
-                    path.with_suffix(".part").replace(path)
+                    with self._alone():  # whoever counts the files meets it under one name
+                        path.with_suffix(".part").replace(path)
                     if sha256 is not None:  # `write` has compared it
                         _whole.add(_state(path, part))
         return held
