@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -16,6 +17,7 @@ from typing import Any, final
 
 from sfumato.preparation.engine import Crew, Died, Event, Failed, Made, Ticked, attempt
 
+_PAUSE = 0.2  # seconds between messages of rows that are done
 _index = 0  # of the worker that this process is
 
 
@@ -104,7 +106,27 @@ def _serve(pipe: Connection, function: Callable[..., Any], index: int) -> None:
             item = pipe.recv()
         except EOFError:
             return
-        pipe.send(attempt(function, item, lambda count: pipe.send(Ticked(count))))
+        ticks = _Ticks(pipe)
+        made = attempt(function, item, ticks.add)
+        ticks.send()
+        pipe.send(made)
+
+
+@final
+class _Ticks:
+    """Rows that are done, told now and then: a message for each would slow the first process."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe, self._count, self._told = pipe, 0, time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._count += count
+        if time.monotonic() - self._told > _PAUSE:
+            self.send()
+
+    def send(self) -> None:
+        self._pipe.send(Ticked(self._count))
+        self._count, self._told = 0, time.monotonic()
 
 
 def _end_with_parent() -> None:
