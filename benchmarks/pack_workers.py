@@ -6,10 +6,13 @@ speed   packs JPEG pictures of about one megapixel by one worker and by more, ea
         bare processes that only decode, which says how much the machine gives
 memory  packs, filters and verifies 10, 100 and 1,000 tars of 5 small pictures; prints the largest
         resident memory of the first process and of any worker
+stages  packs small pictures in tars of 1,000 and some of one megapixel in tars of 100; prints rows
+        per second of filter and index, and megabytes per second of verify, by one process
 plan    plans a million tars of 1,000 rows, out of 100,000 containers, and goes through all of them
 
     python benchmarks/pack_workers.py speed --pictures 400 --workers 2
     python benchmarks/pack_workers.py memory
+    python benchmarks/pack_workers.py stages --rows 20000
     python benchmarks/pack_workers.py plan
 """
 
@@ -26,6 +29,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -51,12 +55,12 @@ def main() -> None:
         measure_memory(Path(options.folder), options.workers)
         return
     print(machine("cpu"))
-    {"speed": speed, "memory": memory, "plan": plan}[options.what](options)
+    {"speed": speed, "memory": memory, "stages": stages, "plan": plan}[options.what](options)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["speed", "memory", "plan", "child"])
+    parser.add_argument("what", choices=["speed", "memory", "stages", "plan", "child"])
     parser.add_argument("folder", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--side", type=int, default=1024, help="pixels of a picture")
@@ -64,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tars", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--rows", type=int, default=20_000, help="of stages: small pictures")
     return parser.parse_args()
 
 
@@ -169,6 +174,38 @@ def measure_memory(folder: Path, workers: int) -> None:
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     ]
     print(" | ".join(f"{kibibytes / MEBI:.0f}" for kibibytes in most))
+
+
+def stages(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, small = Path(name), Path(name) / "small"
+        write_source(folder / "a.tar", options.rows, 16, "PNG")
+        pack(PackConfig(f"{folder}/a.tar", samples_per_shard=1000), DownloadConfig(), small)
+        write_source(folder / "b.tar", options.pictures, options.side, "JPEG")
+        large = folder / "large"
+        pack(PackConfig(f"{folder}/b.tar", samples_per_shard=100), DownloadConfig(), large)
+        megabytes = sum(tar.stat().st_size for tar in large.rglob("*.tar")) / 1e6
+        rates: dict[str, list[float]] = {}
+        for number in range(options.pairs):
+            name = str(number)
+            every = FilterConfig(name=name, min_size=8)
+            unlike = FilterConfig(name=name, min_size=8, duplicates="drop")
+            for what, count, work in (
+                ("filter, rows", options.rows, partial(filter_samples, every, small)),
+                (
+                    "filter of duplicates, rows",
+                    options.rows,
+                    partial(filter_samples, unlike, small),
+                ),
+                ("index with one selection, rows", options.rows, partial(write_index, small)),
+                ("verify, megabytes", megabytes, partial(verify, large)),
+            ):
+                begin = time.perf_counter()
+                work()
+                rates.setdefault(what, []).append(count / (time.perf_counter() - begin))
+            shutil.rmtree(small / "selections")
+    for what, each in rates.items():
+        print(f"{what} per second: {statistics.median(each):,.0f} ({min(each):,.0f} at least)")
 
 
 def plan(options: argparse.Namespace) -> None:
