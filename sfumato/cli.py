@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -55,6 +56,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        _leave_others(1, traceback.format_exc())
+        raise
 
 
 def _mend_streams() -> None:
@@ -160,8 +164,22 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """Print what is wrong and exit; a process other than the first says which one it is."""
     rank = os.environ.get("RANK", "0")
     who = "sfumato" if rank == "0" else f"sfumato (process {rank})"
+    _leave_others(code, f"{who}: {message}\n")
     print(f"{who}: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _leave_others(code: int, message: str) -> None:
+    """Print why, and exit at once if this process is connected to others.
+
+    Python would close the connections first, and wait for the others, who wait for this process.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stderr.write(message)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
 
 
 def hydra_command(command: str, arguments: Sequence[str]) -> None:
@@ -215,6 +233,9 @@ def mistakes_explained() -> Iterator[None]:
         wanting = ("out of memory", "can't allocate memory")  # on the GPU, on the CPU
         if "determine home directory" in str(error):
             fail("a path begins with ~NAME, and no user has that name; give the whole path")
+        gone = any(text in str(error) for text in ("closed by peer", "reset by peer"))
+        if gone and "WORLD_SIZE" in os.environ and not os.environ.get("SFUMATO_TRACEBACK"):
+            fail("another process ended, and its message says why", code=1)
         known = isinstance(error, MemoryError) or any(text in str(error) for text in wanting)
         if os.environ.get("SFUMATO_TRACEBACK") or not known:
             raise
@@ -253,7 +274,8 @@ def dispatch(command: str, config: Any) -> None:
         try:
             outcome = train(settings, plain, distribution, typed=typed_keys(typed))
         finally:
-            distribution.close()
+            if sys.exception() is None or distribution.world == 1:  # else the others may not come
+                distribution.close()
         sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
         if outcome.stopped_by is not None and sweeps:
             sys.exit(0)  # else Hydra would begin the next run of the sweep

@@ -118,26 +118,6 @@ def test_export_best_needs_a_validation_loss(settings: list[str]) -> None:
         compose_train(["model.pretrained=M", "export=best", *settings])
 
 
-def test_processes_that_read_different_files_are_told(
-    sd_folder: Path,
-    pictures: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    folders = [tmp_path / "all", tmp_path / "some"]
-    for folder in folders:
-        shutil.copytree(pictures, folder / "pictures")
-    (folders[1] / "pictures" / "0.png").unlink()
-
-    def run(rank: int) -> None:
-        monkeypatch.chdir(folders[rank])
-        with pytest.raises(ValueError, match="the processes read different data"):
-            start(command(tmp_path, sd_folder, Path("pictures"), "training.micro_batch_size=1"))
-
-    in_processes(2, run)
-
-
 def test_each_process_tells_what_it_left_out(
     sd_folder: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

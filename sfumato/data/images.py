@@ -80,7 +80,7 @@ def open_pictures(
         return ListEpochs(pool, key=key, seed=seed, shuffle=config.shuffle)
 
     pools = build_pools(shares, choices.sizes, rows)
-    guards = {"places": _guard(entries)}
+    guards = {"places": _guard(entries, places)}
     order = PoolOrder(pools, name="images", guards=guards, anywhere=len(entries))
     pictures = Pictures(entries, originals, places, choices)
     workers, prefetch = config.workers, config.prefetch
@@ -136,11 +136,13 @@ def _list(name: str, source: ImageSourceConfig, log: SkipLog, lines: str) -> lis
     return list_source(str(source.path), source.base_path, columns, log, f"{name}.path")
 
 
-def _guard(entries: Sequence[Entry]) -> Guard:
+def _guard(entries: Sequence[Entry], places: Sequence[int]) -> Guard:
     text = "\0".join(f"{entry.container.name}/{entry.position}" for entry in entries)
+    if any(places):  # pictures of several shapes
+        text += f"\0{places}"
     return Guard(
         hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16],
-        "there are as many samples as before, but others",
+        "there are as many samples as before, but others, or of other shapes",
         "Restore the files that the run was started with",
     )
 

@@ -59,20 +59,21 @@ def train(
     """
     watch, own = StopWatch(config.training.max_time), own or Own()
     folder = RunFolder.of(config)
-    check_trackers(config.training)
-    check_own(config, own)
-    try_optimizer(config.optimizer, distribution.device)
-    say = distribution.is_main
-    own_model = own.load is not None or config.objective.trains != "model"
-    limits = None if own_model else check_model(config, folder, typed, say=say)
-    data = open_data(config, limits, own.stream, own.prompts)
+    with distribution.together():
+        check_trackers(config.training)
+        check_own(config, own)
+        try_optimizer(config.optimizer, distribution.device)
+        say = distribution.is_main
+        own_model = own.load is not None or config.objective.trains != "model"
+        limits = None if own_model else check_model(config, folder, typed, say=say)
+        data = open_data(config, limits, own.stream, own.prompts)
     with exclusive(folder, distribution):
         with distribution.together():
             if distribution.is_main:
                 prepare_folder(folder, config, settings)
         cache_images(config, own, data, folder, distribution)
-        job = build_job(config, settings, own, data, distribution)
         with distribution.together():
+            job = build_job(config, settings, own, data, distribution)
             if distribution.is_main:  # once more, as a hub's models may be here only now
                 note_models(config, folder)
         outcome = fit(job, folder, distribution, watch)
