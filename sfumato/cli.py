@@ -1,7 +1,6 @@
 """Command line: reads `sfumato COMMAND ...`, explains mistakes, calls the room of the work."""
 
 import errno
-import io
 import logging
 import os
 import sys
@@ -10,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, final
+from typing import Any, NoReturn
+
+from sfumato.terminal import mend_streams
 
 HYDRA_COMMANDS = ("train", "sample", "evaluate", "plan")
 HELP = {"-h", "--help"}
@@ -47,7 +48,7 @@ def main() -> None:
     0 is done, or stopped by a signal or a limit with all saved; 1 failed; 2 a mistake in what was
     asked; 3 stopped by a guard, with all saved; 130 interrupted with nothing to save.
     """
-    _mend_streams()
+    mend_streams()
     # It tells of a kernel that nothing here asks for.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
@@ -59,46 +60,6 @@ def main() -> None:
     except Exception:
         _leave_others(1, traceback.format_exc())
         raise
-
-
-def _mend_streams() -> None:
-    """Let nothing that becomes of the terminal end the work.
-
-    A stream that the caller closed leads nowhere, and so does one whose reader goes, such as
-    `| head -1`. Letters that a terminal has not are written as numbers.
-    """
-    sys.stdout, sys.stderr = _mended(sys.stdout, 1), _mended(sys.stderr, 2)
-
-
-def _mended(stream: Any, number: int) -> Any:
-    if stream is None:
-        return Path(os.devnull).open("w", encoding="utf-8")
-    if not isinstance(stream, io.TextIOWrapper):
-        return stream
-    if stream not in (sys.__stdout__, sys.__stderr__):
-        stream.reconfigure(errors="backslashreplace")
-        return stream
-    raw = _Lasting(number, "w", closefd=False)
-    return io.TextIOWrapper(
-        raw if stream.write_through else io.BufferedWriter(raw),
-        stream.encoding,
-        "backslashreplace",
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )
-
-
-@final
-class _Lasting(io.FileIO):
-    """A stream that leads nowhere once its reader has gone."""
-
-    def write(self, data: Any, /) -> int:
-        """Write bytes, or drop them."""
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return len(data)
 
 
 def run_command(arguments: Sequence[str]) -> None:

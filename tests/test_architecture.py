@@ -54,7 +54,8 @@ ROOMS["demo"] = ROOMS["report"] | {"report", "preparation", "launch"}
 ROOMS["publish"] = ROOMS["evaluation"] | {"evaluation"}
 ROOMS["api"] = ROOMS["evaluation"] | {"evaluation"}
 ROOMS["__init__"] = {"api"}
-ROOMS["cli"] = ROOMS["demo"] | {"demo", "migrate", "planning", "publish"}
+ROOMS["terminal"] = set()
+ROOMS["cli"] = ROOMS["demo"] | {"terminal", "demo", "migrate", "planning", "publish"}
 ROOMS["__main__"] = {"cli"}
 
 # Objectives know models and rewards through their contracts, not one family.

@@ -245,20 +245,19 @@ def test_the_summary_has_every_model_and_measure(page: Page) -> None:
     header, *rows = page.tables[0]
     losses = ["validation loss before", "lowest validation loss", "last validation loss"]
     columns = ["model", "objective", "steps", *losses]
-    costs = ["seconds", "images", "reward queries"]
-    assert header == [*columns, "reward", "attributes (held out)", LABEL, *costs]
-    none, unknown = ["–"] * 3, ["not recorded"] * 3
+    assert header == [*columns, "reward", "attributes (held out)", LABEL, "images"]
+    none, unknown = ["–"] * 3, "not recorded"
     draft = [*none, "22.40 ± 0.25 +4.20", "0.700 +0.200", "0.120 −0.190"]
     plus = [*none, "21.20 ± 0.25 +3.00", "0.700 +0.200", "0.240 −0.070"]
     tuned = ["0.25000", "0.20000 step 20", "0.22500 −10.0%", "–", "0.800 +0.300"]
     bare = ["0.25000", "0.26000 step 20", "0.26000 +4.0%, step 20", "–"]
-    lora, seen = "Supervised, LoRA rank 16", ["not recorded", "240", "not recorded"]
+    lora = "Supervised, LoRA rank 16"
     assert rows == [
-        ["base model", "–", "0", *none, "18.20 ± 0.25", "0.500", "0.310", *none],
-        ["tuned", lora, "30", *tuned, "0.280 −0.030", *seen],
-        ["draft", "DRaFT", "20", *draft, *unknown],
-        ["draft-plus", "DRaFT+, kl_coeff 0.25", "20", *plus, *unknown],
-        ["bare", lora, "30", *bare, "not evaluated", "not evaluated", *seen],
+        ["base model", "–", "0", *none, "18.20 ± 0.25", "0.500", "0.310", "–"],
+        ["tuned", lora, "30", *tuned, "0.280 −0.030", "240"],
+        ["draft", "DRaFT", "20", *draft, unknown],
+        ["draft-plus", "DRaFT+, kl_coeff 0.25", "20", *plus, unknown],
+        ["bare", lora, "30", *bare, "not evaluated", "not evaluated", "240"],
     ]
 
 
@@ -480,9 +479,8 @@ def test_variants_are_curves_and_rows(tmp_path: Path) -> None:
     page = report([run], tmp_path)
     (table,) = (t for t in page.tables if "schedule" in t[0])
     assert len(table) == 1 + 3 + 5
-    costs = ["not recorded"] * 3
-    assert ["draft", "20", "linear", "1", "4", "20.50 ± 0.25", "0.700", "0.220", *costs] in table
-    assert ["draft", "20", "draft", "1", "8", "23.00 ± 0.25", "0.700", "0.100", *costs] in table
+    assert ["draft", "20", "linear", "1", "4", "20.50 ± 0.25", "0.700", "0.220"] in table
+    assert ["draft", "20", "draft", "1", "8", "23.00 ± 0.25", "0.700", "0.100"] in table
     figure = re.findall(r'<figure[^>]*variants of draft".*?</figure>', page.html, re.DOTALL)[0]
     for name in (*curves, "base model"):
         assert figure.count(f">{name}</text>") == 1
@@ -584,7 +582,6 @@ def test_gaps_are_named(tmp_path: Path) -> None:
         "0",
         *["not evaluated"] * 2,
         "0",
-        *["not recorded"] * 2,
     ]
     base, last = (write_draft(tmp_path / n, 0.5, p) for n, p in (("a", {0: BASE}), ("b", PLUS)))
     unevaluated = report([base], tmp_path).html
@@ -880,10 +877,10 @@ def test_a_real_run_is_trained_evaluated_and_reported(
     page = report([run], tmp_path)
     row = page.tables[0][-1]
     assert row[:3] == ["run", "Supervised, LoRA rank 32", "4"]
-    assert row[-2] == "16" and float(row[-3]) > 0  # images and seconds
+    assert row[-1] == "16" and float(row[-2]) > 0  # images and seconds
     loss = validation_loss(record_of(run))
     assert loss is not None and loss.lowest is not None
     assert loss.lowest.step == best_step(run.checkpoints)
     assert row[4].startswith(f"{loss.lowest.value:.3f}"[:4])
-    assert row[-4].startswith(f"{evaluated[-1].diversity:.3f}")
+    assert row[-3].startswith(f"{evaluated[-1].diversity:.3f}")
     assert page.titles() == ["validation loss", LABEL, "loss in training", "loss by t"]

@@ -246,6 +246,10 @@ def _table(
     label = next((r.evaluations[0].diversity_label for r in records if r.evaluations), DIVERSITY)
     shown = {DIVERSITY: label}
     shown |= {f"{HELD_OUT}{name}": f"{name} (held out)" for name in held_out_names(records)}
+    empty = [
+        name for name in COSTS if all(row[name].text == UNKNOWN for row in rows if name in row)
+    ]
+    header = [name for name in header if name not in empty]
     cells = [[row.get(name, Cell(NONE)) for name in header] for row in rows]
     return Table(caption, [shown.get(name, name) for name in header], cells)
 
