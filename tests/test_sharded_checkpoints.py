@@ -281,9 +281,10 @@ def test_a_failing_disk_is_told_on_every_process(
     monkeypatch.setattr(shards, "write_shard", fail)
     assert write_split(root, make(3), 2) == [1, 1]
     said = capfd.readouterr().err
-    last = f"The last good checkpoint is {place_of(root, 2)}."
-    for text in (f"{place_of(root, 3)} could not be written: ", reason, last):
+    for text in (f"{place_of(root, 3)} could not be written: ", reason):
         assert said.count(text) >= 2, text
+    # It reads whole checkpoints to know.
+    assert said.count(f"The last good checkpoint is {place_of(root, 2)}.") == 1
     assert sorted(path.name for path in root.iterdir()) == ["step-000001", "step-000002"]
 
 

@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, distributed
 
 from sfumato.config import TrainingConfig
 from sfumato.files import (
@@ -136,12 +136,15 @@ def write_sharded(root: Path, snapshot: Snapshot, group: Any) -> None:
         group: of all processes; nothing else may use it meanwhile.
 
     Raises:
-        CheckpointError: on every process, if the disk is full or cannot be written.
+        CheckpointError: on every process, if the disk is full or cannot be written; the first one
+            names the last good checkpoint.
     """
     from sfumato.training.shards import save_shares  # its package is slow to import
 
     path = root / step_name(snapshot.step)
-    with _naming_last_good(root), writing(path, CheckpointError), ExitStack() as folders:
+    # One process looks for it, as that reads whole checkpoints.
+    naming = nullcontext() if distributed.get_rank(group) else _naming_last_good(root)
+    with naming, writing(path, CheckpointError), ExitStack() as folders:
         made = new_folder(path, older=_OLDER, failure=CheckpointError)
         save_shares(
             snapshot.shares,
