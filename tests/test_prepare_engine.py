@@ -27,8 +27,8 @@ from sfumato.data.entries import Entry, FileBlob
 from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prepared.format import PreparedError, record_text
 from sfumato.data.prepared.open import open_shards
+from sfumato.preparation import cluster, sources
 from sfumato.preparation import pack as packing
-from sfumato.preparation import sources
 from sfumato.preparation.cluster import Cluster
 from sfumato.preparation.engine import ALONE, Local, Progress, map_shards
 from sfumato.preparation.filter import filter_samples
@@ -617,3 +617,15 @@ def test_a_folder_that_a_worker_of_ray_does_not_see_is_named(two_of_ray: Cluster
             list(map_shards(shard_functions.double, range(2), two_of_ray))
     finally:
         two_of_ray._folder.mkdir()
+
+
+def test_a_machine_of_ray_that_cannot_load_sfumato_is_named(
+    two_of_ray: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_of_ray._check_machines("HOST:6379")
+    monkeypatch.setattr(cluster, "_NEEDED", "no_such_module")
+    said = (
+        r"the machine \S+ of the Ray .* cannot load Sfumato \(ModuleNotFoundError: .*'no_such_mod"
+    )
+    with pytest.raises(ValueError, match=said):
+        two_of_ray._check_machines("HOST:6379")

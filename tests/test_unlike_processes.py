@@ -60,7 +60,7 @@ def test_folders_of_pictures(
     write_pictures(folders[0] / "pictures")
     (folders[0] / "pictures" / "0.png").write_bytes(png(40, 24, 0))
     (folders[0] / "pictures" / "1.png").write_bytes(png(24, 40, 1))
-    shutil.copytree(*folders)
+    shutil.copytree(folders[0], folders[1])
     change(folders[1] / "pictures")
 
     def run(rank: int) -> None:

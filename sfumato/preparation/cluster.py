@@ -5,6 +5,7 @@ Ray is an extra, `pip install 'sfumato[ray]'`, of one version on all machines.
 
 import os
 import socket
+from importlib import import_module
 from pathlib import Path
 from typing import Any, final
 
@@ -20,6 +21,7 @@ from sfumato.preparation.engine import (
     attempt,
 )
 
+_NEEDED = __name__  # a module that each machine must be able to load
 _HELD = 8  # functions that a worker keeps
 _SECONDS = 10  # until an address counts as silent
 _START = (
@@ -64,6 +66,33 @@ class Cluster(Engine):
         # Ray has no class for what can go wrong; it exits where another server answers.
         except (Exception, SystemExit) as error:
             raise ValueError(_refused(address, error, ray.__version__)) from error
+        if address is not None:
+            try:
+                self._check_machines(address)
+            except ValueError:
+                self.close()
+                raise
+
+    def _check_machines(self, address: str) -> None:
+        """Refuse a cluster with a machine whose Python cannot import this module."""
+        from ray.util.scheduling_strategies import (  # pyright: ignore[reportMissingImports]
+            NodeAffinitySchedulingStrategy as On,
+        )
+
+        load = self._ray.remote(num_cpus=0, max_retries=0)(import_module)
+        for node in self._ray.nodes():
+            if not node["Alive"]:
+                continue
+            there = load.options(scheduling_strategy=On(node["NodeID"], soft=False))
+            try:
+                self._ray.get(there.remote(_NEEDED))
+            except self._ray.exceptions.RayError as error:
+                said = str(error).strip().splitlines()[-1]
+                raise ValueError(
+                    f"the machine {node['NodeManagerHostname']} of the Ray cluster at {address} "
+                    f"cannot load Sfumato ({said}); pip install 'sfumato[ray]' on every machine, "
+                    "and start Ray from that environment"
+                ) from error
 
     def crew(self, function: Function[Any, Any], *, gpu: bool) -> tuple[Crew, int]:
         resources = self._ray.cluster_resources()
