@@ -83,6 +83,20 @@ def test_tars_of_pictures_are_copied_and_listed(server: StoreServer) -> None:
     assert ours == theirs and len(ours) == 2
 
 
+def test_a_table_whose_pictures_lie_beside_it_in_the_store_is_refused(
+    server: StoreServer, tmp_path: Path
+) -> None:
+    (server.folder / "b.csv").write_text("path,caption\n0.png,a ring\n")
+    address = f"{server.address}/b.csv"
+    said = rf"pack.path = {address} is a table in a store, and its pictures, such as 0.png, are not"
+    with pytest.raises(ValueError, match=said):
+        pack(PackConfig(address), DownloadConfig(), tmp_path / "out")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "0.png").write_bytes(png(16, 20, 0))
+    bins = pack(PackConfig(address, f"{tmp_path}/here"), DownloadConfig(), tmp_path / "out")
+    assert bins["kept"] == 1
+
+
 def test_tars_that_were_packed_from_a_copy_stay(server: StoreServer, tmp_path: Path) -> None:
     config, out = PackConfig(f"{server.address}/a.tar", samples_per_shard=1), tmp_path / "out"
     pack(config, DownloadConfig(), out)

@@ -19,6 +19,7 @@ from sfumato.data.entries import (
 from sfumato.data.left_out import FileSkips, SkipLog
 from sfumato.data.paths import find_files, is_folder, is_tar
 from sfumato.data.saved_dataset import SavedDataset, is_dataset
+from sfumato.data.store import is_address
 from sfumato.data.tables import WITH_COLUMNS, Table, is_text, open_table
 from sfumato.data.webdataset import list_tar
 
@@ -81,7 +82,10 @@ def list_source(
     if files:
         if is_folder(folder) and is_tar(files[0]):
             _count_beside_tars(folder, log.begin(folder))
-        return _list_files(files, base, columns, log)
+        entries = _list_files(files, base, columns, log)
+        if base is None and is_address(path):
+            _refuse_apart(path, key, entries)
+        return entries
     if is_dataset(folder):
         dataset = SavedDataset(folder, base or folder)
         return list(_list_table(dataset, folder, columns, log))
@@ -140,6 +144,16 @@ def find_files_of(path: str, key: str) -> tuple[Path, ...]:
 def _here(path: str, key: str) -> str:
     """Return a path; of a folder in a store that of its copy."""
     return str(copy_of_folder(path, key)) if is_folder_address(path) else path
+
+
+def _refuse_apart(path: str, key: str, entries: Sequence[Entry]) -> None:
+    """Refuse a table in a store whose pictures lie beside it: it alone was copied."""
+    blob = entries[0].blob if entries else None
+    if isinstance(blob, FileBlob) and not blob.path.exists():
+        raise ValueError(
+            f"{key} = {path} is a table in a store, and its pictures, such as {blob.path.name}, "
+            "are not on this machine; copy them here and give base_path=FOLDER, or pack tars"
+        )
 
 
 def _survey(folder: Path) -> tuple[Path | None, list[Path], Path | None]:
