@@ -288,6 +288,18 @@ def test_a_failing_disk_is_told_on_every_process(
     assert sorted(path.name for path in root.iterdir()) == ["step-000001", "step-000002"]
 
 
+def test_a_share_that_the_disk_does_not_list_yet_is_in_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, for some seconds, where another machine wrote it."""
+    whole, hidden = Path.iterdir, shard_names(2)[1]
+    monkeypatch.setattr(Path, "iterdir", lambda p: (f for f in whole(p) if f.name != hidden))
+    assert write_split(tmp_path, make(1), 2) == [0, 0]
+    monkeypatch.undo()
+    assert find_fault(place_of(tmp_path, 1)) is None
+    assert_same_tensors(read_checkpoint(place_of(tmp_path, 1)), make(1))
+
+
 def test_a_folder_that_cannot_be_made_is_told_on_every_process(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,12 +117,11 @@ def _write_state(folder: Path, snapshot: Snapshot, sums: Mapping[str, str]) -> N
     """
     state = {"step": snapshot.step, **snapshot.state}
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+    # A disk that machines share may not list yet what others wrote.
+    paths = sorted({*(folder / name for name in sums), *folder.iterdir()})
     files = {
-        file.name: {
-            "bytes": file.stat().st_size,
-            "sha256": sums.get(file.name) or sha256_of(file),
-        }
-        for file in sorted(folder.iterdir())
+        path.name: {"bytes": path.stat().st_size, "sha256": sums.get(path.name) or sha256_of(path)}
+        for path in paths
     }
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
 
