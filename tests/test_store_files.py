@@ -8,11 +8,12 @@ from image_files import config_of, png, write_folder, write_tar
 from store_server import SLOW, StoreServer
 
 from sfumato.compose import compose_train
-from sfumato.config import DownloadConfig, PackConfig
+from sfumato.config import DownloadConfig, PackConfig, PairDataConfig
 from sfumato.data import store
 from sfumato.data.entries import Columns
 from sfumato.data.images import open_images
 from sfumato.data.left_out import SkipLog
+from sfumato.data.pair_tables import list_pairs
 from sfumato.data.prepared.folder import PreparedFolder
 from sfumato.data.prompts import open_prompts, read_prompt_rows, read_prompts
 from sfumato.data.shard_cache import StoreError
@@ -95,6 +96,17 @@ def test_a_table_whose_pictures_lie_beside_it_in_the_store_is_refused(
     (tmp_path / "here" / "0.png").write_bytes(png(16, 20, 0))
     bins = pack(PackConfig(address, f"{tmp_path}/here"), DownloadConfig(), tmp_path / "out")
     assert bins["kept"] == 1
+
+
+def test_pairs_whose_pictures_lie_beside_their_table_in_the_store_are_refused(
+    server: StoreServer,
+) -> None:
+    text = "jpg_0,jpg_1,label_0,label_1,caption\n0.png,1.png,1,0,a ring\n"
+    (server.folder / "pairs.csv").write_text(text)
+    config = PairDataConfig(path=f"{server.address}/pairs.csv")
+    said = r"data.pairs.path=http\S+/pairs.csv is a table in a store that names pictures"
+    with pytest.raises(ValueError, match=said):
+        list(list_pairs(config, "data.pairs", SkipLog()))
 
 
 def test_tars_that_were_packed_from_a_copy_stay(server: StoreServer, tmp_path: Path) -> None:

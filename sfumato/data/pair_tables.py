@@ -204,6 +204,11 @@ def list_pairs(config: PairDataConfig, key: str, log: SkipLog) -> Iterator[PairS
         held = [_holds_bytes(table, name, key) for name in source.images]
         if any(held):
             yield from _list_groups(source, _usable(table, source, (), skips, ties=ties))
+        elif base is None and is_address(str(config.path)):
+            raise ValueError(
+                f"{key}.path={config.path} is a table in a store that names pictures, and these "
+                f"are not on this machine; copy them here and give {key}.base_path=FOLDER"
+            )
         else:
             rows = _usable(table, source, source.images, skips, ties=ties)
             yield from _list_files(source, rows, skips)
